@@ -1,0 +1,271 @@
+"""A dataset on disk: a folder of parquet shards and a manifest, and how a stage makes one from others.
+
+    folder/
+      00000.parquet …      rows, zstd
+      00000.json …         that shard's rows, bytes, SHA-256, counters and failures (its receipt)
+      stage.json           what is being made: stage, config, inputs (written first)
+      manifest.json        the same plus all receipts (written last: its presence means "whole")
+
+Shard i is a pure function of (config, inputs, i): it does not depend on the number of workers, and a
+stage run again goes on after the shards that have receipts. With another config or input, it refuses.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from phi1 import __version__
+from phi1.errors import UserError
+from phi1.files import atomic_write, sha256_file, sha256_json, write_json
+
+if TYPE_CHECKING:
+    import pyarrow
+
+MANIFEST = "manifest.json"
+STAGE = "stage.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A row that could not be made: yielded in place of it, and kept in the shard's receipt."""
+
+    key: str
+    reason: str
+
+
+@dataclasses.dataclass
+class Counted:
+    """Yielded by a stage to add to the shard's counters, e.g. Counted({"dropped_short": 1})."""
+
+    counters: Mapping[str, int]
+
+
+Produced = dict[str, Any] | Failure | Counted
+
+
+class Dataset:
+    """A whole dataset folder, opened for reading.
+
+    Raises UserError if the folder has no manifest (absent, or a stage did not finish there), and, when
+    a shard is read, if its bytes do not hash to what the manifest says.
+    """
+
+    def __init__(self, folder: pathlib.Path | str) -> None:
+        self.folder = pathlib.Path(folder)
+        path = self.folder / MANIFEST
+        if not path.exists():
+            what = "a stage was interrupted there" if (self.folder / STAGE).exists() else "no dataset there"
+            raise UserError(f"{self.folder}: {what} (no {MANIFEST}); run the stage that writes it (again)")
+        try:
+            self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            self.shards: list[dict[str, Any]] = self.manifest["shards"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: not a dataset manifest ({error}); delete the folder and run the stage again"
+            ) from error
+        self._verified: set[int] = set()
+
+    @property
+    def rows(self) -> int:
+        """Rows in all shards."""
+        return sum(shard["rows"] for shard in self.shards)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """The stage's counters, summed over shards ("rows" and "failures" among them)."""
+        return self.manifest["counters"]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over what the dataset is made of: stage, config, inputs, shard hashes."""
+        return sha256_json(
+            {key: self.manifest[key] for key in ("stage", "config", "inputs")}
+            | {"shards": [s["sha256"] for s in self.shards]}
+        )
+
+    def failures(self) -> list[dict[str, str]]:
+        """The failure ledger: {"key", "reason"} per row that could not be made."""
+        return [failure for shard in self.shards for failure in shard["failures"]]
+
+    def table(self, shard: int, columns: Sequence[str] | None = None) -> "pyarrow.Table":
+        """Shard `shard` as an Arrow table, its hash checked the first time."""
+        import pyarrow.parquet
+
+        path = self.folder / f"{shard:05d}.parquet"
+        if shard not in self._verified:
+            if not path.exists() or sha256_file(path) != self.shards[shard]["sha256"]:
+                raise UserError(
+                    f"{path}: corrupt shard (missing, or its SHA-256 is not the manifest's); "
+                    f"delete {path.with_suffix('.json')} and {self.folder / MANIFEST}, and run the stage again"
+                )
+            self._verified.add(shard)
+        return pyarrow.parquet.read_table(path, columns=None if columns is None else list(columns))
+
+    def read(
+        self, columns: Sequence[str] | None = None, shards: Iterable[int] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Rows as dicts, in order."""
+        for shard in range(len(self.shards)) if shards is None else shards:
+            yield from self.table(shard, columns).to_pylist()
+
+    def column(self, name: str) -> list[Any]:
+        """One column as a list, all shards."""
+        return [
+            value for shard in range(len(self.shards)) for value in self.table(shard, [name]).column(name).to_pylist()
+        ]
+
+
+def config_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as JSON-able values, without the fields that cannot change the result.
+
+    A field opts out with `dataclasses.field(metadata={"no_effect": True})`: worker counts, folders, budgets.
+    """
+    fields = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if not field.metadata.get("no_effect")
+    }
+    return json.loads(json.dumps(fields, default=str))
+
+
+def run_stage(
+    stage: str,
+    config: Any,
+    output: pathlib.Path,
+    inputs: Sequence[Dataset],
+    shards: int,
+    produce: Callable[[Any, Sequence[Dataset], int], Iterable[Produced]],
+    schema: "pyarrow.Schema",
+    *,
+    workers: int = 1,
+    extra: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> Dataset:
+    """Makes (or finishes) the dataset `output`: shard i holds what `produce(config, inputs, i)` yields.
+
+    stage: the stage's name. config: its dataclass (hashed by `config_dict`). inputs: datasets whose
+    hashes are recorded. schema: Arrow schema of the rows. workers: processes (1: this one; `produce` must
+    then be picklable). extra: JSON-able facts that go into the manifest (and count as config).
+
+    Raises UserError if `output` holds a dataset made with another stage, config or input.
+    """
+    identity = {
+        "stage": stage,
+        "config": config_dict(config) | dict(extra or {}),
+        "inputs": [{"folder": dataset.folder.name, "hash": dataset.hash} for dataset in inputs],
+        "shard_count": shards,
+    }
+    _claim(output, identity)
+    if (output / MANIFEST).exists():
+        dataset = Dataset(output)
+        _say(quiet, f"{stage}: {dataset.rows:,} rows already in {output}")
+        return dataset
+    todo = [shard for shard in range(shards) if not (output / f"{shard:05d}.json").exists()]
+    started, done, rows = time.monotonic(), 0, 0
+    if len(todo) < shards:
+        _say(quiet, f"{stage}: going on after {shards - len(todo)} of {shards} shards")
+    for receipt in _receipts(todo, workers, (config, inputs, produce, schema, output)):
+        done, rows = done + 1, rows + receipt["rows"]
+        elapsed = time.monotonic() - started
+        eta = elapsed / done * (len(todo) - done)
+        _say(
+            quiet,
+            f"{stage}: shard {done}/{len(todo)}  {rows:,} rows  {rows / max(elapsed, 1e-9):,.0f} rows/s  ETA {eta:,.0f} s",
+        )
+    receipts = [json.loads((output / f"{shard:05d}.json").read_text(encoding="utf-8")) for shard in range(shards)]
+    counters: dict[str, int] = {"rows": 0, "failures": 0}
+    for receipt in receipts:
+        counters["rows"] += receipt["rows"]
+        counters["failures"] += len(receipt["failures"])
+        for key, value in receipt["counters"].items():
+            counters[key] = counters.get(key, 0) + value
+    write_json(output / MANIFEST, identity | {"counters": counters, "code_version": __version__, "shards": receipts})
+    if counters["rows"] == 0:
+        print(f"warning: {stage}: no row was made in {output} ({counters['failures']} failures)", file=sys.stderr)
+    return Dataset(output)
+
+
+def _claim(output: pathlib.Path, identity: dict[str, Any]) -> None:
+    path = output / STAGE
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before != identity:
+            differing = [
+                f"{group}.{key}" if isinstance(identity[group], dict) else group
+                for group in identity
+                if before.get(group) != identity[group]
+                for key in (
+                    [k for k in identity[group] if before.get(group, {}).get(k) != identity[group][k]]
+                    if isinstance(identity[group], dict) and isinstance(before.get(group), dict)
+                    else [group]
+                )
+            ]
+            raise UserError(
+                f"{output}: holds a dataset made with other settings (different: {', '.join(differing) or 'inputs'}); "
+                "choose another folder, or delete this one"
+            )
+    else:
+        write_json(path, identity)
+
+
+def _receipts(todo: list[int], workers: int, job: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
+    if workers <= 1 or len(todo) <= 1:
+        for shard in todo:
+            yield _make_shard(*job, shard)
+        return
+    context = multiprocessing.get_context("spawn")  # the parent may hold threads (torch, tokenizers)
+    with concurrent.futures.ProcessPoolExecutor(min(workers, len(todo)), mp_context=context) as pool:
+        futures = [pool.submit(_make_shard, *job, shard) for shard in todo]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _make_shard(
+    config: Any,
+    inputs: Sequence[Dataset],
+    produce: Callable[[Any, Sequence[Dataset], int], Iterable[Produced]],
+    schema: "pyarrow.Schema",
+    output: pathlib.Path,
+    shard: int,
+) -> dict[str, Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows: list[dict[str, Any]] = []
+    failures: list[dict[str, str]] = []
+    counters: dict[str, int] = {}
+    for item in produce(config, inputs, shard):
+        if isinstance(item, Failure):
+            failures.append(dataclasses.asdict(item))
+        elif isinstance(item, Counted):
+            for key, value in item.counters.items():
+                counters[key] = counters.get(key, 0) + value
+        else:
+            rows.append(item)
+    path = output / f"{shard:05d}.parquet"
+    with atomic_write(path) as file:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), file, compression="zstd")
+    receipt = {
+        "rows": len(rows),
+        "bytes": path.stat().st_size,
+        "sha256": sha256_file(path),
+        "counters": counters,
+        "failures": failures,
+    }
+    write_json(path.with_suffix(".json"), receipt)
+    return receipt
+
+
+def _say(quiet: bool, line: str) -> None:
+    if not quiet:
+        print(line, file=sys.stderr, flush=True)

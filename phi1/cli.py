@@ -1,0 +1,75 @@
+"""The console command `phi1`: names a module per sub-command and imports only the one asked for.
+
+A sub-command's module has a dataclass `Config` (its options, each with a docstring that gives the
+unit) and a function `run(config)`. This file is the roof of the house: it may name any room,
+and no room imports it.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from phi1.errors import UserError
+
+# sub-command -> (module, one line for --help)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "data ingest": ("data_tools.ingest", "read code and text into a dataset"),
+    "data annotate": ("data_tools.annotate", "ask an LLM for the educational value of a sample of documents"),
+    "data embed": ("data_tools.embed", "embed documents with a pretrained model"),
+    "data classify": ("data_tools.classify", "train a random forest to predict the annotation from the embedding"),
+    "data filter": ("data_tools.filter", "keep the documents that the forest rates high enough"),
+    "data synthesize": ("data_tools.synthesize", "write textbooks and exercises, with an LLM or the offline teacher"),
+    "data decontaminate": ("data_tools.decontaminate", "drop what is too close to HumanEval"),
+    "data tokenizer": ("data_tools.tokenizer", "train a small tokenizer for a small model"),
+    "data tokenize": ("data_tools.tokenize", "turn documents into token shards"),
+    "train": ("phi1.train", "pretrain or finetune from a recipe (or: torchrun phi1/train.py)"),
+    "generate": ("phi1.generate", "complete a prompt"),
+    "evaluate": ("phi1.evaluate.run", "HumanEval, held-out exercises, an LLM's grade"),
+    "export": ("phi1.export", "write a checkpoint as a Hugging Face PhiForCausalLM folder"),
+    "import": ("phi1.import_", "read a Hugging Face Phi or CodeGen folder into a checkpoint"),
+    "report": ("data_tools.report", "one HTML page of what a run did"),
+    "quickstart": ("data_tools.quickstart", "the whole of phi-1, small: data, training, evaluation, report"),
+}
+
+
+def _usage(prefix: str) -> str:
+    rows = {name: line for name, (_, line) in COMMANDS.items() if name.startswith(prefix)}
+    width = max(map(len, rows)) + 2
+    lines = [f"usage: phi1 {prefix}COMMAND [options]      (phi1 {prefix}COMMAND --help lists them)", ""]
+    return "\n".join(lines + [f"  phi1 {name:<{width}}{line}" for name, line in rows.items()])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one sub-command; returns the exit status (0, 2 for a UserError, 130 for Ctrl-C)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    depth = 2 if words[:1] == ["data"] else 1
+    name = " ".join(words[:depth])
+    if name not in COMMANDS:
+        if words == ["--version"]:
+            from phi1 import __version__
+
+            print(f"phi1 {__version__}")
+            return 0
+        prefix = "data " if words[:1] == ["data"] else ""
+        asked_for_help = not words or words[depth - 1 :] in ([], ["-h"], ["--help"])
+        print(_usage(prefix), file=sys.stdout if asked_for_help else sys.stderr)
+        if not asked_for_help:
+            print(f"\nphi1: error: no command {name!r}", file=sys.stderr)
+        return 0 if asked_for_help else 2
+    import tyro
+
+    try:
+        module = importlib.import_module(COMMANDS[name][0])
+        config = tyro.cli(module.Config, prog=f"phi1 {name}", args=words[depth:], description=module.__doc__)
+        module.run(config)
+    except UserError as error:
+        print(f"phi1: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nphi1: interrupted; what was finished is kept, run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

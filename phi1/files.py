@@ -1,0 +1,62 @@
+"""Files that are whole or absent: written under a temporary name, synced, renamed."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import IO, Any
+
+from phi1.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_write(path: pathlib.Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Opens `path` for writing so that it appears whole or not at all.
+
+    The data goes to `<name>.tmp-<pid>` in the same folder, is fsynced, and takes `path`'s name
+    when the block ends without an exception; otherwise the temporary file is removed and what
+    stood at `path` stays. A full disk becomes a `UserError` that names the folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    encoding = None if "b" in mode else "utf-8"
+    try:
+        with open(temporary, mode, encoding=encoding) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left while writing {path}: free space on that disk (or choose another "
+                "folder) and run the same command again; what was finished is kept"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    with atomic_write(path, "w") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def sha256_file(path: pathlib.Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """The SHA-256 of a JSON-able value in canonical form (sorted keys, no blanks)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
