@@ -1,7 +1,7 @@
 """The console command `phi1`: names a module per sub-command and imports only the one asked for.
 
 A sub-command's module has a dataclass `Config` (its options, each with a docstring that gives the
-unit) and a function `run(config)`. This file is the roof of the house: it may name any room,
+unit) and a function `run(config)`; or, in place of `Config`, its own `parse(arguments)`. This file is the roof of the house: it may name any room,
 and no room imports it.
 """
 
@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data decontaminate": ("data_tools.decontaminate", "drop what is too close to HumanEval"),
     "data tokenizer": ("data_tools.tokenizer", "train a small tokenizer for a small model"),
     "data tokenize": ("data_tools.tokenize", "turn documents into token shards"),
-    "train": ("phi1.train", "pretrain or finetune from a recipe (or: torchrun phi1/train.py)"),
+    "train": ("phi1.recipe", "pretrain or finetune from a recipe (or: torchrun phi1/train.py)"),
     "generate": ("phi1.generate", "complete a prompt"),
     "evaluate": ("phi1.evaluate.run", "HumanEval, held-out exercises, an LLM's grade"),
     "export": ("phi1.export", "write a checkpoint as a Hugging Face PhiForCausalLM folder"),
@@ -60,7 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         module = importlib.import_module(COMMANDS[name][0])
-        config = tyro.cli(module.Config, prog=f"phi1 {name}", args=words[depth:], description=module.__doc__)
+        if hasattr(module, "parse"):
+            config = module.parse(words[depth:])
+        else:
+            config = tyro.cli(module.Config, prog=f"phi1 {name}", args=words[depth:], description=module.__doc__)
         module.run(config)
     except UserError as error:
         print(f"phi1: error: {error}", file=sys.stderr)

@@ -1,6 +1,11 @@
-"""What a model is: shapes as frozen dataclasses, with the paper's two sizes by name."""
+"""What a model is, and how it is trained: frozen dataclasses; the paper's two model sizes by name.
+
+A recipe (`phi1/recipe.py`) is a TOML file with one table for each field of `TrainConfig`.
+"""
 
 import dataclasses
+import pathlib
+from typing import Literal
 
 from phi1.errors import UserError
 
@@ -76,3 +81,128 @@ PRESETS: dict[str, ModelConfig] = {
         max_positions=512,
     ),
 }  # fmt: skip
+
+
+def _require(table: str, config: object, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value < minimum:
+            raise UserError(f"{table}.{name} = {value}: must be at least {minimum}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how it is cut into sequences."""
+
+    tokens: pathlib.Path
+    """Folder of token shards to train on (`phi1 data tokenize` writes it)."""
+    validation_tokens: pathlib.Path | None = None
+    """Folder of held-out token shards for the evaluation loss."""
+    sequence_length: int = 2048
+    """Tokens in a training sequence."""
+    document_masking: bool = False
+    """Let attention stay inside a document. The paper concatenates plainly: attention crosses <|endoftext|>."""
+    loss_mask: bool = True
+    """Use the shards' loss mask where they have one (exercises: the loss counts the solution only)."""
+
+    def __post_init__(self) -> None:
+        _require("data", self, 1, "sequence_length")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How long, on what, and what is written when. A recipe's [train] table."""
+
+    run: pathlib.Path
+    """Folder of this run: checkpoints, metrics.jsonl, TensorBoard. A run started again there goes on."""
+    init_from: pathlib.Path | None = None
+    """Checkpoint (or run folder) whose weights to start from; otherwise the weights are random."""
+    steps: int = 36_000
+    """Optimizer steps; also the length of the learning rate schedule."""
+    sequences_per_step: int = 1024
+    """Sequences in a step over all devices; does not change with their number."""
+    micro_batch: int = 8
+    """Sequences on a device at a time; the rest of a step is accumulated. Lower it if memory runs out."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Of the computation. Parameters and optimizer state are fp32; fp16 has a loss scaler."""
+    device: str = "auto"
+    """auto: a GPU where there is one, else the CPU. Or cpu, cuda, cuda:1."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    seed: int = 0
+    """Of the initial weights, the order of the sequences and dropout."""
+    log_every: int = 10
+    """Steps between progress lines (metrics.jsonl has every step)."""
+    evaluate_every: int = 1000
+    """Steps between evaluation losses, where validation_tokens is given."""
+    evaluation_sequences: int = 256
+    """Sequences in an evaluation loss, at most."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    keep_last: int = 2
+    """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Also keep the checkpoints whose step is a multiple of this (0: none)."""
+    tensorboard: bool = False
+    """Also write TensorBoard events to <run>/tensorboard."""
+
+    def __post_init__(self) -> None:
+        _require("train", self, 1, "steps", "sequences_per_step", "micro_batch", "log_every", "evaluate_every",
+                 "evaluation_sequences", "checkpoint_every", "keep_last")  # fmt: skip
+        _require("train", self, 0, "seed", "keep_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, and the learning rate's course: linear warmup, then linear decay."""
+
+    lr: float = 1e-3
+    """Largest learning rate."""
+    lr_floor: float = 0.0
+    """Learning rate that the decay ends at."""
+    warmup_steps: int = 750
+    """Steps of linear warmup."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only (embeddings among them; not on biases and LayerNorms)."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.98
+    """Decay of the second moment."""
+    eps: float = 1e-7
+    """Added to the root of the second moment."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient."""
+    loss_scale: float = 65536.0
+    """Initial loss scale, in fp16."""
+
+    def __post_init__(self) -> None:
+        _require("optimizer", self, 0, "lr_floor", "warmup_steps", "weight_decay", "beta1", "beta2")
+        for name in ("lr", "eps", "clip_norm", "loss_scale"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"optimizer.{name} = {getattr(self, name)}: must be above 0")
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise UserError(f"optimizer.{name} = {getattr(self, name)}: must be below 1")
+        if self.lr_floor > self.lr:
+            raise UserError(f"optimizer.lr_floor = {self.lr_floor}: must be at most lr = {self.lr}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A whole training run; each field is a table of a recipe."""
+
+    model: ModelConfig
+    """Shape of the model. In a recipe: `preset` names one of PRESETS, other keys change it."""
+    data: DataConfig
+    """What is read."""
+    train: LoopConfig
+    """How long, on what, and what is written when."""
+    optimizer: OptimizerConfig
+    """AdamW and the learning rate."""
+
+    def __post_init__(self) -> None:
+        if self.data.sequence_length > self.model.max_positions:
+            raise UserError(
+                f"data.sequence_length = {self.data.sequence_length}: must be at most "
+                f"model.max_positions = {self.model.max_positions}"
+            )

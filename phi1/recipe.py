@@ -1,0 +1,119 @@
+"""Recipes: TOML files that map onto `TrainConfig`, and the command line's changes to them.
+
+    phi1 train RECIPE [--option value]        RECIPE comes first; --steps 100 overrides [train] steps
+
+A recipe has the tables [model], [data], [train] and [optimizer]; keys are the dataclasses' field names
+(`phi1 train --help` lists them), and [model] may start from a `preset`. Relative paths are relative to
+the folder that the command is run in.
+"""
+
+import dataclasses
+import difflib
+import pathlib
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from phi1.config import PRESETS, ModelConfig, TrainConfig
+from phi1.errors import UserError
+
+
+def load_recipe(path: pathlib.Path) -> TrainConfig:
+    """Reads a recipe. UserError names the file, the key and what would be right."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such recipe; the recipes that come with phi1 are in recipes/")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+
+    fields = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    for name, table in tables.items():
+        if name not in fields:
+            raise UserError(f"{path}: unknown table [{name}]{_closest(name, fields)}")
+        if not isinstance(table, dict):
+            raise UserError(f"{path}: {name} = {table!r}: must be a table, [{name}]")
+    model = dict(tables.get("model", {}))
+    preset = model.pop("preset", None)
+    if preset is not None and preset not in PRESETS:
+        raise UserError(f"{path}: model.preset = {preset!r}: must be one of {', '.join(PRESETS)}")
+    base = dataclasses.asdict(PRESETS[preset]) if preset else {}
+    try:
+        return TrainConfig(
+            model=_build(path, "model", ModelConfig, base | model, extra=("preset",)),
+            **{name: _build(path, name, fields[name], tables.get(name, {})) for name in fields if name != "model"},
+        )
+    except UserError as error:  # from the dataclasses' own checks, which do not know the file
+        raise error if str(error).startswith(str(path)) else UserError(f"{path}: {error}") from error
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration that a command line asks for: RECIPE, then options that change it.
+
+    Exits like any command line parser on --help and on an unknown option.
+    """
+    import tyro
+
+    recipe = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if recipe is not None:
+        default = load_recipe(pathlib.Path(recipe))
+    elif {"-h", "--help"} & set(arguments):
+        default = tyro.MISSING
+    else:
+        raise UserError("RECIPE is missing: phi1 train RECIPE [--option value], for example recipes/pretrain-phi1.toml")
+    return tyro.cli(
+        TrainConfig,
+        default=default,
+        args=arguments[recipe is not None :],
+        prog="phi1 train RECIPE",
+        description=__doc__,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def run(config: TrainConfig) -> None:
+    """`phi1 train`."""
+    from phi1.train import train
+
+    train(config)
+
+
+def _build(path: pathlib.Path, table: str, kind: Any, values: dict[str, Any], extra: Sequence[str] = ()) -> Any:
+    """The dataclass `kind` from a TOML table, every key and type checked."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"{path}: unknown key {key!r} in [{table}]{_closest(key, [*fields, *extra])}")
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise UserError(f"{path}: [{table}] needs {name!r}")
+    return kind(**{key: _typed(path, f"{table}.{key}", value, fields[key].type) for key, value in values.items()})
+
+
+def _typed(path: pathlib.Path, key: str, value: Any, kind: Any) -> Any:
+    if isinstance(kind, types.UnionType):  # only `Path | None` occurs, and TOML has no null
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is typing.Literal:
+        if value in typing.get_args(kind):
+            return value
+        raise UserError(f"{path}: {key} = {value!r}: must be one of {', '.join(map(repr, typing.get_args(kind)))}")
+    if kind is pathlib.Path and isinstance(value, str):
+        return pathlib.Path(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", pathlib.Path: "a path"}
+        raise UserError(f"{path}: {key} = {value!r}: must be {names[kind]}")
+    return value
+
+
+def _closest(name: str, valid: Any) -> str:
+    match = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.0)
+    return f"; did you mean {match[0]!r}?" if match else ""
