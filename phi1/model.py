@@ -1,0 +1,224 @@
+"""phi-1's network ("Textbooks Are All You Need", arXiv 2306.11644, section 2.3): a decoder of parallel blocks.
+
+    x = embedding(tokens)
+    x = x + dropout([attention | gelu-MLP](LN(x)))     each block, one call of `kernels.parallel_block`
+    logits = LN(x) W^T + b                             lm_head, not tied to the embedding
+
+Shape suffixes: b batch, t time, d hidden, v vocabulary.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import layer_norm, linear_cross_entropy, parallel_block
+from kernels.reference import rotary_table
+from phi1.config import ModelConfig
+from phi1.errors import UserError
+
+
+@dataclasses.dataclass
+class Cache:
+    """Keys and values of the tokens seen so far, for incremental decoding; `Phi1.new_cache` makes one.
+
+    keys, values: (layers, batch, max_length, kv_heads, head_dim). length: tokens seen, the same for every row.
+    A forward pass over T tokens writes positions [length, length + T) and moves length on.
+    """
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+
+class Block(nn.Module):
+    """One layer's weights, fused along the two matrix products of the parallel block.
+
+    w_in rows and b_in are [q | k | v | u]: query, key and value projections and the MLP's inner layer.
+    w_out columns are [attention | gelu(u)]. The attention's and the MLP's output biases stay two parameters,
+    as in `PhiForCausalLM`: only their sum matters, but an optimizer moves each.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width_in = config.attention_width + 2 * config.kv_width + config.intermediate_size
+        width_out = config.attention_width + config.intermediate_size
+        self.norm_weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.norm_bias = nn.Parameter(torch.empty(config.hidden_size))
+        self.w_in = nn.Parameter(torch.empty(width_in, config.hidden_size))
+        self.b_in = nn.Parameter(torch.empty(width_in))
+        self.w_out = nn.Parameter(torch.empty(config.hidden_size, width_out))
+        self.b_attention = nn.Parameter(torch.empty(config.hidden_size))
+        self.b_mlp = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(
+        self,
+        x_btd: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        positions: Tensor | None,
+        cu_seqlens: Tensor | None,
+        kv_cache: tuple[Tensor, Tensor, int] | None,
+        dropout_seed: int,
+    ) -> Tensor:
+        config, dtype = self.config, x_btd.dtype
+        return parallel_block(
+            x_btd,
+            self.norm_weight.to(dtype),
+            self.norm_bias.to(dtype),
+            self.w_in.to(dtype),
+            self.b_in.to(dtype),
+            self.w_out.to(dtype),
+            (self.b_attention + self.b_mlp).to(dtype),
+            *rotary,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            eps=config.layer_norm_eps,
+            positions=positions,
+            cu_seqlens=cu_seqlens,
+            attention_dropout=config.attention_dropout if self.training else 0.0,
+            residual_dropout=config.residual_dropout if self.training else 0.0,
+            dropout_seed=dropout_seed,
+            kv_cache=kv_cache,
+        )
+
+
+class Phi1(nn.Module):
+    """The whole network.
+
+    config: its shape. compute_dtype: what weights are cast to where they are used, and the type of the
+    residual stream; None: the parameters' own type. Parameters in float32 with compute_dtype bfloat16 are mixed
+    precision with master weights: the cast is differentiable, so gradients arrive in float32. The loss is float32.
+
+    Built on the meta device it holds shapes only; `to_empty(device)` followed by `reset_parameters()`, or
+    `load_state_dict(…, assign=True)`, makes it real.
+    """
+
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm_weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.norm_bias = nn.Parameter(torch.empty(config.hidden_size))
+        self.head_weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.head_bias = nn.Parameter(torch.empty(config.vocab_size))
+        self.register_load_state_dict_post_hook(lambda model, _: model._fill_rotary())
+        self._fill_rotary()
+        self.reset_parameters()
+
+    def _fill_rotary(self) -> None:
+        """Puts the rotary table, in float32, where the weights are. Computed on the CPU: the same on every device."""
+        cos, sin = rotary_table(
+            self.config.max_positions, self.config.rotary_dim, self.config.rotary_base, torch.device("cpu")
+        )
+        self.register_buffer("rotary_cos", cos.to(self.embedding.device), persistent=False)
+        self.register_buffer("rotary_sin", sin.to(self.embedding.device), persistent=False)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        # nn.Module's `.to(bfloat16)` would round the rotary table, and `.to_empty()` would leave noise in it.
+        super()._apply(fn, recurse)
+        self._fill_rotary()
+        return self
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draws fresh weights: matrices N(0, initializer_range), biases 0, LayerNorms 1 and 0 (no depth scaling)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
+            elif name.endswith("norm_weight"):
+                nn.init.ones_(parameter)
+            else:
+                nn.init.zeros_(parameter)
+
+    def new_cache(self, batch: int, max_length: int) -> Cache:
+        """An empty cache for `batch` sequences of up to max_length tokens, in the compute type."""
+        config = self.config
+        shape = (config.num_layers, batch, max_length, config.num_kv_heads, config.head_dim)
+        dtype = self.compute_dtype or self.embedding.dtype
+        keys, values = (torch.zeros(shape, dtype=dtype, device=self.embedding.device) for _ in range(2))
+        return Cache(keys, values)
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        dropout_seed: int = 0,
+    ) -> Tensor:
+        """What lm_head reads: the last block's output after the final LayerNorm, (batch, time, hidden)."""
+        config, (batch, time) = self.config, tokens.shape
+        seen = 0 if cache is None else cache.length
+        if positions is None and cu_seqlens is not None:
+            positions = document_positions(cu_seqlens, batch * time).view(batch, time)
+        elif positions is None:
+            if seen + time > config.max_positions:
+                raise UserError(
+                    f"{seen + time} tokens: the model has {config.max_positions} positions (model.max_positions); "
+                    "shorten the sequence"
+                )
+            positions = torch.arange(seen, seen + time, device=tokens.device)
+        x_btd = F.embedding(tokens, self.embedding)
+        if self.compute_dtype is not None:
+            x_btd = x_btd.to(self.compute_dtype)
+        for layer, block in enumerate(self.blocks):
+            kv_cache = None if cache is None else (cache.keys[layer], cache.values[layer], seen)
+            # Every (call, layer) pair has a seed of its own; callers may count dropout_seed up.
+            layer_seed = dropout_seed * config.num_layers + layer
+            x_btd = block(x_btd, (self.rotary_cos, self.rotary_sin), positions, cu_seqlens, kv_cache, layer_seed)
+        if cache is not None:
+            cache.length += time
+        dtype = x_btd.dtype
+        return layer_norm(x_btd, self.norm_weight.to(dtype), self.norm_bias.to(dtype), config.layer_norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """lm_head: (…, hidden) -> (…, vocabulary), in the compute type."""
+        return F.linear(hidden, self.head_weight.to(hidden.dtype), self.head_bias.to(hidden.dtype))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        targets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+        dropout_seed: int = 0,
+    ) -> Tensor:
+        """Logits, or the summed loss.
+
+        tokens: (batch, time) int64.
+        targets: (batch, time) int64, what follows each token (the caller shifts); -100 does not count.
+        cu_seqlens: (documents + 1,) int32, where documents start and end in the batch folded to batch * time
+            tokens (ends of rows included). Attention and positions then stay inside a document, which is at most
+            max_positions long. Without it the rows are plain sequences, documents concatenated in them, as in the paper.
+        positions: (time,) or (batch, time) int64, overrides what is derived from the above.
+        cache: keys and values of the tokens before these; written and moved on in place (no gradient).
+        dropout_seed: non-negative, another one for every training call; read only in training mode.
+
+        Returns logits (batch, time, vocabulary) in the compute type, or with targets the cross-entropy summed over
+        the targets that count, a float32 scalar: divide by their number, over all micro-batches.
+        Raises UserError for more tokens than the model has positions.
+        """
+        hidden = self.hidden_states(
+            tokens, cu_seqlens=cu_seqlens, positions=positions, cache=cache, dropout_seed=dropout_seed
+        )
+        if targets is None:
+            return self.logits(hidden)
+        weight, bias = self.head_weight.to(hidden.dtype), self.head_bias.to(hidden.dtype)
+        return linear_cross_entropy(hidden, weight, bias, targets, reduction="sum")
+
+
+def document_positions(cu_seqlens: Tensor, total: int) -> Tensor:
+    """Each token's index in its own document, (total,) int64; cu_seqlens (documents + 1,) int32, from 0 to total."""
+    index = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    document = torch.searchsorted(cu_seqlens, index, right=True) - 1
+    return (index - cu_seqlens[document]).long()
