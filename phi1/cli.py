@@ -1,8 +1,8 @@
 """The console command `phi1`: names a module per sub-command and imports only the one asked for.
 
 A sub-command's module has a dataclass `Config` (its options, each with a docstring that gives the
-unit) and a function `run(config)`; or, in place of `Config`, its own `parse(arguments)`. This file is the roof of the house: it may name any room,
-and no room imports it.
+unit) and a function `run(config)`; or, in place of `Config`, its own `parse(arguments)`. This file is
+the roof of the house: it may name any room, and no room imports it.
 """
 
 import importlib

@@ -1,0 +1,265 @@
+"""Checkpoints: folders that are whole or absent, and checked when read.
+
+    runs/<name>/
+      step-001000/
+        config.json             the model's shape (`ModelConfig`)
+        model.safetensors       its parameters (in training: the float32 master parameters)
+        tokenizer.json
+        optimizer.safetensors   training only: the optimizer's state, `<parameter>/<key>`
+        checkpoint.json         facts (step, tokens seen, recipe, …) and each file's SHA-256; written last
+      last -> step-001000       the newest whole one
+
+A checkpoint is written to a temporary folder beside its place, synced, and renamed. There is no generator
+state to keep: weights, order and dropout are functions of (seed, step).
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from phi1 import __version__
+from phi1.config import ModelConfig
+from phi1.errors import UserError
+from phi1.files import sha256_file, write_json
+from phi1.model import Phi1
+from phi1.tokenizer import Tokenizer
+
+CONFIG = "config.json"
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+TOKENIZER = "tokenizer.json"
+CHECKPOINT = "checkpoint.json"
+LAST = "last"
+
+# Fields of ModelConfig that may differ between a checkpoint and the recipe that starts from it.
+_FREE_FIELDS = {"attention_dropout", "residual_dropout", "initializer_range"}
+
+
+def write_model(
+    folder: pathlib.Path | str,
+    model: Phi1,
+    tokenizer: Tokenizer,
+    facts: dict[str, Any],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> pathlib.Path:
+    """Writes a checkpoint: whole at `folder`, or not at all.
+
+    facts: JSON-able, kept in checkpoint.json. optimizer: kept too, so that training can go on from here.
+    UserError if `folder` exists, or the disk is full.
+    """
+    folder = pathlib.Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder}: already exists; choose another folder, or delete it")
+    with _atomic_folder(folder) as temporary:
+        write_json(temporary / CONFIG, dataclasses.asdict(model.config))
+        _save(temporary / MODEL, model.state_dict())
+        tokenizer.save(temporary / TOKENIZER)
+        if optimizer is not None:
+            names = {parameter: name for name, parameter in model.named_parameters()}
+            state = {
+                f"{names[parameter]}/{key}": value
+                for parameter, values in optimizer.state.items()
+                for key, value in values.items()
+            }
+            _save(temporary / OPTIMIZER, state)
+        files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
+        write_json(temporary / CHECKPOINT, {"facts": facts, "code_version": __version__, "files": files})
+    return folder
+
+
+def load_model(
+    folder: pathlib.Path | str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[Phi1, Tokenizer]:
+    """The model, in evaluation mode, and the tokenizer of a checkpoint (or of a run folder's last one).
+
+    dtype: type to hold the parameters in; None: as they were written. UserError if the checkpoint is corrupt.
+    """
+    folder = resolve(folder)
+    read_facts(folder)
+    with torch.device("meta"):
+        model = Phi1(read_config(folder))
+    _load_parameters(folder, model, device)
+    return model.to(dtype=dtype).eval(), Tokenizer.load(folder / TOKENIZER)
+
+
+def restore(folder: pathlib.Path, model: Phi1, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Puts a training checkpoint's parameters and optimizer state into `model` and `optimizer`; returns its facts.
+
+    UserError if the checkpoint is corrupt, of another model shape, or without optimizer state.
+    """
+    facts = read_facts(folder)
+    require_shape(folder, model.config)
+    if not (folder / OPTIMIZER).exists():
+        raise UserError(f"{folder}: has no optimizer state, so training cannot go on from it; use it as --init-from")
+    initialize(folder, model)
+    state = safetensors.torch.load_file(folder / OPTIMIZER)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    flat = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    groups = optimizer.state_dict()["param_groups"]
+    by_index: dict[int, dict[str, torch.Tensor]] = {
+        index: {key.split("/")[1]: value for key, value in state.items() if key.split("/")[0] == names[parameter]}
+        for index, parameter in enumerate(flat)
+    }
+    optimizer.load_state_dict({"state": {i: s for i, s in by_index.items() if s}, "param_groups": groups})
+    return facts
+
+
+def initialize(folder: pathlib.Path, model: Phi1) -> None:
+    """Copies a checkpoint's parameters into `model`, whatever type they were written in."""
+    require_shape(folder, model.config)
+    model.load_state_dict(safetensors.torch.load_file(folder / MODEL))
+
+
+def resolve(folder: pathlib.Path | str) -> pathlib.Path:
+    """The checkpoint folder meant by a checkpoint folder, a run folder (its newest) or its `last`."""
+    folder = pathlib.Path(folder)
+    if (folder / CHECKPOINT).exists():
+        return folder.resolve()
+    found = newest(folder)
+    if found is None:
+        reason = "no such folder" if not folder.is_dir() else f"no whole checkpoint there (no {CHECKPOINT})"
+        raise UserError(f"{folder}: {reason}; name a folder that phi1 train or phi1 import wrote")
+    return found.resolve()
+
+
+def read_facts(folder: pathlib.Path) -> dict[str, Any]:
+    """The facts of a checkpoint, all its files checked against their SHA-256. UserError names a corrupt file."""
+    path = folder / CHECKPOINT
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        facts, files = record["facts"], record["files"]
+    except FileNotFoundError:
+        raise UserError(f"{folder}: unfinished, or not a checkpoint (no {CHECKPOINT}); use another one") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: corrupt ({type(error).__name__}: {error}); {_way_out(folder)}") from error
+    for name, digest in files.items():
+        if not (folder / name).exists():
+            raise UserError(f"{folder / name}: missing, so the checkpoint is corrupt; {_way_out(folder)}")
+        if sha256_file(folder / name) != digest:
+            raise UserError(f"{folder / name}: corrupt (its SHA-256 is not {CHECKPOINT}'s); {_way_out(folder)}")
+    return facts
+
+
+def read_config(folder: pathlib.Path) -> ModelConfig:
+    """The model shape of a checkpoint."""
+    path = folder / CONFIG
+    try:
+        return ModelConfig(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a model shape of this version of phi1 ({error})") from error
+
+
+def require_shape(folder: pathlib.Path, config: ModelConfig) -> None:
+    """UserError unless the checkpoint's model has the shape `config` (dropout may differ)."""
+    there, here = dataclasses.asdict(read_config(folder)), dataclasses.asdict(config)
+    differing = [
+        f"{name} = {there[name]} there, {here[name]} in the recipe"
+        for name in here
+        if name not in _FREE_FIELDS and there[name] != here[name]
+    ]
+    if differing:
+        raise UserError(
+            f"{folder}: a checkpoint of another model ({'; '.join(differing)}); "
+            "make [model] the same, or choose another checkpoint or --run folder"
+        )
+
+
+def newest(run: pathlib.Path) -> pathlib.Path | None:
+    """The whole checkpoint with the highest step in a run folder."""
+    found = _checkpoints(run)
+    return found[max(found)] if found else None
+
+
+def publish(folder: pathlib.Path, *, keep_last: int, keep_every: int) -> None:
+    """Points the run's `last` at `folder`, then deletes older checkpoints.
+
+    Kept are the newest `keep_last` (at least one) and the multiples of `keep_every` (0: none).
+    """
+    run = folder.parent
+    link = run / f"{LAST}.tmp-{os.getpid()}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    os.replace(link, run / LAST)
+    found = _checkpoints(run)
+    for step in sorted(found)[: -max(keep_last, 1)]:
+        if found[step] != folder and not (keep_every and step % keep_every == 0):
+            # Renamed first, so that a half-deleted checkpoint is never taken for one.
+            doomed = found[step].rename(run / f"{found[step].name}.tmp-delete")
+            shutil.rmtree(doomed)
+
+
+def remove_leftovers(run: pathlib.Path) -> None:
+    """Deletes what an interrupted write or deletion left in a run folder (no other training may run there)."""
+    for path in run.glob("step-*.tmp-*"):
+        shutil.rmtree(path)
+
+
+def _checkpoints(run: pathlib.Path) -> dict[int, pathlib.Path]:
+    names = [path.name for path in run.iterdir()] if run.is_dir() else []
+    matches = [match for match in map(re.compile(r"step-(\d+)").fullmatch, names) if match]
+    return {int(m[1]): run / m[0] for m in matches if (run / m[0] / CHECKPOINT).exists()}
+
+
+def _way_out(folder: pathlib.Path) -> str:
+    older = [path.name for path in _checkpoints(folder.parent).values() if path.name < folder.name]
+    return f"delete {folder} to go on from {max(older)}" if older else f"delete {folder} and make it again"
+
+
+def _load_parameters(folder: pathlib.Path, model: Phi1, device: str | torch.device) -> None:
+    state = safetensors.torch.load_file(folder / MODEL, device=str(device))
+    model.load_state_dict(state, assign=True)
+
+
+def _save(path: pathlib.Path, tensors: dict[str, torch.Tensor]) -> None:
+    safetensors.torch.save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    path.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+
+
+def _umask() -> int:
+    os.umask(mask := os.umask(0o022))
+    return mask
+
+
+@contextlib.contextmanager
+def _atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary folder that is synced and takes the name `folder` when the block ends well."""
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        temporary.rename(folder)
+        _sync(folder.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        full = {errno.ENOSPC, errno.EDQUOT}
+        # safetensors reports the system's error number in its text only.
+        code = error.errno if isinstance(error, OSError) else int((re.findall(r"os error (\d+)", str(error)) or [0])[0])
+        if code in full:
+            raise UserError(
+                f"no space left while writing the checkpoint {folder}: free space on that disk and run the same "
+                "command again; earlier checkpoints are whole"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
