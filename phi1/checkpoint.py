@@ -62,9 +62,9 @@ def write_model(
     folder = pathlib.Path(folder)
     if folder.exists():
         raise UserError(f"{folder}: already exists; choose another folder, or delete it")
-    with _atomic_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         write_json(temporary / CONFIG, dataclasses.asdict(model.config))
-        _save(temporary / MODEL, model.state_dict())
+        save_tensors(temporary / MODEL, model.state_dict())
         tokenizer.save(temporary / TOKENIZER)
         if optimizer is not None:
             names = {parameter: name for name, parameter in model.named_parameters()}
@@ -73,7 +73,7 @@ def write_model(
                 for parameter, values in optimizer.state.items()
                 for key, value in values.items()
             }
-            _save(temporary / OPTIMIZER, state)
+            save_tensors(temporary / OPTIMIZER, state)
         files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
         write_json(temporary / CHECKPOINT, {"facts": facts, "code_version": __version__, "files": files})
     return folder
@@ -222,8 +222,10 @@ def _load_parameters(folder: pathlib.Path, model: Phi1, device: str | torch.devi
     model.load_state_dict(state, assign=True)
 
 
-def _save(path: pathlib.Path, tensors: dict[str, torch.Tensor]) -> None:
-    safetensors.torch.save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+def save_tensors(path: pathlib.Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes a safetensors file that transformers loads too (it asks for the format's name)."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(contiguous, path, metadata={"format": "pt"})
     path.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
 
 
@@ -233,7 +235,7 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def _atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary folder that is synced and takes the name `folder` when the block ends well."""
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     try:
