@@ -1,0 +1,21 @@
+// The table of CPU kernels that each instruction set's object fills in.
+#pragma once
+
+#include "rotary.h"
+
+namespace phi1::cpu {
+
+struct Kernels {
+  void (*rotary)(const RotaryArgs&, int threads);
+};
+
+// The table of the instruction set in use: the best that this CPU has, or PHI1_ISA's.
+const Kernels& kernels();
+
+// Its name: portable, avx2, avx512 or avx512_bf16.
+const char* isa_name();
+
+// Uses another one; throws std::invalid_argument if it is unknown, not built, or this CPU lacks it.
+void use_isa(const char* name);
+
+}  // namespace phi1::cpu

@@ -1,0 +1,28 @@
+"""One library of ops, several backends behind each.
+
+    apply_rotary, flash_attention, parallel_block, layer_norm, linear_cross_entropy
+
+`print(kernels.backends())` shows what runs here; `use_backend` and PHI1_KERNELS override the choice.
+"""
+
+from kernels import cpu as _cpu
+from kernels import cuda as _cuda
+from kernels import triton as _triton
+from kernels.attention import flash_attention
+from kernels.block import parallel_block
+from kernels.loss import linear_cross_entropy
+from kernels.norm import layer_norm
+from kernels.registry import BACKENDS, BackendError, backends, use_backend
+from kernels.rotary import apply_rotary
+
+__all__ = [
+    "BACKENDS",
+    "BackendError",
+    "apply_rotary",
+    "backends",
+    "flash_attention",
+    "layer_norm",
+    "linear_cross_entropy",
+    "parallel_block",
+    "use_backend",
+]

@@ -1,0 +1,153 @@
+"""Flash attention: softmax(scale q k^T) v without the matrix, for the layouts and options of FlashAttention."""
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels import torch as torch_backend
+from kernels.checks import check, check_device, check_dtype, check_like
+from kernels.registry import choose, implementation, register
+
+_OPTIONS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, float dropout_p, int dropout_seed, str backend"
+torch.library.define("phi1::attention_forward", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)")
+torch.library.define(
+    "phi1::attention_backward",
+    f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("phi1::attention_forward", ("cpu", "cuda"))
+def _forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    return implementation("flash_attention", options[-1])[0](q, k, v, *options[:-1])
+
+
+@torch.library.impl("phi1::attention_backward", ("cpu", "cuda"))
+def _backward(grad_out, q, k, v, out, lse, *options) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    return implementation("flash_attention", options[-1])[1](grad_out, q, k, v, out, lse, *options[:-1])
+
+
+@torch.library.register_fake("phi1::attention_forward")
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=reference.working_dtype(q.dtype))
+    return q.new_empty(q.shape), lse
+
+
+@torch.library.register_fake("phi1::attention_backward")
+def _backward_fake(grad_out, q, k, v, out, lse, *options) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+class _Attention(torch.autograd.Function):
+    """Saves q, k, v, out and the log-sum-exp; the lse output carries no gradient."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, *options):  # type: ignore[no-untyped-def]
+        out, lse = torch.ops.phi1.attention_forward(q, k, v, *options)
+        ctx.save_for_backward(q, k, v, out, lse, options[0], options[1])
+        ctx.options = options[2:]
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, _):  # type: ignore[no-untyped-def]
+        q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
+        grads = torch.ops.phi1.attention_backward(grad_out, q, k, v, out, lse, cu_q, cu_k, *ctx.options)
+        return *grads, None, None, None, None, None, None, None
+
+
+register("flash_attention", "reference", (reference.attention_forward, reference.attention_backward))
+register(
+    "flash_attention",
+    "torch",
+    torch_backend.attention,
+    refuses=torch_backend.attention_refuses,
+)
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int = 0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    deterministic: bool = True,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out = dropout(softmax(scale q k^T + mask)) v, in FlashAttention's layout.
+
+    q: (batch, seqlen_q, heads, head_dim). k, v: (batch, seqlen_k, kv_heads, head_dim); kv_heads divides heads.
+    causal: query i sees key j if j <= i + seqlen_k - seqlen_q (bottom-right aligned). A row that sees no
+        key gives zeros and lse = -inf.
+    scale: default head_dim ** -0.5.
+    dropout_p, dropout_seed: dropout of the probabilities; the mask is `kernels.reference.dropout_keep`, bit for bit
+        the same on every backend that serves dropout.
+    cu_seqlens_q, cu_seqlens_k: packed documents: batch is 1, int32 (documents + 1,) offsets into the sequence from 0 to
+        its length; document i's queries see document i's keys only. In the mask, plane counts documents, and
+        rows and columns start at 0 in each.
+    deterministic: ask for a bitwise reproducible backward; a backend without a faster way ignores False.
+    return_lse: also return the log-sum-exp (batch, heads, seqlen_q), float32, no gradient.
+    out: write the result here (q's shape and dtype, may be a strided view); only where no gradient is needed.
+
+    Returns out (q's shape and dtype), or (out, lse). Gradients flow to q, k, v.
+    Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check(x.dim() == 4, f"{name}.shape = {tuple(x.shape)}: must be (batch, seqlen, heads, head_dim)")
+    check_dtype("q", q)
+    check_like("k", k, "q", q)
+    check_like("v", v, "q", q)
+    batch, _, heads, head_dim = q.shape
+    check(
+        k.shape[0] == batch and k.shape[3] == head_dim,
+        f"k.shape = {tuple(k.shape)}: must be ({batch}, seqlen_k, kv_heads, {head_dim}), q being {tuple(q.shape)}",
+    )
+    check(v.shape == k.shape, f"v.shape = {tuple(v.shape)}: must be k.shape = {tuple(k.shape)}")
+    check(
+        k.shape[2] > 0 and heads % k.shape[2] == 0,
+        f"k.shape[2] = {k.shape[2]} key/value heads: must divide q's {heads} heads",
+    )
+    check(q.shape[1] > 0 and k.shape[1] > 0, f"seqlen_q = {q.shape[1]}, seqlen_k = {k.shape[1]}: must be at least 1")
+    check(0.0 <= dropout_p < 1.0, f"dropout_p = {dropout_p}: must be in [0, 1)")
+    check(
+        (cu_seqlens_q is None) == (cu_seqlens_k is None),
+        "cu_seqlens_q and cu_seqlens_k: give both or neither",
+    )
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu is not None:
+            check(
+                cu.dtype == torch.int32 and cu.dim() == 1 and cu.shape[0] >= 2,
+                f"{name} = {cu.dtype} {tuple(cu.shape)}: must be int32 of shape (documents + 1,)",
+            )
+            check(batch == 1, f"q.shape[0] = {batch} with {name}: fold the batch into the sequence (batch 1)")
+            check_device(name, cu, "q", q)
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        check(
+            cu_seqlens_q.shape == cu_seqlens_k.shape,
+            f"cu_seqlens_q and cu_seqlens_k hold {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1} documents: must agree",
+        )
+    scale = head_dim**-0.5 if scale is None else scale
+    if out is not None:
+        check(out.shape == q.shape, f"out.shape = {tuple(out.shape)}: must be q.shape = {tuple(q.shape)}")
+        check_like("out", out, "q", q)
+        check(
+            not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)),
+            "out is given while gradients are recorded: call under torch.no_grad(), or leave out=None",
+        )
+    options = {"dropout_p": dropout_p, "return_lse": return_lse, "dtype": q.dtype, "head_dim": head_dim}
+    name = choose("flash_attention", q.device.type, backend, **options)
+    if name == "torch":
+        result, lse = torch_backend.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale), None
+    else:
+        result, lse = _Attention.apply(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p, dropout_seed, name
+        )  # fmt: skip
+    if out is not None:
+        result = out.copy_(result)
+    return (result, lse) if return_lse else result

@@ -1,0 +1,116 @@
+"""phi-1's parallel block: attention and MLP side by side on one LayerNorm, as two matrix products.
+
+    [q | k | v | u] = LN(x) W_in^T + b_in          hidden -> (heads + 2 kv_heads) head_dim + inner
+    y = x + dropout([attn(rot(q), rot(k), v) | gelu(u)] W_out^T + b_out)
+
+One residual mask covers the sum of both branches (transformers' PhiDecoderLayer draws one for each): with W_out
+fused there is one sum to drop from, and each element is dropped with the same probability.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import reference
+from kernels.attention import flash_attention
+from kernels.checks import check, check_dtype, check_like, check_shape
+from kernels.norm import layer_norm
+from kernels.registry import choose, forced_backend, register
+from kernels.rotary import apply_rotary
+
+KVCache = tuple[Tensor, Tensor, int]
+"""Keys and values (batch, capacity, kv_heads, head_dim) of the tokens so far, and how many there are."""
+
+_PIECES = {
+    "reference": (reference.linear, reference.gelu),
+    "torch": (F.linear, lambda u: F.gelu(u, approximate="tanh")),
+}
+for _name, _pieces in _PIECES.items():
+    register("parallel_block", _name, _pieces)
+
+
+def parallel_block(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    b_out: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    eps: float = 1e-5,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    attention_dropout: float = 0.0,
+    residual_dropout: float = 0.0,
+    dropout_seed: int = 0,
+    kv_cache: KVCache | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One decoder layer (phi-1 paper section 2.3; transformers' PhiDecoderLayer), causal.
+
+    x: (batch, seq, hidden). norm_weight, norm_bias: (hidden,).
+    w_in: (heads * head_dim + 2 * kv_heads * head_dim + inner, hidden), rows [q | k | v | u]; b_in its rows.
+    w_out: (hidden, heads * head_dim + inner), columns [attention | gelu]; b_out: (hidden,). All of x's dtype.
+    cos, sin: (positions, rotary_dim / 2) float32. positions: as in `apply_rotary`.
+    cu_seqlens: int32 (documents + 1,), offsets into the folded batch * seq tokens; attention stays inside a document.
+    attention_dropout, residual_dropout, dropout_seed: masks are `kernels.reference.dropout_keep` of the seed.
+    kv_cache: (k, v, length): this call's keys and values are written at [length, length + seq), then attention
+        runs over the first length + seq. For inference: no gradient reaches the cache.
+    Returns y (batch, seq, hidden).
+
+    With `backend` (or an override) every piece runs on it; automatic choice picks per piece.
+    Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
+    """
+    check(x.dim() == 3, f"x.shape = {tuple(x.shape)}: must be (batch, seq, hidden)")
+    check_dtype("x", x)
+    batch, seq, hidden = x.shape
+    q_width, kv_width = heads * head_dim, kv_heads * head_dim
+    inner = w_in.shape[0] - q_width - 2 * kv_width
+    check(
+        w_in.dim() == 2 and w_in.shape[1] == hidden and inner > 0,
+        f"w_in.shape = {tuple(w_in.shape)}: must be ({q_width} + 2 * {kv_width} + inner, {hidden})",
+    )
+    check_shape("b_in", b_in, (w_in.shape[0],), "(w_in's rows,)")
+    check_shape("w_out", w_out, (hidden, q_width + inner), "(hidden, attention width + inner)")
+    check_shape("b_out", b_out, (hidden,), "(hidden,)")
+    for name, parameter in (("w_in", w_in), ("b_in", b_in), ("w_out", w_out), ("b_out", b_out)):
+        check_like(name, parameter, "x", x)
+    check(0.0 <= residual_dropout < 1.0, f"residual_dropout = {residual_dropout}: must be in [0, 1)")
+    check(
+        kv_cache is None or cu_seqlens is None,
+        "kv_cache and cu_seqlens are both given: decode packed documents as separate batch entries",
+    )
+    linear, gelu = _PIECES[choose("parallel_block", x.device.type, backend, dtype=x.dtype)]
+    piece = forced_backend(backend)
+
+    z = linear(layer_norm(x, norm_weight, norm_bias, eps, backend=piece), w_in, b_in)
+    q, k, v, u = z.split([q_width, kv_width, kv_width, inner], dim=-1)
+    q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in (q, k, v))
+    q, k = apply_rotary(q, k, cos, sin, positions=positions, backend=piece)
+    if kv_cache is not None:
+        keys, values, length = kv_cache
+        check(
+            length + seq <= keys.shape[1],
+            f"kv_cache holds {length} of {keys.shape[1]} tokens: {seq} more do not fit; make a longer cache",
+        )
+        keys[:batch, length : length + seq] = k
+        values[:batch, length : length + seq] = v
+        k, v = keys[:batch, : length + seq], values[:batch, : length + seq]
+    if cu_seqlens is not None:
+        q, k, v = (part.reshape(1, batch * seq, -1, head_dim) for part in (q, k, v))
+    attention = flash_attention(
+        q, k, v, dropout_p=attention_dropout, dropout_seed=dropout_seed,
+        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, backend=piece,
+    )  # fmt: skip
+    assert isinstance(attention, Tensor)
+    y = linear(torch.cat([attention.reshape(batch, seq, q_width), gelu(u)], dim=-1), w_out, b_out)
+    if residual_dropout > 0:
+        keep = reference.residual_keep(dropout_seed, batch * seq, hidden, residual_dropout, x.device)
+        y = y * (keep.view(batch, seq, hidden) * reference.dropout_scale(residual_dropout)).to(y.dtype)
+    return x + y

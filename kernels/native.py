@@ -1,0 +1,49 @@
+"""What the native backends share: how a tensor is handed to kernels._native."""
+
+import torch
+from torch import Tensor
+
+try:
+    from kernels import _native
+except ImportError as error:  # not built, or built for another Python
+    _native = None  # type: ignore[assignment]
+    MISSING: str | None = f"kernels._native cannot be imported ({error}); build it with `pip install -e .`"
+else:
+    MISSING = None
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def refuses_dtype(*, dtype: torch.dtype, **_: object) -> str | None:
+    """Why native kernels cannot serve this dtype, or None."""
+    return None if dtype in DTYPE_CODES else f"dtype = {dtype}: native kernels take float32, bfloat16 and float16"
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """x if its last dim is contiguous, else a contiguous copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def heads_spec(x: Tensor) -> tuple[int, int, int, int]:
+    """(address, batch, seq and head strides in elements) of a (batch, seq, heads, head_dim) tensor."""
+    return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
+
+
+def rotary_arguments(
+    q: Tensor,
+    k: Tensor,
+    q_out: Tensor,
+    k_out: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    inverse: bool,
+) -> tuple[object, ...]:
+    """The arguments of `_native.rotary_cpu` and `_native.rotary_cuda`, but for the last (threads or stream)."""
+    batch, seq, heads, head_dim = q.shape
+    position_stride = positions.stride(0) if positions is not None and positions.dim() == 2 else 0
+    return (
+        heads_spec(q), heads_spec(k), heads_spec(q_out), heads_spec(k_out), (batch, seq, heads, k.shape[2], head_dim),
+        cos.data_ptr(), sin.data_ptr(), cos.shape[1], 0 if positions is None else positions.data_ptr(), position_stride,
+        inverse, DTYPE_CODES[q.dtype],
+    )  # fmt: skip

@@ -1,0 +1,222 @@
+"""The ground truth: every op in plain PyTorch, written to be read, exact in float64.
+
+Arithmetic is in float64 for float64 inputs and in float32 for all others; results are rounded once, to the
+inputs' type. Every other backend is tested against this file.
+"""
+
+import torch
+from torch import Tensor
+
+ATTENTION_OFFSET = 0
+"""Philox offset of the attention mask."""
+RESIDUAL_OFFSET = 1
+"""Philox offset of the residual mask."""
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ------------------------------------------------------------------------------------------------ dropout
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox 4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011).
+
+    counter: four int64 tensors holding 32-bit words, broadcastable. seed: 64 bits, the key.
+    Returns four int64 tensors of 32-bit words.
+    """
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & mask, (seed >> 32) & mask
+    for _ in range(10):
+        # The int64 products wrap; their 64 bits are those of the unsigned product.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & mask) ^ c1 ^ k0, p1 & mask, ((p0 >> 32) & mask) ^ c3 ^ k1, p0 & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0, c1, c2, c3
+
+
+def dropout_threshold(p: float) -> int:
+    """Elements whose 16 random bits are below this are dropped: p rounded to a multiple of 1/65536."""
+    return min(round(p * 65536), 65535)
+
+
+def dropout_scale(p: float) -> float:
+    """What kept elements are multiplied by: one over the exact probability of being kept."""
+    return 65536 / (65536 - dropout_threshold(p))
+
+
+def dropout_keep(seed: int, offset: int, plane: Tensor, row: Tensor, column: Tensor, p: float) -> Tensor:
+    """Which elements dropout keeps: a pure function of (seed, offset, plane, row, column), on every backend.
+
+    plane, row, column: int64 tensors, broadcast together. plane is batch * heads + head for attention, 0
+    for the residual. One Philox counter (column / 32 * 4 + column % 8 / 2, row, plane, offset) yields eight
+    16-bit values, for the columns {0, 1, 8, 9, 16, 17, 24, 25} + 2 (column % 8 / 2) of a group of 32:
+    the columns that one thread holds of one row in four m16n8 tiles of `mma.sync`, so that a kernel
+    draws once for eight elements.
+    Returns a bool tensor of the broadcast shape.
+    """
+    slot = column % 32 // 8 * 2 + column % 2
+    words = philox((column // 32 * 4 + column % 8 // 2, row, plane, torch.full_like(column, offset)), seed)
+    word = torch.stack(torch.broadcast_tensors(*words)).gather(0, (slot // 2).expand(words[0].shape)[None])[0]
+    value = (word >> (slot % 2 * 16)) & 0xFFFF
+    return value >= dropout_threshold(p)
+
+
+def residual_keep(seed: int, rows: int, columns: int, p: float, device: torch.device) -> Tensor:
+    """The (rows, columns) residual mask of a block: row is the token in the folded batch, column the hidden index."""
+    row = torch.arange(rows, device=device)[:, None]
+    column = torch.arange(columns, device=device)[None, :]
+    return dropout_keep(seed, RESIDUAL_OFFSET, torch.zeros_like(row), row, column, p)
+
+
+# ------------------------------------------------------------------------------------------------- rotary
+
+
+def rotary_table(
+    positions: int, rotary_dim: int, base: float = 10000.0, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (positions, rotary_dim / 2) float32: angles position * base^(-2i / rotary_dim).
+
+    Source: RoFormer (arXiv 2104.09864) section 3.2; frequencies over rotary_dim as in transformers' modeling_phi.py.
+    """
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / rotary_dim
+    angles = torch.arange(positions, dtype=torch.float64, device=device)[:, None] * base**-exponents
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool) -> Tensor:
+    """Rotates the first 2 * cos.shape[-1] dims of x (batch, seq, heads, head_dim); see `kernels.apply_rotary`."""
+    half = cos.shape[-1]
+    dtype = working_dtype(x.dtype)
+    # (seq, 1, half) or (batch, seq, 1, half)
+    c = (cos[: x.shape[1]] if positions is None else cos[positions]).to(dtype).unsqueeze(-2)
+    s = (sin[: x.shape[1]] if positions is None else sin[positions]).to(dtype).unsqueeze(-2)
+    if inverse:
+        s = -s
+    first, second, rest = x[..., :half].to(dtype), x[..., half : 2 * half].to(dtype), x[..., 2 * half :]
+    return torch.cat([(first * c - second * s).to(x.dtype), (second * c + first * s).to(x.dtype), rest], dim=-1)
+
+
+def rotary(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """q and k rotated by +angle, or by -angle (`inverse`, the gradient)."""
+    return rotate(q, cos, sin, positions, inverse), rotate(k, cos, sin, positions, inverse)
+
+
+# ---------------------------------------------------------------------------------------------- attention
+
+
+def _probabilities(q: Tensor, k: Tensor, lse: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """(softmax(scale q k^T) , log-sum-exp) for q (batch, heads, m, d) and k (batch, heads, n, d)."""
+    scores = scale * (q @ k.transpose(-1, -2))
+    m, n = scores.shape[-2:]
+    if causal:  # bottom-right aligned: the last query sees the last key
+        visible = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m)
+        scores = scores.masked_fill(~visible, float("-inf"))
+    if lse is None:
+        lse = torch.logsumexp(scores, dim=-1)
+    # A row that sees no key has lse = -inf: its probabilities are zeros, not exp(-inf + inf).
+    p = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    return p, lse
+
+
+def _attention_keep(p: Tensor, dropout_p: float, seed: int, first_batch: int) -> Tensor:
+    batch, heads, m, n = p.shape
+    index = [torch.arange(size, device=p.device) for size in (batch, heads, m, n)]
+    plane = ((first_batch + index[0])[:, None] * heads + index[1])[:, :, None, None]
+    return dropout_keep(seed, ATTENTION_OFFSET, plane, index[2][:, None], index[3][None, :], dropout_p)
+
+
+def _documents(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) -> list[tuple[slice, slice, slice, int]]:
+    """(batch slice, query slice, key slice, index of the first batch entry) per independent problem."""
+    if cu_q is None or cu_k is None:
+        return [(slice(None), slice(None), slice(None), 0)]
+    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
+    return [
+        (slice(None), slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1]), i)
+        for i in range(len(starts_q) - 1)
+    ]
+
+
+def _heads_first(x: Tensor, heads: int) -> Tensor:
+    """(batch, seq, kv_heads, d) -> (batch, heads, seq, d) in the working type, key/value heads repeated."""
+    x = x.to(working_dtype(x.dtype)).transpose(1, 2)
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    causal: bool, scale: float, dropout_p: float, dropout_seed: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out (like q) and the log-sum-exp (batch, heads, seqlen_q) of `kernels.flash_attention`."""
+    heads = q.shape[2]
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.full((q.shape[0], heads, q.shape[1]), float("-inf"), dtype=working_dtype(q.dtype), device=q.device)
+    for b, i, j, first in _documents(cu_seqlens_q, cu_seqlens_k, q, k):
+        qs, ks, vs = _heads_first(q[b, i], heads), _heads_first(k[b, j], heads), _heads_first(v[b, j], heads)
+        p, lse[b, :, i] = _probabilities(qs, ks, None, causal, scale)
+        if dropout_p > 0:
+            p = p * _attention_keep(p, dropout_p, dropout_seed, first) * dropout_scale(dropout_p)
+        out[b, i] = (p @ vs).transpose(1, 2).to(q.dtype)
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    causal: bool, scale: float, dropout_p: float, dropout_seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v from the saved log-sum-exp (FlashAttention, arXiv 2205.14135, appendix B.4)."""
+    heads, kv_heads = q.shape[2], k.shape[2]
+    grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    for b, i, j, first in _documents(cu_seqlens_q, cu_seqlens_k, q, k):
+        qs, ks, vs = _heads_first(q[b, i], heads), _heads_first(k[b, j], heads), _heads_first(v[b, j], heads)
+        do, o = _heads_first(grad_out[b, i], heads), _heads_first(out[b, i], heads)
+        p, _ = _probabilities(qs, ks, lse[b, :, i].to(qs.dtype), causal, scale)
+        dropped, dp = p, do @ vs.transpose(-1, -2)
+        if dropout_p > 0:
+            keep = _attention_keep(p, dropout_p, dropout_seed, first) * dropout_scale(dropout_p)
+            dropped, dp = p * keep, dp * keep
+        ds = scale * p * (dp - (do * o).sum(-1, keepdim=True))
+        dk, dv = ds.transpose(-1, -2) @ qs, dropped.transpose(-1, -2) @ do
+        grads[0][b, i] = (ds @ ks).transpose(1, 2).to(q.dtype)
+        for grad, full in ((grads[1], dk), (grads[2], dv)):  # query heads of a group add up
+            grad[b, j] = full.unflatten(1, (kv_heads, -1)).sum(2).transpose(1, 2).to(grad.dtype)
+    return grads[0], grads[1], grads[2]
+
+
+# --------------------------------------------------------------------------------------- the other pieces
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim (arXiv 1607.06450)."""
+    dtype = working_dtype(x.dtype)
+    y = x.to(dtype)
+    y = y - y.mean(-1, keepdim=True)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return (y * weight.to(dtype) + bias.to(dtype)).to(x.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU, tanh approximation (arXiv 1606.08415)."""
+    y = x.to(working_dtype(x.dtype))
+    return (0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))).to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + b."""
+    dtype = working_dtype(x.dtype)
+    return (x.to(dtype) @ weight.to(dtype).T + bias.to(dtype)).to(x.dtype)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """Summed cross-entropy of softmax(hidden W^T + b), logits in full."""
+    dtype = working_dtype(hidden.dtype)
+    logits = hidden.to(dtype) @ weight.to(dtype).T + bias.to(dtype)
+    kept = targets != ignore_index
+    picked = logits.gather(-1, torch.where(kept, targets, 0)[:, None])[:, 0]
+    return torch.where(kept, torch.logsumexp(logits, -1) - picked, 0.0).sum()

@@ -1,0 +1,105 @@
+"""Partial rotary position embedding on q and k."""
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.checks import check, check_device, check_dtype, check_like
+from kernels.registry import choose, implementation, register
+
+torch.library.define(
+    "phi1::rotary",
+    "(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, bool inverse, str backend) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("phi1::rotary", ("cpu", "cuda"))
+def _rotary(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return implementation("apply_rotary", backend)(q, k, cos, sin, positions, inverse)
+
+
+@torch.library.register_fake("phi1::rotary")
+def _rotary_fake(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, positions, backend):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.backend = backend
+        return torch.ops.phi1.rotary(q, k, cos, sin, positions, False, backend)
+
+    @staticmethod
+    def backward(ctx, grad_q, grad_k):  # type: ignore[no-untyped-def]
+        # A rotation's transpose is the rotation by the negative angle.
+        cos, sin, positions = ctx.saved_tensors
+        grad_q, grad_k = torch.ops.phi1.rotary(grad_q, grad_k, cos, sin, positions, True, ctx.backend)
+        return grad_q, grad_k, None, None, None, None
+
+
+register("apply_rotary", "reference", reference.rotary)
+# Plain PyTorch again, but in the caller's graph: torch.compile fuses it with its neighbours.
+register("apply_rotary", "torch", reference.rotary)
+
+
+def apply_rotary(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    positions: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rotates the first rotary_dim = 2 * cos.shape[-1] dims of every head; the rest passes through.
+
+    Dim i is paired with dim i + rotary_dim / 2 ("rotate half", as in transformers' modeling_phi.py):
+    (a, b) -> (a cos - b sin, b cos + a sin), computed in float32 (float64 for float64 inputs).
+
+    q: (batch, seq, heads, head_dim), any strides with a contiguous last dim in the native backends.
+    k: (batch, seq, kv_heads, head_dim), q's dtype.
+    cos, sin: (positions, rotary_dim / 2) float32, see `kernels.reference.rotary_table`.
+    positions: row of the table for each token, (seq,) or (batch, seq) int64; default: its index in the sequence.
+    Returns new tensors shaped like q and k. Gradients flow to q and k.
+
+    Raises ValueError if shapes, dtypes or devices do not fit, BackendError if `backend` cannot serve the call.
+    A position outside the table is undefined behaviour on a GPU and an error on a CPU.
+    """
+    check(q.dim() == 4, f"q.shape = {tuple(q.shape)}: must be (batch, seq, heads, head_dim)")
+    check(k.dim() == 4, f"k.shape = {tuple(k.shape)}: must be (batch, seq, kv_heads, head_dim)")
+    check_dtype("q", q)
+    check_like("k", k, "q", q)
+    batch, seq, _, head_dim = q.shape
+    check(
+        k.shape[0] == batch and k.shape[1] == seq and k.shape[3] == head_dim,
+        f"k.shape = {tuple(k.shape)}: must be ({batch}, {seq}, kv_heads, {head_dim}), q being {tuple(q.shape)}",
+    )
+    check(cos.dim() == 2, f"cos.shape = {tuple(cos.shape)}: must be (positions, rotary_dim / 2)")
+    check(sin.shape == cos.shape, f"sin.shape = {tuple(sin.shape)}: must be cos.shape = {tuple(cos.shape)}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        check(table.dtype == torch.float32, f"{name}.dtype = {table.dtype}: must be float32; use {name}.float()")
+        check_device(name, table, "q", q)
+    check(
+        2 * cos.shape[1] <= head_dim,
+        f"cos.shape = {tuple(cos.shape)}: rotary_dim = {2 * cos.shape[1]} exceeds head_dim = {head_dim}",
+    )
+    if positions is None:
+        check(
+            cos.shape[0] >= seq,
+            f"cos.shape = {tuple(cos.shape)}: {seq} tokens need {seq} rows; build a longer rotary_table",
+        )
+    else:
+        check(
+            positions.dtype == torch.int64 and tuple(positions.shape) in ((seq,), (batch, seq)),
+            f"positions = {positions.dtype} {tuple(positions.shape)}: must be int64 of shape ({seq},) or ({batch}, {seq})",
+        )
+        check_device("positions", positions, "q", q)
+    name = choose("apply_rotary", q.device.type, backend, dtype=q.dtype)
+    if name == "torch":
+        return reference.rotary(q, k, cos, sin, positions, False)
+    return _Rotary.apply(q, k, cos, sin, positions, name)
