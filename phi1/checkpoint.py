@@ -67,7 +67,7 @@ def write_model(
         save_tensors(temporary / MODEL, model.state_dict())
         tokenizer.save(temporary / TOKENIZER)
         if optimizer is not None:
-            names = {parameter: name for name, parameter in model.named_parameters()}
+            names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
             state = {
                 f"{names[parameter]}/{key}": value
                 for parameter, values in optimizer.state.items()
@@ -90,36 +90,34 @@ def load_model(
     read_facts(folder)
     with torch.device("meta"):
         model = Phi1(read_config(folder))
-    _load_parameters(folder, model, device)
+    model.load_state_dict(safetensors.torch.load_file(folder / MODEL, device=str(device)), assign=True)
     return model.to(dtype=dtype).eval(), Tokenizer.load(folder / TOKENIZER)
 
 
-def restore(folder: pathlib.Path, model: Phi1, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Puts a training checkpoint's parameters and optimizer state into `model` and `optimizer`; returns its facts.
+def load_parameters(folder: pathlib.Path, model: Phi1) -> None:
+    """Copies a checkpoint's parameters into `model`, whatever type they were written in.
 
-    UserError if the checkpoint is corrupt, of another model shape, or without optimizer state.
+    UserError if the checkpoint's model has another shape. The caller checks the hashes (`read_facts`).
     """
-    facts = read_facts(folder)
-    require_shape(folder, model.config)
-    if not (folder / OPTIMIZER).exists():
-        raise UserError(f"{folder}: has no optimizer state, so training cannot go on from it; use it as --init-from")
-    initialize(folder, model)
-    state = safetensors.torch.load_file(folder / OPTIMIZER)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    flat = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    groups = optimizer.state_dict()["param_groups"]
-    by_index: dict[int, dict[str, torch.Tensor]] = {
-        index: {key.split("/")[1]: value for key, value in state.items() if key.split("/")[0] == names[parameter]}
-        for index, parameter in enumerate(flat)
-    }
-    optimizer.load_state_dict({"state": {i: s for i, s in by_index.items() if s}, "param_groups": groups})
-    return facts
-
-
-def initialize(folder: pathlib.Path, model: Phi1) -> None:
-    """Copies a checkpoint's parameters into `model`, whatever type they were written in."""
     require_shape(folder, model.config)
     model.load_state_dict(safetensors.torch.load_file(folder / MODEL))
+
+
+def load_optimizer(folder: pathlib.Path, model: Phi1, optimizer: torch.optim.Optimizer) -> None:
+    """Puts a training checkpoint's optimizer state into `optimizer`, which holds the parameters of `model`.
+
+    UserError if the checkpoint has none. The caller checks the hashes (`read_facts`).
+    """
+    if not (folder / OPTIMIZER).exists():
+        raise UserError(f"{folder}: has no optimizer state, so training cannot go on from it; use it as --init-from")
+    by_name: dict[str, dict[str, torch.Tensor]] = {}
+    for path, value in safetensors.torch.load_file(folder / OPTIMIZER).items():
+        name, key = path.split("/")
+        by_name.setdefault(name, {})[key] = value
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {i: by_name[names[parameter]] for i, parameter in enumerate(parameters) if names[parameter] in by_name}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def resolve(folder: pathlib.Path | str) -> pathlib.Path:
@@ -150,6 +148,11 @@ def read_facts(folder: pathlib.Path) -> dict[str, Any]:
         if sha256_file(folder / name) != digest:
             raise UserError(f"{folder / name}: corrupt (its SHA-256 is not {CHECKPOINT}'s); {_way_out(folder)}")
     return facts
+
+
+def digest(folder: pathlib.Path) -> str:
+    """What identifies a checkpoint: the SHA-256 of its checkpoint.json, which holds those of its files."""
+    return sha256_file(folder / CHECKPOINT)
 
 
 def read_config(folder: pathlib.Path) -> ModelConfig:
@@ -215,11 +218,6 @@ def _checkpoints(run: pathlib.Path) -> dict[int, pathlib.Path]:
 def _way_out(folder: pathlib.Path) -> str:
     older = [path.name for path in _checkpoints(folder.parent).values() if path.name < folder.name]
     return f"delete {folder} to go on from {max(older)}" if older else f"delete {folder} and make it again"
-
-
-def _load_parameters(folder: pathlib.Path, model: Phi1, device: str | torch.device) -> None:
-    state = safetensors.torch.load_file(folder / MODEL, device=str(device))
-    model.load_state_dict(state, assign=True)
 
 
 def save_tensors(path: pathlib.Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,77 @@
+"""The processes that train together."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from phi1.errors import UserError
+
+
+class World:
+    """The processes that train together: one, or those that torchrun started."""
+
+    def __init__(self, device: str) -> None:
+        self.distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+        self.rank = int(os.environ["RANK"]) if self.distributed else 0
+        self.size = int(os.environ["WORLD_SIZE"]) if self.distributed else 1
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self.device = torch.device(device)
+        except RuntimeError as error:
+            raise UserError(f"train.device = {device!r}: must be auto, cpu, cuda or cuda:N") from error
+        if self.device.type not in ("cpu", "cuda"):
+            raise UserError(f"train.device = {device!r}: must be auto, cpu, cuda or cuda:N")
+        if self.device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise UserError(f"train.device = {device!r}: no GPU that torch can use here; choose auto or cpu")
+            index = self.device.index if self.device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+            if index >= torch.cuda.device_count():
+                raise UserError(
+                    f"cuda:{index}: this machine has {torch.cuda.device_count()} GPUs; start fewer processes"
+                )
+            self.device = torch.device("cuda", index)
+            torch.cuda.set_device(self.device)
+
+    def __enter__(self) -> "World":
+        if self.distributed:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.distributed:
+            dist.destroy_process_group()
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the processes, in float64."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.distributed:
+            dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def on_first(self, action: Callable[[], Any]) -> None:
+        """Runs `action` on rank 0 while the others wait. Its UserError ends every process, and is said once."""
+        failure: list[UserError | None] = [None]
+        if self.rank == 0:
+            try:
+                action()
+            except UserError as error:
+                failure = [error]
+        if self.distributed:
+            dist.broadcast_object_list(failure, src=0, device=self.device)
+        if failure[0] is not None:
+            self.fail(str(failure[0]))
+
+    def fail(self, message: str) -> None:
+        """Ends every process with one message; all of them must call this."""
+        if self.rank == 0:
+            raise UserError(message)
+        raise SystemExit(2)
+
+    def say(self, line: str) -> None:
+        """Prints a line, once."""
+        if self.rank == 0:
+            print(line, flush=True)
