@@ -1,0 +1,205 @@
+"""The ledger of LLM requests: what was asked, what came back, what it cost. One SQLite file.
+
+A call is `open` (sent, its price reserved at an upper bound), `done` (answered, its price as billed) or
+`lost` (no answer came, but the server may bill it: the bound stays counted). Only one call per key is open or done, over all
+threads and processes, so nothing is paid for twice; the totals move in the same transaction as the call,
+so the budget holds for all of them together.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from phi1.errors import UserError
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS calls (
+  id INTEGER PRIMARY KEY, key TEXT NOT NULL, state TEXT NOT NULL, pid INTEGER NOT NULL, started REAL NOT NULL,
+  prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, usd REAL NOT NULL,
+  request TEXT NOT NULL, response TEXT);
+CREATE UNIQUE INDEX IF NOT EXISTS live ON calls (key) WHERE state IN ('open', 'done');
+CREATE INDEX IF NOT EXISTS in_flight ON calls (started) WHERE state = 'open';
+CREATE TABLE IF NOT EXISTS totals (one INTEGER PRIMARY KEY CHECK (one = 1), tokens INTEGER NOT NULL, usd REAL NOT NULL);
+INSERT OR IGNORE INTO totals VALUES (1, 0, 0.0);
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """The right to send a request (response is None), or its answer from the ledger."""
+
+    id: int
+    response: dict[str, Any] | None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    usd: float = 0.0
+
+
+class Ledger:
+    """Opened for many threads; many processes may open the same file.
+
+    usd_per_token: (prompt, completion). budget_tokens, budget_usd: the totals of the file never pass them.
+    stale_after: seconds after which an open call of another process is given up as lost.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        *,
+        usd_per_token: tuple[float, float] = (0.0, 0.0),
+        budget_tokens: int | None = None,
+        budget_usd: float | None = None,
+        stale_after: float = 600.0,
+    ) -> None:
+        self.path = path
+        self._prices, self._stale_after = usd_per_token, stale_after
+        self._budget_tokens, self._budget_usd = budget_tokens, budget_usd
+        self._lock = threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._database = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("PRAGMA synchronous=NORMAL")
+            self._database.executescript(_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{path}: not a ledger of LLM requests ({error}); name another file (--ledger)") from error
+
+    def close(self) -> None:
+        """Closes the file; calls still open stay counted at their bound."""
+        with self._lock:
+            self._database.close()
+
+    def spent(self) -> tuple[int, float]:
+        """Tokens and US dollars of all calls, open and lost ones at their bound."""
+        with self._lock:
+            return self._totals()
+
+    def find(self, key: str) -> dict[str, Any] | None:
+        """The answer to a request that was made before, or None."""
+        with self._lock:
+            row = self._database.execute(
+                "SELECT response FROM calls WHERE key = ? AND state = 'done'", (key,)
+            ).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def claim(self, key: str, body: dict[str, Any], closed: threading.Event) -> Claim:
+        """The answer to `body` if the ledger has it, else the right to ask; waits while another asks the same.
+
+        Raises UserError, before anything is sent, if the call could pass the budget (and will even when the
+        calls in flight have settled).
+        """
+        request = json.dumps(body, sort_keys=True, ensure_ascii=False)
+        while True:
+            with self._transaction():
+                row = self._database.execute(
+                    "SELECT id, state, response FROM calls WHERE key = ? AND state IN ('open', 'done')", (key,)
+                ).fetchone()
+                if row is not None and row[1] == "done":
+                    return Claim(row[0], json.loads(row[2]))
+                in_flight = self._in_flight()
+                if row is not None and row[0] not in in_flight:
+                    self._database.execute("UPDATE calls SET state = 'lost' WHERE id = ?", (row[0],))
+                    row = None
+                if row is None and (claim := self._reserve(key, request, body["max_tokens"], bool(in_flight))):
+                    return claim
+            closed.wait(0.1)
+
+    def settle(self, claim: Claim, response: dict[str, Any]) -> None:
+        """Records the answer and replaces the reserved price by the billed one."""
+        usage = response.get("usage") or {}
+        prompt = usage.get("prompt_tokens", claim.prompt_tokens)
+        completion = usage.get("completion_tokens", claim.completion_tokens)
+        usd = self._price(prompt, completion)
+        with self._transaction():
+            self._add(prompt + completion - claim.prompt_tokens - claim.completion_tokens, usd - claim.usd)
+            self._database.execute(
+                "UPDATE calls SET state = 'done', prompt_tokens = ?, completion_tokens = ?, usd = ?, response = ? "
+                "WHERE id = ?",
+                (prompt, completion, usd, json.dumps(response, ensure_ascii=False), claim.id),
+            )
+
+    def release(self, claim: Claim, *, lost: bool) -> None:
+        """Gives up a claim. lost: it may be billed, so its bound stays counted; else nothing is."""
+        with self._transaction():
+            if lost:
+                self._database.execute("UPDATE calls SET state = 'lost' WHERE id = ?", (claim.id,))
+            else:
+                self._database.execute("DELETE FROM calls WHERE id = ?", (claim.id,))
+                self._add(-claim.prompt_tokens - claim.completion_tokens, -claim.usd)
+
+    def _in_flight(self) -> set[int]:
+        """Calls that may still be answered: sent not long ago, by a process that lives."""
+        rows = self._database.execute("SELECT id, pid, started FROM calls WHERE state = 'open'").fetchall()
+        return {id for id, pid, started in rows if time.time() - started < self._stale_after and _alive(pid)}
+
+    def _reserve(self, key: str, request: str, max_tokens: int, wait: bool) -> Claim | None:
+        """A claim; None if it does not fit the budget now but may when a call in flight settles (`wait`)."""
+        # A token is at least one byte, and the JSON text holds the roles and the schema as well; 64 more
+        # for what a chat template adds. About four times too high for code, but only for calls in flight.
+        prompt = len(request.encode()) + 64
+        usd = self._price(prompt, max_tokens)
+        tokens, spent = self._totals()
+        over_tokens = self._budget_tokens is not None and tokens + prompt + max_tokens > self._budget_tokens
+        over_usd = self._budget_usd is not None and spent + usd > self._budget_usd
+        if (over_tokens or over_usd) and wait:
+            return None
+        if over_tokens or over_usd:
+            limit = f"{self._budget_tokens:,} tokens" if over_tokens else f"${self._budget_usd:,.4f}"
+            option = "--budget-tokens" if over_tokens else "--budget-usd"
+            raise UserError(
+                f"the budget of {limit} would be passed: {tokens:,} tokens (${spent:,.4f}) are spent and "
+                f"the next request may take {prompt + max_tokens:,} (${usd:,.4f}); answers so far are in {self.path}: "
+                f"raise {option} and run the same command again to go on"
+            )
+        self._add(prompt + max_tokens, usd)
+        row = self._database.execute(
+            "INSERT INTO calls (key, state, pid, started, prompt_tokens, completion_tokens, usd, request) "
+            "VALUES (?, 'open', ?, ?, ?, ?, ?, ?)",
+            (key, os.getpid(), time.time(), prompt, max_tokens, usd, request),
+        )
+        assert row.lastrowid is not None
+        return Claim(row.lastrowid, None, prompt, max_tokens, usd)
+
+    def _price(self, prompt: int, completion: int) -> float:
+        return prompt * self._prices[0] + completion * self._prices[1]
+
+    def _totals(self) -> tuple[int, float]:
+        tokens, usd = self._database.execute("SELECT tokens, usd FROM totals").fetchone()
+        return tokens, usd
+
+    def _add(self, tokens: int, usd: float) -> None:
+        self._database.execute("UPDATE totals SET tokens = tokens + ?, usd = max(0.0, usd + ?)", (tokens, usd))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """One write transaction over all processes; rolled back if the block raises."""
+        with self._lock:
+            try:
+                self._database.execute("BEGIN IMMEDIATE")
+                try:
+                    yield
+                except BaseException:
+                    self._database.execute("ROLLBACK")
+                    raise
+                self._database.execute("COMMIT")
+            except sqlite3.DatabaseError as error:
+                raise UserError(
+                    f"{self.path}: the ledger cannot be written ({error}); free space or name another file (--ledger)"
+                ) from error
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
