@@ -12,6 +12,7 @@ stage run again goes on after the shards that have receipts. With another config
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import multiprocessing
 import pathlib
@@ -161,6 +162,7 @@ def run_stage(
         "inputs": [{"folder": dataset.folder.name, "hash": dataset.hash} for dataset in inputs],
         "shard_count": shards,
     }
+    identity = json.loads(json.dumps(identity))  # as it will be read back: tuples are lists
     _claim(output, identity)
     if (output / MANIFEST).exists():
         dataset = Dataset(output)
@@ -170,7 +172,8 @@ def run_stage(
     started, done, rows = time.monotonic(), 0, 0
     if len(todo) < shards:
         _say(quiet, f"{stage}: going on after {shards - len(todo)} of {shards} shards")
-    for receipt in _receipts(todo, workers, (config, inputs, produce, schema, output)):
+    make = functools.partial(_make_shard, config, inputs, produce, schema, output)
+    for receipt in _receipts(todo, workers, make):
         done, rows = done + 1, rows + receipt["rows"]
         elapsed = time.monotonic() - started
         eta = elapsed / done * (len(todo) - done)
@@ -214,14 +217,14 @@ def _claim(output: pathlib.Path, identity: dict[str, Any]) -> None:
         write_json(path, identity)
 
 
-def _receipts(todo: list[int], workers: int, job: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
+def _receipts(todo: list[int], workers: int, make: Callable[[int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
     if workers <= 1 or len(todo) <= 1:
         for shard in todo:
-            yield _make_shard(*job, shard)
+            yield make(shard)
         return
     context = multiprocessing.get_context("spawn")  # the parent may hold threads (torch, tokenizers)
     with concurrent.futures.ProcessPoolExecutor(min(workers, len(todo)), mp_context=context) as pool:
-        futures = [pool.submit(_make_shard, *job, shard) for shard in todo]
+        futures = [pool.submit(make, shard) for shard in todo]
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield future.result()
