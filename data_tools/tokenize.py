@@ -1,0 +1,137 @@
+"""Turns documents into token shards for training.
+
+A dataset with columns `prompt` and `solution` gets a loss mask: the solution and the <|endoftext|> after it
+count, the prompt does not. Other datasets are read by their column `content`, and all of it counts.
+
+Each shard of the inputs becomes one token shard. With --validation, documents are held out by a hash of their
+text, so equal documents are on the same side whatever else is in the inputs.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from data_tools.dataset import Dataset
+from data_tools.progress import Progress
+from phi1.errors import UserError
+from phi1.tokenizer import Tokenizer, codegen_tokenizer
+from phi1.tokens import TokenDataset, TokenWriter
+
+# Documents handed to the tokenizer at a time: enough to keep its threads busy.
+_BATCH = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    inputs: list[pathlib.Path]
+    """Dataset folders, read in this order."""
+    output: pathlib.Path
+    """Folder for the token shards."""
+    tokenizer: str = "codegen"
+    """codegen (codegen-350M-mono's, 50,295 entries), or a tokenizer.json, or a folder or checkpoint with one."""
+    validation: pathlib.Path | None = None
+    """Folder for the token shards of held-out documents."""
+    validation_fraction: float = 0.01
+    """Share of the documents to hold out, where --validation is given."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"validation_fraction = {self.validation_fraction}: must be between 0 and 1")
+
+
+def run(config: Config) -> TokenDataset:
+    """Writes (or finishes) the token shards; returns those to train on."""
+    if not config.inputs:
+        raise UserError("--inputs is empty: name at least one dataset folder")
+    tokenizer = codegen_tokenizer() if config.tokenizer == "codegen" else Tokenizer.load(config.tokenizer)
+    datasets = [Dataset(folder) for folder in config.inputs]
+    columns = {dataset.folder: _columns(dataset) for dataset in datasets}
+    masked = any(names == ["prompt", "solution"] for names in columns.values())
+    fraction = config.validation_fraction if config.validation else 0.0
+    writers = {}
+    for held_out, folder in ((False, config.output), (True, config.validation)):
+        if folder is not None:
+            identity = {
+                "inputs": [{"folder": dataset.folder.name, "hash": dataset.hash} for dataset in datasets],
+                "validation_fraction": fraction,
+                "held_out": held_out,
+            }
+            writers[held_out] = TokenWriter(folder, tokenizer, masked=masked, identity=identity)
+
+    jobs = [(dataset, shard) for dataset in datasets for shard in range(len(dataset.shards))]
+    todo = [number for number in range(len(jobs)) if not all(writer.has(number) for writer in writers.values())]
+    if len(todo) < len(jobs):
+        print(f"tokenize: going on after {len(jobs) - len(todo)} of {len(jobs)} shards", file=sys.stderr)
+    rows = sum(jobs[number][0].shards[jobs[number][1]]["rows"] for number in todo)
+    reader = _Reader(tokenizer, Progress("tokenize", rows, "documents"))
+    for number in todo:
+        dataset, shard = jobs[number]
+        texts = list(zip(*dataset.table(shard, columns[dataset.folder]).to_pydict().values(), strict=True))
+        for held_out, writer in writers.items():
+            writer.write(number, reader.documents([text for text in texts if _held_out(text, fraction) == held_out]))
+    reader.progress.close()
+    results = {held_out: writer.finish(len(jobs)) for held_out, writer in writers.items()}
+    if reader.empty:
+        print(f"tokenize: {reader.empty:,} empty documents were left out", file=sys.stderr)
+    for result in results.values():
+        print(
+            f"tokenize: {result.tokens:,} tokens in {result.documents:,} documents in {result.folder}", file=sys.stderr
+        )
+        if result.documents == 0:
+            print(f"warning: tokenize: no document in {result.folder}", file=sys.stderr)
+    return results[False]
+
+
+# A row's text: (content,) or (prompt, solution).
+_Text = tuple[str, ...]
+
+
+class _Reader:
+    """Tokenizes texts, and counts what went by."""
+
+    def __init__(self, tokenizer: Tokenizer, progress: Progress) -> None:
+        self.tokenizer, self.progress = tokenizer, progress
+        self.tokens = self.empty = 0
+        self._started = time.monotonic()
+
+    def documents(self, texts: Sequence[_Text]) -> Iterator[tuple[list[int], list[int] | None]]:
+        """(ids, loss mask or None) of each text that is not empty."""
+        for start in range(0, len(texts), _BATCH):
+            batch = texts[start : start + _BATCH]
+            # A prompt is encoded on its own, as it will be when the model is asked to complete it.
+            parts = self.tokenizer.encode_batch([part or "" for text in batch for part in text])
+            width = len(batch[0])
+            for row in range(len(batch)):
+                *prompt, body = parts[row * width : (row + 1) * width]
+                if not body:
+                    self.empty += 1
+                    continue
+                ids = [*itertools.chain(*prompt), *body]
+                self.tokens += len(ids)
+                yield ids, [0] * (len(ids) - len(body)) + [1] * len(body) if prompt else None
+            rate = self.tokens / max(time.monotonic() - self._started, 1e-9)
+            self.progress.advance(len(batch), f"{self.tokens:,} tokens, {rate:,.0f} tokens/s")
+
+
+def _columns(dataset: Dataset) -> list[str]:
+    """The columns that hold a dataset's text."""
+    if not dataset.shards:
+        raise UserError(f"{dataset.folder}: has no shard; run the stage that writes it again")
+    names = dataset.table(0).column_names
+    for columns in (["prompt", "solution"], ["content"]):
+        if set(columns) <= set(names):
+            return columns
+    raise UserError(
+        f"{dataset.folder}: has neither `content` nor `prompt` and `solution` (its columns: {', '.join(names)}); "
+        "name a dataset of documents or exercises"
+    )
+
+
+def _held_out(text: _Text, fraction: float) -> bool:
+    """Whether a text is held out: the same for the same text, in `fraction` of all texts."""
+    digest = hashlib.sha256("\0".join(part or "" for part in text).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
