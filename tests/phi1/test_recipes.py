@@ -1,0 +1,154 @@
+"""The recipes in recipes/, and what a wrong one says."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from phi1.cli import main
+from phi1.errors import UserError
+from phi1.model import Phi1
+from phi1.recipe import load_recipe, parse
+
+ROOT = pathlib.Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
+GOOD = """
+[model]
+preset = "phi1-tiny"
+[data]
+tokens = "tokens"
+sequence_length = 512
+[train]
+run = "run"
+[optimizer]
+lr = 1
+"""
+
+# "Textbooks Are All You Need", section 2.3.
+PAPER = {
+    "pretrain": {
+        "train": {"steps": 36_000, "sequences_per_step": 1024, "checkpoint_every": 1000},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 750, "weight_decay": 0.1},
+    },
+    "finetune": {
+        "train": {"steps": 6_000, "sequences_per_step": 256, "checkpoint_every": 1000},
+        "optimizer": {"lr": 1e-4, "warmup_steps": 50, "weight_decay": 0.01},
+    },
+}
+PARAMETERS = {"phi1": 1_418_270_720, "phi1-small": 356_794_368}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid(path):
+    config = load_recipe(path)
+    with torch.device("meta"):
+        Phi1(config.model)
+
+
+@pytest.mark.parametrize("size", PARAMETERS)
+@pytest.mark.parametrize("stage", PAPER)
+def test_the_papers_numbers(stage, size):
+    config = load_recipe(RECIPES / f"{stage}-{size}.toml")
+    for table, values in PAPER[stage].items():
+        assert {name: getattr(getattr(config, table), name) for name in values} == values
+    assert config.data.sequence_length == 2048
+    assert config.model.attention_dropout == config.model.residual_dropout == 0.1
+    assert not config.data.document_masking
+    with torch.device("meta"):
+        model = Phi1(config.model)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[size]
+
+
+def test_finetuning_starts_from_the_checkpoint_that_pretraining_keeps():
+    for suffix in ("phi1", "phi1-small"):
+        pretrain = load_recipe(RECIPES / f"pretrain-{suffix}.toml").train
+        start = load_recipe(RECIPES / f"finetune-{suffix}.toml").train.init_from
+        assert start == pretrain.run / "step-024000"
+        assert 24_000 % pretrain.checkpoint_every == 0 and 24_000 % pretrain.keep_every == 0
+
+
+def recipe(tmp_path, text):
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_presets_and_conversions(tmp_path):
+    config = load_recipe(recipe(tmp_path, GOOD))
+    assert config.model.hidden_size == 256
+    assert config.optimizer.lr == 1.0 and isinstance(config.optimizer.lr, float)
+    assert config.data.tokens == pathlib.Path("tokens")
+    assert config.data.validation_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("lr = 1", "lrr = 1", r"unknown key 'lrr' in \[optimizer\]; did you mean 'lr'\?"),
+        ("[train]", "[train]\nstep = 9", r"unknown key 'step' in \[train\]; did you mean 'steps'\?"),
+        ("preset =", "presett =", r"unknown key 'presett' in \[model\]; did you mean 'preset'\?"),
+        ("[optimizer]", "[optimiser]", r"unknown table \[optimiser\]; did you mean 'optimizer'\?"),
+        ("phi1-tiny", "phi2", r"model\.preset = 'phi2': must be one of phi1, phi1-small, phi1-tiny"),
+        ("lr = 1", 'lr = "fast"', r"optimizer\.lr = 'fast': must be a number"),
+        ("lr = 1", "warmup_steps = 1.5", r"optimizer\.warmup_steps = 1\.5: must be an integer"),
+        ("lr = 1", "warmup_steps = true", r"optimizer\.warmup_steps = True: must be an integer"),
+        ('run = "run"', 'run = "run"\ncompile = 1', r"train\.compile = 1: must be true or false"),
+        ('run = "run"', "run = 3", r"train\.run = 3: must be a path"),
+        ('run = "run"', 'run = "r"\nprecision = "fp8"', r"train\.precision = 'fp8': must be one of 'bf16', 'fp16'"),
+        ('run = "run"', "steps = 5", r"\[train\] needs 'run'"),
+        ("sequence_length = 512", "sequence_length = 513", r"data\.sequence_length = 513: must be at most"),
+        ("lr = 1", "lr = -1", r"optimizer\.lr = -1\.0: must be above 0"),
+        ("[data]", "[data", r"not valid TOML"),
+    ],
+)
+def test_a_bad_recipe_is_named_with_what_would_be_right(tmp_path, before, after, message):
+    assert before in GOOD
+    path = recipe(tmp_path, GOOD.replace(before, after))
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).count(str(path)) == 1
+
+
+def test_a_bad_recipe_ends_the_command_with_one_line(tmp_path, capsys):
+    path = recipe(tmp_path, GOOD.replace("lr = 1", "lrr = 1"))
+    assert main(["train", str(path)]) == 2
+    assert capsys.readouterr().err == (f"phi1: error: {path}: unknown key 'lrr' in [optimizer]; did you mean 'lr'?\n")
+
+
+def test_a_missing_recipe(tmp_path):
+    with pytest.raises(UserError, match="no such recipe"):
+        parse([str(tmp_path / "none.toml")])
+    for arguments in ([], ["--steps", "100"]):
+        with pytest.raises(UserError, match="RECIPE is missing: phi1 train RECIPE"):
+            parse(arguments)
+
+
+def test_options_override_the_recipe(tmp_path):
+    path = recipe(tmp_path, GOOD)
+    config = parse([str(path), "--steps", "100", "--precision", "fp16", "--document-masking", "--hidden-size", "64",
+                    "--validation-tokens", "held-out", "--lr", "2e-3"])  # fmt: skip
+    assert (config.train.steps, config.train.precision, config.model.hidden_size) == (100, "fp16", 64)
+    assert config.data.document_masking and config.data.validation_tokens == pathlib.Path("held-out")
+    assert (config.optimizer.lr, config.data.sequence_length) == (2e-3, 512)
+    with pytest.raises(UserError, match=r"train\.steps = 0"):
+        parse([str(path), "--steps", "0"])
+    with pytest.raises(SystemExit) as caught:
+        parse([str(path), "--stepz", "1"])
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("before", [[], [str(RECIPES / "pretrain-phi1.toml")]])
+def test_help(before, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse([*before, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "phi1 train RECIPE" in text and "--sequences-per-step INT" in text and "Optimizer steps" in text
+
+
+def test_help_and_errors_do_not_wait_for_torch():
+    code = "import sys; from phi1.recipe import parse\ntry: parse(['--help'])\nexcept SystemExit: assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
