@@ -5,9 +5,7 @@
 `print(kernels.backends())` shows what runs here; `use_backend` and PHI1_KERNELS override the choice.
 """
 
-from kernels import cpu as _cpu
-from kernels import cuda as _cuda
-from kernels import triton as _triton
+from kernels import cpu, cuda, triton  # noqa: F401  (each registers its kernels)
 from kernels.attention import flash_attention
 from kernels.block import parallel_block
 from kernels.loss import linear_cross_entropy

@@ -142,8 +142,8 @@ def flash_attention(
         )
     options = {"dropout_p": dropout_p, "return_lse": return_lse, "dtype": q.dtype, "head_dim": head_dim}
     name = choose("flash_attention", q.device.type, backend, **options)
-    if name == "torch":
-        result, lse = torch_backend.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale), None
+    if name == "torch":  # refuses return_lse
+        result = torch_backend.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
     else:
         result, lse = _Attention.apply(
             q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p, dropout_seed, name

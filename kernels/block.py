@@ -7,6 +7,8 @@ One residual mask covers the sum of both branches (transformers' PhiDecoderLayer
 fused there is one sum to drop from, and each element is dropped with the same probability.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,18 +17,15 @@ from kernels import reference
 from kernels.attention import flash_attention
 from kernels.checks import check, check_dtype, check_like, check_shape
 from kernels.norm import layer_norm
-from kernels.registry import choose, forced_backend, register
+from kernels.registry import choose, forced_backend, implementation, register
 from kernels.rotary import apply_rotary
 
 KVCache = tuple[Tensor, Tensor, int]
 """Keys and values (batch, capacity, kv_heads, head_dim) of the tokens so far, and how many there are."""
 
-_PIECES = {
-    "reference": (reference.linear, reference.gelu),
-    "torch": (F.linear, lambda u: F.gelu(u, approximate="tanh")),
-}
-for _name, _pieces in _PIECES.items():
-    register("parallel_block", _name, _pieces)
+# The block's own pieces, (linear, gelu); the others are ops and choose for themselves.
+register("parallel_block", "reference", (reference.linear, reference.gelu))
+register("parallel_block", "torch", (F.linear, functools.partial(F.gelu, approximate="tanh")))
 
 
 def parallel_block(
@@ -86,7 +85,7 @@ def parallel_block(
         kv_cache is None or cu_seqlens is None,
         "kv_cache and cu_seqlens are both given: decode packed documents as separate batch entries",
     )
-    linear, gelu = _PIECES[choose("parallel_block", x.device.type, backend, dtype=x.dtype)]
+    linear, gelu = implementation("parallel_block", choose("parallel_block", x.device.type, backend, dtype=x.dtype))
     piece = forced_backend(backend)
 
     z = linear(layer_norm(x, norm_weight, norm_bias, eps, backend=piece), w_in, b_in)

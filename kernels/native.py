@@ -1,15 +1,18 @@
 """What the native backends share: how a tensor is handed to kernels._native."""
 
+import importlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
+MISSING: str | None = None
+"""Why there is no native module, or None."""
+_native: Any = None
 try:
-    from kernels import _native
+    _native = importlib.import_module("kernels._native")
 except ImportError as error:  # not built, or built for another Python
-    _native = None  # type: ignore[assignment]
-    MISSING: str | None = f"kernels._native cannot be imported ({error}); build it with `pip install -e .`"
-else:
-    MISSING = None
+    MISSING = f"kernels._native cannot be imported ({error}); build it with `pip install -e .`"
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

@@ -27,7 +27,8 @@ class BackendError(ValueError):
 class Implementation:
     """One backend of one op."""
 
-    run: Callable[..., Any]
+    run: Any
+    """The function; for an op whose backward is an op of its own, (forward, backward)."""
     devices: tuple[str, ...]
     """Device types whose tensors it takes."""
     missing: str | None
@@ -42,7 +43,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
 def register(
     op: str,
     backend: str,
-    run: Callable[..., Any],
+    run: Any,
     *,
     devices: tuple[str, ...] = ("cpu", "cuda"),
     missing: str | None = None,
@@ -111,8 +112,8 @@ def choose(op: str, device: str, requested: str | None, **options: Any) -> str:
     raise BackendError(f"{op}: no backend serves tensors on {device!r}; move them to cpu or cuda")
 
 
-def implementation(op: str, backend: str) -> Callable[..., Any]:
-    """The function registered for `backend` of `op`."""
+def implementation(op: str, backend: str) -> Any:
+    """What was registered as `run` for `backend` of `op`."""
     return _IMPLEMENTATIONS[op][backend].run
 
 

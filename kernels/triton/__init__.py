@@ -19,7 +19,7 @@ def _missing() -> str | None:
     return None
 
 
-def _rotary(*arguments):  # type: ignore[no-untyped-def]
+def _rotary(*arguments):
     from kernels.triton.rotary import rotary  # triton is imported when it is first used
 
     return rotary(*arguments)
