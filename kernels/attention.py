@@ -8,7 +8,7 @@ from kernels import torch as torch_backend
 from kernels.checks import check, check_device, check_dtype, check_like
 from kernels.registry import choose, implementation, register
 
-_OPTIONS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, float dropout_p, int dropout_seed, str backend"
+_OPTIONS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, float dropout_p, SymInt dropout_seed, str backend"
 torch.library.define("phi1::attention_forward", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)")
 torch.library.define(
     "phi1::attention_backward",
@@ -140,11 +140,16 @@ def flash_attention(
             not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)),
             "out is given while gradients are recorded: call under torch.no_grad(), or leave out=None",
         )
-    options = {"dropout_p": dropout_p, "return_lse": return_lse, "dtype": q.dtype, "head_dim": head_dim}
+    options = {
+        "dropout_p": dropout_p, "return_lse": return_lse, "dtype": q.dtype, "head_dim": head_dim,
+        "packed": cu_seqlens_q is not None,
+    }  # fmt: skip
     name = choose("flash_attention", q.device.type, backend, **options)
     if name == "torch":  # refuses return_lse
         result = torch_backend.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
     else:
+        if cu_seqlens_k is not None and cu_seqlens_k is cu_seqlens_q:
+            cu_seqlens_k = cu_seqlens_k.view(-1)  # torch.compile refuses one tensor given twice
         result, lse = _Attention.apply(
             q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p, dropout_seed, name
         )  # fmt: skip

@@ -27,6 +27,20 @@ KVCache = tuple[Tensor, Tensor, int]
 register("parallel_block", "reference", (reference.linear, reference.gelu))
 register("parallel_block", "torch", (F.linear, functools.partial(F.gelu, approximate="tanh")))
 
+# An op, so that torch.compile carries the seed as a symbol (no new graph for each seed) and does not look inside.
+torch.library.define("phi1::residual_keep", "(Tensor like, SymInt seed, float p) -> Tensor")
+
+
+@torch.library.impl("phi1::residual_keep", ("cpu", "cuda"))
+def _residual_keep(like: Tensor, seed: int, p: float) -> Tensor:
+    batch, seq, hidden = like.shape
+    return reference.residual_keep(seed, batch * seq, hidden, p, like.device).view(like.shape)
+
+
+@torch.library.register_fake("phi1::residual_keep")
+def _residual_keep_fake(like: Tensor, seed: int, p: float) -> Tensor:
+    return like.new_empty(like.shape, dtype=torch.bool)
+
 
 def parallel_block(
     x: Tensor,
@@ -110,6 +124,6 @@ def parallel_block(
     assert isinstance(attention, Tensor)
     y = linear(torch.cat([attention.reshape(batch, seq, q_width), gelu(u)], dim=-1), w_out, b_out)
     if residual_dropout > 0:
-        keep = reference.residual_keep(dropout_seed, batch * seq, hidden, residual_dropout, x.device)
-        y = y * (keep.view(batch, seq, hidden) * reference.dropout_scale(residual_dropout)).to(y.dtype)
+        keep = torch.ops.phi1.residual_keep(y.detach(), dropout_seed, residual_dropout)
+        y = y * (keep * reference.dropout_scale(residual_dropout)).to(y.dtype)
     return x + y

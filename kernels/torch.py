@@ -5,12 +5,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attention_refuses(*, dropout_p: float = 0.0, return_lse: bool = False, **_: object) -> str | None:
+def attention_refuses(
+    *, dropout_p: float = 0.0, return_lse: bool = False, packed: bool = False, **_: object
+) -> str | None:
     """Why scaled_dot_product_attention cannot serve a call, or None."""
     if dropout_p > 0:
         return f"dropout_p = {dropout_p}: scaled_dot_product_attention cannot draw the mask from dropout_seed"
     if return_lse:
         return "return_lse = True: scaled_dot_product_attention does not return the log-sum-exp"
+    if packed and torch.compiler.is_compiling():
+        return "cu_seqlens under torch.compile: documents are cut at places that only the run knows"
     return None
 
 

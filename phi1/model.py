@@ -176,8 +176,9 @@ class Phi1(nn.Module):
             x_btd = x_btd.to(self.compute_dtype)
         for layer, block in enumerate(self.blocks):
             kv_cache = None if cache is None else (cache.keys[layer], cache.values[layer], seen)
-            # Every (call, layer) pair has a seed of its own; callers may count dropout_seed up.
-            layer_seed = dropout_seed * config.num_layers + layer
+            # A seed for every (call, layer): callers may hash dropout_seed or count it up. Sums that stay inside int64,
+            # because torch.compile carries them as symbols.
+            layer_seed = dropout_seed % (1 << 52) + (layer << 52)
             x_btd = block(x_btd, (self.rotary_cos, self.rotary_sin), positions, cu_seqlens, kv_cache, layer_seed)
         if cache is not None:
             cache.length += time
