@@ -1,0 +1,88 @@
+"""The console command: help is complete and quick, errors are one line, exit codes are what scripts expect."""
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from phi1 import cli
+from phi1.errors import UserError
+
+
+def test_help_lists_every_command_within_half_a_second() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-m", "phi1.cli", "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.monotonic() - start)
+    for name in cli.COMMANDS:
+        assert f"phi1 {name} " in done.stdout
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_with_its_options_and_imports_light(name: str) -> None:
+    module = importlib.import_module(cli.COMMANDS[name][0])
+    assert callable(module.run)
+    if dataclasses.is_dataclass(module.Config):
+        words = name.split()
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "phi1.cli", *words, "--help"], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        for field in dataclasses.fields(module.Config):
+            if field.init:
+                assert field.name.replace("_", "-") in done.stdout or field.name.upper() in done.stdout, field.name
+        imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+        assert not imported & {"torch", "transformers", "sklearn", "pyarrow", "openai"}
+
+
+def test_no_command_or_a_wrong_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    assert "phi1 train" in capsys.readouterr().out
+    assert cli.main(["data"]) == 0
+    assert "phi1 data ingest" in capsys.readouterr().out
+    assert cli.main(["trian"]) == 2
+    assert "no command 'trian'" in capsys.readouterr().err
+    assert cli.main(["data", "anotate"]) == 2
+    assert "no command 'data anotate'" in capsys.readouterr().err
+
+
+def _with_command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        pass
+
+    def run(config: Config) -> None:
+        raise error
+
+    module = types.ModuleType("fake_command")
+    module.Config, module.run = Config, run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fake_command", module)
+    monkeypatch.setitem(cli.COMMANDS, "generate", ("fake_command", "for the test"))
+
+
+def test_a_user_error_is_one_line_and_status_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _with_command(monkeypatch, UserError("file.bin: corrupt; make it again"))
+    assert cli.main(["generate"]) == 2
+    assert capsys.readouterr().err == "phi1: error: file.bin: corrupt; make it again\n"
+
+
+def test_an_interrupt_says_that_work_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _with_command(monkeypatch, KeyboardInterrupt())
+    assert cli.main(["generate"]) == 130
+    assert "run the same command again" in capsys.readouterr().err
+
+
+def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_command(monkeypatch, ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["generate"])

@@ -1,0 +1,55 @@
+"""A file is whole or absent."""
+
+import errno
+import os
+import pathlib
+
+import pytest
+
+from phi1.errors import UserError
+from phi1.files import atomic_write, sha256_file, sha256_json, write_json
+
+
+def test_a_failed_write_leaves_what_stood_there(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    with pytest.raises(RuntimeError), atomic_write(path, "w") as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "before"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_clear_line(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", full)
+    path = tmp_path / "new" / "a.json"
+    with pytest.raises(UserError, match=r"no space left while writing .*a\.json: free space") as caught:
+        write_json(path, {"a": 1})
+    assert "\n" not in str(caught.value)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_really_full_disk(tmp_path: pathlib.Path) -> None:
+    full = pathlib.Path("/dev/full")  # every write fails with ENOSPC
+    if not full.exists():
+        pytest.skip("no /dev/full on this system")
+    (tmp_path / f"a.bin.tmp-{os.getpid()}").symlink_to(full)
+    with pytest.raises(UserError, match="no space left"), atomic_write(tmp_path / "a.bin") as file:
+        file.write(b"x" * 100_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_pass_through(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError), atomic_write(tmp_path / "file" / "below") as file:
+        file.write(b"")
+
+
+def test_hashes(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_json({"b": 1, "a": 2}) == sha256_json({"a": 2, "b": 1}) != sha256_json({"a": 2, "b": 2})
