@@ -205,10 +205,11 @@ def import_folder(folder: pathlib.Path | str) -> Phi1:
 def import_tokenizer(folder: pathlib.Path | str) -> Tokenizer:
     """The tokenizer in a Hugging Face folder: its tokenizer.json, else codegen's over its vocab.json and merges.txt.
 
+    folder: may also be a tokenizer.json itself.
     Raises UserError if neither is there or they are not what they should be.
     """
     folder = pathlib.Path(folder)
-    if (folder / "tokenizer.json").exists():
+    if folder.is_file() or (folder / "tokenizer.json").exists():
         return Tokenizer.load(folder)
     if (folder / "vocab.json").exists():
         return codegen_tokenizer(folder)

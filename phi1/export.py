@@ -1,0 +1,31 @@
+"""Write a checkpoint as a Hugging Face PhiForCausalLM folder, which transformers loads without our code."""
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of `phi1 export`."""
+
+    checkpoint: pathlib.Path
+    """A checkpoint's folder, or a run's (its newest checkpoint)."""
+    output: pathlib.Path
+    """The folder to write; it must not exist yet."""
+    dtype: Literal["checkpoint", "float32", "bfloat16", "float16"] = "checkpoint"
+    """Type of the weights; checkpoint: as they are stored (training stores float32)."""
+
+
+def run(config: Config) -> None:
+    """Writes the folder and says what is in it."""
+    import torch
+
+    from phi1.checkpoint import load_model
+    from phi1.huggingface import export_folder
+
+    model, tokenizer = load_model(config.checkpoint)
+    dtype = None if config.dtype == "checkpoint" else getattr(torch, config.dtype)
+    export_folder(config.output, model, tokenizer, dtype=dtype)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{config.output}: PhiForCausalLM, {count:,} parameters in {str(dtype or model.embedding.dtype)[6:]}")
