@@ -1,0 +1,274 @@
+"""Ask an LLM for the educational value of a sample of documents.
+
+The question is the paper's (section 2.1): "determine its educational value for a student whose goal is to
+learn basic coding concepts". Two modes:
+
+logprob   four examples, then yes or no; the score is the log-odds of the first token. Small models can do this.
+rating    first the reasoning, then a value from 0 to 10, as structured output. For strong models.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import heapq
+import math
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from data_tools.dataset import Dataset, Failure, Produced, run_stage
+from data_tools.llm import LLM, Answer, LLMConfig, Request, RequestFailed
+from data_tools.progress import Progress
+from phi1.errors import UserError
+from phi1.files import sha256_json
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_SHARD_ROWS = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(LLMConfig):
+    """Options of `phi1 data annotate`."""
+
+    input: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
+    """Dataset of documents."""
+
+    output: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
+    """Folder of the new dataset: one row per annotated document."""
+
+    samples: int = 1000
+    """Documents to annotate (the paper: about 100,000), chosen by a hash of seed and content."""
+
+    mode: Literal["logprob", "rating"] = "logprob"
+    """How to ask: yes or no by log-odds, or reasoning and then a rating."""
+
+    characters: int = 500
+    """Show the model this many characters of a document at most, from after its header comment, whole lines."""
+
+    positive_fraction: float = 0.3
+    """Label the best-scored documents 1, this fraction of them; the scores of a small model are biased, so that
+    a fixed threshold means little."""
+
+    threshold: float | None = None
+    """Label 1 from this score on instead (log-odds, or rating 0 to 10)."""
+
+    seed: int = 0
+    """Chooses the sample."""
+
+
+QUESTION = (
+    "Does this code have educational value for a student whose goal is to learn basic coding concepts? "
+    "Answer yes or no."
+)
+# With the system message and as turns of a chat, SmolLM2-135M told 30 files of `algorithms` from 30 of sqlalchemy,
+# sympy and the standard library with AUC 0.90 (500 characters each); all in one user message: 0.41.
+SYSTEM = (
+    "You judge Python code. Determine its educational value for a student whose goal is to learn basic coding "
+    "concepts. Answer yes or no."
+)
+EXAMPLES = (
+    (
+        '''def is_palindrome(text):
+    """Return True if text reads the same forwards and backwards.
+
+    >>> is_palindrome("level")
+    True
+    """
+    left, right = 0, len(text) - 1
+    while left < right:
+        if text[left] != text[right]:
+            return False
+        left += 1
+        right -= 1
+    return True''',
+        "yes",
+    ),
+    (
+        """from .base import BaseHandler
+from .registry import register, CONF
+
+@register("v2.vol_attach", deprecated=True)
+class VolAttachHandler(BaseHandler):
+    _opts = CONF.get("vol", {})
+
+    def handle(self, ctx, req, **kw):
+        return self._mgr.dispatch(ctx, req.body, self._opts.get("tmo", 30), **kw)""",
+        "no",
+    ),
+    (
+        """def binary_search(items, target):
+    # Repeatedly halve the part of the sorted list that can hold target.
+    low, high = 0, len(items) - 1
+    while low <= high:
+        middle = (low + high) // 2
+        if items[middle] == target:
+            return middle
+        if items[middle] < target:
+            low = middle + 1
+        else:
+            high = middle - 1
+    return -1""",
+        "yes",
+    ),
+    (
+        """ERR_CODES = {
+    0x8001: "E_DEV_NRDY", 0x8002: "E_DEV_TMO", 0x8003: "E_CRC",
+    0x8104: "E_BUF_OVR", 0x8105: "E_SEQ",
+}
+DEFAULTS = dict(baud=115200, parity="N", rtscts=0, dsrdtr=0)
+__all__ = ["ERR_CODES", "DEFAULTS"]""",
+        "no",
+    ),
+)
+RATING = (
+    "You judge code and text about code. Determine its educational value for a student whose goal is to learn basic "
+    "coding concepts: is it self-contained, does it teach a concept, is it clear and explained? First give your "
+    "reasoning in two or three sentences, then a rating from 0 (none) to 10 (could stand in a textbook)."
+)
+RATING_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"reasoning": {"type": "string"}, "rating": {"type": "integer", "minimum": 0, "maximum": 10}},
+    "required": ["reasoning", "rating"],
+    "additionalProperties": False,
+}
+
+
+def schema() -> "pyarrow.Schema":
+    """Columns of a dataset of annotations."""
+    import pyarrow as pa
+
+    strings = ("reasoning", "model", "prompt_hash", "source")
+    return pa.schema(
+        [("hexsha", pa.string()), ("content", pa.string()), ("score", pa.float64()), ("label", pa.int8())]
+        + [(name, pa.string()) for name in strings]
+    )
+
+
+def run(config: Config) -> Dataset:
+    """Makes the dataset. Raises UserError where the LLM client does (server, key, model, budget)."""
+    if not 0 < config.positive_fraction < 1:
+        raise UserError(f"--positive-fraction {config.positive_fraction}: must lie between 0 and 1")
+    if config.samples < 1 or config.characters < 1:
+        raise UserError("--samples and --characters must be at least 1")
+    documents = Dataset(config.input)
+    count = min(config.samples, documents.rows)
+    with LLM(config, config.output.parent / "llm.sqlite") as llm:
+
+        @functools.cache
+        def annotated() -> list[dict[str, Any] | Failure]:
+            return _annotate(config, documents, llm)
+
+        def produce(_: Config, __: Sequence[Dataset], shard: int) -> Iterator[Produced]:
+            yield from annotated()[shard * _SHARD_ROWS : (shard + 1) * _SHARD_ROWS]
+
+        dataset = run_stage(
+            "annotate",
+            config,
+            config.output,
+            [documents],
+            -(-count // _SHARD_ROWS),
+            produce,
+            schema(),
+            extra={"prompt": sha256_json(list(request_for("", config).messages)), "answered_by": llm.model},
+        )
+    labels = set(dataset.column("label"))
+    if len(labels) == 1:
+        print(
+            f"warning: annotate: all {dataset.rows} documents got label {labels.pop()}: nothing to learn from; "
+            "annotate more documents, or change --positive-fraction, --threshold or the model",
+            file=sys.stderr,
+        )
+    return dataset
+
+
+def sample(documents: Dataset, count: int, seed: int) -> list[str]:
+    """The keys of `count` documents: those that hash lowest with the seed, so that more is a superset of fewer."""
+    keys = (row["hexsha"] for row in documents.read(["hexsha"]))
+    return heapq.nsmallest(count, keys, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+
+
+def excerpt(content: str, characters: int) -> str:
+    """The document's first whole lines, after comments and blank lines at its head (licences), within `characters`."""
+    lines = content.split("\n")
+    first = next((i for i, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#")), 0)
+    body = "\n".join(lines[first:]).rstrip()
+    if len(body) <= characters:
+        return body
+    cut = body[: characters + 1].rfind("\n")
+    return body[:cut] if cut > 0 else body[:characters]
+
+
+def request_for(text: str, config: Config) -> Request:
+    """What is asked about one excerpt."""
+    if config.mode == "rating":
+        messages = [{"role": "system", "content": RATING}, {"role": "user", "content": f"```python\n{text}\n```"}]
+        return Request(messages, max_tokens=400, schema=RATING_SCHEMA)
+    messages = [{"role": "system", "content": SYSTEM}]
+    for code, answer in (*EXAMPLES, (text, "")):
+        messages.append({"role": "user", "content": f"```python\n{code}\n```\n{QUESTION}"})
+        messages.append({"role": "assistant", "content": answer})
+    return Request(messages[:-1], max_tokens=1, logprobs=True)
+
+
+def log_odds(logprobs: dict[str, float]) -> float:
+    """log p(yes) - log p(no) of the first token, over all spellings (case, blanks) among the alternatives.
+
+    An answer that is not among them counts as the least likely of them, which bounds its probability from above.
+    Raises RequestFailed if neither is there.
+    """
+
+    def of(word: str) -> float | None:
+        found = [value for token, value in logprobs.items() if token.strip().lower() == word]
+        return math.log(math.fsum(map(math.exp, found))) if found else None
+
+    yes, no, least = of("yes"), of("no"), min(logprobs.values())
+    if yes is None and no is None:
+        raise RequestFailed(
+            f"neither yes nor no among the likeliest tokens ({', '.join(map(repr, list(logprobs)[:4]))})"
+        )
+    return (least if yes is None else yes) - (least if no is None else no)
+
+
+def _annotate(config: Config, documents: Dataset, llm: LLM) -> list[dict[str, Any] | Failure]:
+    """All rows in the order of the sample. What was asked before comes from the ledger."""
+    keys = sample(documents, min(config.samples, documents.rows), config.seed)
+    wanted = set(keys)
+    rows = {
+        row["hexsha"]: {"hexsha": row["hexsha"], "source": row["source"]}
+        | {"content": excerpt(row["content"], config.characters)}
+        for row in documents.read(["hexsha", "content", "source"])
+        if row["hexsha"] in wanted
+    }
+    requests = {key: request_for(rows[key]["content"], config) for key in keys}
+    progress = Progress("annotate", len(keys), "documents")
+    made: list[dict[str, Any] | Failure] = []
+    answers = llm.ask_all(requests.values(), progress=progress)
+    for key, answer in zip(keys, answers, strict=True):
+        try:
+            made.append(rows[key] | _judgement(config, answer) | {"prompt_hash": requests[key].prompt_hash})
+        except RequestFailed as failure:
+            made.append(Failure(key, str(failure)))
+    progress.close()
+    scores = sorted((row["score"] for row in made if isinstance(row, dict)), reverse=True)
+    if scores:
+        positives = max(1, round(config.positive_fraction * len(scores)))
+        threshold = scores[positives - 1] if config.threshold is None else config.threshold
+        for row in made:
+            if isinstance(row, dict):
+                row["label"] = int(row["score"] >= threshold)
+    return made
+
+
+def _judgement(config: Config, answer: Answer | RequestFailed) -> dict[str, Any]:
+    if isinstance(answer, RequestFailed):
+        raise answer
+    if config.mode == "logprob":
+        return {"score": log_odds(answer.logprobs), "reasoning": None, "model": answer.model}
+    value = answer.value if isinstance(answer.value, dict) else {}
+    rating, reasoning = value.get("rating"), value.get("reasoning")
+    if not isinstance(rating, int | float) or not 0 <= rating <= 10 or not isinstance(reasoning, str):
+        raise RequestFailed(f"no rating from 0 to 10 in the answer: {answer.text[:80]!r}")
+    return {"score": float(rating), "reasoning": reasoning, "model": answer.model}
