@@ -1,0 +1,365 @@
+"""What every benchmark shares: fair timing, the table, and files that say where a figure came from.
+
+A benchmark is a list of groups. A group is one piece of work (a case and a pass) and its candidates: ours and
+peers, same inputs. The candidates of a group take turns, one call each a round, so that a slow spell of the
+machine falls on all of them. A peer that cannot run here is listed with the reason.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Unavailable(Exception):
+    """Why a candidate cannot run here: no such package, device, or option."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One implementation of a group's work."""
+
+    name: str
+    ours: bool
+    make: Callable[[], Callable[[], Any]]
+    """Prepares (inputs, graph, compilation) and returns the call to time; raises Unavailable."""
+
+
+@dataclasses.dataclass
+class Row:
+    """One measurement, or the reason why there is none."""
+
+    case: str
+    work: str
+    """What of the case is timed: "forward", "backward", ..."""
+    implementation: str
+    ours: bool
+    seconds: float | None = None
+    """Median over the rounds."""
+    seconds_quartiles: tuple[float, float] | None = None
+    rounds: int = 0
+    rate: float | None = None
+    """In the benchmark's unit, by its formula."""
+    ratio: float | None = None
+    """Speed relative to the fastest peer of the group: above 1 is faster."""
+    peak_share: float | None = None
+    """Rate relative to that of a large matrix product of the same dtype in the same run, where that says something."""
+    peak_bytes: int | None = None
+    """Most device memory that the call held above its inputs (CUDA only)."""
+    unavailable: str | None = None
+
+
+def arguments(description: str, *, shapes: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks share. shapes: help text of --shapes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer cases, fewer rounds")
+    parser.add_argument("--shapes", help=shapes)
+    parser.add_argument("--dtypes", help="comma-separated, of fp32, bf16, fp16")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one"
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--json", type=Path, help="write the measurements to this file")
+    parser.add_argument(
+        "--save", action="store_true", help="write bench/results/<name>-<device>.json, .md and .png"
+    )  # fmt: skip
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses, checks the device and sets the threads."""
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch.cuda.is_available() is False; use --device cpu")
+    if options.threads is not None:
+        if options.threads < 1:
+            parser.error(f"--threads {options.threads}: must be at least 1")
+        torch.set_num_threads(options.threads)
+    return options
+
+
+def parse_dtypes(parser: argparse.ArgumentParser, names: str | None, default: Sequence[str]) -> list[str]:
+    """Checked names of dtypes."""
+    chosen = list(default) if names is None else names.split(",")
+    for name in chosen:
+        if name not in DTYPES:
+            parser.error(f"--dtypes {name}: must be of {', '.join(DTYPES)}")
+    return chosen
+
+
+def parse_integers(parser: argparse.ArgumentParser, text: str, form: str) -> tuple[int, ...]:
+    """ "1x512x32x64" -> (1, 512, 32, 64), as many as `form` ("batch x seq x heads x head_dim") names."""
+    parts = text.split("x")
+    if len(parts) != len(form.split(" x ")) or not all(p.isdigit() and int(p) > 0 for p in parts):
+        parser.error(f"--shapes {text}: must be {form}, positive whole numbers joined by 'x'")
+    return tuple(int(p) for p in parts)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Everything one needs to know to read a figure: machine, driver, versions, commit."""
+
+    def output(*command: str) -> str | None:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    status = output("git", "status", "--porcelain", "--untracked-files=no")
+    facts: dict[str, Any] = {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": output("git", "rev-parse", "HEAD"),
+        "uncommitted changes": status is None or bool(status),
+    }
+    if device == "cuda":
+        facts["cuda"] = torch.version.cuda
+        facts["driver"] = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    for package in ("triton", "flash_attn"):
+        try:
+            facts[package] = __import__(package).__version__
+        except ImportError:
+            facts[package] = None
+    return facts
+
+
+def device_name(device: str) -> str:
+    """The GPU's or the CPU's name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+class _Clock:
+    """Times one call. On CUDA by events, after the L2 cache has been overwritten."""
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+        if self.cuda:
+            # At least twice any GPU's L2 (H100: 50 MB).
+            self.flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        """Seconds."""
+        if not self.cuda:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        self.flush.zero_()
+        self.events[0].record()
+        call()
+        self.events[1].record()
+        self.events[1].synchronize()
+        return self.events[0].elapsed_time(self.events[1]) / 1000
+
+
+class Benchmark:
+    """Collects the rows of one run.
+
+    name: of the result files. unit: of the rate, formula: how it comes from the time, printed above the table.
+    seconds: measuring time for one group; every candidate gets at least `rounds` rounds.
+    """
+
+    def __init__(self, name: str, device: str, *, unit: str, formula: str, seconds: float, rounds: int = 3):
+        self.name, self.device, self.unit, self.formula = name, device, unit, formula
+        self.seconds, self.rounds = seconds, rounds
+        self.rows: list[Row] = []
+        self.notes: list[str] = []
+        self.environment = environment(device)
+        self._clock = _Clock(device)
+        print(f"{name} on {self.environment['device']}, {self.environment['threads']} threads; {formula}")
+        if self.environment["load"] > 0.5:
+            self.notes.append(f"load {self.environment['load']:.1f} at the start: other work ran, times are too long")
+            print(self.notes[-1])
+
+    def group(
+        self, case: str, work: str, amount: float, candidates: Sequence[Candidate], peak: float | None = None
+    ) -> None:
+        """Times the candidates in turns.
+
+        amount: work of one call, so that amount / seconds is the rate. peak: the rate of a matrix product.
+        """
+        calls: list[tuple[Row, Callable[[], Any], list[float]]] = []
+        for candidate in candidates:
+            row = Row(case, work, candidate.name, candidate.ours)
+            self.rows.append(row)
+            try:
+                call = candidate.make()
+                call()  # compiles, autotunes, fills caches
+                row.peak_bytes = self._peak(call)
+            except Unavailable as reason:
+                row.unavailable = str(reason)
+            except torch.OutOfMemoryError:
+                row.unavailable = "out of device memory"
+            else:
+                calls.append((row, call, []))
+        start = time.perf_counter()
+        while calls and (len(calls[0][2]) < self.rounds or time.perf_counter() - start < self.seconds):
+            for _, call, times in calls:
+                times.append(self._clock(call))
+        for row, _, times in calls:
+            row.rounds, row.seconds = len(times), statistics.median(times)
+            quartiles = statistics.quantiles(times, n=4)
+            row.seconds_quartiles = (quartiles[0], quartiles[2])
+            row.rate = amount / row.seconds
+            row.peak_share = None if peak is None else row.rate / peak
+        measured = [row for row, _, _ in calls]
+        peers = [row.seconds for row in measured if not row.ours and row.seconds]
+        for row in measured:
+            if peers and row.seconds:
+                row.ratio = min(peers) / row.seconds
+        shown = [f"{row.implementation} {row.rate:.4g}" for row in measured]
+        print(f"  {case}, {work}: {', '.join(shown) if shown else 'no candidate can run'}", flush=True)
+        del calls
+        gc.collect()  # graphs and their tensors, before the next group allocates
+
+    def _peak(self, call: Callable[[], Any]) -> int | None:
+        if self.device != "cuda":
+            return None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def table(self) -> str:
+        """The measurements as a Markdown table, and the reasons for those that are missing."""
+        columns = ["case", "work", "implementation", "ms (quartiles)", self.unit, "× best peer"]
+        columns += ["% of product"] if any(row.peak_share for row in self.rows) else []
+        columns += ["peak MiB"] if self.device == "cuda" else []
+        lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        missing: dict[tuple[str, str], list[str]] = {}
+        for row in self.rows:
+            if row.seconds is None or row.seconds_quartiles is None:
+                missing.setdefault((row.implementation, row.unavailable or ""), []).append(f"{row.case} {row.work}")
+                continue
+            low, high = (1000 * x for x in row.seconds_quartiles)
+            cells = {
+                "case": row.case,
+                "work": row.work,
+                "implementation": f"**{row.implementation}**" if row.ours else row.implementation,
+                "ms (quartiles)": f"{1000 * row.seconds:.4g} ({low:.4g}–{high:.4g})",
+                self.unit: f"{row.rate:.4g}",
+                "× best peer": "" if row.ratio is None else f"{row.ratio:.2f}",
+                "% of product": "" if row.peak_share is None else f"{100 * row.peak_share:.0f}",
+                "peak MiB": "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}",
+            }
+            lines.append(f"| {' | '.join(cells[column] for column in columns)} |")
+        for (implementation, reason), where in missing.items():
+            places = "everywhere" if len(where) == len({(r.case, r.work) for r in self.rows}) else "; ".join(where)
+            lines.append(f"\nNot measured: {implementation} ({places}): {reason}")
+        return "\n".join(lines)
+
+    def finish(self, options: argparse.Namespace) -> None:
+        """Prints the table and writes what the options ask for."""
+        header = f"{self.formula}. Ours in bold. Median of interleaved rounds."
+        print(f"\n{header}\n\n{self.table()}")
+        for note in self.notes:
+            print(note)
+        document = json.dumps(
+            {
+                "benchmark": self.name, "unit": self.unit, "formula": self.formula, "environment": self.environment,
+                "notes": self.notes, "rows": [dataclasses.asdict(row) for row in self.rows],
+            },
+            indent=1,
+        )  # fmt: skip
+        if options.json is not None:
+            options.json.write_text(document + "\n")
+        if options.save:
+            slug = re.sub(r"[^a-z0-9]+", "-", self.environment["device"].lower()).strip("-")
+            stem = RESULTS / f"{self.name}-{slug}"
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            stem.with_suffix(".json").write_text(document + "\n")
+            facts = "\n".join(f"- {key}: {value}" for key, value in self.environment.items())
+            notes = "".join(f"\n{note}\n" for note in self.notes)
+            stem.with_suffix(".md").write_text(
+                f"# {self.name}, {self.environment['device']}\n\n{header}\n\n{self.table()}\n{notes}\n{facts}\n"
+            )
+            self.plot(stem.with_suffix(".png"))
+            print(f"wrote {stem.relative_to(ROOT)}.json, .md, .png")
+
+    def plot(self, path: Path) -> None:
+        """Bars of the rate: one panel per work, one cluster per case, one colour per implementation."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        measured = [row for row in self.rows if row.rate is not None]
+        works = list(dict.fromkeys(row.work for row in measured))
+        names = list(dict.fromkeys(row.implementation for row in measured))
+        colours = {name: plt.get_cmap("tab10")(i % 10) for i, name in enumerate(names)}
+        cases = list(dict.fromkeys(row.case for row in measured))
+        figure, axes = plt.subplots(
+            len(works), 1, figsize=(max(8.0, 1.2 * len(cases)), 2.8 * len(works) + 1), squeeze=False, sharex=True
+        )
+        for axis, work in zip(axes[:, 0], works, strict=True):
+            for i, name in enumerate(names):
+                found = {row.case: row.rate for row in measured if row.work == work and row.implementation == name}
+                places = [c + 0.8 * (i / len(names) - 0.4) for c, case in enumerate(cases) if case in found]
+                heights = [found[case] for case in cases if case in found]
+                axis.bar(places, heights, 0.75 / len(names), color=colours[name], label=name)
+            axis.set_title(work)
+            axis.set_ylabel(self.unit)
+            axis.grid(axis="y", alpha=0.3)
+        axes[-1, 0].set_xticks(range(len(cases)), cases, rotation=30, ha="right", fontsize=8)
+        handles = {
+            label: handle for a in axes[:, 0] for handle, label in zip(*a.get_legend_handles_labels(), strict=True)
+        }
+        figure.suptitle(f"{self.name}, {self.environment['device']}, {self.environment['threads']} threads")
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+        figure.set_layout_engine("constrained")
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+
+
+def our_backends(op: str, device: str, **options: Any) -> list[tuple[str, str | None]]:
+    """(backend, why it cannot be measured here or None) for every backend of `op` but the reference."""
+    import kernels.triton
+    from kernels.registry import BACKENDS, BackendError, choose
+
+    found: list[tuple[str, str | None]] = []
+    for backend in BACKENDS[1:]:
+        try:
+            choose(op, device, backend, **options)
+        except BackendError as error:
+            found.append((backend, str(error).split("cannot serve this call: ")[-1].split("; able:")[0]))
+        else:
+            interpreted = backend == "triton" and kernels.triton.INTERPRETED
+            found.append((backend, "it runs in Triton's interpreter, for correctness only" if interpreted else None))
+    return found
+
+
+def matrix_peak(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of this machine's fastest large matrix product, measured: what a kernel's share is taken of."""
+    size = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    clock = _Clock(device)
+    a @ b
+    return 2 * size**3 / min(clock(lambda: a @ b) for _ in range(10))

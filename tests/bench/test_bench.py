@@ -1,0 +1,111 @@
+"""The benchmarks run as scripts, at tiny shapes, and say what they must: these tests say nothing about speed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import attn, harness
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "bench" / script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd="/")
+
+
+@pytest.mark.parametrize(
+    ("script", "shape", "works", "peers", "unit"),
+    [
+        ("attn.py", "1x32x2x32", {"forward", "backward", "both"}, {"SDPA", "SDPA math"}, "GFLOP/s"),
+        ("rotary.py", "1x16x2x32", {"forward", "forward + backward"}, {"PyTorch eager", "PyTorch compiled"}, "GB/s"),
+    ],
+)
+def test_script_measures_ours_and_peers(script, shape, works, peers, unit, tmp_path):
+    path = tmp_path / "rows.json"
+    done = run(script, "--quick", "--device", "cpu", "--shapes", shape, "--dtypes", "fp32", "--json", str(path), "--threads", "1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(path.read_text())
+    assert document["unit"] == unit
+    assert document["environment"]["threads"] == 1
+    assert document["environment"]["torch"] == torch.__version__
+    assert len(document["environment"]["commit"]) == 40
+    assert document["formula"] in done.stdout
+    rows = document["rows"]
+    assert {row["work"] for row in rows} == works
+    for row in rows:
+        assert (row["seconds"] is None) != (row["unavailable"] is None), row
+        if row["seconds"] is not None:
+            assert row["rounds"] >= 3 and row["rate"] > 0
+    measured = {row["implementation"] for row in rows if row["seconds"] is not None}
+    assert peers <= measured
+    assert "phi1 torch" in measured
+    # the ratio is taken against the fastest peer of the same group
+    for work in works:
+        group = [r for r in rows if r["work"] == work and r["case"] == rows[0]["case"] and r["seconds"] is not None]
+        best = min(r["seconds"] for r in group if not r["ours"])
+        for row in group:
+            assert row["ratio"] == pytest.approx(best / row["seconds"])
+    # what cannot run is listed with the reason
+    for row in rows:
+        if row["unavailable"]:
+            assert f"Not measured: {row['implementation']}" in done.stdout and row["unavailable"] in done.stdout
+    if script == "attn.py":
+        reasons = {row["implementation"]: row["unavailable"] for row in rows if row["unavailable"]}
+        assert "scaled_dot_product_attention cannot draw" in reasons["phi1 torch"]  # with dropout
+        assert "FlexAttention" in reasons
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "1x2"], "--shapes 1x2: must be batch x seq x heads x head_dim"),
+        (["--shapes", "0x2x2x2"], "positive whole numbers"),
+        (["--dtypes", "fp8"], "--dtypes fp8: must be of fp32, bf16, fp16"),
+        (["--threads", "0"], "--threads 0: must be at least 1"),
+    ],
+)
+def test_bad_options(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        attn.main(["--device", "cpu", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_device_cuda_without_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        attn.main(["--device", "cuda"])
+    assert "use --device cpu" in capsys.readouterr().err
+
+
+def test_save_writes_table_and_plot_with_the_device_in_the_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    bench = harness.Benchmark("trial", "cpu", unit="calls/s", formula="one call", seconds=0.0, rounds=4)
+    bench.group(
+        "case", "work", 1.0,
+        [
+            harness.Candidate("mine", True, lambda: lambda: sum(range(10))),
+            harness.Candidate("theirs", False, lambda: lambda: sum(range(100000))),
+            harness.Candidate("absent", False, lambda: _unavailable("not installed")),
+        ],
+        peak=1.0,
+    )  # fmt: skip
+    bench.finish(harness.parse(harness.arguments("", shapes=""), ["--save", "--device", "cpu"]))
+    stems = {path.suffix: path for path in (tmp_path / "results").iterdir()}
+    assert set(stems) == {".json", ".md", ".png"}
+    assert stems[".png"].read_bytes()[:4] == b"\x89PNG"
+    text = stems[".md"].read_text()
+    assert "| case | work | **mine** |" in text and "Not measured: absent (everywhere): not installed" in text
+    rows = {row["implementation"]: row for row in json.loads(stems[".json"].read_text())["rows"]}
+    assert rows["mine"]["ratio"] > 1.0 and rows["theirs"]["ratio"] == 1.0
+    assert rows["mine"]["rounds"] == 4 and rows["absent"]["unavailable"] == "not installed"
+
+
+def _unavailable(reason):
+    raise harness.Unavailable(reason)
