@@ -175,7 +175,7 @@ def require_shape(folder: pathlib.Path, config: ModelConfig) -> None:
     if differing:
         raise UserError(
             f"{folder}: a checkpoint of another model ({'; '.join(differing)}); "
-            "make [model] the same, or choose another checkpoint or --run folder"
+            "make [model] the same, or choose another checkpoint or --run-folder"
         )
 
 

@@ -113,7 +113,7 @@ class DataConfig:
 class LoopConfig:
     """How long, on what, and what is written when. A recipe's [train] table."""
 
-    run: pathlib.Path
+    run_folder: pathlib.Path
     """Folder of this run: checkpoints, metrics.jsonl, TensorBoard. A run started again there goes on."""
     init_from: pathlib.Path | None = None
     """Checkpoint (or run folder) whose weights to start from; otherwise the weights are random."""

@@ -51,12 +51,13 @@ class Metrics:
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def record(self, step: int, **values: Any) -> None:
-        """Appends {"step": step, **values}; numbers go to TensorBoard too."""
+        """Appends {"step": step, **values}; numbers go to TensorBoard too (None, a number that is not finite, does not)."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+                if value is not None:
+                    self._board.add_scalar(name, value, step)
 
     def sync(self) -> None:
         """Makes what was recorded survive a crash of the machine (called with each checkpoint)."""
@@ -87,20 +88,22 @@ def flops_per_token(config: ModelConfig, parameters: int, length: int) -> int:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """A device's peak FLOP/s in `dtype` and where the figure is from.
 
-    Data sheets for known GPUs in bf16 and fp16; otherwise the best of five matrix products, timed here.
+    Data sheets for known GPUs in bf16 and fp16; otherwise the best of a few matrix products, timed here.
     """
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
         for pattern, peak in _PEAKS.items():
             if re.search(pattern, name):
                 return peak, f"data sheet of {name}, dense {str(dtype).removeprefix('torch.')}"
-    size = 1024 if device.type == "cpu" else 8192
+    size = 512 if device.type == "cpu" else 8192
     a = torch.ones(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):  # the first one warms up
-        started = time.perf_counter()
+    best, started = float("inf"), time.perf_counter()
+    for _ in range(5):
+        begun = time.perf_counter()
         (a @ a)[0, 0].item()  # .item() waits for the device
-        best = min(best, time.perf_counter() - started)
+        best = min(best, time.perf_counter() - begun)
+        if time.perf_counter() - started > 0.5:  # fp16 on a CPU may take that long for one
+            break
     return 2 * size**3 / best, f"measured: {size} x {size} matrix product in {str(dtype).removeprefix('torch.')}"
 
 

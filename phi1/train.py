@@ -52,7 +52,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # A run that goes on with another value of one of these would not be the same run.
 _FIXED = ("data.sequence_length", "data.document_masking", "data.loss_mask", "train.sequences_per_step", "train.seed")
 # These say where and how, and change nothing that is worth a line when they differ.
-_FREE = ("data.tokens", "data.validation_tokens", "train.run", "train.device", "train.log_every", "train.tensorboard")
+_FREE = (
+    "data.tokens",
+    "data.validation_tokens",
+    "train.run_folder",
+    "train.device",
+    "train.log_every",
+    "train.tensorboard",
+)
 
 
 def train(config: TrainConfig) -> pathlib.Path:
@@ -76,7 +83,7 @@ class Trainer:
     """A run: what it is made of, and its loop."""
 
     def __init__(self, config: TrainConfig, world: World) -> None:
-        self.config, self.world, self.run_folder = config, world, config.train.run
+        self.config, self.world, self.run_folder = config, world, config.train.run_folder
         step, group = config.train.sequences_per_step, config.train.micro_batch * world.size
         if step % group:
             raise UserError(
@@ -144,7 +151,7 @@ class Trainer:
                     eta = (time.monotonic() - started) / (self.step - first) * (settings.steps - self.step)
                     world.say(
                         f"step {self.step:,}/{settings.steps:,}  loss {sum(losses) / len(losses):.4f}  "
-                        f"lr {facts['lr']:.2e}  grad {facts['grad_norm']:.3f}  {rate:,.0f} tokens/s  "
+                        f"lr {facts['lr']:.2e}  grad {facts['grad_norm'] or math.inf:.3f}  {rate:,.0f} tokens/s  "
                         f"MFU {100 * rate * self.flops_per_token / peak:.1f}%  ETA {duration(eta)}"
                     )
                     losses, seconds = [], 0.0
@@ -190,9 +197,10 @@ class Trainer:
         self.scaler.step(self.optimizer)  # in fp16, not if a gradient overflowed
         self.scaler.update()
         self.tokens_seen += config.train.sequences_per_step * config.data.sequence_length
-        facts = {"loss": mean, "lr": lr, "grad_norm": norm, "counted_tokens": int(counted)}
+        finite = math.isfinite(norm)
+        facts = {"loss": mean, "lr": lr, "grad_norm": norm if finite else None, "counted_tokens": int(counted)}
         if self.scaler.is_enabled():
-            facts |= {"loss_scale": self.scaler.get_scale(), "skipped": not math.isfinite(norm)}
+            facts |= {"loss_scale": self.scaler.get_scale(), "skipped": not finite}
         return facts, stops > 0
 
     @torch.no_grad()
@@ -277,7 +285,7 @@ class Trainer:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"{self.run_folder}: another training is running there; wait for it, or choose another --run"
+                f"{self.run_folder}: another training is running there; wait for it, or choose another --run-folder"
             ) from error
         checkpoint.remove_leftovers(self.run_folder)
 
@@ -325,12 +333,12 @@ class Trainer:
             fixed.append("other token shards")
         if fixed:
             raise UserError(
-                f"{self.run_folder}: holds a run made otherwise ({'; '.join(fixed)}); choose another --run folder, "
+                f"{self.run_folder}: holds a run made otherwise ({'; '.join(fixed)}); choose another --run-folder, "
                 "or delete this one"
             )
         if self.facts["step"] > self.config.train.steps:
             raise UserError(
-                f"{folder}: past --steps {self.config.train.steps}; raise it, or choose another --run folder"
+                f"{folder}: past --steps {self.config.train.steps}; raise it, or choose another --run-folder"
             )
         self.world.say(f"going on from {folder}")
         for name in changed:
@@ -348,7 +356,7 @@ class Trainer:
         peak = world.sum(own_peak)[0]
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
         world.say(
-            f"phi1 {__version__}: {settings.run}: {parameters:,} parameters, {settings.precision} on {world.size} x {name}"
+            f"phi1 {__version__}: {settings.run_folder}: {parameters:,} parameters, {settings.precision} on {world.size} x {name}"
         )
         world.say(
             f"data: {self.dataset.tokens:,} tokens in {self.dataset.documents:,} documents; an epoch is {windows:,} "

@@ -38,7 +38,7 @@ def config(**changes):
     ],
 )
 def test_values_out_of_range(kind, changes, message):
-    required = {LoopConfig: {"run": pathlib.Path("r")}, DataConfig: {"tokens": pathlib.Path("t")}}.get(kind, {})
+    required = {LoopConfig: {"run_folder": pathlib.Path("r")}, DataConfig: {"tokens": pathlib.Path("t")}}.get(kind, {})
     with pytest.raises(UserError, match=message):
         kind(**required | changes)
 

@@ -21,7 +21,7 @@ preset = "phi1-tiny"
 tokens = "tokens"
 sequence_length = 512
 [train]
-run = "run"
+run_folder = "run"
 [optimizer]
 lr = 1
 """
@@ -65,7 +65,7 @@ def test_finetuning_starts_from_the_checkpoint_that_pretraining_keeps():
     for suffix in ("phi1", "phi1-small"):
         pretrain = load_recipe(RECIPES / f"pretrain-{suffix}.toml").train
         start = load_recipe(RECIPES / f"finetune-{suffix}.toml").train.init_from
-        assert start == pretrain.run / "step-024000"
+        assert start == pretrain.run_folder / "step-024000"
         assert 24_000 % pretrain.checkpoint_every == 0 and 24_000 % pretrain.keep_every == 0
 
 
@@ -94,10 +94,14 @@ def test_defaults_presets_and_conversions(tmp_path):
         ("lr = 1", 'lr = "fast"', r"optimizer\.lr = 'fast': must be a number"),
         ("lr = 1", "warmup_steps = 1.5", r"optimizer\.warmup_steps = 1\.5: must be an integer"),
         ("lr = 1", "warmup_steps = true", r"optimizer\.warmup_steps = True: must be an integer"),
-        ('run = "run"', 'run = "run"\ncompile = 1', r"train\.compile = 1: must be true or false"),
-        ('run = "run"', "run = 3", r"train\.run = 3: must be a path"),
-        ('run = "run"', 'run = "r"\nprecision = "fp8"', r"train\.precision = 'fp8': must be one of 'bf16', 'fp16'"),
-        ('run = "run"', "steps = 5", r"\[train\] needs 'run'"),
+        ('run_folder = "run"', 'run_folder = "run"\ncompile = 1', r"train\.compile = 1: must be true or false"),
+        ('run_folder = "run"', "run_folder = 3", r"train\.run_folder = 3: must be a path"),
+        (
+            'run_folder = "run"',
+            'run_folder = "r"\nprecision = "fp8"',
+            r"train\.precision = 'fp8': must be one of 'bf16', 'fp16'",
+        ),
+        ('run_folder = "run"', "steps = 5", r"\[train\] needs 'run_folder'"),
         ("sequence_length = 512", "sequence_length = 513", r"data\.sequence_length = 513: must be at most"),
         ("lr = 1", "lr = -1", r"optimizer\.lr = -1\.0: must be above 0"),
         ("[data]", "[data", r"not valid TOML"),
