@@ -179,7 +179,7 @@ def attention_backward(
         p, _ = _probabilities(qs, ks, lse[b, :, i].to(qs.dtype), causal, scale)
         dropped, dp = p, do @ vs.transpose(-1, -2)
         if dropout_p > 0:
-            keep = _attention_keep(p, dropout_p, dropout_seed, first) * dropout_scale(dropout_p)
+            keep = _attention_keep(p, dropout_p, dropout_seed, first).to(p.dtype) * dropout_scale(dropout_p)
             dropped, dp = p * keep, dp * keep
         ds = scale * p * (dp - (do * o).sum(-1, keepdim=True))
         dk, dv = ds.transpose(-1, -2) @ qs, dropped.transpose(-1, -2) @ do

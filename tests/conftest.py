@@ -1,0 +1,12 @@
+"""Shared by all tests: helper modules in tests/kernels can be imported by name; Triton runs without a GPU."""
+
+import os
+import pathlib
+import sys
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "kernels"))
+if not torch.cuda.is_available():
+    # Must be set before triton is imported: its kernels then run on the CPU, in Triton's interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
