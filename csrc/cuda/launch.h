@@ -1,26 +1,64 @@
-// Errors of a launch, with the kernel's name.
+// Launches a kernel, on the GPU or under the emulator, and raises its errors with the kernel's name.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
+#if defined(PHI1_EMULATOR)
+#include "emulator/emulator.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+#include "rotary.h"
+
 namespace phi1::cuda {
 
-// gridDim.x holds at most 2^31 - 1 blocks.
-inline void check_grid(const char* kernel, const char* what, int64_t blocks) {
-  if (blocks < 1 || blocks > 0x7fffffff)
-    throw std::invalid_argument(std::string(kernel) + ": " + what + " = " + std::to_string(blocks) +
-                                ": must be in 1..2147483647; split the batch");
+// Global memory that a kernel may touch: the emulator holds the kernel to it.
+struct Region {
+  const void* begin;
+  int64_t bytes;
+};
+
+// The bytes from the first to the last element of a (batch, seq, heads, head_dim) tensor.
+inline Region heads_region(const HeadsTensor& x, int64_t batch, int64_t seq, int64_t heads, int64_t head_dim,
+                           int64_t element) {
+  if (batch * seq * heads == 0) return {x.data, 0};
+  const int64_t last = (batch - 1) * x.batch_stride + (seq - 1) * x.seq_stride + (heads - 1) * x.head_stride;
+  return {x.data, (last + head_dim) * element};
 }
 
-inline void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("CUDA kernel ") + kernel + ": " + cudaGetErrorName(error) + ": " +
+// Runs kernel(args) on `blocks` blocks of `threads` threads with `shared` bytes of dynamic shared memory.
+template <typename Args>
+void launch(const char* name, void (*kernel)(Args), int64_t blocks, int threads, int shared, void* stream,
+            std::initializer_list<Region> regions, const Args& args) {
+  if (blocks < 1 || blocks > 0x7fffffff)  // the limit of gridDim.x
+    throw std::invalid_argument(std::string("CUDA kernel ") + name + ": " + std::to_string(blocks) +
+                                " blocks: must be in 1..2147483647; split the batch");
+#if defined(PHI1_EMULATOR)
+  (void)stream;
+  emulator::Launch launch{name, int(blocks), threads, shared, {}};
+  for (const Region& region : regions) launch.regions.push_back({region.begin, region.bytes});
+  emulator::run(launch, [&] { kernel(args); });
+#else
+  (void)regions;
+  cudaError_t error = cudaSuccess;
+  if (shared > 48 * 1024)  // more than 48 KiB must be asked for
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 shared);
+  if (error == cudaSuccess) {
+    void* parameters[] = {const_cast<Args*>(&args)};
+    error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(unsigned(threads)),
+                             parameters, size_t(shared), static_cast<cudaStream_t>(stream));
+  }
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // not sticky: leave a clean state behind
+    throw std::runtime_error(std::string("CUDA kernel ") + name + ": " + cudaGetErrorName(error) + ": " +
                              cudaGetErrorString(error));
+  }
+#endif
 }
 
 }  // namespace phi1::cuda
