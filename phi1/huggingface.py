@@ -80,6 +80,7 @@ def export_folder(
                 "eos_token": END_OF_TEXT,
                 "unk_token": END_OF_TEXT,
                 "model_max_length": config.max_positions,
+                "model_input_names": ["input_ids", "attention_mask"],  # 4.57 would add token_type_ids
                 "clean_up_tokenization_spaces": False,
             },
         )
