@@ -69,7 +69,10 @@ class Tokenizer:
         return Tokenizer(backend)
 
     def save(self, path: pathlib.Path | str) -> None:
-        """Writes a tokenizer.json that `transformers.PreTrainedTokenizerFast(tokenizer_file=…)` loads."""
+        """Writes a tokenizer.json that `transformers.PreTrainedTokenizerFast(tokenizer_file=…)` loads.
+
+        It gives the same ids; for a text that spells out <|endoftext|> it must be told split_special_tokens=True.
+        """
         with atomic_write(pathlib.Path(path), "w") as file:
             file.write(self._backend.to_str(pretty=True))
 
