@@ -144,7 +144,7 @@ def sample(
 ) -> list[dict[str, Any]]:
     """Completes and runs what `output`/samples.jsonl does not hold yet; returns all rows.
 
-    A row: task_id, sample, completion, status, detail, seconds. Raises UserError if the folder holds samples of
+    A row: task_id, sample, prompt, completion, status, detail, seconds. Raises UserError if the folder holds samples of
     another checkpoint, benchmark or sampling.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def sample(
             for (task_id, i), text, result in zip(
                 chunk, completions, sandbox.run_many(jobs, workers=config.workers), strict=True
             ):
-                row = {"task_id": task_id, "sample": i, "completion": text, "status": result.status,
+                row = {"task_id": task_id, "sample": i, "prompt": by_id[task_id].prompt, "completion": text, "status": result.status,
                        "detail": result.detail, "seconds": round(result.seconds, 4)}  # fmt: skip
                 file.write(json.dumps(row) + "\n")
                 rows.append(row)
