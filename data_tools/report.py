@@ -46,8 +46,8 @@ class Config:
 def run(config: Config) -> pathlib.Path:
     """Writes the page; returns its path. Raises UserError if the folder holds nothing to report."""
     datasets = _datasets(config.run)
-    trainings = sorted(path.parent for path in config.run.glob("*/metrics.jsonl"))
-    evaluations = sorted(config.run.glob("evaluation/*.json"))
+    trainings = sorted((path.parent for path in config.run.glob("*/metrics.jsonl")), key=lambda p: p.stat().st_mtime)
+    evaluations = sorted(config.run.glob("evaluation/*/results.json"))
     if not datasets and not trainings and not evaluations:
         raise UserError(f"--run {config.run}: no dataset, training or evaluation below it; run `phi1 quickstart` first")
     sections = [
@@ -143,3 +143,162 @@ def _plot(lines: dict[str, tuple[list[float], list[float]]], x: str, y: str, *, 
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}%"
+
+
+# ---------------------------------------------------------------------------------------------- sections
+
+
+def _scores(evaluations: list[pathlib.Path]) -> str:
+    rows: list[list[object]] = []
+    for path in evaluations:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for row in results["scores"]:
+            group = "" if row["group"] == "all" else f" ({row['group']})"
+            rows.append([
+                f"{results['benchmark']}{group}", _checkpoint_name(results), f"pass@{row['k']}", row["problems"],
+                _Markup(f"<b>{_percent(row['pass'])}</b>"), f"{_percent(row['low'])} – {_percent(row['high'])}",
+            ])  # fmt: skip
+    if not rows:
+        return ""
+    note = (
+        "HumanEval is 164 problems written by people; a model of a few million parameters is expected near 0 there. The "
+        "held-out exercises come from the offline teacher, a program that composes exercises from families: the families "
+        "were seen in training, the function names, constants and compositions of these were not."
+    )
+    head = ["benchmark", "model", "measure", "problems", "score", "95% interval"]
+    return f'<div class="scores">{_table(head, rows, frozenset({3, 4}))}</div><p class="source">{note}</p>'
+
+
+def _checkpoint_name(results: dict[str, Any]) -> str:
+    folder = pathlib.Path(results["checkpoint_folder"])
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def _pipeline(folder: pathlib.Path, datasets: list[Dataset]) -> str:
+    timings = _timings(folder)
+    rows: list[list[object]] = []
+    for dataset in datasets:
+        manifest = dataset.manifest
+        others = {k: v for k, v in dataset.counters.items() if k not in ("rows", "failures") and v}
+        detail = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in sorted(others.items()))
+        entering = ", ".join(item["folder"] for item in manifest["inputs"]) or "–"
+        rows.append([
+            dataset.folder.name, manifest["stage"], entering, dataset.rows, dataset.counters["failures"], detail,
+            f"{timings[dataset.folder.name]:,.0f} s" if dataset.folder.name in timings else "",
+        ])  # fmt: skip
+    if not rows:
+        return ""
+    head = ["dataset", "stage", "made from", "rows kept", "failed", "counted on the way", "time"]
+    text = _table(head, rows, frozenset({3, 4, 6}))
+    tokens = [json.loads(path.read_text(encoding="utf-8")) | {"folder": path.parent.name}
+              for path in sorted(folder.glob("*/manifest.json")) if not _is_rows(path)]  # fmt: skip
+    shards = [[t["folder"], t["tokens"], t["documents"]] for t in tokens if "tokens" in t and "documents" in t]
+    if shards:
+        text += "<h3>Token shards</h3>" + _table(["folder", "tokens", "documents"], shards, frozenset({1, 2}))
+    return text
+
+
+def _timings(folder: pathlib.Path) -> dict[str, float]:
+    path = folder / "timings.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _failures(dataset: Dataset) -> str:
+    failures = dataset.failures()
+    if not failures:
+        return ""
+    lines = "\n".join(f"{failure['key'][:60]}: {failure['reason']}" for failure in failures[:20])
+    return f"<details><summary>{len(failures):,} failures</summary>{_pre(lines, 4000)}</details>"
+
+
+def _sample_rows(dataset: Dataset) -> list[dict[str, Any]]:
+    """A few rows spread over the dataset (the first of each tenth)."""
+    rows = list(dataset.read())
+    return [rows[i * len(rows) // 10] for i in range(10)] if len(rows) > 10 else rows
+
+
+def _samples(datasets: list[Dataset]) -> str:
+    parts = []
+    for dataset in datasets:
+        if not dataset.rows:
+            continue
+        rows = _sample_rows(dataset)
+        if "content" not in rows[0]:
+            continue
+        text = [f"<h3>{_e(dataset.folder.name)}</h3>"]
+        ordered = sorted(dataset.read(), key=lambda row: row["quality"]) if "quality" in rows[0] else []
+        shown = [("rated highest", ordered[-1]), ("rated lowest of those kept", ordered[0])] if ordered else []
+        shown += [("", row) for row in rows[:3]]
+        for label, row in shown:
+            facts = [label] if label else []
+            facts += [f"{key} {row[key]}" for key in ("source", "max_stars_repo_path", "topic", "audience", "family", "composition")
+                      if row.get(key)]  # fmt: skip
+            facts += [f"{key} {row[key]:.3f}" for key in ("quality", "score") if row.get(key) is not None]
+            summary = _e(", ".join(facts)) or "row"
+            text.append(f"<details><summary>{summary}</summary>{_pre(row['content'])}</details>")
+        text.append(_failures(dataset))
+        parts.append("\n".join(text))
+    return "\n".join(parts)
+
+
+def _trainings(folders: list[pathlib.Path]) -> str:
+    losses: dict[str, tuple[list[float], list[float]]] = {}
+    rows: list[list[object]] = []
+    for folder in folders:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        steps = [line for line in lines if "loss" in line]
+        checks = [line for line in lines if "validation_loss" in line]
+        if not steps:
+            continue
+        losses[f"{folder.name}: training"] = ([s["step"] for s in steps], _smooth([s["loss"] for s in steps]))
+        if checks:
+            losses[f"{folder.name}: held out"] = ([s["step"] for s in checks], [s["validation_loss"] for s in checks])
+        seconds = sum(step["seconds"] for step in steps)
+        final = f"{checks[-1]['validation_loss']:.3f}" if checks else "–"
+        rate = f"{steps[-1]['tokens'] / seconds:,.0f}" if seconds else "–"
+        rows.append([
+            folder.name, steps[-1]["step"], steps[-1]["tokens"], f"{_smooth([s['loss'] for s in steps])[-1]:.3f}", final, rate,
+            f"{seconds:,.0f} s",
+        ])  # fmt: skip
+    if not rows:
+        return ""
+    head = ["run", "steps", "tokens seen", "loss (nats a token)", "held-out loss", "tokens/s", "time"]
+    return _table(head, rows, frozenset(range(1, 7))) + _plot(losses, "step", "loss, nats per token")
+
+
+def _smooth(values: list[float], window: int = 20) -> list[float]:
+    """Mean of each value and up to `window` - 1 before it."""
+    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+
+
+def _answers(evaluations: list[pathlib.Path]) -> str:
+    parts = []
+    for path in evaluations:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        lines = (path.parent / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        samples = [json.loads(line) for line in lines]
+        text = [f"<h3>{_e(results['benchmark'])}, {_e(_checkpoint_name(results))}</h3>"]
+        for status in ("passed", "failed"):
+            for sample in [s for s in samples if s["status"] == status][:3]:
+                kind = "good" if status == "passed" else "bad"
+                label = f'<span class="{kind}">{status}</span> {_e(sample["task_id"])} {_e(sample["detail"][:100])}'
+                body = _pre(sample.get("prompt", "") + sample["completion"])
+                text.append(f"<details><summary>{label}</summary>{body}</details>")
+        parts.append("\n".join(text))
+    return "\n".join(parts)
+
+
+def _sources(folder: pathlib.Path, datasets: list[Dataset]) -> str:
+    parts = [
+        f'<p class="source">Rows, failures and counters: manifest.json of each dataset below {_e(folder)}. Losses and times: metrics.jsonl of '
+        "each training. Scores: results.json and samples.jsonl below evaluation/. Intervals are Wilson's, 95%.</p>"
+    ]
+    for dataset in datasets:
+        manifest = dataset.manifest
+        facts = {"config": manifest["config"], "inputs": manifest["inputs"], "hash": dataset.hash,
+                 "code_version": manifest["code_version"]}  # fmt: skip
+        text = json.dumps(facts, indent=1, ensure_ascii=False)
+        parts.append(
+            f"<details><summary>{_e(dataset.folder.name)}: {_e(manifest['stage'])}</summary>{_pre(text, 6000)}</details>"
+        )
+    return "\n".join(parts)
