@@ -1,0 +1,246 @@
+"""Generation: batching, sampling, stop strings, limits, and the command."""
+
+import io
+import pathlib
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from phi1.checkpoint import write_model
+from phi1.cli import main
+from phi1.config import ModelConfig
+from phi1.errors import UserError
+from phi1.generate import _Sampler, complete
+from phi1.model import Cache, Phi1
+from phi1.tokenizer import Tokenizer, train_tokenizer
+
+CONFIG = ModelConfig(
+    vocab_size=400, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2,
+    head_dim=16, rotary_dim=8, max_positions=48,
+)  # fmt: skip
+PROMPTS = ["def f(x):\n", "a", "x = 1024\n    y = 2\n", "", "a", "def g():\n        return", "éé 😀", "zz\n\n"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["def f(x):\n    return x + 1\n", "class A:\n    pass\n"] * 4, 320)
+
+
+@pytest.fixture(scope="module")
+def model() -> Phi1:
+    """Random and sharp: the best logit leads the second by far more than float32 rounding."""
+    model = Phi1(CONFIG).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return model
+
+
+class Scripted(nn.Module):
+    """Writes `script` after any prompt of `start` tokens, one token after another; reads nothing."""
+
+    def __init__(self, tokenizer: Tokenizer, script: Sequence[int], start: int, max_positions: int = 48) -> None:
+        super().__init__()
+        self.config = ModelConfig(vocab_size=400, max_positions=max_positions)
+        self.embedding = nn.Parameter(torch.zeros(1))
+        self.start, self.script = start, [*script, *[tokenizer.encode("!")[0]] * 100]
+
+    def new_cache(self, batch: int, max_length: int) -> Cache:
+        return Cache(torch.zeros(0), torch.zeros(0))
+
+    def hidden_states(self, tokens: Tensor, *, cache: Cache) -> Tensor:
+        """How many tokens of the script are written, in place of hidden states."""
+        cache.length += tokens.shape[1]
+        return torch.full((*tokens.shape, 1), cache.length - self.start)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return nn.functional.one_hot(torch.tensor([self.script[int(row)] for row in hidden[:, 0]]), 400).float()
+
+
+def naive(model: Phi1, tokenizer: Tokenizer, prompt: str, max_new_tokens: int) -> str:
+    """Greedy, one prompt, the whole sequence again for every token: no cache, no batch."""
+    start = tokenizer.encode(prompt) or [tokenizer.eot_id]
+    new: list[int] = []
+    with torch.no_grad():
+        while len(new) < max_new_tokens and len(start) + len(new) < CONFIG.max_positions:
+            best = int(model(torch.tensor([start + new]))[0, -1, : tokenizer.vocab_size].argmax())
+            if best == tokenizer.eot_id:
+                break
+            new.append(best)
+    return tokenizer.decode(new)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_greedy_equals_the_naive_loop_whatever_the_batch(batch_size: int, model: Phi1, tokenizer: Tokenizer) -> None:
+    expected = [naive(model, tokenizer, prompt, 12) for prompt in PROMPTS]
+    assert complete(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=batch_size) == expected
+    assert len(set(expected)) > 4  # the prompts matter
+    assert expected[1] == expected[4]
+
+
+def test_a_sample_depends_on_its_seed_and_index_only(model: Phi1, tokenizer: Tokenizer) -> None:
+    def draw(batch_size: int = 16, seed: int = 3, prompts: Sequence[str] = PROMPTS) -> list[str]:
+        return complete(
+            model, tokenizer, prompts, max_new_tokens=12, temperature=8.0, top_p=0.9, seed=seed, batch_size=batch_size
+        )
+
+    first = draw()
+    assert first == draw(batch_size=1) == draw(batch_size=3)
+    assert draw(prompts=PROMPTS[:3]) == first[:3]
+    assert draw(seed=4) != first
+    assert first[1] != first[4]  # the same prompt at another index
+
+
+def test_top_p_and_temperature_give_the_right_frequencies() -> None:
+    probabilities = torch.tensor([0.1, 0.5, 0.15, 0.25])
+    draws = 4000
+
+    def frequencies(temperature: float, top_p: float) -> dict[int, float]:
+        sampler = _Sampler([(0, i) for i in range(draws)], 1, temperature, top_p, torch.device("cpu"))
+        index = torch.zeros(draws, dtype=torch.int64)
+        chosen = sampler.choose(probabilities.log().expand(draws, -1), index)
+        return {token: count / draws for token, count in Counter(chosen.tolist()).items()}
+
+    # Five standard deviations of a frequency over 4,000 draws are at most 0.04.
+    assert frequencies(1.0, 1.0) == pytest.approx({1: 0.5, 3: 0.25, 2: 0.15, 0: 0.1}, abs=0.04)
+    assert frequencies(1.0, 0.7) == pytest.approx({1: 2 / 3, 3: 1 / 3}, abs=0.04)  # .5 alone holds less than .7
+    assert frequencies(1.0, 0.5) == {1: 1.0}
+    assert frequencies(1.0, 1e-9) == {1: 1.0}
+    squares = probabilities.square() / probabilities.square().sum()
+    assert frequencies(0.5, 1.0) == pytest.approx(dict(enumerate(squares.tolist())), abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("    return 1\n\ndef g", ["\ndef ", "\nclass "], "    return 1\n"),  # ends inside a token's text
+        ("  x  \n ", [], None),  # nothing is stripped
+        ("é😀 stop é", ["😀"], "é"),  # a character of several tokens
+        ("aXbYc", ["Y", "X"], "a"),  # the first in the text, not in the list
+        ("abc", ["zzz"], None),
+        ("def f", ["def "], ""),
+    ],
+)
+def test_stop_strings_cut_the_text(text: str, stop: list[str], expected: str | None, tokenizer: Tokenizer) -> None:
+    script = [*tokenizer.encode(text), tokenizer.eot_id]
+    prompts = ["a\ndef ", "a\ndef "]  # a stop string in the prompt does not count
+    model = Scripted(tokenizer, script, len(tokenizer.encode(prompts[0])), max_positions=200)
+    got = complete(model, tokenizer, prompts, stop=stop)  # type: ignore[arg-type]
+    assert got == [text if expected is None else expected] * 2
+
+
+def test_decoding_ends_at_a_stop_string(tokenizer: Tokenizer) -> None:
+    model = Scripted(tokenizer, tokenizer.encode("ab\nclass"), 1, max_positions=200)
+    seen: list[int] = []
+    step = model.hidden_states
+    model.hidden_states = lambda tokens, *, cache: seen.append(1) or step(tokens, cache=cache)  # type: ignore
+    assert complete(model, tokenizer, ["a"], stop=["\nclass"]) == ["ab"]  # type: ignore[arg-type]
+    assert len(seen) == len(tokenizer.encode("ab\nclass"))
+
+
+def test_ids_without_text_are_never_chosen(tokenizer: Tokenizer) -> None:
+    class Spare(Scripted):
+        def logits(self, hidden: Tensor) -> Tensor:
+            logits = super().logits(hidden)
+            logits[:, tokenizer.vocab_size :] = 99.0
+            return logits
+
+    model = Spare(tokenizer, [*tokenizer.encode("ok"), tokenizer.eot_id], 1)
+    assert complete(model, tokenizer, ["a"]) == ["ok"]  # type: ignore[arg-type]
+    assert complete(model, tokenizer, ["a"], temperature=0.01) == ["ok"]  # type: ignore[arg-type]
+
+
+def test_max_positions_is_never_passed(model: Phi1, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["q" * n for n in (46, 47, 48, 60)]
+    script = Scripted(tokenizer, [], 46)
+    assert complete(script, tokenizer, texts[:1]) == ["!!"]  # type: ignore[arg-type]
+    got = complete(model, tokenizer, texts, max_new_tokens=20)
+    assert got[2:] == ["", ""] and got[0] == naive(model, tokenizer, texts[0], 20)
+    assert "warning: 2 of 4 prompts fill the model's 48 positions" in capsys.readouterr().err
+
+
+def test_progress_and_mode(model: Phi1, tokenizer: Tokenizer) -> None:
+    calls: list[tuple[int, int]] = []
+    model.train()
+    complete(
+        model,
+        tokenizer,
+        PROMPTS,
+        max_new_tokens=1,
+        batch_size=3,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert calls == [(3, 8), (6, 8), (8, 8)]
+    assert model.training
+    model.eval()
+    assert complete(model, tokenizer, []) == []
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"stop": ["a", ""]}, {"seed": -1},
+     {"batch_size": 0}],
+)  # fmt: skip
+def test_senseless_options_are_refused(option: dict[str, object], model: Phi1, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=f"^{next(iter(option))} = "):
+        complete(model, tokenizer, ["a"], **option)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: Phi1, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return write_model(tmp_path_factory.mktemp("runs") / "step-000001", model, tokenizer, {"step": 1})
+
+
+def test_command(
+    checkpoint: pathlib.Path, model: Phi1, tokenizer: Tokenizer, tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    prompt = "def f(x):\r\n  "  # neither CRLF nor trailing blanks are touched
+    (expected,) = complete(model, tokenizer, [prompt], max_new_tokens=9)
+    options = ["generate", "--checkpoint", str(checkpoint), "--max-new-tokens", "9", "--device", "cpu"]
+    (tmp_path / "prompt").write_bytes(prompt.encode())
+    assert main([*options, "--prompt", prompt]) == 0
+    assert capsys.readouterr().out == expected
+    assert main([*options, "--prompt-file", str(tmp_path / "prompt")]) == 0
+    assert capsys.readouterr().out == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
+    assert main(options) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_command_errors(checkpoint: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    options = ["generate", "--checkpoint", str(checkpoint)]
+    for extra, message in (
+        (["--prompt-file", str(tmp_path / "latin")], "not UTF-8 at byte 3"),
+        (["--prompt-file", str(tmp_path / "absent")], "cannot be read (No such file or directory)"),
+        (["--prompt", "a", "--prompt-file", "b"], "give one of them"),
+        (["--prompt", "q" * 48], "the prompt has 48 tokens and the model 48 positions"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature = -1.0: must be at least 0"),
+    ):
+        assert main([*options, *extra]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+    assert main(["generate", "--checkpoint", str(tmp_path / "nowhere"), "--prompt", "a"]) == 2
+    assert "nowhere: no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said(checkpoint: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--checkpoint", str(checkpoint), "--prompt", "a", "--device", "cuda"]) == 2
+    assert "--device cuda: PyTorch finds no CUDA GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_same_greedy_text(model: Phi1, tokenizer: Tokenizer) -> None:
+    expected = complete(model, tokenizer, PROMPTS, max_new_tokens=12)
+    try:
+        assert complete(model.cuda(), tokenizer, PROMPTS, max_new_tokens=12) == expected
+    finally:
+        model.cpu()
