@@ -1,0 +1,257 @@
+"""Train a random forest to predict the annotation from the embedding (the paper's section 2.1).
+
+Writes forest.skops (no pickle), metrics.json and threshold.svg: the share of all embedded documents that each
+threshold keeps. The metrics are of documents that the forest has not seen, with bootstrap intervals, beside what
+always guessing the more frequent class would score.
+"""
+
+import dataclasses
+import io
+import json
+import pathlib
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from data_tools.dataset import Dataset, config_dict
+from phi1 import __version__
+from phi1.errors import UserError
+from phi1.files import atomic_write, sha256_json, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from sklearn.ensemble import RandomForestClassifier
+
+FOREST = "forest.skops"
+METRICS = "metrics.json"
+PLOT = "threshold.svg"
+_TRUSTED = frozenset({"sklearn.tree._tree.Tree"})  # what a forest holds besides skops' own safe types
+_BOOTSTRAP = 1000
+_BINS = 100
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of `phi1 data classify`."""
+
+    annotations: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
+    """Dataset that annotate made."""
+
+    embeddings: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
+    """Dataset that embed made, of the same documents."""
+
+    output: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
+    """Folder for the forest, its metrics and the plot."""
+
+    trees: int = 500
+    """Trees in the forest."""
+
+    min_leaf: int = 2
+    """Samples in a leaf, at least."""
+
+    held_out: float = 0.25
+    """Fraction of the annotated documents kept for the metrics."""
+
+    seed: int = 0
+    """Of the split, the forest and the bootstrap."""
+
+    workers: int = dataclasses.field(default=2, metadata={"no_effect": True})
+    """Threads."""
+
+
+def run(config: Config) -> pathlib.Path:
+    """Trains and measures; returns the output folder.
+
+    Raises UserError if the datasets do not belong together, hold too little to learn from, or the folder holds a
+    forest made of something else.
+    """
+    annotations, embeddings = Dataset(config.annotations), Dataset(config.embeddings)
+    if annotations.manifest["inputs"] != embeddings.manifest["inputs"]:
+        raise UserError(
+            f"{config.annotations} and {config.embeddings} were made of different documents; "
+            "annotate and embed the same dataset"
+        )
+    made_of = {
+        "config": config_dict(config),
+        "annotations": annotations.hash,
+        "embeddings": embeddings.hash,
+        "documents": embeddings.manifest["inputs"],
+        "embedder": embeddings.manifest["config"]["embedder"],
+    }
+    path = config.output / METRICS
+    if path.exists():
+        if json.loads(path.read_text(encoding="utf-8"))["made_of"] != made_of:
+            raise UserError(
+                f"{config.output}: holds a forest made with other settings or data; choose another folder, "
+                "or delete this one"
+            )
+        print(f"classify: already in {config.output}", file=sys.stderr)
+        return config.output
+    metrics = _train(config, annotations, embeddings)
+    write_json(path, {"made_of": made_of, "code_version": __version__} | metrics)  # last: it says "whole"
+    print(describe(metrics), file=sys.stderr)
+    return config.output
+
+
+def load_forest(folder: pathlib.Path) -> "RandomForestClassifier":
+    """The forest in a folder, without running anything from the file.
+
+    Raises UserError if it is absent, corrupt, of another scikit-learn, or holds a type that a forest does not.
+    """
+    import skops.io
+
+    path = folder / FOREST
+    if not path.exists() or not (folder / METRICS).exists():
+        raise UserError(f"{folder}: no forest there ({FOREST}, {METRICS}); run `phi1 data classify` first (again)")
+    try:
+        strange = set(skops.io.get_untrusted_types(file=path)) - _TRUSTED
+        if strange:
+            raise UserError(f"{path}: holds {', '.join(sorted(strange))}, which no forest does; do not use this file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # InconsistentVersionWarning: trees of another scikit-learn may be misread
+            return skops.io.load(path, trusted=sorted(_TRUSTED))
+    except UserError:
+        raise
+    except Exception as error:  # a broken zip, JSON, array or version: each has its own type
+        raise UserError(
+            f"{path}: cannot be loaded ({type(error).__name__}: {str(error)[:200]}); delete {folder} and run "
+            "`phi1 data classify` again"
+        ) from error
+
+
+def probabilities(forest: "RandomForestClassifier", embeddings: Dataset, shard: int) -> "np.ndarray[Any, Any]":
+    """(rows of the shard,) float64: the forest's probability of label 1, in the shard's order."""
+    import numpy as np
+
+    vectors = matrix(embeddings, shard)
+    return forest.predict_proba(vectors)[:, 1] if len(vectors) else np.zeros(0)
+
+
+def matrix(embeddings: Dataset, shard: int) -> "np.ndarray[Any, Any]":
+    """(rows, dimensions) float32: the embeddings of one shard."""
+    column = embeddings.table(shard, ["embedding"]).column("embedding").combine_chunks()
+    return (
+        column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1) if len(column) else column.to_numpy()
+    )
+
+
+def describe(metrics: dict[str, Any]) -> str:
+    """The metrics as a small table for the terminal."""
+    lines = [f"classify: {metrics['train_rows']} documents to learn from, {metrics['test_rows']} held out"]
+    for name, value in metrics["test"].items():
+        low, high = value["interval"]
+        lines.append(
+            f"  {name:<18} {value['value']:6.3f}  (95% {low:.3f} to {high:.3f})   majority: {value['baseline']:.3f}"
+        )
+    return "\n".join(lines)
+
+
+def _train(config: Config, annotations: Dataset, embeddings: Dataset) -> dict[str, Any]:
+    import numpy as np
+    import skops.io
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.model_selection import train_test_split
+
+    labels = {row["hexsha"]: (row["label"], row["score"]) for row in annotations.read(["hexsha", "label", "score"])}
+    found: list[tuple[str, Any]] = []
+    for shard in range(len(embeddings.shards)):
+        keys = embeddings.table(shard, ["hexsha"]).column("hexsha").to_pylist()
+        positions = [i for i, key in enumerate(keys) if key in labels]
+        if positions:
+            found += zip([keys[i] for i in positions], matrix(embeddings, shard)[positions], strict=True)
+    found.sort(key=lambda pair: pair[0])
+    x = np.array([vector for _, vector in found])
+    y = np.array([labels[key][0] for key, _ in found])
+    score = np.array([labels[key][1] for key, _ in found])
+    smaller = min((y == 0).sum(), (y == 1).sum()) if len(y) else 0
+    if smaller < 4:
+        raise UserError(
+            f"{config.annotations}: of {len(y)} annotated documents with an embedding, {smaller} have the rarer label, "
+            "too few to learn from and to test; annotate more documents"
+        )
+    train, test = train_test_split(
+        np.arange(len(y)), test_size=config.held_out, stratify=y, random_state=config.seed, shuffle=True
+    )
+    forest = RandomForestClassifier(
+        n_estimators=config.trees, min_samples_leaf=config.min_leaf, random_state=config.seed, n_jobs=config.workers
+    ).fit(x[train], y[train])
+    forest.set_params(n_jobs=None)  # the file shall not depend on this machine
+    config.output.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    skops.io.dump(forest, buffer)
+    with atomic_write(config.output / FOREST) as file:
+        file.write(buffer.getvalue())
+    histogram = np.zeros(_BINS + 1, dtype=np.int64)
+    for shard in range(len(embeddings.shards)):
+        # Rounded as printed, so that a threshold means the same here and in the filter up to half a bin.
+        bins = np.floor(probabilities(forest, embeddings, shard) * _BINS + 1e-9).astype(np.int64)
+        histogram += np.bincount(bins, minlength=_BINS + 1)
+    kept = histogram[::-1].cumsum()[::-1]
+    curve = [{"threshold": i / _BINS, "kept": int(kept[i])} for i in range(_BINS + 1)]
+    _plot(config.output / PLOT, curve, int(kept[0]))
+    return {
+        "train_rows": len(train),
+        "test_rows": len(test),
+        "test_positive": int(y[test].sum()),
+        "test": evaluate(y[test], score[test], forest.predict_proba(x[test])[:, 1], config.seed),
+        "kept_by_threshold": curve,
+        "documents": int(kept[0]),
+    }
+
+
+def evaluate(
+    labels: "np.ndarray[Any, Any]", scores: "np.ndarray[Any, Any]", predicted: "np.ndarray[Any, Any]", seed: int
+) -> dict[str, dict[str, Any]]:
+    """Metric -> value, 95% percentile-bootstrap interval, and the value of the constant guess "majority".
+
+    labels: 0 or 1. scores: the annotator's. predicted: probability of label 1. All (documents,).
+    """
+    import numpy as np
+    import scipy.stats
+    from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score
+
+    def measure(y: Any, s: Any, p: Any) -> dict[str, float]:
+        varied = len(np.unique(p)) > 1 and len(np.unique(s)) > 1
+        return {
+            "accuracy": accuracy_score(y, p >= 0.5),
+            "macro_f1": f1_score(y, p >= 0.5, average="macro", zero_division=0.0),
+            "roc_auc": roc_auc_score(y, p),
+            "average_precision": average_precision_score(y, p),
+            "spearman": float(scipy.stats.spearmanr(s, p).statistic) if varied else 0.0,
+        }
+
+    values = measure(labels, scores, predicted)
+    baseline = measure(labels, scores, np.full(len(labels), float(labels.mean() >= 0.5)))
+    generator = np.random.default_rng(seed)
+    drawn: list[dict[str, float]] = []
+    while len(drawn) < _BOOTSTRAP:
+        i = generator.integers(0, len(labels), len(labels))
+        if 0 < labels[i].sum() < len(labels):  # AUC needs both classes
+            drawn.append(measure(labels[i], scores[i], predicted[i]))
+    return {
+        name: {
+            "value": float(value),
+            "interval": [float(q) for q in np.quantile([d[name] for d in drawn], [0.025, 0.975])],
+            "baseline": float(baseline[name]),
+        }
+        for name, value in values.items()
+    }
+
+
+def _plot(path: pathlib.Path, curve: list[dict[str, Any]], total: int) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": sha256_json(curve), "font.size": 10}):  # the same bytes every time
+        figure = Figure(figsize=(6, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        axes.step([p["threshold"] for p in curve], [p["kept"] / max(total, 1) for p in curve], where="pre")
+        axes.set(
+            xlabel="threshold (forest's probability)",
+            ylabel=f"share kept of {total:,} documents",
+            xlim=(0, 1),
+            ylim=(0, 1.02),
+        )
+        axes.grid(alpha=0.3)
+        with atomic_write(path) as file:
+            figure.savefig(file, format="svg", metadata={"Date": None})

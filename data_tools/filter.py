@@ -1,0 +1,102 @@
+"""Keep the documents that the forest rates high enough; each keeps its probability as `quality`."""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from data_tools import classify
+from data_tools.dataset import Counted, Dataset, Failure, Produced, run_stage
+from phi1.errors import UserError
+from phi1.files import sha256_file
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of `phi1 data filter`."""
+
+    input: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
+    """Dataset of documents."""
+
+    embeddings: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
+    """Dataset that embed made of them."""
+
+    classifier: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
+    """Folder that classify wrote."""
+
+    output: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
+    """Folder of the new dataset: the documents kept, with `quality` from 0 to 1."""
+
+    threshold: float | None = None
+    """Keep documents of at least this probability, 0 to 1."""
+
+    keep_fraction: float | None = None
+    """Keep this fraction of the documents, the best ones (and what ties with the last)."""
+
+
+def run(config: Config) -> Dataset:
+    """Makes the dataset. Raises UserError if the inputs do not belong together."""
+    import pyarrow as pa
+
+    if (config.threshold is None) == (config.keep_fraction is None):
+        raise UserError("give one of --threshold and --keep-fraction")
+    if config.keep_fraction is not None and not 0 < config.keep_fraction <= 1:
+        raise UserError(f"--keep-fraction {config.keep_fraction}: must lie between 0 and 1")
+    documents, embeddings = Dataset(config.input), Dataset(config.embeddings)
+    if [entry["hash"] for entry in embeddings.manifest["inputs"]] != [documents.hash]:
+        raise UserError(f"{config.embeddings}: was not made of {config.input}; embed that dataset first")
+    forest = classify.load_forest(config.classifier)
+    if forest.n_features_in_ != (width := _width(embeddings)):
+        raise UserError(
+            f"{config.classifier}: its forest reads embeddings of {forest.n_features_in_} dimensions, "
+            f"{config.embeddings} has {width}; use the same embedder for both"
+        )
+    quality = [classify.probabilities(forest, embeddings, shard) for shard in range(len(embeddings.shards))]
+    threshold = config.threshold if config.threshold is not None else _quantile(quality, config.keep_fraction or 1.0)
+
+    def produce(_: Config, inputs: Sequence[Dataset], shard: int) -> Iterator[Produced]:
+        keys = inputs[1].table(shard, ["hexsha"]).column("hexsha").to_pylist()
+        of = dict(zip(keys, quality[shard].tolist(), strict=True))
+        dropped = 0
+        for row in inputs[0].read(shards=[shard]):
+            if row["hexsha"] not in of:
+                yield Failure(row["hexsha"], "has no embedding")
+            elif of[row["hexsha"]] >= threshold:
+                yield row | {"quality": of[row["hexsha"]]}
+            else:
+                dropped += 1
+        yield Counted({"dropped_low_quality": dropped})
+
+    dataset = run_stage(
+        "filter",
+        config,
+        config.output,
+        [documents, embeddings],
+        len(documents.shards),
+        produce,
+        documents.table(0).schema.append(pa.field("quality", pa.float64())),
+        extra={"forest": sha256_file(config.classifier / classify.FOREST), "applied_threshold": float(threshold)},
+    )
+    judged = dataset.rows + dataset.counters.get("dropped_low_quality", 0)
+    if dataset.rows in (0, judged):
+        what = "kept nothing" if dataset.rows == 0 else "kept everything"
+        print(
+            f"warning: filter: {what} of {judged:,} documents at threshold {threshold:.3f}; "
+            f"see {config.classifier / classify.PLOT} and choose another --threshold or --keep-fraction",
+            file=sys.stderr,
+        )
+    return dataset
+
+
+def _width(embeddings: Dataset) -> int:
+    return next((len(row["embedding"]) for row in embeddings.read(["embedding"])), 0)
+
+
+def _quantile(quality: Sequence[Any], fraction: float) -> float:
+    import numpy as np
+
+    ranked = np.sort(np.concatenate(quality))[::-1]
+    if not len(ranked):
+        raise UserError("there is no document to filter: the dataset of embeddings is empty")
+    return float(ranked[max(1, round(fraction * len(ranked))) - 1])

@@ -1,0 +1,95 @@
+"""A scripted OpenAI-compatible server on 127.0.0.1, for the tests of what speaks the protocol."""
+
+import http.server
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+Reply = tuple[int, dict[str, str], Any]
+"""HTTP status, headers, and the body: JSON-able, or text as it is."""
+
+
+def completion(text: str, *, logprobs: dict[str, float] | None = None, prompt: int = 10, generated: int = 1) -> Reply:
+    """A chat completion as OpenAI's servers answer it."""
+    choice: dict[str, Any] = {
+        "index": 0,
+        "message": {"role": "assistant", "content": text},
+        "finish_reason": "stop",
+        "logprobs": None,
+    }
+    if logprobs is not None:
+        top = [{"token": token, "logprob": value} for token, value in logprobs.items()]
+        choice["logprobs"] = {"content": [{"token": text, "logprob": 0.0, "top_logprobs": top}]}
+    return (
+        200,
+        {},
+        {
+            "id": "x",
+            "object": "chat.completion",
+            "model": "fake-1",
+            "choices": [choice],
+            "usage": {"prompt_tokens": prompt, "completion_tokens": generated},
+        },
+    )
+
+
+class FakeServer:
+    """Answers with `script(body, index of the request)`; records bodies, headers, times and the most in flight."""
+
+    def __init__(self) -> None:
+        self.script: Callable[[dict[str, Any], int], Reply] = lambda body, index: completion("yes")
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []
+        self.in_flight = self.most_in_flight = 0
+        self._lock = threading.Lock()
+        fake = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._reply((200, {}, {"object": "list", "data": [{"id": "fake-1", "object": "model"}]}))
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with fake._lock:
+                    index = len(fake.bodies)
+                    fake.bodies.append(body)
+                    fake.headers.append({key.lower(): value for key, value in self.headers.items()})
+                    fake.times.append(time.monotonic())
+                    fake.in_flight += 1
+                    fake.most_in_flight = max(fake.most_in_flight, fake.in_flight)
+                try:
+                    reply = fake.script(body, index)
+                finally:
+                    with fake._lock:
+                        fake.in_flight -= 1
+                self._reply(reply)
+
+            def _reply(self, reply: Reply) -> None:
+                status, headers, body = reply
+                data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "text/html" if isinstance(body, str) else "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                for key, value in headers.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                try:
+                    self.wfile.write(data)
+                except BrokenPipeError:
+                    assert fake.hung_up_expected, "the client hung up"
+
+            def log_message(self, *_: Any) -> None:
+                return
+
+        self.hung_up_expected = False
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
