@@ -118,6 +118,10 @@ class Trainer:
             if self.scaler.is_enabled() and self.facts["scaler"]:
                 self.scaler.load_state_dict(self.facts["scaler"])
 
+        # Gradients have buffers of their own from the start. Left to autograd, compiled code hands one tensor to two
+        # parameters whose gradients are equal (b_attention, b_mlp), and accumulating would add to it twice.
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
         network: Any = torch.compile(self.model) if config.train.compile else self.model
         if world.distributed:
             devices = [world.device] if world.device.type == "cuda" else None
@@ -181,7 +185,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.train()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)
         loss_sum = torch.zeros((), device=world.device)
         for index, (inputs, targets, bounds, seed) in enumerate(batches):
             # Gradients are exchanged once, in the last backward pass. DDP averages over processes: hence world.size.

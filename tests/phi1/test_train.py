@@ -188,6 +188,15 @@ def test_accumulation_does_not_change_the_gradient(config, masked_tokens, masked
         assert (naive - whole).norm() > 1e-2 * whole.norm()
 
 
+def test_compiled_code_gives_the_same_gradient(config):
+    """Accumulated over micro-batches with dropout seeds of their own; needs a C++ compiler, as torch.compile does."""
+    config = change(config, num_layers=1, **TINY, **DROPOUT)
+    eager, facts = gradients(config)
+    compiled, its_facts = gradients(change(config, compile=True, run_folder=config.train.run_folder / "compiled"))
+    assert its_facts["loss"] == pytest.approx(facts["loss"], rel=1e-6)
+    assert (compiled - eager).norm() < 1e-6 * eager.norm()
+
+
 def test_the_loss_mask_can_be_ignored(config, masked_tokens):
     _, facts = gradients(change(config, tokens=masked_tokens, loss_mask=False))
     assert facts["counted_tokens"] == 8 * 32
