@@ -1,0 +1,143 @@
+"""Annotation: the real small model end to end, and the rules of sample, excerpt, score and label."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fake_openai import FakeServer, completion
+
+from data_tools import annotate
+from data_tools.annotate import Config, excerpt, log_odds
+from data_tools.dataset import Dataset
+from data_tools.llm import RequestFailed
+from phi1.errors import UserError
+
+Make = Callable[..., Dataset]
+TEACHING = '''def factorial(n):
+    """Return n! = 1 * 2 * ... * n.
+
+    >>> factorial(4)
+    24
+    """
+    result = 1
+    for i in range(2, n + 1):
+        result *= i
+    return result
+'''
+DULL = 'from .v1 import api as _a\n_REG = {0x01: _a.H, 0x02: _a.K, 0x07: _a.Q}\n__all__ = ["_REG"]\n'
+
+
+def config(documents: Dataset, server: FakeServer | None, **options: Any) -> Config:
+    where = {} if server is None else {"base_url": server.base_url, "model": "fake-1"}
+    output = documents.folder.parent / "annotations"
+    return Config(input=documents.folder, output=output, llm_threads=1, **(where | options))
+
+
+def test_the_embedded_model_prefers_what_teaches(make_documents: Make) -> None:
+    documents = make_documents([TEACHING, DULL])
+    dataset = annotate.run(config(documents, None, samples=2, positive_fraction=0.5))
+    rows = {row["content"]: row for row in dataset.read()}
+    assert rows.keys() == {TEACHING.rstrip(), DULL.rstrip()}
+    assert rows[TEACHING.rstrip()]["score"] > rows[DULL.rstrip()]["score"] + 0.3
+    assert (rows[TEACHING.rstrip()]["label"], rows[DULL.rstrip()]["label"]) == (1, 0)
+    assert {row["model"] for row in rows.values()} == {"SmolLM2-135M-Instruct"}
+    assert all(len(row["prompt_hash"]) == 64 and row["source"] == "test" for row in rows.values())
+
+
+def by_number(body: dict[str, Any], index: int) -> Any:
+    """Document "x = 7" gets log-odds 7."""
+    number = float(body["messages"][-1]["content"].split("x = ")[1].split("\n")[0])
+    return completion("yes", logprobs={"yes": number - 100, "no": -100.0})
+
+
+def test_the_best_fraction_is_labelled_and_rows_stand_in_the_order_of_the_sample(
+    server: FakeServer, make_documents: Make
+) -> None:
+    server.script = by_number
+    documents = make_documents([f"x = {i}\n" for i in range(40)], shards=3)
+    dataset = annotate.run(config(documents, server, samples=20, positive_fraction=0.25))
+    rows = list(dataset.read())
+    assert [row["hexsha"] for row in rows] == annotate.sample(documents, 20, 0)
+    best = sorted(rows, key=lambda row: -row["score"])[:5]
+    assert [row["label"] for row in rows] == [int(row in best) for row in rows]
+    assert all(row["score"] == pytest.approx(float(row["content"][4:])) for row in rows)
+
+
+def test_a_larger_sample_holds_the_smaller_and_a_seed_draws_another(make_documents: Make) -> None:
+    documents = make_documents([f"x = {i}\n" for i in range(100)], shards=2)
+    ten = annotate.sample(documents, 10, 0)
+    assert annotate.sample(documents, 30, 0)[:10] == ten
+    assert set(annotate.sample(documents, 10, 1)) != set(ten)
+    assert ten != sorted(ten)  # not simply the lowest keys, by which ingest may have chosen
+
+
+def test_one_class_warns(server: FakeServer, make_documents: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    server.script = by_number
+    annotate.run(config(make_documents(["x = 1\n", "x = 2\n"]), server, threshold=9.0))
+    assert "all 2 documents got label 0" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_goes_on_and_pays_for_nothing_twice(server: FakeServer, make_documents: Make) -> None:
+    server.script = by_number
+    documents = make_documents([f"x = {i}\n" for i in range(30)])
+    stopped = config(documents, server, budget_tokens=40_000, concurrency=1)
+    body = annotate.request_for("x = 1", stopped).body("fake-1")
+    bound = len(str(body))
+    stopped = dataclasses.replace(stopped, budget_tokens=bound + 11 * 12)  # room for about twelve answers
+    with pytest.raises(UserError, match="budget"):
+        annotate.run(stopped)
+    asked = len(server.bodies)
+    assert 0 < asked < 30
+    with pytest.raises(UserError, match="interrupted"):
+        Dataset(stopped.output)
+    dataset = annotate.run(dataclasses.replace(stopped, budget_tokens=None))
+    assert dataset.rows == 30 and len(server.bodies) == 30
+
+
+def test_a_changed_question_refuses_the_folder(server: FakeServer, make_documents: Make) -> None:
+    server.script = by_number
+    first = config(make_documents(["x = 1\n", "x = 2\n"]), server)
+    annotate.run(first)
+    assert annotate.run(first).rows == 2 and len(server.bodies) == 2
+    with pytest.raises(UserError, match=r"other settings .*config\.characters"):
+        annotate.run(dataclasses.replace(first, characters=7))
+    assert annotate.run(dataclasses.replace(first, timeout=5.0)).rows == 2  # cannot change the result
+
+
+def test_ratings_carry_their_reasoning_and_bad_ones_go_to_the_failures(
+    server: FakeServer, make_documents: Make
+) -> None:
+    replies = {"x = 1": '{"reasoning": "clear", "rating": 8}', "x = 2": '{"reasoning": "dull", "rating": 2}'}
+    replies |= {"x = 3": '{"reasoning": "?", "rating": 11}', "x = 4": "I would say seven"}
+
+    def script(body: dict[str, Any], index: int) -> Any:
+        return completion(next(v for k, v in replies.items() if k in body["messages"][-1]["content"]))
+
+    server.script = script
+    documents = make_documents([f"{key}\n" for key in replies])
+    dataset = annotate.run(config(documents, server, mode="rating", positive_fraction=0.5))
+    rows = {row["content"]: (row["score"], row["label"], row["reasoning"]) for row in dataset.read()}
+    assert rows == {"x = 1": (8.0, 1, "clear"), "x = 2": (2.0, 0, "dull")}
+    assert sorted(failure["reason"][:20] for failure in dataset.failures()) == [
+        "no rating from 0 to ",
+        "the answer is not JS",
+    ]
+    assert server.bodies[0]["response_format"]["type"] == "json_schema"
+
+
+def test_excerpts_skip_the_licence_and_end_with_a_line() -> None:
+    assert excerpt("# Copyright\n#\n\nimport os\nx = 1\n", 100) == "import os\nx = 1"
+    assert excerpt("import os\nimport sys\n", 15) == "import os"
+    assert excerpt("import os\nimport sys\n", 9) == "import os"
+    assert excerpt("a" * 50, 10) == "a" * 10
+    assert excerpt("# only a comment\n", 100) == "# only a comment"
+
+
+def test_log_odds_sum_spellings_and_bound_what_is_not_there() -> None:
+    both = {"yes": math.log(0.3), " Yes": math.log(0.1), "no": math.log(0.2), "maybe": math.log(0.05)}
+    assert log_odds(both) == pytest.approx(math.log(0.4 / 0.2))
+    assert log_odds({"yes": -0.1, "The": -6.0}) == pytest.approx(-0.1 + 6.0)
+    with pytest.raises(RequestFailed, match="neither yes nor no"):
+        log_odds({"The": -0.1})
