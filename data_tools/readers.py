@@ -357,7 +357,7 @@ def html_to_text(source: str) -> str:
     parser = _PostText()
     parser.feed(source)
     parser.close()
-    return re.sub(r"\n{3,}", "\n\n", "".join(parser.parts)).strip()
+    return parser.text.strip()
 
 
 class _PostText(html.parser.HTMLParser):
@@ -365,37 +365,45 @@ class _PostText(html.parser.HTMLParser):
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-        self._in_block = False
-        self._code: list[str] = []
+        self.text = ""
+        self._code: list[str] | None = None  # the lines of a code block while inside one
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag == "pre":
-            self._in_block, self._code = True, []
-        elif tag == "code" and not self._in_block:
-            self.parts.append("`")
+            self._code = []
+        elif tag == "code" and self._code is None:
+            self.text += "`"
         elif tag == "li":
-            self.parts.append("\n- ")
+            self._end_line(1)
+            self.text += "- "
         elif tag == "br":
-            self.parts.append("\n")
+            self.text += "\n"
         elif tag in self._BLOCKS:
-            self.parts.append("\n\n")
+            self._end_line(2)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag == "pre":
+        if tag == "pre" and self._code is not None:
             code = "".join(self._code).strip("\n").rstrip()
-            self.parts.append(f"\n\n```\n{code}\n```\n\n")
-            self._in_block = False
-        elif tag == "code" and not self._in_block:
-            self.parts.append("`")
+            self._end_line(2)
+            self.text += f"```\n{code}\n```\n\n"
+            self._code = None
+        elif tag == "code" and self._code is None:
+            self.text += "`"
         elif tag in self._BLOCKS:
-            self.parts.append("\n\n")
+            self._end_line(2)
 
     def handle_data(self, data: str) -> None:
-        if self._in_block:
+        if self._code is not None:
             self._code.append(data)
         else:
-            self.parts.append(re.sub(r"\s+", " ", data))
+            text = re.sub(r"\s+", " ", data)
+            self.text += text.lstrip() if self.text.endswith("\n") else text
+
+    def _end_line(self, newlines: int) -> None:
+        self.text = self.text.rstrip(" ")
+        have = len(self.text) - len(self.text.rstrip("\n"))
+        if self.text:
+            self.text += "\n" * max(0, newlines - have)
 
 
 _PLANNERS = {

@@ -1,0 +1,151 @@
+"""A dataset's promises: whole or absent, the same for any number of workers, resumed, checked, never mixed."""
+
+import errno
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from counting import SCHEMA, Config, produce
+
+from data_tools.dataset import Dataset, Failure, Produced, config_dict, run_stage
+from phi1.errors import UserError
+
+
+def make(folder: pathlib.Path, config: Config | None = None, **options: Any) -> Dataset:
+    config = config or Config()
+    return run_stage("count", config, folder, [], 4, produce, SCHEMA, **({"quiet": True} | options))
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_rows_counters_failures_and_receipts(tmp_path: pathlib.Path) -> None:
+    dataset = make(tmp_path / "d")
+    assert [row["n"] for row in dataset.read()] == dataset.column("n")
+    assert dataset.column("n") == [0, 1, 2, 10, 11, 12, 20, 21, 22, 30, 31, 32]
+    assert dataset.counters == {"rows": 12, "failures": 4, "seen": 16}
+    assert dataset.failures()[2] == {"key": "key-2", "reason": "odd"}
+    assert [row["n"] for row in dataset.read(shards=[1])] == [10, 11, 12]
+
+
+def test_workers_do_not_change_a_byte(tmp_path: pathlib.Path) -> None:
+    make(tmp_path / "one")
+    make(tmp_path / "two", Config(workers=2), workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert len(contents(tmp_path / "one")) == 4 * 2 + 2
+
+
+def test_an_interrupted_stage_goes_on_after_its_last_whole_shard(tmp_path: pathlib.Path) -> None:
+    made: list[int] = []
+
+    def interrupted(config: Config, inputs: Sequence[Dataset], shard: int) -> Iterator[Produced]:
+        made.append(shard)
+        yield {"n": shard}
+        if made == [0, 1, 2]:
+            raise KeyboardInterrupt
+
+    def run() -> Dataset:
+        return run_stage("count", Config(), tmp_path / "d", [], 4, interrupted, SCHEMA, quiet=True)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert sorted(path.name for path in (tmp_path / "d").glob("*.parquet")) == ["00000.parquet", "00001.parquet"]
+    with pytest.raises(UserError, match="interrupted there"):
+        Dataset(tmp_path / "d")
+    assert run().column("n") == [0, 1, 2, 3]
+    assert made == [0, 1, 2, 2, 3]
+    run()
+    assert len(made) == 5
+
+
+def test_another_config_input_or_stage_is_refused_by_name(tmp_path: pathlib.Path) -> None:
+    make(tmp_path / "d", extra={"tuple": (1, 2)})
+    make(tmp_path / "d", extra={"tuple": (1, 2)})
+    with pytest.raises(UserError, match=r"d: holds a dataset made with other settings \(different: config.start\)"):
+        make(tmp_path / "d", Config(start=1), extra={"tuple": (1, 2)})
+    with pytest.raises(UserError, match=r"config\.tuple"):
+        make(tmp_path / "d", extra={"tuple": (1, 3)})
+    with pytest.raises(UserError, match="inputs"):
+        run_stage("count", Config(), tmp_path / "d", [make(tmp_path / "other")], 4, produce, SCHEMA, quiet=True)
+    with pytest.raises(UserError, match="stage"):
+        run_stage("sum", Config(), tmp_path / "d", [], 4, produce, SCHEMA, quiet=True)
+
+
+def test_the_hash_tells_datasets_apart_and_not_their_place(tmp_path: pathlib.Path) -> None:
+    assert make(tmp_path / "a").hash == make(tmp_path / "b").hash != make(tmp_path / "c", Config(start=1)).hash
+
+
+def test_fields_without_effect_are_no_part_of_the_config() -> None:
+    assert config_dict(Config(workers=7)) == {"start": 0, "names": ["a", "b"], "place": "somewhere"}
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_corrupt_shard_is_told_and_can_be_made_again(damage: str, tmp_path: pathlib.Path) -> None:
+    make(tmp_path / "d")
+    path = tmp_path / "d" / "00002.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.unlink()
+    if damage != "remove":
+        path.write_bytes(data if damage == "flip" else data[: len(data) // 2])
+    dataset = Dataset(tmp_path / "d")
+    assert [row["n"] for row in dataset.read(shards=[1])] == [10, 11, 12]
+    with pytest.raises(UserError, match=r"00002\.parquet: corrupt shard.*delete.*run the stage again"):
+        list(dataset.read())
+    (tmp_path / "d" / "00002.json").unlink()  # what the message says
+    (tmp_path / "d" / "manifest.json").unlink()
+    assert len(make(tmp_path / "d").column("n")) == 12
+
+
+def test_what_is_no_dataset_is_told(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="no dataset there"):
+        Dataset(tmp_path)
+    (tmp_path / "manifest.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="not a dataset manifest"):
+        Dataset(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"stage": "x"}), encoding="utf-8")
+    with pytest.raises(UserError, match="not a dataset manifest"):
+        Dataset(tmp_path)
+
+
+def test_a_full_disk_is_told_and_the_stage_stays_resumable(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 4:  # stage.json, then shard 0 and its receipt went well
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"no space left while writing .*00001\.parquet.*run the same command again"):
+        make(tmp_path / "d")
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["00000.json", "00000.parquet", "stage.json"]
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert make(tmp_path / "d").rows == 12
+
+
+def test_no_row_at_all_warns(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_stage("none", Config(), tmp_path / "d", [], 1, lambda *_: iter([Failure("a", "b")]), SCHEMA, quiet=True)
+    assert "no row was made" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["ingest", "annotate", "embed", "classify", "filter"])
+def test_help_is_whole_and_imports_light(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "phi1.cli", "data", command, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--output" in done.stdout
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert not imported & {"torch", "transformers", "sklearn", "pyarrow", "openai", "numpy", "xllamacpp"}
