@@ -1,10 +1,36 @@
 // Python bindings of the CUDA kernels.
+#include <tuple>
+
 #include "bindings.h"
 #include "cuda/kernels.h"
 
 namespace py = pybind11;
 
 namespace phi1 {
+
+namespace {
+
+cuda::AttentionArgs attention_args(const HeadsSpec& q, const HeadsSpec& k, const HeadsSpec& v, const HeadsSpec& out,
+                                   uintptr_t lse, std::array<int64_t, 6> sizes, std::array<uintptr_t, 2> cu_seqlens,
+                                   int64_t documents, bool causal, float scale, uint32_t dropout_threshold,
+                                   float dropout_scale, uint64_t dropout_seed, int dtype) {
+  cuda::AttentionArgs args{};
+  args.q = heads_tensor(q), args.k = heads_tensor(k), args.v = heads_tensor(v), args.out = heads_tensor(out);
+  args.lse = reinterpret_cast<float*>(lse);
+  std::tie(args.batch, args.seqlen_q, args.seqlen_k, args.heads, args.kv_heads, args.head_dim) = std::tuple_cat(sizes);
+  args.cu_seqlens_q = reinterpret_cast<const int32_t*>(cu_seqlens[0]);
+  args.cu_seqlens_k = reinterpret_cast<const int32_t*>(cu_seqlens[1]);
+  args.documents = documents;
+  args.causal = causal;
+  args.scale = scale;
+  args.dropout_threshold = dropout_threshold;
+  args.dropout_scale = dropout_scale;
+  args.dropout_seed = dropout_seed;
+  args.dtype = static_cast<DType>(dtype);
+  return args;
+}
+
+}  // namespace
 
 void bind_cuda(py::module_& m) {
   m.def("rotary_cuda", [](const HeadsSpec& q, const HeadsSpec& k, const HeadsSpec& q_out, const HeadsSpec& k_out,
@@ -15,6 +41,30 @@ void bind_cuda(py::module_& m) {
         rotary_args(q, k, q_out, k_out, sizes, cos, sin, half, position, position_batch_stride, inverse, dtype),
         reinterpret_cast<void*>(stream));
   });
+
+  m.def("attention_forward_cuda", [](const HeadsSpec& q, const HeadsSpec& k, const HeadsSpec& v, const HeadsSpec& out,
+                                     uintptr_t lse, std::array<int64_t, 6> sizes, std::array<uintptr_t, 2> cu_seqlens,
+                                     int64_t documents, bool causal, float scale, uint32_t dropout_threshold,
+                                     float dropout_scale, uint64_t dropout_seed, int dtype, uintptr_t stream) {
+    py::gil_scoped_release release;
+    cuda::attention_forward(attention_args(q, k, v, out, lse, sizes, cu_seqlens, documents, causal, scale,
+                                           dropout_threshold, dropout_scale, dropout_seed, dtype),
+                            reinterpret_cast<void*>(stream));
+  });
+
+  m.def("attention_backward_cuda",
+        [](const std::array<HeadsSpec, 4>& grads, uintptr_t row_stats, const HeadsSpec& q, const HeadsSpec& k,
+           const HeadsSpec& v, const HeadsSpec& out, uintptr_t lse, std::array<int64_t, 6> sizes,
+           std::array<uintptr_t, 2> cu_seqlens, int64_t documents, bool causal, float scale, uint32_t dropout_threshold,
+           float dropout_scale, uint64_t dropout_seed, int dtype, uintptr_t stream) {
+          py::gil_scoped_release release;
+          cuda::AttentionArgs args = attention_args(q, k, v, out, lse, sizes, cu_seqlens, documents, causal, scale,
+                                                    dropout_threshold, dropout_scale, dropout_seed, dtype);
+          args.grad_out = heads_tensor(grads[0]), args.grad_q = heads_tensor(grads[1]);
+          args.grad_k = heads_tensor(grads[2]), args.grad_v = heads_tensor(grads[3]);
+          args.row_stats = reinterpret_cast<float*>(row_stats);
+          cuda::attention_backward(args, reinterpret_cast<void*>(stream));
+        });
 }
 
 }  // namespace phi1

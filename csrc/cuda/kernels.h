@@ -1,10 +1,13 @@
 // The CUDA kernels as the bindings see them: no CUDA header needed. Each throws on a bad argument or a failed launch.
 #pragma once
 
+#include "cuda/attention.h"
 #include "rotary.h"
 
 namespace phi1::cuda {
 
 void rotary(const RotaryArgs& args, void* stream);
+void attention_forward(const AttentionArgs& args, void* stream);
+void attention_backward(const AttentionArgs& args, void* stream);
 
 }  // namespace phi1::cuda

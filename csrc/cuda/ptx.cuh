@@ -43,12 +43,12 @@ PHI1_DEVICE int block_index() { return PHI1_PTX(block_index(), int(blockIdx.x));
 PHI1_DEVICE int lane_index() { return thread_index() % 32; }
 PHI1_DEVICE int warp_index() { return thread_index() / 32; }
 
-// The block's dynamic shared memory: its first byte, aligned to 128.
+// The block's dynamic shared memory: its first byte, aligned to 256.
 PHI1_DEVICE uint32_t shared_base() {
 #if defined(PHI1_EMULATOR)
   return emulator::shared_base();
 #else
-  extern __shared__ __align__(128) unsigned char phi1_shared[];
+  extern __shared__ __align__(256) unsigned char phi1_shared[];
   return uint32_t(__cvta_generic_to_shared(phi1_shared));
 #endif
 }
@@ -204,6 +204,9 @@ PHI1_DEVICE void mma_m16n8k16(f16, float (&d)[4], const uint32_t (&a)[4], const 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
+
+// The greater; of a number and NaN the number.
+PHI1_DEVICE float max_f32(float x, float y) { return PHI1_PTX(max_f32(x, y), fmaxf(x, y)); }
 
 // 2^x; subnormal results are flushed to zero.
 PHI1_DEVICE float ex2(float x) {

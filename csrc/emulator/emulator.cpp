@@ -361,13 +361,15 @@ void Block::count(uintptr_t site, uint64_t address, int size, bool is_shared) {
 
 void Block::finish_request(const Request& request, int size, bool is_shared) {
   if (is_shared) return count_wavefronts(request.address, request.mask, size);
-  uint64_t sectors[64];
-  int n = 0, lanes = 0;
+  uint64_t at[32];
+  int n = 0;
   for (int lane = 0; lane < 32; ++lane)
-    if (request.mask >> lane & 1) sectors[n++] = request.address[lane] / 32, ++lanes;
-  std::sort(sectors, sectors + n);
-  total.global_sectors += std::unique(sectors, sectors + n) - sectors;
-  total.global_sectors_least += (lanes * size + 31) / 32;
+    if (request.mask >> lane & 1) at[n++] = request.address[lane];
+  std::sort(at, at + n);
+  n = int(std::unique(at, at + n) - at);
+  total.global_sectors_least += (n * size + 31) / 32;
+  for (int i = 0; i < n; ++i) at[i] /= 32;
+  total.global_sectors += std::unique(at, at + n) - at;
 }
 
 // 32 banks of 4 bytes; a pass serves 128 bytes: 32 lanes of 4, 16 of 8, 8 of 16.
@@ -544,6 +546,7 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool half) {
   });
 }
 
+float max_f32(float x, float y) { return std::fmax(x, y); }
 float ex2(float x) {
   const float y = std::exp2(x);
   return y < std::numeric_limits<float>::min() ? 0.0f : y;

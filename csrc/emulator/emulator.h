@@ -65,6 +65,7 @@ void cp_async(uint32_t to, const void* from, int size, int bytes);
 void cp_async_commit();
 void cp_async_wait(int pending);
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool half);
+float max_f32(float x, float y);
 float ex2(float x);
 float lg2(float x);
 uint32_t pack_pair(float low, float high, bool half);

@@ -16,7 +16,7 @@ from kernels import cuda, registry
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / f"emulator-{sys.implementation.cache_tag}"
-OPS = ("apply_rotary",)
+OPS = ("apply_rotary", "flash_attention")
 
 
 def load(path: pathlib.Path) -> ModuleType:

@@ -1,0 +1,135 @@
+// What the attention kernels share: which tile a block works on, and what a query sees.
+#pragma once
+
+#include "cuda/attention.h"
+#include "cuda/dropout.cuh"
+#include "cuda/tile.cuh"
+
+namespace phi1::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr int kAttentionWarps = 4, kAttentionThreads = 32 * kAttentionWarps;
+
+// One block's share of the work.
+struct Work {
+  int batch;             // batch entry, or document
+  int head;              // of q, or of k and v
+  int first;             // row of the tile's first row (query or key) in this entry
+  int64_t q_row, k_row;  // where the entry's rows start in the tensors
+  int seqlen_q, seqlen_k;
+};
+
+PHI1_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+PHI1_DEVICE int minimum(int a, int b) { return a < b ? a : b; }
+PHI1_DEVICE int maximum(int a, int b) { return a > b ? a : b; }
+
+// Blocks that cover every tile of kRows rows: of packed documents there are at most total / kRows + documents.
+inline int64_t count_tiles(const AttentionArgs& args, int64_t seqlen, int rows) {
+  return args.cu_seqlens_q ? seqlen / rows + args.documents : (seqlen + rows - 1) / rows * args.batch;
+}
+
+// Finds this block's work; false: a document's tiles were fewer than the bound. kQueries: tiles of query rows, else of
+// key rows. Tiles of one head are neighbours, so that its keys and values stay in the L2 cache; the last tile, the
+// longest row of a causal mask, comes first.
+template <bool kQueries, int kRows>
+PHI1_DEVICE bool find_work(const AttentionArgs& args, Work& work) {
+  const int heads = int(kQueries ? args.heads : args.kv_heads);
+  work.q_row = work.k_row = 0;
+  work.seqlen_q = int(args.seqlen_q), work.seqlen_k = int(args.seqlen_k);
+  int tile, tiles;
+  if (args.cu_seqlens_q == nullptr) {
+    tiles = ceil_div(kQueries ? work.seqlen_q : work.seqlen_k, kRows);
+    tile = block_index() % tiles;
+    work.head = block_index() / tiles % heads;
+    work.batch = block_index() / tiles / heads;
+  } else {
+    const int bound = int((kQueries ? args.seqlen_q : args.seqlen_k) / kRows + args.documents);
+    tile = block_index() % bound;
+    work.head = block_index() / bound;
+    for (work.batch = 0;; ++work.batch, tile -= tiles) {
+      if (work.batch == args.documents) return false;
+      work.q_row = ld_global(args.cu_seqlens_q + work.batch), work.k_row = ld_global(args.cu_seqlens_k + work.batch);
+      work.seqlen_q = ld_global(args.cu_seqlens_q + work.batch + 1) - int(work.q_row);
+      work.seqlen_k = ld_global(args.cu_seqlens_k + work.batch + 1) - int(work.k_row);
+      tiles = ceil_div(kQueries ? work.seqlen_q : work.seqlen_k, kRows);
+      if (tile < tiles) break;
+    }
+  }
+  work.first = (tiles - 1 - tile) * kRows;
+  return true;
+}
+
+// Row 0 of this entry's `head` in a (batch, seq, heads, head_dim) tensor.
+PHI1_DEVICE uint16_t* head_data(const AttentionArgs& args, const HeadsTensor& x, const Work& work, int head,
+                                int64_t row) {
+  const int64_t batch = args.cu_seqlens_q ? 0 : work.batch;
+  return static_cast<uint16_t*>(x.data) + batch * x.batch_stride + row * x.seq_stride + head * x.head_stride;
+}
+
+// Index in lse of query row 0 of this entry.
+PHI1_DEVICE int64_t stats_row(const AttentionArgs& args, const Work& work, int head) {
+  const int64_t batch = args.cu_seqlens_q ? 0 : work.batch;
+  return (batch * args.heads + head) * args.seqlen_q + work.q_row;
+}
+
+// Query i sees keys j < min(i + visible_keys, seqlen_k). Causal: the last query sees the last key.
+PHI1_DEVICE int visible_keys(const AttentionArgs& args, const Work& work) {
+  return args.causal ? work.seqlen_k - work.seqlen_q + 1 : work.seqlen_k;
+}
+
+// Drops (or scales up) the kM x kN accumulators of a warp whose rows are queries from `row` and columns keys from
+// `column`, a multiple of 32: x = keep ? x * scale : 0. One Philox call for eight elements.
+template <int kM, int kN>
+PHI1_DEVICE void drop(const AttentionArgs& args, int plane, int row, int column, float scale, float (&x)[kM][kN][4]) {
+  static_assert(kN % 4 == 0);
+  const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int group = 0; group < kN / 4; ++group) {
+        uint32_t word[4];
+        attention_random(word, args.dropout_seed, plane, row + 16 * m + 8 * half + g, column / 32 + group, t);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float (&pair)[4] = x[m][4 * group + i];
+          pair[2 * half] = (word[i] & 0xffff) >= args.dropout_threshold ? pair[2 * half] * scale : 0.0f;
+          pair[2 * half + 1] = (word[i] >> 16) >= args.dropout_threshold ? pair[2 * half + 1] * scale : 0.0f;
+        }
+      }
+}
+
+// The same for the two matrices of a warp whose rows are keys from `key`, a multiple of 16 kM, and columns queries from
+// `query`: p = keep ? p : 0, dp = keep ? dp * scale : 0. Two lanes with neighbouring keys share a call: the even one
+// draws for the even query, the odd one for the odd, and they swap halves. kM 2: one call for eight elements; kM 1: for
+// four, since half of the 32 keys of a call belong to another warp.
+template <int kM, int kN>
+PHI1_DEVICE void drop_transposed(const AttentionArgs& args, int plane, int query, int key, float (&p)[kM][kN][4],
+                                 float (&dp)[kM][kN][4]) {
+  static_assert(kM == 1 || kM == 2);
+  const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    uint32_t word[4];
+    attention_random(word, args.dropout_seed, plane, query + 8 * n + 2 * t + g % 2, key / 32, g / 2);
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      const bool second = kM == 2 ? m == 1 : key / 16 % 2 == 1;  // of the two 16s of the 32 keys
+      const uint32_t first_8 = second ? word[2] : word[0], last_8 = second ? word[3] : word[1];
+      const uint32_t even_key = (first_8 & 0xffff) | last_8 << 16, odd_key = first_8 >> 16 | (last_8 & 0xffff0000u);
+      const uint32_t mine = g % 2 ? odd_key : even_key;
+      const uint32_t others = shfl_xor(g % 2 ? even_key : odd_key, 4);
+      const uint32_t bits[2] = {g % 2 ? others : mine, g % 2 ? mine : others};  // of the even and the odd query
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool keep = (bits[i % 2] >> 16 * (i / 2) & 0xffff) >= args.dropout_threshold;
+        p[m][n][i] = keep ? p[m][n][i] : 0.0f;
+        dp[m][n][i] = keep ? dp[m][n][i] * args.dropout_scale : 0.0f;
+      }
+    }
+  }
+}
+
+}  // namespace phi1::cuda

@@ -1,0 +1,148 @@
+"""csrc/cuda's flash attention under the emulator, by the rule of attention_cases."""
+
+import dataclasses
+
+import attention_cases
+import pytest
+import torch
+from attention_cases import CASES, OUTPUTS, Case
+from emulator import emulator, emulator_module  # noqa: F401
+
+from kernels import BackendError, flash_attention, reference
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_attention_keeps_the_error_rule(emulator, case, dtype):  # noqa: F811
+    attention_cases.check_case(case, dtype, "cuda")
+    counters = emulator.counters()
+    assert counters["launches"] == 4, "forward, rows' numbers, dK and dV, dQ"
+    assert counters["shared_wavefronts"] == counters["shared_wavefronts_least"] > 0, "bank conflicts"
+
+
+@pytest.mark.parametrize("head_dim", (32, 64, 128))
+def test_bits_do_not_depend_on_the_order_of_threads(emulator, head_dim):  # noqa: F811
+    case = Case("order", batch=1, seqlen_q=70, seqlen_k=100, heads=2, kv_heads=1, head_dim=head_dim, dropout_p=0.1)
+    first = attention_cases.run_case(case, torch.bfloat16, "cuda")
+    for seed in range(1, 9):
+        emulator.set_seed(seed)
+        again = attention_cases.run_case(case, torch.bfloat16, "cuda")
+        for name in OUTPUTS:
+            assert torch.equal(first[name], again[name]), (name, seed)
+
+
+@pytest.mark.parametrize("head_dim", (32, 64, 128))
+@pytest.mark.parametrize("documents", ((), ((40, 40), (33, 50))))
+def test_dropout_mask_is_the_reference_bit_for_bit(emulator, head_dim, documents):  # noqa: F811
+    """With q = 0 every probability is 1 / n, and with v = the identity's columns out is the row's mask itself."""
+    columns = 50
+    case = Case("mask", batch=1, seqlen_q=40, seqlen_k=columns, heads=2, kv_heads=1, head_dim=head_dim, causal=False,
+                dropout_p=0.3, documents=documents)  # fmt: skip
+    q, k, v, _, options = attention_cases.make_inputs(case, torch.float16)
+    q.zero_()
+    for first in range(0, columns, head_dim):  # which keys this pass looks at
+        v.zero_()
+        starts = (0,) if not documents else (0, documents[0][1])
+        lengths = (columns,) if not documents else tuple(n for _, n in documents)
+        for start, length in zip(starts, lengths, strict=True):
+            for j in range(first, min(first + head_dim, length)):
+                v[0, start + j, 0, j - first] = 1.0
+        out = flash_attention(q, k, v, **options, backend="cuda")
+        truth, _ = reference.attention_forward(
+            q, k, v, options.get("cu_seqlens_q"), options.get("cu_seqlens_k"), False, head_dim**-0.5, 0.3,
+            attention_cases.SEED,
+        )  # fmt: skip
+        assert torch.equal(out == 0, truth == 0)
+        assert 0.2 < (out[..., : min(head_dim, columns - first)] == 0).float().mean() < 0.6
+
+
+def test_gradients_flow_through_strided_grad_out(emulator):  # noqa: F811
+    """`grad_out` that is not contiguous gives the gradients of its contiguous copy."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, 33, 2, 64, generator=generator).to(torch.bfloat16).requires_grad_() for _ in range(3))
+    out = flash_attention(q, k, v, backend="cuda")
+    for grad_out in (
+        torch.randn(1, 2, 33, 64, generator=generator).to(torch.bfloat16).transpose(1, 2),
+        torch.randn(1, 1, 2, 1, generator=generator).to(torch.bfloat16).expand(1, 33, 2, 64),
+    ):
+        ours = torch.autograd.grad(out, (q, k, v), grad_out, retain_graph=True)
+        dense = torch.autograd.grad(out, (q, k, v), grad_out.contiguous(), retain_graph=True)
+        assert all(torch.equal(x, y) for x, y in zip(ours, dense, strict=True))
+
+
+def test_writes_into_a_slice_of_another_tensor(emulator):  # noqa: F811
+    q, k, v = (torch.randn(1, 20, 2, 64).to(torch.bfloat16) for _ in range(3))
+    wide = torch.zeros(1, 20, 4, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        flash_attention(q, k, v, out=wide[:, :, 1:3], backend="cuda")
+    assert torch.equal(wide[:, :, 1:3], flash_attention(q, k, v, backend="cuda"))
+    assert not wide[:, :, 0].any() and not wide[:, :, 3].any()
+
+
+def test_nan_in_the_inputs_reaches_the_output(emulator):  # noqa: F811
+    q, k, v = (torch.randn(1, 9, 1, 64).to(torch.bfloat16) for _ in range(3))
+    q[0, 4, 0, 7] = float("nan")
+    out = flash_attention(q, k, v, backend="cuda")
+    assert out[0, 4].isnan().all() and not out[0, :4].isnan().any()
+
+
+def test_compiles_to_one_graph(emulator):  # noqa: F811
+    def loss(q, k, v):
+        return flash_attention(q, k, v, dropout_p=0.1, dropout_seed=5, backend="cuda").float().square().sum()
+
+    q, k, v = (torch.randn(1, 17, 2, 32).to(torch.bfloat16).requires_grad_() for _ in range(3))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    eager_grads = torch.autograd.grad(loss(q, k, v), (q, k, v))
+    for x, y in zip(torch.autograd.grad(compiled(q, k, v), (q, k, v)), eager_grads, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_opcheck(emulator):  # noqa: F811
+    q, k, v = (torch.randn(1, 5, 2, 32).to(torch.bfloat16) for _ in range(3))
+    cu = torch.tensor([0, 2, 5], dtype=torch.int32)
+    for documents in ((None, None), (cu, cu)):
+        options = (*documents, True, 0.2, 0.1, 7, "cuda")
+        torch.library.opcheck(torch.ops.phi1.attention_forward, (q, k, v, *options))
+        out, lse = torch.ops.phi1.attention_forward(q, k, v, *options)
+        torch.library.opcheck(torch.ops.phi1.attention_backward, (q, q, k, v, out, lse, *options))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float32}, r"dtype = torch.float32: the kernels multiply bfloat16 or float16"),
+        ({"head_dim": 48}, r"head_dim = 48: the kernels are compiled for 32, 64, 128"),
+    ],
+)
+def test_what_the_kernels_are_not_made_for_is_refused(emulator, change, message):  # noqa: F811
+    dtype, head_dim = change.get("dtype", torch.bfloat16), change.get("head_dim", 64)
+    x = torch.zeros(1, 4, 1, head_dim, dtype=dtype)
+    with pytest.raises(BackendError, match=message):
+        flash_attention(x, x, x, backend="cuda")
+
+
+@pytest.mark.parametrize("scale", (0.0, -0.125, float("nan"), float("inf")))
+def test_scale_must_be_positive(emulator, scale):  # noqa: F811
+    x = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"scale = .*: the cuda backend takes a positive number"):
+        flash_attention(x, x, x, scale=scale, backend="cuda")
+    assert emulator.counters()["launches"] == 0
+
+
+def test_a_grid_too_large_is_refused_with_the_kernels_name(emulator_module):  # noqa: F811
+    spec = (0, 0, 0, 0)
+    with pytest.raises(ValueError, match=r"CUDA kernel attention_forward: 4294967296 blocks: must be in 1..2147483647"):
+        emulator_module.attention_forward_cuda(
+            spec, spec, spec, spec, 0, (2**31, 2, 2, 2, 2, 64), (0, 0), 0, True, 1.0, 0, 1.0, 0, 1, 0
+        )
+
+
+def test_global_memory_is_read_in_whole_sectors(emulator):  # noqa: F811
+    """16 bytes a lane, whole rows: no sector of 32 bytes is fetched for half of it, forward and backward."""
+    case = dataclasses.replace(CASES[0], name="sectors", seqlen_q=128, seqlen_k=128)
+    attention_cases.run_case(case, torch.bfloat16, "cuda")
+    counters = emulator.counters()
+    # The rows' numbers are read by 8 lanes at 8 different places: the only requests that are not dense.
+    assert counters["global_sectors"] <= 1.01 * counters["global_sectors_least"]
