@@ -231,7 +231,7 @@ class _Weights:
                     opened = safetensors.safe_open(file, framework="pt")
                     self._read |= {name: lambda f=opened, n=name: f.get_tensor(n) for name in opened.keys()}  # noqa: SIM118
                 else:
-                    loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                    loaded = torch.load(file, map_location="cpu", weights_only=True)
                     self._read |= {name: lambda t=tensor: t for name, tensor in loaded.items()}
             except Exception as error:  # each library has its own, up to pickle's
                 raise UserError(f"{file}: missing or corrupt ({error}); fetch it again") from error

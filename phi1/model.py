@@ -162,22 +162,23 @@ class Phi1(nn.Module):
         """What lm_head reads: the last block's output after the final LayerNorm, (batch, time, hidden)."""
         config, (batch, time) = self.config, tokens.shape
         seen = 0 if cache is None else cache.length
-        if positions is None and cu_seqlens is not None:
-            positions = document_positions(cu_seqlens, batch * time).view(batch, time)
-        elif positions is None:
-            if seen + time > config.max_positions:
+        if positions is None:
+            if cu_seqlens is not None:
+                positions = document_positions(cu_seqlens, batch * time).view(batch, time)
+            elif seen + time > config.max_positions:
                 raise UserError(
                     f"{seen + time} tokens: the model has {config.max_positions} positions (model.max_positions); "
                     "shorten the sequence"
                 )
-            positions = torch.arange(seen, seen + time, device=tokens.device)
+            elif cache is not None:
+                positions = torch.arange(seen, seen + time, device=tokens.device)
         x_btd = F.embedding(tokens, self.embedding)
         if self.compute_dtype is not None:
             x_btd = x_btd.to(self.compute_dtype)
         for layer, block in enumerate(self.blocks):
             kv_cache = None if cache is None else (cache.keys[layer], cache.values[layer], seen)
-            # A seed for every (call, layer): callers may hash dropout_seed or count it up. Sums that stay inside int64,
-            # because torch.compile carries them as symbols.
+            # A seed for every (call, layer), whether callers hash dropout_seed or count it up. No step of this sum leaves
+            # int64: torch.compile keeps it as a symbol, so that a new seed is not a new graph.
             layer_seed = dropout_seed % (1 << 52) + (layer << 52)
             x_btd = block(x_btd, (self.rotary_cos, self.rotary_sin), positions, cu_seqlens, kv_cache, layer_seed)
         if cache is not None:
