@@ -299,17 +299,12 @@ FAMILIES: tuple[Family, ...] = (
 BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES}
 
 ARGUMENTS: dict[str, tuple[str, ...]] = {
-    "ints": ("values", "numbers", "nums", "scores", "readings", "prices", "ages", "points", "levels", "marks",
-             "samples", "weights", "amounts", "sizes", "ticks", "grades", "costs", "heights", "counts_in", "series"),
-    "int": ("number", "value", "amount", "n", "m", "score", "level", "size", "price", "age", "total_in", "start",
-            "limit", "index", "weight", "year", "code", "points", "minutes", "cost"),
-    "text": ("text", "s", "string", "line", "name", "label", "title", "phrase", "message", "word", "note", "path",
-             "code", "tag", "entry", "header", "token", "field", "body", "comment"),
-    "words": ("words", "names", "strings", "labels", "tags", "lines", "tokens", "parts", "items", "entries",
-              "titles", "cities", "fields", "colors", "notes", "terms", "keys", "files", "users", "codes"),
-    "table": ("table", "d", "mapping", "scores", "stock", "prices", "ages", "data", "totals_in", "ranks", "votes",
-              "limits", "sizes", "grades", "costs", "points", "index", "lookup", "record", "ledger"),
-}  # fmt: skip
+    "ints": ("values", "numbers", "nums", "scores", "readings", "prices", "ages", "points"),
+    "int": ("number", "value", "amount", "n", "score", "level", "price", "age"),
+    "text": ("text", "s", "string", "line", "name", "label", "title", "phrase"),
+    "words": ("words", "names", "strings", "labels", "tags", "lines", "tokens", "items"),
+    "table": ("table", "d", "mapping", "scores", "stock", "prices", "ages", "votes"),
+}
 """Argument names by kind. They are shared by training and held-out exercises."""
 
 ADJECTIVES: tuple[str, ...] = _split(

@@ -1,0 +1,304 @@
+"""Write textbooks and exercises: with an LLM from randomised seeds, or exercises with the offline teacher.
+
+An exercise is kept only if its solution runs in the sandbox and its docstring's examples hold. A textbook section
+is kept if it is long enough, holds code that parses, and does not go round in circles. What was not kept is in the
+dataset's failure ledger (LLM) or counters (offline teacher), with the reason.
+
+The offline teacher is a program (data_tools/teacher.py), named "offline-teacher" in the rows' source and model.
+"""
+
+import ast
+import dataclasses
+import doctest
+import hashlib
+import json
+import pathlib
+import re
+import textwrap
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from data_tools.dataset import Counted, Dataset, Failure, Produced, run_stage
+from data_tools.llm import LLM, Answer, LLMConfig, RequestFailed
+from phi1.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from data_tools.prompts import Seed
+
+_OFFLINE_SHARD = 2000  # rows: about ten seconds of one core
+_LLM_SHARD = 50  # requests: what a crash of the process loses is in the ledger anyway
+_TIMEOUT = 5.0  # seconds for a solution and its examples
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(LLMConfig):
+    """Options of `phi1 data synthesize`."""
+
+    kind: Literal["textbooks", "exercises"]
+    """What to write."""
+
+    output: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
+    """Folder of the new dataset."""
+
+    teacher: Literal["llm", "offline"] = "llm"
+    """llm: a language model writes (--base-url, or the embedded one). offline: the offline teacher, exercises only."""
+
+    count: int = 1000
+    """llm: requests, of which some give no usable row. offline: exercises."""
+
+    split: Literal["train", "held-out"] = "train"
+    """offline: the two splits share no function name, constant or two-step composition."""
+
+    seed: int = 0
+    """Seed of all random choices."""
+
+    max_tokens: int = 800
+    """llm: longest answer, tokens."""
+
+    temperature: float = 0.8
+    """llm: sampling temperature."""
+
+    workers: int = dataclasses.field(default=2, metadata={"no_effect": True})
+    """Processes (offline), or programs run at a time (llm)."""
+
+
+def schema(kind: str) -> "pyarrow.Schema":
+    """Columns of a dataset of textbooks or of exercises."""
+    import pyarrow as pa
+
+    names = ["hexsha", "content", "source", "prompt_hash", "model", "sampling", "topic", "audience"]
+    fields = [(name, pa.string()) for name in names] + [("seed", pa.string())]
+    if kind == "exercises":
+        names = ["prompt", "solution", "test", "entry_point", "family", "composition"]
+        fields += [(name, pa.string()) for name in names] + [("constants", pa.list_(pa.string()))]
+    return pa.schema(fields)
+
+
+def run(config: Config) -> Dataset:
+    """Makes the dataset."""
+    if config.count < 1:
+        raise UserError(f"--count {config.count}: must be at least 1")
+    if config.teacher == "offline":
+        if config.kind != "exercises":
+            raise UserError("--teacher offline writes exercises only; textbooks need --teacher llm")
+        shards = -(-config.count // _OFFLINE_SHARD)
+        return run_stage("synthesize", config, config.output, [], shards, _offline, schema("exercises"),
+                         workers=config.workers)  # fmt: skip
+    if config.split != "train":
+        raise UserError(f"--split {config.split}: only the offline teacher has held-out exercises")
+    with LLM(config, config.output.parent / "llm.sqlite") as llm:
+
+        def produce(_: Config, __: Sequence[Dataset], shard: int) -> Iterator[Produced]:
+            yield from _from_llm(config, llm, shard)
+
+        return run_stage("synthesize", config, config.output, [], -(-config.count // _LLM_SHARD), produce,
+                         schema(config.kind))  # fmt: skip
+
+
+def _offline(config: Config, _: Sequence[Dataset], shard: int) -> Iterator[Produced]:
+    from data_tools import teacher
+
+    count = min(_OFFLINE_SHARD, config.count - shard * _OFFLINE_SHARD)
+    counters: dict[str, int] = {}
+    sampling = json.dumps({"split": config.split, "seed": config.seed, "shard": shard})
+    for row in teacher.write_exercises(count, f"{config.seed}/{shard}", config.split, counters):
+        content = row["prompt"] + row["solution"]
+        yield row | {"hexsha": _sha1(content), "content": content, "source": teacher.SOURCE, "model": teacher.SOURCE,
+                     "sampling": sampling}  # fmt: skip
+    yield Counted(counters)
+
+
+def _from_llm(config: Config, llm: LLM, shard: int) -> Iterator[Produced]:
+    from data_tools import prompts
+
+    make = prompts.textbook if config.kind == "textbooks" else prompts.exercise
+    numbers = range(shard * _LLM_SHARD, min(config.count, (shard + 1) * _LLM_SHARD))
+    seeds = [make(config.seed, i, max_tokens=config.max_tokens, temperature=config.temperature) for i in numbers]
+    rows: list[tuple[Seed, dict[str, Any]]] = []
+    for seed, answer in zip(seeds, llm.ask_all([seed.request for seed in seeds]), strict=True):
+        try:
+            if isinstance(answer, RequestFailed):
+                raise Unusable(f"no answer: {answer}")
+            read = read_textbook if config.kind == "textbooks" else read_exercise
+            rows.append((seed, read(answer.text) | _provenance(config, seed, answer)))
+        except Unusable as error:
+            yield from _lost(seed, str(error))
+    if config.kind == "exercises":
+        rows, lost = run_exercises(rows, config.workers)
+        for seed, reason in lost:
+            yield from _lost(seed, reason)
+    for _, row in rows:
+        yield row | {"hexsha": _sha1(row["content"])}
+
+
+def _lost(seed: "Seed", reason: str) -> Iterator[Produced]:
+    yield Failure(f"request {seed.number}", reason)
+    yield Counted({f"dropped: {reason.split(':')[0]}": 1})
+
+
+def _provenance(config: Config, seed: "Seed", answer: Answer) -> dict[str, Any]:
+    return {"source": f"llm:{answer.model}", "model": answer.model, "prompt_hash": seed.request.prompt_hash,
+            "sampling": seed.sampling, "topic": seed.topic, "audience": seed.audience,
+            "seed": f"{config.seed}/{seed.number}"}  # fmt: skip
+
+
+def _sha1(content: str) -> str:
+    return hashlib.sha1(content.encode()).hexdigest()
+
+
+class Unusable(Exception):
+    """An answer that makes no row. The message is the reason; what stands before its first colon is counted."""
+
+
+# ---------------------------------------------------------------- textbooks
+
+_BLOCK = re.compile(r"^```[ \t]*(\w*)[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+MIN_CHARACTERS = 500
+MIN_PROSE_WORDS = 50
+# zlib's ratio of what remains: prose with code compresses to 0.35–0.55 of its size at these lengths, a loop to less.
+MIN_COMPRESSION = 0.22
+MAX_REPEATED_LINES = 0.3
+
+
+def read_textbook(text: str) -> dict[str, Any]:
+    """The answer as a section, cut back to its last whole paragraph or code block. Raises Unusable."""
+    content = _whole(text.strip())
+    if len(content) < MIN_CHARACTERS:
+        raise Unusable(f"too short: {len(content)} characters, at least {MIN_CHARACTERS}")
+    if loops(content):
+        raise Unusable("repeats itself")
+    blocks = [code for language, code in _BLOCK.findall(content) if language in ("", "python", "py")]
+    if not any(_parses(code) for code in blocks):
+        raise Unusable("no code block that parses" if blocks else "no code block")
+    words = len(_BLOCK.sub(" ", content).split())
+    if words < MIN_PROSE_WORDS:
+        raise Unusable(f"too little prose: {words} words, at least {MIN_PROSE_WORDS}")
+    return {"content": content + "\n"}
+
+
+def _whole(text: str) -> str:
+    """Cuts an unfinished code block, then an unfinished last paragraph, as an answer that met its limit has."""
+    fences = [match.start() for match in re.finditer(r"^```", text, re.MULTILINE)]
+    if len(fences) % 2:
+        text = text[: fences[-1]].rstrip()
+    if not text.endswith((".", "!", "?", ":", "```", "|", '"', ")")) and "\n\n" in text:
+        text = text[: text.rindex("\n\n")].rstrip()
+    return text
+
+
+def loops(text: str) -> bool:
+    """Whether a text goes round in circles: many equal lines, or it compresses far better than prose does."""
+    lines = [line.strip() for line in text.splitlines() if len(line.strip()) > 8]
+    repeated = 1 - len(set(lines)) / len(lines) if lines else 0.0
+    data = text.encode()
+    return repeated > MAX_REPEATED_LINES or len(zlib.compress(data, 9)) < MIN_COMPRESSION * len(data)
+
+
+def _parses(code: str) -> bool:
+    try:
+        return bool(ast.parse(textwrap.dedent(code)).body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+
+
+# ---------------------------------------------------------------- exercises
+
+IMPORTS = ("typing", "math", "random", "collections", "datetime", "itertools")
+"""What 99.8% of the paper's exercises import from (section 2.3, footnote)."""
+
+
+def read_exercise(text: str) -> dict[str, Any]:
+    """Takes an answer apart into prompt, solution and test. Raises Unusable.
+
+    The prompt is the imports, the `def` line and the docstring; the test asserts the docstring's examples.
+    """
+    blocks = [code for language, code in _BLOCK.findall(text) if language in ("", "python", "py")]
+    code = textwrap.dedent(blocks[0] if blocks else text).strip("\n") + "\n"
+    try:
+        module = ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise Unusable(f"not Python: {error}") from error
+    functions = [node for node in module.body if isinstance(node, ast.FunctionDef)]
+    imports = [node for node in module.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    if not functions:
+        raise Unusable("no function")
+    if len(functions) > 1:
+        raise Unusable("more than one function")
+    function, lines = functions[0], code.splitlines(keepends=True)
+    for node in imports:
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        for name in names:
+            if name.split(".")[0] not in IMPORTS:
+                raise Unusable(f"imports something else: {name}")
+    docstring = ast.get_docstring(function, clean=False)
+    if docstring is None:
+        raise Unusable("no docstring")
+    # What stands below the function (calls, prints) is left out; what stands above may only be imports.
+    head = "".join(
+        "".join(lines[node.lineno - 1 : node.end_lineno]) for node in imports if node.lineno < function.lineno
+    )
+    first = function.body[0]
+    body = "".join(lines[(first.end_lineno or 0) : function.end_lineno])
+    if len(function.body) < 2 or function.decorator_list:
+        raise Unusable("no body" if len(function.body) < 2 else "decorated")
+    prompt = head + ("\n\n" if head else "") + "".join(lines[function.lineno - 1 : first.end_lineno])
+    content = prompt + body
+    if not _parses(content):
+        raise Unusable("docstring and body share a line")
+    return {
+        "prompt": prompt, "solution": body, "content": content, "entry_point": function.name,
+        "test": _test_of_examples(function.name, docstring),
+    }  # fmt: skip
+
+
+def _test_of_examples(name: str, docstring: str) -> str:
+    try:
+        examples = doctest.DocTestParser().get_examples(docstring)
+    except ValueError as error:
+        raise Unusable(f"examples cannot be read: {error}") from error
+    lines = []
+    for example in examples:
+        try:
+            call = ast.parse(example.source.strip(), mode="eval").body
+            result = ast.literal_eval(example.want.strip())
+        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+            raise Unusable("an example is not an expression with a literal result") from error
+        if any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(call)):
+            lines.append(f"    assert {ast.unparse(call)} == {result!r}\n")
+    if not lines:
+        raise Unusable("no example")
+    # The function is called by its name: the sandbox binds it, in the test's process, to the program's function.
+    return "def check(candidate):\n" + "".join(lines)
+
+
+def run_exercises(
+    rows: Sequence[tuple["Seed", dict[str, Any]]], workers: int
+) -> tuple[list[tuple["Seed", dict[str, Any]]], list[tuple["Seed", str]]]:
+    """Runs each solution against its examples, twice; returns those that held both times, and the reasons of the rest.
+
+    Twice, in two processes with different hash seeds: an exercise whose answer depends on chance is of no use.
+    """
+    from phi1.evaluate.sandbox import Job, run_many
+
+    kept, lost = list(rows), []
+    run_of: Callable[[dict[str, Any]], Job] = lambda row: Job(  # noqa: E731
+        row["content"], row["test"], row["entry_point"], timeout=_TIMEOUT
+    )
+    for again in (False, True):
+        results = run_many([run_of(row) for _, row in kept], workers=workers)
+        still: list[tuple[Seed, dict[str, Any]]] = []
+        for (seed, row), result in zip(kept, results, strict=True):
+            if result.status == "passed":
+                still.append((seed, row))
+            elif again:
+                lost.append((seed, "another result when run again"))
+            else:
+                reason = {"failed": "examples do not hold", "timed_out": "does not end"}.get(
+                    result.status, result.status
+                )
+                lost.append((seed, f"{reason}: {result.detail}"))
+        kept = still
+    return kept, lost
