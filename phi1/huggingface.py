@@ -196,7 +196,7 @@ def import_folder(folder: pathlib.Path | str) -> Phi1:
     state["head_weight"], state["head_bias"] = weights.linear(layout.head, config.vocab_size, config.hidden_size)
     for i in range(config.num_layers):
         state |= {f"blocks.{i}.{name}": tensor for name, tensor in layout.layer(weights, i, config).items()}
-    weights.assert_all_read()
+    weights.require_all_read()
     with torch.device("meta"):
         model = Phi1(config)
     model.load_state_dict(state, assign=True)
@@ -234,7 +234,8 @@ class _Weights:
                     loaded = torch.load(file, map_location="cpu", weights_only=True)
                     self._read |= {name: lambda t=tensor: t for name, tensor in loaded.items()}
             except Exception as error:  # each library has its own, up to pickle's
-                raise UserError(f"{file}: missing or corrupt ({error}); fetch it again") from error
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(f"{file}: missing or corrupt ({reason}); fetch it again") from error
         self._left = {name for name in self._read if not name.endswith(self._BUFFERS)}
 
     def _files(self) -> list[pathlib.Path]:
@@ -262,7 +263,7 @@ class _Weights:
     def norm(self, name: str, width: int) -> Linear:
         return self.read(f"{name}.weight", width), self.read(f"{name}.bias", width)
 
-    def assert_all_read(self) -> None:
+    def require_all_read(self) -> None:
         if self._left:
             raise UserError(
                 f"{self._folder}: {len(self._left)} tensors that its config.json does not mean, "

@@ -289,6 +289,16 @@ def test_damage_is_named_in_one_line(damage: str, tmp_path: pathlib.Path, tokeni
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R."])
+def test_a_broken_or_hostile_pickle_is_refused_in_one_line(content: bytes, tmp_path: pathlib.Path) -> None:
+    codegen_in_transformers().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: missing or corrupt") as caught:
+        import_folder(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_missing_shard_is_named(tmp_path: pathlib.Path, tokenizer: Tokenizer) -> None:
     export_folder(tmp_path / "hf", random_model(BASE), tokenizer, max_shard_bytes=100_000)
     next((tmp_path / "hf").glob("model-00002-*")).unlink()
