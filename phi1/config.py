@@ -123,8 +123,9 @@ class LoopConfig:
     """Sequences in a step over all devices; does not change with their number."""
     micro_batch: int = 8
     """Sequences on a device at a time; the rest of a step is accumulated. Lower it if memory runs out."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Of the computation. Parameters and optimizer state are fp32; fp16 has a loss scaler."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "bf16"
+    """Of the computation. Parameters and optimizer state are fp32; fp16 has a loss scaler.
+    auto: bf16 where the device has instructions for it; without them fp16 on a GPU, fp32 on a CPU."""
     device: str = "auto"
     """auto: a GPU where there is one, else the CPU. Or cpu, cuda, cuda:1."""
     compile: bool = False

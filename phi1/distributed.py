@@ -1,6 +1,7 @@
-"""The processes that train together."""
+"""The processes that train together, and their devices."""
 
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -75,3 +76,12 @@ class World:
         """Prints a line, once."""
         if self.rank == 0:
             print(line, flush=True)
+
+
+def native_precision(device: torch.device) -> str:
+    """The fastest precision that a device has instructions for: bf16, or without it fp16 (GPU) or fp32 (CPU)."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    cpuinfo = pathlib.Path("/proc/cpuinfo")  # the flags' names on x86 and, the last one, on Arm
+    flags = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.exists() else []
+    return "bf16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else "fp32"

@@ -37,9 +37,10 @@ from typing import IO, Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+import kernels
 from phi1 import __version__, checkpoint
 from phi1.config import TrainConfig
-from phi1.distributed import World
+from phi1.distributed import World, native_precision
 from phi1.errors import UserError
 from phi1.metrics import Metrics, duration, flops_per_token, parameter_count, peak_flops
 from phi1.model import Phi1
@@ -72,6 +73,8 @@ def train(config: TrainConfig) -> pathlib.Path:
         try:
             with contextlib.closing(Trainer(config, world)) as trainer:
                 return trainer.run()
+        except kernels.BackendError as error:  # PHI1_KERNELS names one that cannot serve this model
+            raise UserError(str(error)) from error
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{world.device} is out of memory at --micro-batch {config.train.micro_batch}: lower it "
@@ -91,12 +94,14 @@ class Trainer:
                 f"{config.train.micro_batch} x {world.size}; change --micro-batch"
             )
         self.micro_batches = step // group
+        setting = config.train.precision
+        self.precision = native_precision(world.device) if setting == "auto" else setting
         self._lock: IO[str] | None = None
         world.on_first(self._claim_run_folder)
         self._open_data()
 
         with torch.device("meta"):
-            self.model = Phi1(config.model, DTYPES[config.train.precision])
+            self.model = Phi1(config.model, DTYPES[self.precision])
         self.model.to_empty(device="cpu")  # weights are drawn on the CPU: the same for every device
         self.step = self.tokens_seen = 0
         self.facts: dict[str, Any] = {}
@@ -111,7 +116,7 @@ class Trainer:
 
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.scaler = torch.amp.GradScaler(
-            world.device.type, init_scale=config.optimizer.loss_scale, enabled=config.train.precision == "fp16"
+            world.device.type, init_scale=config.optimizer.loss_scale, enabled=self.precision == "fp16"
         )
         if resumed is not None:
             checkpoint.load_optimizer(resumed, self.model, self.optimizer)
@@ -254,7 +259,7 @@ class Trainer:
         number = self.world.rank * self.micro_batches + index
         first = self.step * settings.sequences_per_step + number * settings.micro_batch
         samples = range(first, first + settings.micro_batch)
-        seed = mix(settings.seed, self.step, number) >> 20  # the model multiplies it by its number of layers
+        seed = mix(settings.seed, self.step, number) >> 11  # the model reads 52 bits of it
         return *self._tensors(self.dataset, samples, settings.seed), seed
 
     def _tensors(
@@ -356,11 +361,11 @@ class Trainer:
         settings, length = config.train, config.data.sequence_length
         parameters, windows = parameter_count(self.model), self.dataset.windows(length)
         self.flops_per_token = flops_per_token(config.model, parameters, length)
-        own_peak, source = peak_flops(world.device, DTYPES[settings.precision])
+        own_peak, source = peak_flops(world.device, DTYPES[self.precision])
         peak = world.sum(own_peak)[0]
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
         world.say(
-            f"phi1 {__version__}: {settings.run_folder}: {parameters:,} parameters, {settings.precision} on {world.size} x {name}"
+            f"phi1 {__version__}: {settings.run_folder}: {parameters:,} parameters, {self.precision} on {world.size} x {name}"
         )
         world.say(
             f"data: {self.dataset.tokens:,} tokens in {self.dataset.documents:,} documents; an epoch is {windows:,} "

@@ -99,7 +99,7 @@ def test_defaults_presets_and_conversions(tmp_path):
         (
             'run_folder = "run"',
             'run_folder = "r"\nprecision = "fp8"',
-            r"train\.precision = 'fp8': must be one of 'bf16', 'fp16'",
+            r"train\.precision = 'fp8': must be one of 'auto', 'bf16', 'fp16'",
         ),
         ('run_folder = "run"', "steps = 5", r"\[train\] needs 'run_folder'"),
         ("sequence_length = 512", "sequence_length = 513", r"data\.sequence_length = 513: must be at most"),

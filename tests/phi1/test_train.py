@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
+import kernels
 from phi1 import checkpoint
 from phi1.cli import main
 from phi1.config import PRESETS, DataConfig, LoopConfig, ModelConfig, OptimizerConfig, TrainConfig
-from phi1.distributed import World
+from phi1.distributed import World, native_precision
 from phi1.errors import UserError
 from phi1.metrics import Metrics, duration, flops_per_token, parameter_count, peak_flops
 from phi1.model import Phi1
@@ -160,6 +161,17 @@ def test_lower_precisions_follow_fp32(config, tmp_path, precision):
     # The loss is of order 5 and its logits carry half a unit in the last place, 2^-9 in bf16: 0.4% of it.
     assert max(abs(a - b) for a, b in zip(exact, low, strict=True)) < 5 * 2**-8
     assert checkpoint.load_model(tmp_path / precision)[0].embedding.dtype == torch.float32  # master parameters
+
+
+@pytest.mark.parametrize(("flags", "precision"), [("avx2 avx512f", "fp32"), ("avx512_bf16 avx2", "bf16")])
+def test_automatic_precision_is_what_the_device_has_instructions_for(config, monkeypatch, capsys, flags, precision):
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda self, encoding: f"flags : fpu {flags}\n")
+    assert native_precision(torch.device("cpu")) == precision
+    monkeypatch.undo()
+    monkeypatch.setattr("phi1.train.native_precision", lambda device: precision)
+    train(change(config, steps=1, precision="auto"))
+    assert f"{precision} on 1 x CPU" in capsys.readouterr().out
+    assert native_precision(torch.device("cpu")) in ("bf16", "fp32")  # whatever this machine is
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -492,6 +504,11 @@ def test_a_run_folder_has_one_training(config):
             train(config)
         trainer.close()
     train(change(config, steps=1))
+
+
+def test_a_backend_that_cannot_serve_is_named(config):
+    with kernels.use_backend("cuda"), pytest.raises(UserError, match="backend 'cuda' cannot serve this call"):
+        train(config)
 
 
 def test_a_fully_masked_step_is_an_error(config, tmp_path, tokenizer):
