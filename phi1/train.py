@@ -8,8 +8,8 @@ cross-entropy summed over all devices and micro-batches, divided by the number o
 them, so neither accumulation nor the number of devices nor an uneven loss mask changes a token's weight.
 
 A run writes a checkpoint every `checkpoint_every` steps, at the end, and when it is told to stop (Ctrl-C,
-SIGTERM). Started again it goes on from the last whole one, as if it had not stopped: the same samples, the same
-dropout, the same bits on the same machine.
+SIGTERM; torchrun allows 30 seconds for it unless --shutdown-timeout says more). Started again it goes on from the
+last whole one, as if it had not stopped: the same samples, the same dropout, the same bits on the same machine.
 """
 
 if __name__ == "__main__":
@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -73,6 +74,13 @@ def train(config: TrainConfig) -> pathlib.Path:
         try:
             with contextlib.closing(Trainer(config, world)) as trainer:
                 return trainer.run()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"no space left in {config.train.run_folder}: free space on that disk and run the same command again; "
+                "the checkpoints there are whole"
+            ) from error
         except kernels.BackendError as error:  # PHI1_KERNELS names one that cannot serve this model
             raise UserError(str(error)) from error
         except torch.OutOfMemoryError as error:

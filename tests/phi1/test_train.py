@@ -209,6 +209,22 @@ def test_compiled_code_gives_the_same_gradient(config):
     assert (compiled - eager).norm() < 1e-6 * eager.norm()
 
 
+def test_every_micro_batch_has_its_own_samples_and_dropout(config):
+    with World("cpu") as world:
+        trainer = Trainer(config, world)
+        first = [trainer._batch(index) for index in range(2)]
+        again = [trainer._batch(index) for index in range(2)]
+        trainer.step = 1
+        later = [trainer._batch(index) for index in range(2)]
+        trainer.close()
+    assert len({seed for *_, seed in first + later}) == 4
+    assert all(0 <= seed < 2**52 for *_, seed in first + later)
+    assert [seed for *_, seed in again] == [seed for *_, seed in first]
+    rows = {tuple(row) for inputs, *_ in first + later for row in inputs.tolist()}
+    assert len(rows) == 16  # sequences 0 … 15, none twice
+    assert torch.equal(first[1][0], torch.from_numpy(trainer.dataset.batch(range(4, 8), 32, seed=0)[0]))
+
+
 def test_the_loss_mask_can_be_ignored(config, masked_tokens):
     _, facts = gradients(change(config, tokens=masked_tokens, loss_mask=False))
     assert facts["counted_tokens"] == 8 * 32
@@ -465,6 +481,22 @@ def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(config, monkey
     assert "phi1: error: no space left while writing" in capsys.readouterr().err
     assert checkpoint.newest(config.train.run_folder).name == "step-000003"
     assert train(config).name == "step-000008"
+
+
+def test_a_disk_too_full_for_metrics_ends_the_run(config, monkeypatch):
+    real = Metrics.record
+
+    def record(self, step, **values):
+        if step == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, step, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "record", record)
+        with pytest.raises(UserError, match=r"no space left in .*run: free space"):
+            train(config)
+    train(config)
+    assert [record["step"] for record in records(config.train.run_folder)] == list(range(1, 9))
 
 
 def test_bad_data_is_named_before_anything_is_built(config, tmp_path, tokenizer, texts):
