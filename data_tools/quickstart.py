@@ -5,19 +5,30 @@ again after an interruption it goes on where it was; a step that is whole is not
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
 import time
 from collections.abc import Callable
+from typing import Any, Literal
 
 from phi1.files import write_json
 
 SOURCES = (
     # Textbook-like code, ordinary libraries, and code that a generator wrote (stripe): the filter has to tell them apart.
-    "pypi:algorithms", "pypi:more-itertools", "pypi:toolz", "pypi:boltons", "pypi:networkx", "pypi:sympy",
-    "stdlib", "pypi:stripe",
-)  # fmt: skip
+    "pypi:algorithms",
+    "pypi:more-itertools",
+    "pypi:toolz",
+    "pypi:boltons",
+    "pypi:networkx",
+    "pypi:sympy",
+    "stdlib",
+    "pypi:stripe",
+)
+
+MODELS = {"pretrain": "base", "finetune": "finetuned"}
+"""Training runs, and what the paper calls their models."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,3 +69,134 @@ def run(config: Config) -> pathlib.Path:
     total = sum(timings.values())
     print(f"\nDone in {total / 60:.1f} minutes. Open {config.output / 'report.html'} in a browser.", file=sys.stderr)
     return config.output / "report.html"
+
+
+def steps(config: Config) -> list[Step]:
+    """The steps in order, each a command with the quickstart's settings."""
+    from data_tools import (
+        annotate,
+        classify,
+        decontaminate,
+        embed,
+        filter,
+        ingest,
+        report,
+        synthesize,
+        tokenize,
+        tokenizer,
+    )
+
+    root = config.output
+
+    def count(full: int, least: int) -> int:
+        return max(least, round(full * config.scale))
+
+    def decontaminated(name: str, **options: Any) -> Step:
+        settings = decontaminate.Config(input=root / name, output=root / f"{name}-clean", **options)
+        return Step(f"{name}-clean", f"decontaminate {name} against HumanEval", lambda: decontaminate.run(settings))
+
+    def shards(name: str, inputs: list[str], held_out: float) -> Step:
+        settings = tokenize.Config(
+            inputs=[root / folder for folder in inputs],
+            tokenizer=str(root / "tokenizer.json"),
+            output=root / f"{name}-tokens",
+            validation=root / f"{name}-validation",
+            validation_fraction=held_out,
+        )
+        return Step(f"{name}-tokens", f"tokenize for {name}", lambda: tokenize.run(settings))
+
+    def offline(name: str, split: Literal["train", "held-out"], number: int) -> Step:
+        settings = synthesize.Config(kind="exercises", teacher="offline", split=split, count=number, output=root / name)
+        return Step(
+            name,
+            f"synthesize {number:,} exercises with the offline teacher ({split})",
+            lambda: synthesize.run(settings),
+        )
+
+    documents = count(2400, 150)
+    ingested = ingest.Config(output=root / "code", sources=SOURCES, limit=documents, workers=2)
+    annotated = annotate.Config(input=root / "code", output=root / "annotated", samples=count(300, 40))
+    embedded = embed.Config(input=root / "code", output=root / "embedded", model="minilm")
+    forest = classify.Config(annotations=root / "annotated", embeddings=root / "embedded", output=root / "forest")
+    filtered = filter.Config(
+        input=root / "code",
+        embeddings=root / "embedded",
+        classifier=root / "forest",
+        output=root / "filtered",
+        keep_fraction=0.5,
+    )
+    textbooks = synthesize.Config(kind="textbooks", count=count(40, 4), max_tokens=400, output=root / "textbooks")
+    written = synthesize.Config(kind="exercises", count=count(30, 4), max_tokens=250, output=root / "llm-exercises")
+    small = tokenizer.Config(
+        inputs=tuple(root / name for name in ("filtered-clean", "textbooks-clean", "exercises-clean")),
+        output=root / "tokenizer.json",
+    )
+    return [
+        Step("code", "ingest real Python code from installed packages", lambda: ingest.run(ingested)),
+        Step("annotated", "annotate a sample with a language model", lambda: annotate.run(annotated)),
+        Step("embedded", "embed every document", lambda: embed.run(embedded)),
+        Step("forest", "classify: a random forest learns the annotation", lambda: classify.run(forest)),
+        Step("filtered", "filter: keep what the forest rates higher", lambda: filter.run(filtered)),
+        Step("textbooks", "synthesize textbook sections with a language model", lambda: synthesize.run(textbooks)),
+        Step("llm-exercises", "synthesize exercises with a language model", lambda: synthesize.run(written)),
+        offline("exercises", "train", count(20_000, 200)),
+        offline("exercises-held-out", "held-out", count(300, 30)),
+        decontaminated("filtered", embedder="minilm", embed_above=0.7),
+        decontaminated("textbooks", embedder="minilm"),
+        decontaminated("llm-exercises", embedder="minilm"),
+        decontaminated("exercises", embedder="minilm", embed_above=0.8),
+        Step("tokenizer", "train a tokenizer of 1,024 entries", lambda: tokenizer.run(small)),
+        shards("pretrain", ["filtered-clean", "textbooks-clean"], 0.02),
+        shards("finetune", ["exercises-clean", "llm-exercises-clean"], 0.02),
+        Step("pretrain", "pretrain phi1-tiny on filtered code and textbooks", lambda: _train(config, "pretrain")),
+        Step("finetune", "finetune it on exercises", lambda: _train(config, "finetune")),
+        *(
+            Step(
+                f"{benchmark}-{model}",
+                f"evaluate the {MODELS[model]} model on {benchmark}",
+                functools.partial(_evaluate, root, benchmark, model),
+            )
+            for benchmark in ("humaneval", "exercises")
+            for model in MODELS
+        ),
+        Step("report", "write the report", lambda: report.run(report.Config(run=root))),
+    ]
+
+
+def _train(config: Config, name: str) -> None:
+    from phi1.recipe import load_recipe
+    from phi1.train import train
+
+    root = config.output
+    recipe = load_recipe(config.recipes / f"quickstart-{name}.toml")
+    loop = dataclasses.replace(
+        recipe.train,
+        run_folder=root / name,
+        init_from=root / "pretrain" if name == "finetune" else None,
+        steps=max(20, round(recipe.train.steps * config.scale)),
+    )
+    data = dataclasses.replace(
+        recipe.data, tokens=root / f"{name}-tokens", validation_tokens=root / f"{name}-validation"
+    )
+    warmup = min(recipe.optimizer.warmup_steps, loop.steps // 2)
+    optimizer = dataclasses.replace(recipe.optimizer, warmup_steps=warmup)
+    train(dataclasses.replace(recipe, train=loop, data=data, optimizer=optimizer))
+
+
+def _evaluate(root: pathlib.Path, benchmark: Literal["humaneval", "exercises"], model: str) -> None:
+    from phi1.evaluate import run as evaluate
+
+    output = root / "evaluation" / f"{benchmark}-{model}"
+    if (output / "results.json").exists():
+        print(f"evaluate: already in {output}", file=sys.stderr)
+        return
+    evaluate.run(
+        evaluate.Config(
+            checkpoint=root / model,
+            benchmark=benchmark,
+            output=output,
+            max_new_tokens=128,
+            batch_size=32,
+            exercises=root / "exercises-held-out" if benchmark == "exercises" else None,
+        )
+    )

@@ -13,6 +13,7 @@ import pathlib
 import re
 from typing import Any
 
+from data_tools import classify
 from data_tools.dataset import MANIFEST, Dataset
 from phi1 import __version__
 from phi1.errors import UserError
@@ -195,6 +196,19 @@ def _pipeline(folder: pathlib.Path, datasets: list[Dataset]) -> str:
     shards = [[t["folder"], t["tokens"], t["documents"]] for t in tokens if "tokens" in t and "documents" in t]
     if shards:
         text += "<h3>Token shards</h3>" + _table(["folder", "tokens", "documents"], shards, frozenset({1, 2}))
+    return text
+
+
+def _filter(folder: pathlib.Path) -> str:
+    path = folder / "forest" / classify.METRICS
+    if not path.exists():
+        return ""
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    text = _pre(classify.describe(metrics))
+    plot = path.with_name(classify.PLOT)
+    if plot.exists():
+        svg = plot.read_text(encoding="utf-8")
+        text += re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
     return text
 
 
