@@ -1,0 +1,48 @@
+"""The error rule for ops other than attention (attention_cases has its own, with attention's eager baseline).
+
+The greatest error against the truth in float64 is at most twice that of the same formula in PyTorch eager in the
+inputs' dtype, plus twice the greatest |(truth + 0.3 - 0.3) - truth| in that dtype, the rounding of a sum of numbers
+of order one. For float32 both sides are the same arithmetic in another order, and twice a baseline that happens to
+round well leaves no room: four float32 epsilons of the greatest value are added, nothing beside 16-bit roundings.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import native
+
+
+def error(x: Tensor, truth: Tensor) -> float:
+    """Greatest |x - truth|, infinite if x has a NaN."""
+    difference = (x.double() - truth.double()).abs()
+    return float(difference.nan_to_num(nan=float("inf")).max()) if x.numel() else 0.0
+
+
+def bound(low: Tensor, truth: Tensor, dtype: torch.dtype, times: float = 2.0) -> float:
+    """The greatest error that the rule allows. low: the formula in eager `dtype`. truth: float64."""
+    rounded = truth.to(dtype)
+    rounding = float((rounded + 0.3 - 0.3 - rounded).abs().max()) if truth.numel() else 0.0
+    order = 4 * torch.finfo(torch.float32).eps * float(truth.abs().max()) if truth.numel() else 0.0
+    return times * error(low, truth) + 2 * rounding + order
+
+
+def check(name: str, x: Tensor, low: Tensor, truth: Tensor, dtype: torch.dtype, times: float = 2.0) -> None:
+    """Asserts shape, dtype and the rule."""
+    assert x.shape == truth.shape and x.dtype == dtype, (name, x.shape, x.dtype)
+    found, allowed = error(x, truth), bound(low, truth, dtype, times)
+    assert found <= allowed, f"{name}, {dtype}: error {found:.3g}, allowed {allowed:.3g}"
+
+
+def cpu_instruction_sets() -> list[str]:
+    """Those that the native module was built with and this CPU has."""
+    if native.MISSING is not None:
+        return []
+    before, found = native._native.isa_name(), []
+    for name in ("portable", "avx2", "avx512", "avx512_bf16"):
+        try:
+            native._native.use_isa(name)
+        except ValueError:
+            continue
+        found.append(name)
+    native._native.use_isa(before)
+    return found
