@@ -11,6 +11,7 @@ constant or a two-step composition: a hash of the name, the constant or the pair
 use it, whatever the seed. `overlaps` counts what two sets of exercises share.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,8 +19,8 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-from data_tools.families import ADJECTIVES, ARGUMENTS, BY_NAME, FAMILIES, NOUNS, Family
-from phi1.evaluate.sandbox import run_program
+from data_tools.families import ADJECTIVES, ARGUMENTS, FAMILIES, NOUNS, Family
+from phi1.evaluate.sandbox import Job, Server
 
 SOURCE = "offline-teacher"
 Split = Literal["train", "held-out"]
@@ -29,6 +30,8 @@ COMPOSED_SHARE = 0.65
 """Share of exercises with two steps."""
 BATCH = 256
 """Exercises per sandboxed child."""
+TIMEOUT = 120.0
+"""Seconds for a child: some hundred times what it needs."""
 
 SINGLE_FRAMES = ("{A}.", "{A}.", "Given {arg}, {a}.")
 COMPOSED_FRAMES = ("{A}, then {b}.", "{A}. Then {b}.", "Given {arg}, {a}, then {b}.", "First {a}, then {b}.")
@@ -233,13 +236,13 @@ print(json.dumps([holds(*job) for job in JOBS]))
 """
 
 
-def run_batch(program: str, jobs: Sequence[Any]) -> list[Any]:
+def _run_batch(server: Server, program: str, jobs: Sequence[Any]) -> list[Any]:
     """Runs `program` over JSON-able `jobs` in one sandboxed child; returns what it printed, decoded.
 
     Raises RuntimeError if the child did not finish: the families are ours, so that is a bug in one of them.
     """
     source = f"import json\nJOBS = json.loads({json.dumps(jobs)!r})\n{program}"
-    result = run_program(source, timeout=60.0, memory=1 << 30, output_limit=1 << 26)
+    result = server.run(Job(source, timeout=TIMEOUT, memory=1 << 30, output_limit=1 << 26))
     if result.status != "passed":
         raise RuntimeError(f"offline teacher: the sandboxed batch {result.status}: {result.detail}")
     return json.loads(result.output)
@@ -253,6 +256,13 @@ def write_exercises(
     Rows have `prompt, solution, test, entry_point, family, composition, constants, seed`. Drafts that were
     not kept are added to `counters` under the reason.
     """
+    with contextlib.closing(Server()) as first, contextlib.closing(Server()) as second:
+        yield from _exercises(count, seed, split, counters, attempts, first, second)
+
+
+def _exercises(
+    count: int, seed: str, split: Split, counters: dict[str, int], attempts: int, first: Server, second: Server
+) -> Iterator[dict[str, Any]]:
     rng = random.Random(f"{seed}/{split}")
     made: set[str] = set()
     for _ in range(attempts * (count // BATCH + 1)):
@@ -262,7 +272,7 @@ def write_exercises(
         jobs = [(draft.argument, [draft.solution(), *draft.altered()], short + long)
                 for draft, short, long in zip(drafts, shown, tried, strict=True)]  # fmt: skip
         finished: list[dict[str, Any]] = []
-        for draft, job, outputs in zip(drafts, jobs, run_batch(_RUN_BATCH, jobs), strict=True):
+        for draft, job, outputs in zip(drafts, jobs, _run_batch(first, _RUN_BATCH, jobs), strict=True):
             row, reason = _finish(draft, job[2], outputs, rng, seed)
             if row is None or row["prompt"] in made:
                 reason = reason or "repeated"
@@ -271,7 +281,7 @@ def write_exercises(
                 made.add(row["prompt"])
                 finished.append(row)
         checks = [(row["prompt"], row["solution"], row["test"], row["entry_point"]) for row in finished]
-        for row, failure in zip(finished, run_batch(_CHECK_BATCH, checks), strict=True):
+        for row, failure in zip(finished, _run_batch(second, _CHECK_BATCH, checks), strict=True):
             if failure:
                 counters[f"dropped: {failure}"] = counters.get(f"dropped: {failure}", 0) + 1
                 continue
@@ -350,8 +360,3 @@ def overlaps(train: Iterable[dict[str, Any]], held: Iterable[dict[str, Any]]) ->
 
     ours, theirs = used(train), used(held)
     return {what: len(ours[what] & theirs[what]) for what in ours}
-
-
-def family_names(composition: str) -> list[str]:
-    """The steps of a `composition` column; raises KeyError for a family that does not exist."""
-    return [BY_NAME[name].name for name in composition.split("+")]

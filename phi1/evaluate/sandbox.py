@@ -84,8 +84,12 @@ class Result:
     seconds: float
 
 
-class _Server:
-    """One `sandbox_child.py`: runs one job at a time."""
+class Server:
+    """One running `sandbox_child.py`: runs one job at a time, all with its own seed of Python's `hash`.
+
+    `run_program` and `run_many` keep theirs; make one yourself where two seeds must differ.
+    kernel_guards: False leaves seccomp and Landlock out, as on a kernel without them.
+    """
 
     def __init__(self, kernel_guards: bool = True) -> None:
         self.kernel_guards = kernel_guards
@@ -145,17 +149,18 @@ class _Server:
         return Result(**self._receive(job.timeout + 30.0))
 
     def close(self) -> None:
+        """Ends it, and what runs in it."""
         self.process.kill()  # its children die with it
         self.process.communicate()
 
 
-_idle: list[_Server] = []
+_idle: list[Server] = []
 _owner = 0
 _lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _server() -> Iterator[_Server]:
+def _server() -> Iterator[Server]:
     """Lends a running server; starts one if none is idle. One that was lost is not lent again."""
     global _owner
     with _lock:
@@ -163,7 +168,7 @@ def _server() -> Iterator[_Server]:
             _idle.clear()
             _owner = os.getpid()
         server = _idle.pop() if _idle else None
-    server = server or _Server()
+    server = server or Server()
     try:
         yield server
     except BaseException:
@@ -174,7 +179,8 @@ def _server() -> Iterator[_Server]:
 
 
 @atexit.register
-def _close_all() -> None:
+def close_idle() -> None:
+    """Ends the servers that wait for work; the next job starts a new one, with another hash seed."""
     while _owner == os.getpid() and _idle:
         _idle.pop().close()
 

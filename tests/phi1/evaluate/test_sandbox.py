@@ -157,7 +157,7 @@ def test_parents_environment_and_files_are_out_of_sight(
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     secret = tmp_path / "secret"
     secret.write_text("sk-secret")
-    server = sandbox._Server()  # started while the key is in the environment
+    server = sandbox.Server()  # started while the key is in the environment
     try:
         source = (
             "import os\nprint(dict(os.environ))\n"
@@ -204,7 +204,7 @@ def test_test_may_use_the_function_by_name_and_the_preamble() -> None:
 def test_guards_in_python_where_the_kernel_has_none(tmp_path: pathlib.Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("here")
-    server = sandbox._Server(kernel_guards=False)
+    server = sandbox.Server(kernel_guards=False)
     try:
         assert server.guards == [False, False]
         for attack in ("os.fork()", "os.system('true')", "socket.socket()", f"os.unlink({str(precious)!r})",
