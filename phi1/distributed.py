@@ -1,7 +1,9 @@
-"""The processes that train together, and their devices."""
+"""The processes that train together, their devices, and the signals that tell them to stop."""
 
 import os
 import pathlib
+import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -85,3 +87,27 @@ def native_precision(device: torch.device) -> str:
     cpuinfo = pathlib.Path("/proc/cpuinfo")  # the flags' names on x86 and, the last one, on Arm
     flags = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.exists() else []
     return "bf16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else "fp32"
+
+
+class StopSignals:
+    """Within the block, Ctrl-C and SIGTERM are noted in `received`; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+        os.write(2, b"\nstopping after this step and its checkpoint (Ctrl-C again: at once)\n")

@@ -28,11 +28,9 @@ import errno
 import fcntl
 import json
 import math
-import os
 import pathlib
-import signal
-import threading
 import time
+from collections.abc import Iterator
 from typing import IO, Any
 
 import torch
@@ -41,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 import kernels
 from phi1 import __version__, checkpoint
 from phi1.config import TrainConfig
-from phi1.distributed import World, native_precision
+from phi1.distributed import StopSignals, World, native_precision
 from phi1.errors import UserError
 from phi1.metrics import Metrics, duration, flops_per_token, parameter_count, peak_flops
 from phi1.model import Phi1
@@ -72,8 +70,8 @@ def train(config: TrainConfig) -> pathlib.Path:
     """
     with World(config.train.device) as world:
         try:
-            with contextlib.closing(Trainer(config, world)) as trainer:
-                return trainer.run()
+            with _claimed(config.train.run_folder, world):
+                return Trainer(config, world).run()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -104,8 +102,6 @@ class Trainer:
         self.micro_batches = step // group
         setting = config.train.precision
         self.precision = native_precision(world.device) if setting == "auto" else setting
-        self._lock: IO[str] | None = None
-        world.on_first(self._claim_run_folder)
         self._open_data()
 
         with torch.device("meta"):
@@ -252,11 +248,6 @@ class Trainer:
         checkpoint.write_model(folder, self.model, self.tokenizer, facts, optimizer=self.optimizer)
         checkpoint.publish(folder, keep_last=settings.keep_last, keep_every=settings.keep_every)
 
-    def close(self) -> None:
-        """Lets another training use the run folder."""
-        if self._lock is not None:
-            self._lock.close()
-
     def _batch(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
         """Micro-batch `index` of this process in this step: inputs, targets, document bounds, dropout seed.
 
@@ -294,17 +285,6 @@ class Trainer:
                 f"step {self.step + 1}: gradients overflow in fp16 even at a loss scale of {self.scaler.get_scale()}; "
                 "try --precision bf16 or a lower --lr"
             )
-
-    def _claim_run_folder(self) -> None:
-        self.run_folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.run_folder / ".lock", "w")  # noqa: SIM115, closed by close()
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{self.run_folder}: another training is running there; wait for it, or choose another --run-folder"
-            ) from error
-        checkpoint.remove_leftovers(self.run_folder)
 
     def _open_data(self) -> None:
         options, vocab_size = self.config.data, self.config.model.vocab_size
@@ -388,28 +368,28 @@ class Trainer:
         return peak
 
 
-class StopSignals:
-    """Within the block, Ctrl-C and SIGTERM are noted in `received`; a second Ctrl-C stops at once."""
+@contextlib.contextmanager
+def _claimed(run_folder: pathlib.Path, world: World) -> Iterator[None]:
+    """Keeps other trainings out of a run folder, and removes what an interrupted one left half-written there."""
+    lock: list[IO[str]] = []
 
-    def __init__(self) -> None:
-        self.received = False
-        self._before: dict[int, Any] = {}
+    def claim() -> None:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        lock.append(open(run_folder / ".lock", "w"))  # noqa: SIM115, closed below
+        try:
+            fcntl.flock(lock[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{run_folder}: another training is running there; wait for it, or choose another --run-folder"
+            ) from error
+        checkpoint.remove_leftovers(run_folder)
 
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: object) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = True
-        os.write(2, b"\nstopping after this step and its checkpoint (Ctrl-C again: at once)\n")
+    try:
+        world.on_first(claim)
+        yield
+    finally:
+        for file in lock:
+            file.close()
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:

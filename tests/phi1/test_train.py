@@ -20,14 +20,14 @@ import kernels
 from phi1 import checkpoint
 from phi1.cli import main
 from phi1.config import PRESETS, DataConfig, LoopConfig, ModelConfig, OptimizerConfig, TrainConfig
-from phi1.distributed import World, native_precision
+from phi1.distributed import StopSignals, World, native_precision
 from phi1.errors import UserError
 from phi1.metrics import Metrics, duration, flops_per_token, parameter_count, peak_flops
 from phi1.model import Phi1
 from phi1.optimizer import learning_rate, make_optimizer
 from phi1.tokenizer import train_tokenizer
 from phi1.tokens import TokenWriter
-from phi1.train import StopSignals, Trainer, train
+from phi1.train import Trainer, train
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODEL = ModelConfig(
@@ -115,7 +115,6 @@ def gradients(config, **changes):
     with World("cpu") as world:
         trainer = Trainer(config, world)
         facts, _ = trainer.update(False)
-        trainer.close()
     return torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]), facts
 
 
@@ -195,7 +194,6 @@ def test_accumulation_does_not_change_the_gradient(config, masked_tokens, masked
             for index in range(4):
                 inputs, targets, _, _ = trainer._batch(index)
                 (trainer.model(inputs, targets=targets) / (targets != -100).sum() / 4).backward()
-            trainer.close()
         naive = torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
         assert (naive - whole).norm() > 1e-2 * whole.norm()
 
@@ -216,7 +214,6 @@ def test_every_micro_batch_has_its_own_samples_and_dropout(config):
         again = [trainer._batch(index) for index in range(2)]
         trainer.step = 1
         later = [trainer._batch(index) for index in range(2)]
-        trainer.close()
     assert len({seed for *_, seed in first + later}) == 4
     assert all(0 <= seed < 2**52 for *_, seed in first + later)
     assert [seed for *_, seed in again] == [seed for *_, seed in first]
@@ -265,7 +262,6 @@ def test_the_schedule_and_clipping_reach_the_optimizer(config):
         trainer = Trainer(change(config, clip_norm=1e-3, run_folder=config.train.run_folder / "clipped"), world)
         facts, _ = trainer.update(False)
         norm = torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]).norm()
-        trainer.close()
     assert facts["grad_norm"] > 0.1 and float(norm) == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -275,7 +271,6 @@ def test_evaluation_is_the_mean_over_counted_tokens(config, masked_tokens):
         trainer = Trainer(config, world)
         found = trainer.evaluate(trainer.validation)
         inputs, targets = (torch.from_numpy(a) for a in trainer.validation.batch(range(10), 32, seed=0))
-        trainer.close()
     model = trainer.model.eval()  # no dropout
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
@@ -397,7 +392,6 @@ def test_finetuning_starts_from_a_checkpoint(config, tmp_path, tokenizer, texts,
     tuned = change(config, run_folder=tmp_path / "tuned", init_from=config.train.run_folder, **DROPOUT)
     with World("cpu") as world:
         trainer = Trainer(tuned, world)
-        trainer.close()
     for name, value in checkpoint.load_model(base)[0].state_dict().items():
         assert torch.equal(trainer.model.state_dict()[name], value)
     assert not trainer.optimizer.state and trainer.step == 0
@@ -434,7 +428,6 @@ def test_an_overflow_in_fp16_skips_the_step_and_lowers_the_scale(config):
             skipped += 1
             assert skipped < 40
         assert not torch.equal(trainer.model.head_weight, before["head_weight"])
-        trainer.close()
 
 
 def test_the_loss_scale_is_resumed(config, tmp_path):
@@ -458,7 +451,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(config, precision):
             trainer.model.head_bias.fill_(math.nan)
         with pytest.raises(UserError, match=r"step 4: the loss is nan; try .*--lr.*goes on from .*step-000003"):
             trainer.update(False)
-        trainer.close()
 
 
 def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(config, monkeypatch, capsys, tmp_path):
@@ -529,13 +521,19 @@ def test_a_gpu_that_is_not_there(config):
             train(change(config, device=device))
 
 
-def test_a_run_folder_has_one_training(config):
-    with World("cpu") as world:
-        trainer = Trainer(config, world)
+def test_a_run_folder_has_one_training(config, monkeypatch):
+    refused = []
+    real = Trainer.update
+
+    def update(self, stop):
         with pytest.raises(UserError, match="run: another training is running there"):
             train(config)
-        trainer.close()
+        refused.append(self.step)
+        return real(self, stop)
+
+    monkeypatch.setattr(Trainer, "update", update)
     train(change(config, steps=1))
+    assert refused == [0]
 
 
 def test_a_backend_that_cannot_serve_is_named(config):
