@@ -1,9 +1,11 @@
 """The `cpu` backend: C++ kernels (csrc/cpu), chosen at run time by the CPU's instruction sets (PHI1_ISA overrides)."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
-from kernels import native
+from kernels import native, reference
 from kernels.registry import register
 
 
@@ -26,3 +28,63 @@ def rotary(
 
 
 register("apply_rotary", "cpu", rotary, devices=("cpu",), missing=native.MISSING, refuses=native.refuses_dtype)
+
+
+HEAD_DIMS = (32, 64, 128)
+"""What the attention kernels are compiled for."""
+
+
+def _attention_refuses(*, dtype: torch.dtype, head_dim: int, **_: object) -> str | None:
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim = {head_dim}: the kernels are compiled for {', '.join(map(str, HEAD_DIMS))}"
+    return native.refuses_dtype(dtype=dtype)
+
+
+def _check_starts(name: str, starts: Tensor, length: int) -> Tensor:
+    """`starts`, contiguous; raises ValueError unless it runs from 0 to length without a step back."""
+    values = starts.tolist()
+    if values[0] != 0 or values[-1] != length or any(a > b for a, b in itertools.pairwise(values)):
+        raise ValueError(f"{name} = {values}: must rise from 0 to the sequence length, {length}")
+    return starts.contiguous()
+
+
+def _attention_arguments(
+    q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    causal: bool, scale: float, dropout_p: float, dropout_seed: int,
+) -> tuple[object, ...]:  # fmt: skip
+    """The last arguments of `_native.attention_forward_cpu` and `_native.attention_backward_cpu`."""
+    batch, seqlen_q, heads, head_dim = q.shape
+    threshold = reference.dropout_threshold(dropout_p)
+    return (
+        (batch, seqlen_q, k.shape[1], heads, k.shape[2], head_dim),
+        (0, 0, 0) if cu_q is None or cu_k is None else (cu_q.data_ptr(), cu_k.data_ptr(), cu_q.shape[0] - 1),
+        causal, scale, (threshold, reference.dropout_scale(dropout_p), dropout_seed & (1 << 64) - 1),
+        native.DTYPE_CODES[q.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    causal: bool, scale: float, dropout_p: float, dropout_seed: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out and the log-sum-exp; see `kernels.flash_attention`."""
+    q, k, v = (native.rows_contiguous(x) for x in (q, k, v))
+    if cu_q is not None and cu_k is not None:
+        cu_q, cu_k = _check_starts("cu_seqlens_q", cu_q, q.shape[1]), _check_starts("cu_seqlens_k", cu_k, k.shape[1])
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    native._native.attention_forward_cpu(
+        *(native.heads_spec(x) for x in (q, k, v, out)), lse.data_ptr(),
+        *_attention_arguments(q, k, cu_q, cu_k, causal, scale, dropout_p, dropout_seed),
+    )  # fmt: skip
+    return out, lse
+
+
+register(
+    "flash_attention",
+    "cpu",
+    (attention_forward, reference.attention_backward),
+    devices=("cpu",),
+    missing=native.MISSING,
+    refuses=_attention_refuses,
+)

@@ -50,12 +50,12 @@ const Isa* begin() {
 }
 
 const Isa* find(const std::string& name) {
-  std::string able;
+  std::string message = "instruction set '" + name + "' (PHI1_ISA): this CPU runs";
   for (const Isa* isa = begin(); isa->name; ++isa) {
     if (isa->supported && name == isa->name) return isa;
-    if (isa->supported) able += (able.empty() ? "" : ", ") + std::string(isa->name);
+    if (isa->supported) message.append(" ").append(isa->name);
   }
-  throw std::invalid_argument("instruction set '" + name + "' (PHI1_ISA): this CPU runs " + able);
+  throw std::invalid_argument(message);
 }
 
 const Isa* best() {

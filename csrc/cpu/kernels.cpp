@@ -1,9 +1,16 @@
 // All CPU kernels, compiled once per instruction set with PHI1_ISA naming it (CMakeLists.txt, add_isa).
 #include "cpu/kernels.h"
 
+#include <omp.h>
+
 #include <bit>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <new>
+#include <stdexcept>
+#include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -16,10 +23,14 @@ namespace {
 
 #include "cpu/numeric.h"
 #include "cpu/rotary.inl"
+#include "cpu/vector.h"
+//
+#include "cpu/attention.inl"
+#include "cpu/attention_forward.inl"
 
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {rotary};
+const Kernels table = {rotary, attention_forward, exp2_array};
 
 }  // namespace phi1::cpu::PHI1_ISA

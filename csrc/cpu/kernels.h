@@ -1,12 +1,16 @@
 // The table of CPU kernels that each instruction set's object fills in.
 #pragma once
 
+#include "cpu/attention.h"
 #include "rotary.h"
 
 namespace phi1::cpu {
 
 struct Kernels {
   void (*rotary)(const RotaryArgs&, int threads);
+  void (*attention_forward)(const AttentionArgs&, int threads);
+  // 2^x as the attention kernels compute it.
+  void (*exp2)(const float* in, float* out, int64_t count);
 };
 
 // The table of the instruction set in use: the best that this CPU has, or PHI1_ISA's.

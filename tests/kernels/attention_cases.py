@@ -2,10 +2,11 @@
 
 The rule (FlashAttention's own tests): for out, lse, dq, dk and dv, the greatest error against the reference in
 float64 is at most twice that of the same formula in PyTorch eager in the inputs' dtype, plus twice the greatest
-|(ref + 0.3 - 0.3) - ref| in that dtype, the rounding of a sum of numbers of order one. A backward
-that starts from a float32 lse knows P = exp(s - lse) to no better than epsilon * |lse|, and the terms P (dO V^T - delta)
-of dq and dk cancel (to zero where a query sees one key, which leaves the rule no room at all): the gradients are
-allowed float32's epsilon * max(1, |lse|) times the greatest sum of their terms' absolute values in addition.
+|(ref + 0.3 - 0.3) - ref| in that dtype, the rounding of a sum of numbers of order one. What
+float32 sums cannot know is allowed in addition. A backward that starts from a float32 lse knows P = exp(s - lse) to no
+better than epsilon * |lse|, and the terms P (dO V^T - delta) of dq and dk cancel (to zero where a query sees one key,
+which leaves the rule no room at all): the gradients get epsilon * max(1, |lse|) times the greatest sum of their terms'
+absolute values, lse gets epsilon times the greatest scale |q| |k|.
 """
 
 import dataclasses
@@ -163,10 +164,10 @@ def _error(x: Tensor, truth: Tensor) -> float:
 def _sums_of_absolute_terms(
     q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lse: Tensor, arguments: tuple[Any, ...]
 ) -> dict[str, float]:
-    """Greatest scale P (|dO| |V|^T) |K| for dq, its like for dk and dv, before any cancellation or dropout."""
+    """Greatest scale P (|dO| |V|^T) |K| for dq, its like for dk, dv and lse, before any cancellation or dropout."""
     heads = q.shape[2]
     cu_q, cu_k, causal, scale, *_ = arguments
-    dq = dk = dv = 0.0
+    dq = dk = dv = score = 0.0
     for b, i, j, _first in reference._documents(cu_q, cu_k, q, k):
         qs, ks, vs, do = (reference._heads_first(x, heads) for x in (q[b, i], k[b, j], v[b, j], grad_out[b, i]))
         if not qs.numel() or not ks.numel():
@@ -176,7 +177,9 @@ def _sums_of_absolute_terms(
         dq = max(dq, float((ds @ ks.abs()).max()))
         dk = max(dk, float((ds.transpose(-1, -2) @ qs.abs()).max()))
         dv = max(dv, float((p.transpose(-1, -2) @ do.abs()).max()))
-    return {"dq": dq, "dk": dk, "dv": dv}
+        score = max(score, abs(scale) * float((qs.abs() @ ks.abs().transpose(-1, -2)).max()))
+    known = max(1.0, float(lse[lse.isfinite()].abs().max()))
+    return {"lse": score, "dq": known * dq, "dk": known * dk, "dv": known * dv}
 
 
 @functools.cache
@@ -191,13 +194,12 @@ def truth_and_bounds(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor],
     grads = reference.attention_backward(grad_out, q, k, v, out, lse, *arguments)
     truth = dict(zip(OUTPUTS, (out, lse, *grads), strict=True))
     terms = _sums_of_absolute_terms(q, k, v, grad_out, lse, arguments)
-    epsilon = torch.finfo(torch.float32).eps * max(1.0, float(lse[lse.isfinite()].abs().max()))
     bounds = {}
     for name, low in _eager(case, dtype).items():
         finite = truth[name].masked_fill(truth[name].isinf(), 0.0).to(dtype)
         rounding = float((finite + 0.3 - 0.3 - finite).abs().max()) if finite.numel() else 0.0
         bounds[name] = 2 * _error(low, truth[name]) + 2 * rounding
-        bounds[name] += epsilon * terms.get(name, 0.0)
+        bounds[name] += torch.finfo(torch.float32).eps * terms.get(name, 0.0)
     return truth, bounds
 
 

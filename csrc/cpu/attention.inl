@@ -1,0 +1,194 @@
+// Flash attention: what the forward and the backward pass share.
+//
+// Everything is computed transposed, queries along the lanes: scores S^T = K Q^T (keys x queries), so that maxima,
+// sums and exponentials of a query run down a column without a horizontal step, and O^T = V^T P^T.
+// All products are C[m][n] += A[m][k] B[k][n] with A's elements broadcast and B's rows loaded. An element is one
+// 32-bit lane: a float, or, where the CPU multiplies bf16, two bf16 that are neighbours along k.
+
+struct DotF32 {
+  static constexpr int k = 1;  // elements of the sum in a lane
+  static vfloat add(vfloat c, vfloat a, vfloat b) { return fma(a, b, c); }
+  // Writes kLanes neighbours of one row.
+  static void store_row(float* to, vfloat x) { vstore(to, x); }
+  // Writes a lane's k rows: with k = 1, the first only.
+  static void store_rows(float* to, const vfloat* x) { vstore(to, x[0]); }
+};
+
+#if defined(__AVX512BF16__)
+struct DotBf16 {
+  static constexpr int k = 2;
+  static vfloat add(vfloat c, vfloat a, vfloat b) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+  static void store_row(float* to, vfloat x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
+  }
+  static void store_rows(float* to, const vfloat* x) {
+    alignas(64) static constexpr uint16_t interleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]);
+    vstore(to, (vfloat)_mm512_permutexvar_epi16(_mm512_load_si512(interleave), both));
+  }
+};
+#endif
+
+constexpr int kPanel = kVecs * kLanes;  // queries side by side in a register block
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr int kGroup = 32;  // keys that share Philox counters: key blocks are multiples of it
+
+// c[m][n] += a[m][k] b[k][n], `steps` lanes of k; a's rows are LDA lanes apart, b's LDB.
+template <class Dot, int LDA, int LDB, int M, int N>
+__attribute__((always_inline)) inline void multiply(const float* a, const float* b, int steps, vfloat (&c)[M][N]) {
+  for (int k = 0; k < steps; ++k) {
+    vfloat row[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) row[n] = vload(b + k * LDB + n * kLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const vfloat element = splat(a[m * LDA + k]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) c[m][n] = Dot::add(c[m][n], element, row[n]);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ memory
+
+// Memory of one call, 64-byte aligned.
+struct Workspace {
+  char* data;
+  explicit Workspace(size_t bytes) : data(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64))) {
+    if (data == nullptr) throw std::bad_alloc();
+  }
+  ~Workspace() { std::free(data); }
+  Workspace(const Workspace&) = delete;
+};
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// A (rows, head_dim) matrix of the caller: one head of one batch entry or document.
+struct Rows {
+  char* data;
+  int64_t stride;  // bytes from row to row
+};
+
+inline int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// One independent problem: a batch entry, or a document.
+struct Problem {
+  int64_t batch, first_q, first_k, seqlen_q, seqlen_k;
+
+  Rows rows(const HeadsTensor& x, int64_t first, int64_t head, DType dtype) const {
+    const int64_t at = batch * x.batch_stride + first * x.seq_stride + head * x.head_stride;
+    return {static_cast<char*>(x.data) + at * element_size(dtype), x.seq_stride * element_size(dtype)};
+  }
+};
+
+inline int64_t problem_count(const AttentionArgs& args) { return args.starts_q ? args.documents : args.batch; }
+
+inline Problem problem(const AttentionArgs& args, int64_t i) {
+  if (args.starts_q == nullptr) return {i, 0, 0, args.seqlen_q, args.seqlen_k};
+  const int64_t q = args.starts_q[i], k = args.starts_k[i];
+  return {0, q, k, args.starts_q[i + 1] - q, args.starts_k[i + 1] - k};
+}
+
+template <typename T>
+void read_row_typed(const char* from, float* to, int64_t count) {
+  const T* x = reinterpret_cast<const T*>(from);
+  for (int64_t i = 0; i < count; ++i) to[i] = load(x[i]);
+}
+
+// to = the row's `count` numbers as floats.
+inline void read_row(DType dtype, const char* from, float* to, int64_t count) {
+  switch (dtype) {
+    case DType::f32: std::memcpy(to, from, size_t(count) * 4); return;
+    case DType::bf16: return read_row_typed<bf16>(from, to, count);
+    case DType::f16: return read_row_typed<f16>(from, to, count);
+  }
+}
+
+template <typename T>
+void write_row_typed(char* to, const float* from, int64_t count) {
+  T* x = reinterpret_cast<T*>(to);
+  for (int64_t i = 0; i < count; ++i) store(x[i], from[i]);
+}
+
+inline void write_row(DType dtype, char* to, const float* from, int64_t count) {
+  switch (dtype) {
+    case DType::f32: std::memcpy(to, from, size_t(count) * 4); return;
+    case DType::bf16: return write_row_typed<bf16>(to, from, count);
+    case DType::f16: return write_row_typed<f16>(to, from, count);
+  }
+}
+
+// to[row][d / k]: rows first .. first + count of x as lanes along d; rows from `valid` on are zeros.
+template <class Dot, int D>
+void pack_rows(const Rows& x, DType dtype, int64_t first, int64_t valid, int64_t count, float* to) {
+  constexpr int width = D / Dot::k;
+  for (int64_t r = 0; r < count; ++r, to += width) {
+    const char* row = x.data + (first + r) * x.stride;
+    if (first + r >= valid)
+      std::memset(to, 0, width * 4);
+    else if constexpr (Dot::k == 2)
+      std::memcpy(to, row, width * 4);
+    else
+      read_row(dtype, row, to, D);
+  }
+}
+
+// to[row / k][d]: lanes along the rows. `count` is a multiple of k.
+template <class Dot, int D>
+void pack_pairs(const Rows& x, DType dtype, int64_t first, int64_t valid, int64_t count, float* to) {
+  if constexpr (Dot::k == 1) {
+    pack_rows<Dot, D>(x, dtype, first, valid, count, to);
+  } else {
+    for (int64_t r = 0; r < count; r += 2, to += D) {
+      uint16_t low[D] = {}, high[D] = {};
+      if (first + r < valid) std::memcpy(low, x.data + (first + r) * x.stride, sizeof low);
+      if (first + r + 1 < valid) std::memcpy(high, x.data + (first + r + 1) * x.stride, sizeof high);
+      uint32_t pairs[D];
+      for (int d = 0; d < D; ++d) pairs[d] = low[d] | uint32_t(high[d]) << 16;
+      std::memcpy(to, pairs, sizeof pairs);
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------------- dropout
+
+// keep[key][v] for `keys` keys from first_key (a multiple of 32) and the kVecs vectors of queries from first_query:
+// bit i is set if dropout keeps query lane i. kernels.reference.dropout_keep, 8 keys from each draw.
+void dropout_bits(const AttentionArgs& args, int64_t plane, int64_t first_query, int64_t first_key, int64_t keys,
+                  uint32_t (*keep)[kVecs]) {
+  static constexpr int column[8] = {0, 1, 8, 9, 16, 17, 24, 25};
+  for (int64_t group = 0; group < keys; group += kGroup)
+    for (int pair = 0; pair < 4; ++pair)
+      for (int v = 0; v < kVecs; ++v) {
+        vuint words[4] = {splat_bits(uint32_t((first_key + group) / kGroup * 4 + pair)),
+                          (vuint)lane_index() + uint32_t(first_query + v * kLanes), splat_bits(uint32_t(plane)),
+                          vuint{}};
+        philox(words, args.seed);
+        for (int slot = 0; slot < 8; ++slot) {
+          const vuint word = words[slot / 2];
+          keep[group + column[slot] + 2 * pair][v] =
+              at_least(slot % 2 ? word >> 16 : word & 0xffffu, args.dropout_threshold);
+        }
+      }
+}
+
+// Calls run<Dot, head_dim>(args, threads) for the arithmetic that the inputs and this instruction set allow.
+template <class Run>
+void with_kernel(const AttentionArgs& args, Run run) {
+  auto with_dim = [&](auto dot) {
+    switch (args.head_dim) {
+      case 32: return run(dot, std::integral_constant<int, 32>());
+      case 64: return run(dot, std::integral_constant<int, 64>());
+      case 128: return run(dot, std::integral_constant<int, 128>());
+      default: throw std::invalid_argument("head_dim: must be 32, 64 or 128");
+    }
+  };
+#if defined(__AVX512BF16__)
+  if (args.dtype == DType::bf16) return with_dim(DotBf16());
+#endif
+  with_dim(DotF32());
+}
