@@ -37,6 +37,7 @@ SINGLE_FRAMES = ("{A}.", "{A}.", "Given {arg}, {a}.")
 COMPOSED_FRAMES = ("{A}, then {b}.", "{A}. Then {b}.", "Given {arg}, {a}, then {b}.", "First {a}, then {b}.")
 EXAMPLE_COUNTS = (1,) * 16 + (2, 2, 2, 3)
 LONGEST_EXAMPLE = 32  # characters of an example's input, and of its result: keeps an exercise short
+LARGEST_COUNT = 12  # of items or characters, so that an example that reaches it stays short
 LONGEST_RESULT = 2000  # characters of a result in a test
 
 _PAIRS = [(first, second) for first in FAMILIES for second in FAMILIES
@@ -108,13 +109,13 @@ def _word(rng: random.Random, syllables: int) -> str:
 
 def draw_constant(domain: str, rng: random.Random, split: Split, above: int = 0) -> Constant:
     """A constant that `split` may use: "number" 3..499, "larger" (a number greater than `above`),
-    "count" 3..24, "word" two to five lower-case letters."""
+    "count" 3..12, "word" two to five lower-case letters."""
     while True:
         constant: Constant
         if domain == "word":
             constant = _word(rng, rng.choice((1, 1, 2))) + rng.choice(("", *"nrstlmkd"))
         elif domain == "count":
-            constant = rng.randint(3, 24)
+            constant = rng.randint(3, LARGEST_COUNT)
         elif domain == "larger":
             constant = above + rng.randint(2, 99)
         else:
@@ -165,9 +166,13 @@ def draw_input(draft: Draft, rng: random.Random, *, short: bool) -> Any:
     """An argument for the function, near its constants; short ones are for the docstring."""
     integers = _integers(draft)
     words = [c for values in draft.constants for c in values if isinstance(c, str)]
-    longest = max([c for c in integers if c <= 24], default=6) + 3
+    counts = [c for c in integers if c <= LARGEST_COUNT]
+    longest = max(counts, default=6) + 3
+    reaching = bool(counts) and short and rng.random() < 0.5  # a short input, but longer than the count
 
     def number() -> int:
+        if reaching:
+            return rng.randint(0, 9)
         if integers and rng.random() < 0.6:
             constant = rng.choice(integers)
             return rng.choice((constant, constant - 1, constant + 1, constant * 2, constant * rng.randint(1, 4),
@@ -182,6 +187,8 @@ def draw_input(draft: Draft, rng: random.Random, *, short: bool) -> Any:
         return plain + rng.choice(("", "", *"nst"))
 
     size = rng.choice((2, 2, 3, 3, 4)) if short else rng.choice((0, 1, 3, 6, longest))
+    if reaching:
+        size = min(counts[0] + rng.randint(1, 2), 10)
     takes = draft.steps[0].takes
     if takes == "int":
         return number()
@@ -190,7 +197,9 @@ def draw_input(draft: Draft, rng: random.Random, *, short: bool) -> Any:
         return drawn if short or not drawn else drawn + rng.choices(drawn, k=2)
     if takes == "table":
         return {word(): number() for _ in range(min(size, 2) if short else size)}
-    drawn_words = [word() for _ in range(min(size, 2 + (not words)) if short else size)]
+    if short:
+        size = min(size, rng.choice((1, 2))) if takes == "text" else min(size, 2 + (not words))
+    drawn_words = [word() for _ in range(size)]
     if takes == "words":
         return drawn_words if short or not drawn_words else drawn_words + rng.choices(drawn_words, k=2)
     return " ".join(drawn_words)
