@@ -173,7 +173,11 @@ def _train(config: Config, annotations: Dataset, embeddings: Dataset) -> dict[st
         np.arange(len(y)), test_size=config.held_out, stratify=y, random_state=config.seed, shuffle=True
     )
     forest = RandomForestClassifier(
-        n_estimators=config.trees, min_samples_leaf=config.min_leaf, random_state=config.seed, n_jobs=config.workers
+        n_estimators=config.trees,
+        min_samples_leaf=config.min_leaf,
+        class_weight="balanced",  # label 1 is the rarer one; else 0.5 is hardly ever reached
+        random_state=config.seed,
+        n_jobs=config.workers,
     ).fit(x[train], y[train])
     forest.set_params(n_jobs=None)  # the file shall not depend on this machine
     config.output.mkdir(parents=True, exist_ok=True)
@@ -207,27 +211,15 @@ def evaluate(
     labels: 0 or 1. scores: the annotator's. predicted: probability of label 1. All (documents,).
     """
     import numpy as np
-    import scipy.stats
-    from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score
 
-    def measure(y: Any, s: Any, p: Any) -> dict[str, float]:
-        varied = len(np.unique(p)) > 1 and len(np.unique(s)) > 1
-        return {
-            "accuracy": accuracy_score(y, p >= 0.5),
-            "macro_f1": f1_score(y, p >= 0.5, average="macro", zero_division=0.0),
-            "roc_auc": roc_auc_score(y, p),
-            "average_precision": average_precision_score(y, p),
-            "spearman": float(scipy.stats.spearmanr(s, p).statistic) if varied else 0.0,
-        }
-
-    values = measure(labels, scores, predicted)
-    baseline = measure(labels, scores, np.full(len(labels), float(labels.mean() >= 0.5)))
+    values = _measure(labels, scores, predicted)
+    baseline = _measure(labels, scores, np.full(len(labels), float(labels.mean() >= 0.5)))
     generator = np.random.default_rng(seed)
     drawn: list[dict[str, float]] = []
     while len(drawn) < _BOOTSTRAP:
         i = generator.integers(0, len(labels), len(labels))
         if 0 < labels[i].sum() < len(labels):  # AUC needs both classes
-            drawn.append(measure(labels[i], scores[i], predicted[i]))
+            drawn.append(_measure(labels[i], scores[i], predicted[i]))
     return {
         name: {
             "value": float(value),
@@ -235,6 +227,29 @@ def evaluate(
             "baseline": float(baseline[name]),
         }
         for name, value in values.items()
+    }
+
+
+def _measure(y: "np.ndarray[Any, Any]", s: "np.ndarray[Any, Any]", p: "np.ndarray[Any, Any]") -> dict[str, float]:
+    """As scikit-learn and scipy define them, without their checks, which made 1,000 resamples take 20 s."""
+    import numpy as np
+    from scipy.stats import rankdata
+
+    guess, positives = p >= 0.5, y.sum()
+    f1 = [2 * (of & by).sum() / max(of.sum() + by.sum(), 1) for of, by in ((y == 1, guess), (y == 0, ~guess))]
+    ranks = rankdata(p)
+    score_ranks = rankdata(s)
+    varied = p.min() < p.max() and s.min() < s.max()
+    order = np.argsort(-p, kind="stable")
+    last_of_ties = np.flatnonzero(np.append(np.diff(p[order]) != 0, True))
+    found = np.cumsum(y[order])[last_of_ties]
+    precision, recall = found / (last_of_ties + 1), found / positives
+    return {
+        "accuracy": float((guess == (y == 1)).mean()),
+        "macro_f1": float(np.mean(f1)),
+        "roc_auc": float((ranks[y == 1].sum() - positives * (positives + 1) / 2) / (positives * (len(y) - positives))),
+        "average_precision": float((np.diff(recall, prepend=0.0) * precision).sum()),
+        "spearman": float(np.corrcoef(score_ranks, ranks)[0, 1]) if varied else 0.0,
     }
 
 

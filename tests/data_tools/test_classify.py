@@ -1,0 +1,248 @@
+"""The forest: what it learns, how it is measured, that it is the same every time, and the files it refuses."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import scipy.stats
+import sklearn.metrics
+import skops.io
+
+from data_tools import annotate, classify, embed, filter
+from data_tools.classify import Config, load_forest
+from data_tools.dataset import Dataset, run_stage
+from phi1.errors import UserError
+
+Make = Callable[..., Dataset]
+ROWS = 200
+
+
+def rows_of(documents: Dataset) -> list[tuple[str, float]]:
+    """Key and quality of each document: "x = 17" has quality 17 / ROWS."""
+    return [(row["hexsha"], int(row["content"][4:]) / ROWS) for row in documents.read(["hexsha", "content"])]
+
+
+def annotations(documents: Dataset, name: str = "annotations", flat: bool = False) -> Dataset:
+    def produce(*_: Any) -> Iterator[dict[str, Any]]:
+        for key, quality in rows_of(documents)[::2]:
+            yield {"hexsha": key, "content": "", "score": quality * 4 - 2, "label": 0 if flat else int(quality > 0.6)}
+
+    folder = documents.folder.parent / name
+    config = annotate.Config(input=documents.folder, output=folder)
+    return run_stage("annotate", config, folder, [documents], 1, produce, annotate.schema(), quiet=True)
+
+
+def embeddings(documents: Dataset, name: str = "embeddings", width: int = 8) -> Dataset:
+    """The quality is one of the coordinates, with noise; the others are noise."""
+
+    def produce(_: Any, inputs: Any, shard: int) -> Iterator[dict[str, Any]]:
+        for row in inputs[0].read(["hexsha", "content"], [shard]):
+            number = int(row["content"][4:])
+            vector = np.random.default_rng(number).normal(size=width)
+            vector[3] = number / ROWS * 10 + vector[3] * 0.5
+            yield {"hexsha": row["hexsha"], "embedding": vector.astype(np.float32)}
+
+    folder = documents.folder.parent / name
+    config = embed.Config(input=documents.folder, output=folder)
+    extra = {"embedder": name}
+    return run_stage(
+        "embed", config, folder, [documents], len(documents.shards), produce, embed.schema(), extra=extra, quiet=True
+    )
+
+
+@pytest.fixture
+def documents(make_documents: Make) -> Dataset:
+    return make_documents([f"x = {i}" for i in range(ROWS)], shards=3)
+
+
+@pytest.fixture
+def config(documents: Dataset) -> Config:
+    return Config(
+        annotations=annotations(documents).folder,
+        embeddings=embeddings(documents).folder,
+        output=documents.folder.parent / "forest",
+        trees=30,
+        workers=1,
+    )
+
+
+def test_it_learns_and_says_how_well_beside_the_majority(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = classify.run(config)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (metrics["train_rows"], metrics["test_rows"]) == (75, 25)
+    for name, baseline in {"accuracy": 0.6, "macro_f1": 0.375, "roc_auc": 0.5, "spearman": 0.0}.items():
+        value = metrics["test"][name]
+        assert value["baseline"] == pytest.approx(baseline, abs=0.02)
+        assert value["value"] > (0.6 if name == "spearman" else 0.75)
+        assert value["baseline"] < value["interval"][0] <= value["value"] <= value["interval"][1] <= 1.0
+    assert metrics["test"]["average_precision"]["value"] > 0.8
+    said = capsys.readouterr().err
+    assert "75 documents to learn from, 25 held out" in said and "majority: 0.600" in said
+    kept = [point["kept"] for point in metrics["kept_by_threshold"]]
+    assert kept[0] == ROWS and kept == sorted(kept, reverse=True) and ROWS > kept[50] > kept[100]
+    assert (folder / "threshold.svg").read_text().startswith("<?xml")
+
+
+def test_the_curve_is_what_the_filter_keeps(config: Config, documents: Dataset) -> None:
+    folder = classify.run(config)
+    curve = json.loads((folder / "metrics.json").read_text())["kept_by_threshold"]
+    for index in (20, 50, 80):
+        kept = filter.run(
+            filter.Config(
+                input=documents.folder,
+                embeddings=config.embeddings,
+                classifier=folder,
+                output=documents.folder.parent / f"kept-{index}",
+                threshold=curve[index]["threshold"],
+            )
+        )
+        assert kept.rows == curve[index]["kept"]
+
+
+def test_the_same_seed_gives_the_same_bytes(config: Config) -> None:
+    one = classify.run(config)
+    other = classify.run(dataclasses.replace(config, output=config.output.with_name("other"), workers=2))
+    for name in ("metrics.json", "threshold.svg"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    shard = Dataset(config.embeddings)
+    expected = classify.probabilities(load_forest(one), shard, 0)
+    np.testing.assert_array_equal(expected, classify.probabilities(load_forest(other), shard, 0))
+    seeded = classify.run(dataclasses.replace(config, output=config.output.with_name("seeded"), seed=1))
+    assert (one / "metrics.json").read_bytes() != (seeded / "metrics.json").read_bytes()
+
+
+def test_metrics_are_what_sklearn_and_scipy_say() -> None:
+    generator = np.random.default_rng(0)
+    for case in range(50):
+        score = generator.normal(size=30).round(1 if case % 2 else 8)  # ties in every other case
+        predicted = np.clip(generator.normal(0.5, 0.2, size=30) + 0.2 * score, 0, 1).round(1 if case % 2 else 8)
+        label = (score > 0).astype(int)
+        measured = classify._measure(label, score, predicted)
+        assert measured == pytest.approx(
+            {
+                "accuracy": sklearn.metrics.accuracy_score(label, predicted >= 0.5),
+                "macro_f1": sklearn.metrics.f1_score(label, predicted >= 0.5, average="macro"),
+                "roc_auc": sklearn.metrics.roc_auc_score(label, predicted),
+                "average_precision": sklearn.metrics.average_precision_score(label, predicted),
+                "spearman": scipy.stats.spearmanr(score, predicted).statistic,
+            },
+            abs=1e-12,
+        )
+
+
+def test_intervals_narrow_with_the_data() -> None:
+    generator = np.random.default_rng(0)
+
+    def measured(count: int) -> dict[str, Any]:
+        score = generator.normal(size=count)
+        predicted = 1 / (1 + np.exp(-(score + generator.normal(size=count))))
+        return classify.evaluate((score > 0).astype(int), score, predicted, seed=0)
+
+    small, large = measured(40), measured(1000)
+    for name in small:
+        width = [m[name]["interval"][1] - m[name]["interval"][0] for m in (small, large)]
+        assert width[0] > 2 * width[1] > 0
+    # With score and noise both N(0, 1) the guessed sign is right with probability 3/4.
+    assert large["accuracy"]["interval"][0] < 0.75 < large["accuracy"]["interval"][1]
+
+
+def test_a_run_again_does_nothing_and_another_setting_is_refused(config: Config) -> None:
+    folder = classify.run(config)
+    before = (folder / "forest.skops").stat().st_mtime_ns
+    classify.run(config)
+    assert (folder / "forest.skops").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="other settings or data"):
+        classify.run(dataclasses.replace(config, trees=31))
+
+
+def test_one_class_and_foreign_embeddings_are_told(config: Config, documents: Dataset, make_documents: Make) -> None:
+    with pytest.raises(UserError, match="0 have the rarer label"):
+        classify.run(dataclasses.replace(config, annotations=annotations(documents, "flat", flat=True).folder))
+    foreign = embeddings(make_documents(["x = 1"], name="others"), "foreign")
+    with pytest.raises(UserError, match="made of different documents"):
+        classify.run(dataclasses.replace(config, embeddings=foreign.folder))
+
+
+def test_forest_files_that_are_cut_strange_or_absent_are_told(config: Config) -> None:
+    folder = classify.run(config)
+    path = folder / "forest.skops"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"forest\.skops: cannot be loaded.*run `phi1 data classify` again"):
+        load_forest(folder)
+    skops.io.dump(Config, path)  # a type that no forest holds
+    with pytest.raises(UserError, match="do not use this file"):
+        load_forest(folder)
+    path.unlink()
+    with pytest.raises(UserError, match="no forest there"):
+        load_forest(folder)
+
+
+def test_filter_keeps_the_best_with_their_quality(config: Config, documents: Dataset) -> None:
+    folder = classify.run(config)
+    kept = filter.run(
+        filter.Config(
+            input=documents.folder,
+            embeddings=config.embeddings,
+            classifier=folder,
+            output=documents.folder.parent / "kept",
+            keep_fraction=0.25,
+        )
+    )
+    assert ROWS * 0.25 <= kept.rows <= ROWS * 0.35  # ties with the last are kept too
+    assert kept.counters["dropped_low_quality"] == ROWS - kept.rows
+    rows = list(kept.read())
+    assert set(rows[0]) == {*documents.table(0).column_names, "quality"}
+    threshold = kept.manifest["config"]["applied_threshold"]
+    assert min(row["quality"] for row in rows) == threshold > 0.5
+    numbers = [int(row["content"][4:]) for row in rows]
+    assert np.mean([number > 0.55 * ROWS for number in numbers]) > 0.95
+    assert [row["hexsha"] for row in rows] == [
+        k for k in documents.column("hexsha") if k in {r["hexsha"] for r in rows}
+    ]
+
+
+@pytest.mark.parametrize(("threshold", "told"), [(1.01, "kept nothing"), (0.0, "kept everything")])
+def test_filter_that_matches_nothing_or_everything_warns(
+    threshold: float, told: str, config: Config, documents: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = classify.run(config)
+    options = {"input": documents.folder, "embeddings": config.embeddings, "classifier": folder}
+    filter.run(filter.Config(output=documents.folder.parent / "kept", threshold=threshold, **options))
+    assert f"warning: filter: {told} of 200 documents" in capsys.readouterr().err
+
+
+def test_filter_refuses_what_does_not_belong_together(config: Config, documents: Dataset, make_documents: Make) -> None:
+    folder = classify.run(config)
+    good = filter.Config(
+        input=documents.folder,
+        embeddings=config.embeddings,
+        classifier=folder,
+        output=folder.parent / "kept",
+        threshold=0.5,
+    )
+    with pytest.raises(UserError, match="one of --threshold and --keep-fraction"):
+        filter.run(dataclasses.replace(good, keep_fraction=0.5))
+    with pytest.raises(UserError, match="was not made of"):
+        filter.run(dataclasses.replace(good, input=make_documents(["x = 1"], name="others").folder))
+    with pytest.raises(UserError, match=r"8 dimensions, .* has 5"):
+        filter.run(dataclasses.replace(good, embeddings=embeddings(documents, "narrow", width=5).folder))
+
+
+def test_embeddings_are_read_as_a_matrix(tmp_path: pathlib.Path) -> None:
+    vectors = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+
+    def produce(*_: Any) -> Iterator[dict[str, Any]]:
+        yield from ({"hexsha": str(i), "embedding": vector} for i, vector in enumerate(vectors))
+
+    folder = tmp_path / "e"
+    config = embed.Config(input=tmp_path, output=folder)
+    dataset = run_stage("embed", config, folder, [], 1, produce, embed.schema(), quiet=True)
+    matrix = classify.matrix(dataset, 0)
+    assert matrix.tolist() == vectors and matrix.dtype == np.float32
+    assert pa.types.is_float32(dataset.table(0).schema.field("embedding").type.value_type)
