@@ -195,26 +195,25 @@ def run_stage(
 
 
 def _claim(output: pathlib.Path, identity: dict[str, Any]) -> None:
+    """Writes what is to be made, or checks that it is what was begun. Refuses only if something was made."""
     path = output / STAGE
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before != identity:
-            differing = [
-                f"{group}.{key}" if isinstance(identity[group], dict) else group
-                for group in identity
-                if before.get(group) != identity[group]
-                for key in (
-                    [k for k in identity[group] if before.get(group, {}).get(k) != identity[group][k]]
-                    if isinstance(identity[group], dict) and isinstance(before.get(group), dict)
-                    else [group]
-                )
-            ]
-            raise UserError(
-                f"{output}: holds a dataset made with other settings (different: {', '.join(differing) or 'inputs'}); "
-                "choose another folder, or delete this one"
-            )
-    else:
-        write_json(path, identity)
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if before == identity:
+        return
+    if before is not None and any(output.glob("[0-9]*.parquet")):
+        old, new = _flat(before), _flat(identity)
+        differing = sorted(key for key in old | new if old.get(key) != new.get(key))
+        raise UserError(
+            f"{output}: holds a dataset made with other settings (different: {', '.join(differing)}); "
+            "choose another folder, or delete this one"
+        )
+    write_json(path, identity)
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in identity.items() if key != "config"} | {
+        f"config.{key}": value for key, value in identity["config"].items()
+    }
 
 
 def _receipts(todo: list[int], workers: int, make: Callable[[int], dict[str, Any]]) -> Iterator[dict[str, Any]]:

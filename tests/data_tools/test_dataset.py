@@ -77,6 +77,15 @@ def test_another_config_input_or_stage_is_refused_by_name(tmp_path: pathlib.Path
         run_stage("sum", Config(), tmp_path / "d", [], 4, produce, SCHEMA, quiet=True)
 
 
+def test_a_folder_in_which_nothing_was_made_can_be_claimed_anew(tmp_path: pathlib.Path) -> None:
+    def wrong_server(*_: Any) -> Iterator[Produced]:
+        raise UserError("no server there")
+
+    with pytest.raises(UserError, match="no server there"):
+        run_stage("count", Config(start=7), tmp_path / "d", [], 4, wrong_server, SCHEMA, quiet=True)
+    assert make(tmp_path / "d").column("n")[0] == 0
+
+
 def test_the_hash_tells_datasets_apart_and_not_their_place(tmp_path: pathlib.Path) -> None:
     assert make(tmp_path / "a").hash == make(tmp_path / "b").hash != make(tmp_path / "c", Config(start=1)).hash
 
