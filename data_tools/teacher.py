@@ -180,6 +180,9 @@ def draw_input(draft: Draft, rng: random.Random, *, short: bool) -> Any:
         return rng.randint(0, 99) if rng.random() < 0.85 else rng.randint(-60, 600)
 
     def word() -> str:
+        if counts and rng.random() < 0.5:  # about as long as the count
+            length = rng.choice(counts) + rng.randint(-1, 2)
+            return _word(rng, length // 2 + 1)[: max(1, length)]
         plain = _word(rng, rng.randint(1, 2 if short else max(3, longest // 2 + 1)))
         if words and rng.random() < 0.6:
             constant = rng.choice(words)
@@ -310,7 +313,7 @@ def _finish(
     right, altered = outputs[0], outputs[1:]
     empties = {"[]", "{}", "''"}
     short = [i for i in range(8) if (out := right[i]) is not None and len(inputs[i]) <= LONGEST_EXAMPLE
-             and len(out) <= LONGEST_EXAMPLE and len(inputs[i]) > 2]  # fmt: skip
+             and len(out) <= LONGEST_EXAMPLE and inputs[i] not in empties]  # fmt: skip
     # A result that is empty, or the input itself, teaches little: those come last.
     short.sort(key=lambda i: (right[i] in empties) + (right[i] == inputs[i]))
     wanted = rng.choice(EXAMPLE_COUNTS)
