@@ -1,0 +1,210 @@
+"""linear_cross_entropy against PyTorch's cross_entropy of the full logits in float64."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from error_rule import check
+from torch import Tensor
+
+import kernels.torch as torch_backend
+from kernels import linear_cross_entropy, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BACKENDS = ["reference", "torch"]
+
+
+def make(rows: int, width: int, columns: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """[hidden, weight, bias] and targets; logits have a deviation of about 1."""
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(rows, width, generator=generator)
+    weight, bias = (
+        torch.randn(columns, width, generator=generator) / width**0.5,
+        torch.randn(columns, generator=generator),
+    )
+    targets = torch.randint(columns, (rows,), generator=generator)
+    return [t.to(dtype) for t in (hidden, weight, bias)], targets
+
+
+def plain(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, **options: object) -> Tensor:
+    return F.cross_entropy(hidden @ weight.T + bias, targets, **options)
+
+
+def with_grads(function, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    leaves = [t.to(dtype).clone().requires_grad_() for t in inputs]
+    loss = function(*leaves)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("rows", "width", "columns"), [(1, 1, 1), (1, 8, 5), (13, 16, 33), (64, 32, 512)])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_loss_and_gradients_obey_the_error_rule(name, rows, width, columns, reduction, dtype, monkeypatch):
+    # Chunks of 7 rows at most: 13 rows end in a part of a chunk, 64 in one row.
+    monkeypatch.setattr(torch_backend, "_CHUNK_LOGITS", 7 * columns)
+    inputs, targets = make(rows, width, columns, dtype)
+    if rows > 5:
+        targets[3] = targets[-1] = -100
+    truth = with_grads(lambda *a: plain(*a, targets, reduction=reduction), inputs, torch.float64)
+    low = with_grads(lambda *a: plain(*a, targets, reduction=reduction), inputs, dtype)
+    found = with_grads(lambda *a: linear_cross_entropy(*a, targets, reduction=reduction, backend=name), inputs, dtype)
+    assert found[0].dtype == torch.float32 and found[0].shape == ()
+    for what, a, b, c in zip(("loss", "dhidden", "dweight", "dbias"), found, low, truth, strict=True):
+        check(what, a.to(dtype) if what == "loss" else a, b, c, dtype)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 6, 12, 13])
+def test_chunks_make_no_difference(chunk_rows, monkeypatch):
+    inputs, targets = make(12, 8, 31, torch.float64)
+    targets[5] = -100
+    whole = with_grads(lambda *a: linear_cross_entropy(*a, targets, backend="torch"), inputs, torch.float64)
+    monkeypatch.setattr(torch_backend, "_CHUNK_LOGITS", chunk_rows * 31 + 30)
+    parts = with_grads(lambda *a: linear_cross_entropy(*a, targets, backend="torch"), inputs, torch.float64)
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_leading_dims_and_another_ignore_index(name):
+    inputs, targets = make(12, 8, 9, torch.float64)
+    targets[::4] = 0
+    shaped = [inputs[0].view(3, 4, 8), *inputs[1:]]
+    loss, grad, *_ = with_grads(
+        lambda *a: linear_cross_entropy(*a, targets.view(3, 4), ignore_index=0, backend=name), shaped, torch.float64
+    )
+    truth, expected, *_ = with_grads(lambda *a: plain(*a, targets, ignore_index=0), inputs, torch.float64)
+    torch.testing.assert_close(loss, truth)
+    torch.testing.assert_close(grad, expected.view(3, 4, 8))
+    assert grad.view(12, 8)[targets == 0].abs().max() == 0
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_all_ignored_is_zero_not_nan(name):
+    inputs, targets = make(5, 4, 6, torch.float32)
+    found = with_grads(lambda *a: linear_cross_entropy(*a, torch.full_like(targets, -100), backend=name), inputs, torch.float32)  # fmt: skip
+    assert all(float(x.abs().max()) == 0 for x in found)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_large_logits_do_not_overflow(name):
+    inputs, targets = make(5, 4, 6, torch.float32)
+    inputs[0] = 1000 * inputs[0]
+    truth = with_grads(lambda *a: plain(*a, targets), inputs, torch.float64)
+    found = with_grads(lambda *a: linear_cross_entropy(*a, targets, backend=name), inputs, torch.float32)
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_gradcheck(name, monkeypatch):
+    monkeypatch.setattr(torch_backend, "_CHUNK_LOGITS", 14)  # 2 rows
+    inputs, targets = make(5, 3, 7, torch.float64)
+    targets[2] = -100
+    leaves = [t.requires_grad_() for t in inputs]
+    assert torch.autograd.gradcheck(lambda *a: linear_cross_entropy(*a, targets, backend=name), leaves)
+
+
+def test_gradients_scale_and_only_where_asked():
+    inputs, targets = make(5, 4, 6, torch.float32)
+    single = with_grads(lambda *a: linear_cross_entropy(*a, targets, backend="torch"), inputs, torch.float32)
+    tripled = with_grads(lambda *a: 3 * linear_cross_entropy(*a, targets, backend="torch"), inputs, torch.float32)
+    for a, b in zip(single, tripled, strict=True):
+        torch.testing.assert_close(3 * a, b)
+    frozen = inputs[1].clone().requires_grad_(False)
+    hidden = inputs[0].clone().requires_grad_()
+    loss = linear_cross_entropy(hidden, frozen, inputs[2], targets, backend="torch")
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], single[1])
+    with torch.no_grad():
+        assert not linear_cross_entropy(hidden, frozen, inputs[2], targets, backend="torch").requires_grad
+
+
+_MEASURE = """
+import resource, sys, torch
+from kernels import linear_cross_entropy
+torch.set_num_threads(1)
+hidden = torch.randn(1024, 16).requires_grad_()
+weight = torch.randn(51200, 16).requires_grad_()
+bias = torch.zeros(51200).requires_grad_()
+targets = torch.randint(51200, (1024,))
+def step(rows):
+    linear_cross_entropy(hidden[:rows], weight, bias, targets[:rows], backend=sys.argv[1]).backward()
+step(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(1024)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_logits_never_exist_in_full():
+    """1,024 rows of 51,200 columns, phi-1's vocabulary: 200 MiB of float32 logits."""
+    grown = {}
+    for name in BACKENDS:
+        done = subprocess.run([sys.executable, "-c", _MEASURE, name], capture_output=True, text=True, timeout=120, check=True)  # fmt: skip
+        grown[name] = float(done.stdout)
+    assert grown["reference"] > 400, grown  # logits and their gradient: the measurement sees them
+    # A chunk's logits are 64 MiB; logsumexp and the product's output take the like of it.
+    assert grown["torch"] < 200, grown
+
+
+@pytest.mark.parametrize("grads", [True, False])
+def test_opcheck(grads):
+    inputs, targets = make(5, 4, 6, torch.float32)
+    torch.library.opcheck(torch.ops.phi1.linear_cross_entropy.default, (*inputs, targets, -100, grads, "torch"))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_compiles_to_one_graph(name):
+    inputs, targets = make(12, 8, 31, torch.float32)
+    function = lambda *a: linear_cross_entropy(*a, targets, backend=name)  # noqa: E731
+    eager = with_grads(function, inputs, torch.float32)
+    compiled = with_grads(torch.compile(function, fullgraph=True, backend="aot_eager"), inputs, torch.float32)
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_tolerance_bites():
+    """In bfloat16, the widest bound: targets off by one, no bias, ignored rows counted."""
+    inputs, targets = make(64, 32, 512, torch.bfloat16)
+    targets[3] = -100
+    truth = with_grads(lambda *a: plain(*a, targets), inputs, torch.float64)
+    low = with_grads(lambda *a: plain(*a, targets), inputs, torch.bfloat16)
+    shifted = torch.where(targets == -100, targets, (targets + 1) % 512)
+    wrong = {
+        "shifted": with_grads(lambda *a: plain(*a, shifted), inputs, torch.float64),
+        "no bias": with_grads(lambda h, w, b: plain(h, w, 0 * b, targets), inputs, torch.float64),
+        "ignored counted": [x * 63 / 64 for x in truth],
+    }
+    for mutation, results in wrong.items():
+        with pytest.raises(AssertionError):
+            for what, a, b, c in zip(("loss", "dhidden", "dweight", "dbias"), results, low, truth, strict=True):
+                check(f"{mutation}: {what}", a.to(torch.bfloat16), b, c, torch.bfloat16)
+
+
+_H, _W, _B, _T = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(5), torch.zeros(3).long()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight", "bias", "targets", "reduction", "message"),
+    [
+        (_H.int(), _W, _B, _T, "mean", "hidden.dtype = torch.int32"),
+        (_H, _W[:, :3], _B, _T, "mean", r"weight.shape = \(5, 3\): must be \(columns, 4\)"),
+        (_H, _W, _B[:4], _T, "mean", r"bias.shape = \(4,\): must be \(5,\)"),
+        (_H, _W.half(), _B, _T, "mean", "weight.dtype = torch.float16, hidden.dtype = torch.float32"),
+        (_H, _W, _B, _T.int(), "mean", "targets.dtype = torch.int32: must be int64"),
+        (_H, _W, _B, _T[:2], "mean", r"targets.shape = \(2,\): must be \(3,\)"),
+        (_H, _W, _B, _T, "none", "reduction = 'none': must be 'mean' or 'sum'"),
+    ],
+)
+def test_bad_input(hidden, weight, bias, targets, reduction, message):
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(hidden, weight, bias, targets, reduction=reduction)
+
+
+def test_reference_is_the_definition():
+    inputs, targets = make(4, 3, 5, torch.float64)
+    logits = inputs[0] @ inputs[1].T + inputs[2]
+    expected = sum(float(torch.log(torch.exp(row).sum()) - row[t]) for row, t in zip(logits, targets, strict=True))
+    assert float(reference.linear_cross_entropy(*inputs, targets, -100)) == pytest.approx(expected, rel=1e-12)
