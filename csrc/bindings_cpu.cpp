@@ -54,6 +54,25 @@ void bind_cpu(py::module_& m) {
           cpu::kernels().attention_forward(args, threads);
         });
 
+  m.def("attention_backward_cpu",
+        [](const HeadsSpec& grad_out, const HeadsSpec& q, const HeadsSpec& k, const HeadsSpec& v, const HeadsSpec& out,
+           const HeadsSpec& grad_q, const HeadsSpec& grad_k, const HeadsSpec& grad_v, uintptr_t lse,
+           std::array<int64_t, 6> sizes, std::array<int64_t, 3> documents, bool causal, float scale,
+           std::tuple<uint32_t, float, uint64_t> dropout, int dtype, int threads) {
+          py::gil_scoped_release release;
+          cpu::AttentionArgs args = attention_args(sizes, documents, causal, scale, dropout, dtype);
+          args.grad_out = heads_tensor(grad_out);
+          args.q = heads_tensor(q);
+          args.k = heads_tensor(k);
+          args.v = heads_tensor(v);
+          args.out = heads_tensor(out);
+          args.grad_q = heads_tensor(grad_q);
+          args.grad_k = heads_tensor(grad_k);
+          args.grad_v = heads_tensor(grad_v);
+          args.lse = reinterpret_cast<float*>(lse);
+          cpu::kernels().attention_backward(args, threads);
+        });
+
   // For tests: 2^x as the kernels compute it, of `count` floats at `in`.
   m.def("exp2_cpu", [](uintptr_t in, uintptr_t out, int64_t count) {
     cpu::kernels().exp2(reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), count);

@@ -80,10 +80,27 @@ def attention_forward(
     return out, lse
 
 
+def attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    causal: bool, scale: float, dropout_p: float, dropout_seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v. Each (problem, key/value head) is one thread's: more threads than those stand idle."""
+    grad_out, q, k, v, out = (native.rows_contiguous(x) for x in (grad_out, q, k, v, out))
+    cu_q = None if cu_q is None else cu_q.contiguous()
+    cu_k = None if cu_k is None else cu_k.contiguous()
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    lse = lse.contiguous()
+    native._native.attention_backward_cpu(
+        *(native.heads_spec(x) for x in (grad_out, q, k, v, out, *grads)), lse.data_ptr(),
+        *_attention_arguments(q, k, cu_q, cu_k, causal, scale, dropout_p, dropout_seed),
+    )  # fmt: skip
+    return grads
+
+
 register(
     "flash_attention",
     "cpu",
-    (attention_forward, reference.attention_backward),
+    (attention_forward, attention_backward),
     devices=("cpu",),
     missing=native.MISSING,
     refuses=_attention_refuses,

@@ -26,11 +26,12 @@ namespace {
 #include "cpu/vector.h"
 //
 #include "cpu/attention.inl"
+#include "cpu/attention_backward.inl"
 #include "cpu/attention_forward.inl"
 
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {rotary, attention_forward, exp2_array};
+const Kernels table = {rotary, attention_forward, attention_backward, exp2_array};
 
 }  // namespace phi1::cpu::PHI1_ISA

@@ -9,6 +9,7 @@ namespace phi1::cpu {
 struct Kernels {
   void (*rotary)(const RotaryArgs&, int threads);
   void (*attention_forward)(const AttentionArgs&, int threads);
+  void (*attention_backward)(const AttentionArgs&, int threads);
   // 2^x as the attention kernels compute it.
   void (*exp2)(const float* in, float* out, int64_t count);
 };
