@@ -42,6 +42,10 @@ class Claim:
     usd: float = 0.0
 
 
+class Closed(Exception):
+    """The client was closed while a request waited for another one."""
+
+
 class Ledger:
     """Opened for many threads; many processes may open the same file.
 
@@ -62,6 +66,7 @@ class Ledger:
         self._prices, self._stale_after = usd_per_token, stale_after
         self._budget_tokens, self._budget_usd = budget_tokens, budget_usd
         self._lock = threading.Lock()
+        self._mine: set[int] = set()  # open calls of this ledger object
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._database = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
@@ -72,7 +77,10 @@ class Ledger:
             raise UserError(f"{path}: not a ledger of LLM requests ({error}); name another file (--ledger)") from error
 
     def close(self) -> None:
-        """Closes the file; calls still open stay counted at their bound."""
+        """Closes the file; calls of this object that are still open are lost: they stay counted at their bound."""
+        with self._transaction():
+            for call in self._mine:
+                self._database.execute("UPDATE calls SET state = 'lost' WHERE id = ?", (call,))
         with self._lock:
             self._database.close()
 
@@ -93,7 +101,7 @@ class Ledger:
         """The answer to `body` if the ledger has it, else the right to ask; waits while another asks the same.
 
         Raises UserError, before anything is sent, if the call could pass the budget (and will even when the
-        calls in flight have settled).
+        calls in flight have settled); Closed if `closed` is set while waiting.
         """
         request = json.dumps(body, sort_keys=True, ensure_ascii=False)
         while True:
@@ -109,7 +117,8 @@ class Ledger:
                     row = None
                 if row is None and (claim := self._reserve(key, request, body["max_tokens"], bool(in_flight))):
                     return claim
-            closed.wait(0.1)
+            if closed.wait(0.1):
+                raise Closed
 
     def settle(self, claim: Claim, response: dict[str, Any]) -> None:
         """Records the answer and replaces the reserved price by the billed one."""
@@ -118,6 +127,7 @@ class Ledger:
         completion = usage.get("completion_tokens", claim.completion_tokens)
         usd = self._price(prompt, completion)
         with self._transaction():
+            self._mine.discard(claim.id)
             self._add(prompt + completion - claim.prompt_tokens - claim.completion_tokens, usd - claim.usd)
             self._database.execute(
                 "UPDATE calls SET state = 'done', prompt_tokens = ?, completion_tokens = ?, usd = ?, response = ? "
@@ -128,6 +138,7 @@ class Ledger:
     def release(self, claim: Claim, *, lost: bool) -> None:
         """Gives up a claim. lost: it may be billed, so its bound stays counted; else nothing is."""
         with self._transaction():
+            self._mine.discard(claim.id)
             if lost:
                 self._database.execute("UPDATE calls SET state = 'lost' WHERE id = ?", (claim.id,))
             else:
@@ -165,6 +176,7 @@ class Ledger:
             (key, os.getpid(), time.time(), prompt, max_tokens, usd, request),
         )
         assert row.lastrowid is not None
+        self._mine.add(row.lastrowid)
         return Claim(row.lastrowid, None, prompt, max_tokens, usd)
 
     def _price(self, prompt: int, completion: int) -> float:

@@ -247,30 +247,40 @@ class LLM:
     def ask_all(
         self, requests: Iterable[Request], *, progress: Progress | None = None
     ) -> Iterator[Answer | RequestFailed]:
-        """Answers in the order of the requests, several in flight; a failed one is yielded, not raised."""
+        """Answers in the order of the requests, several in flight; a failed one is yielded, not raised.
 
-        def ask(request: Request) -> Answer | RequestFailed:
-            try:
-                return self.ask(request)
-            except RequestFailed as failure:
-                return failure
-
-        pool = concurrent.futures.ThreadPoolExecutor(self._limit.maximum, thread_name_prefix="llm")
+        After an error (or if the caller stops early) the client sends nothing more.
+        """
         pending: collections.deque[concurrent.futures.Future[Answer | RequestFailed]] = collections.deque()
         try:
             for request in requests:
-                pending.append(pool.submit(ask, request))
+                pending.append(self._start(request))
                 if len(pending) >= 2 * self._limit.maximum:
                     yield self._next(pending, progress)
             while pending:
                 yield self._next(pending, progress)
-        except (KeyboardInterrupt, GeneratorExit):
-            self._closed.set()  # ends the waits between attempts
-            pool.shutdown(wait=False, cancel_futures=True)
+        except Exception:
+            self._closed.set()
+            concurrent.futures.wait(pending)  # what is in flight is still received: it is paid for
             raise
-        finally:
-            # After an error, what is in flight is still received: it is paid for.
-            pool.shutdown(wait=not self._closed.is_set(), cancel_futures=True)
+        except BaseException:  # Ctrl-C: what is in flight counts as lost
+            self._closed.set()
+            raise
+
+    def _start(self, request: Request) -> "concurrent.futures.Future[Answer | RequestFailed]":
+        future: concurrent.futures.Future[Answer | RequestFailed] = concurrent.futures.Future()
+
+        def work() -> None:
+            try:
+                future.set_result(self.ask(request))
+            except RequestFailed as failure:
+                future.set_result(failure)
+            except BaseException as error:
+                future.set_exception(error)
+
+        # Not a ThreadPoolExecutor: the interpreter would wait for its threads, after Ctrl-C for minutes.
+        threading.Thread(target=work, name="llm", daemon=True).start()
+        return future
 
     def _next(self, pending: "collections.deque[Any]", progress: Progress | None) -> Answer | RequestFailed:
         answer = pending.popleft().result()

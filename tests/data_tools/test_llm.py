@@ -4,7 +4,10 @@ import concurrent.futures
 import datetime
 import email.utils
 import pathlib
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -272,6 +275,39 @@ def test_a_call_left_open_by_a_dead_process_is_asked_again_and_stays_counted(tmp
     ledger.settle(claim, {"usage": {"prompt_tokens": 3, "completion_tokens": 1}})
     assert ledger.spent()[0] == bound + 4
     assert ledger.find("key") is not None
+    ledger.close()
+
+
+def test_ctrl_c_ends_at_once_and_what_was_asked_stays_counted(server: FakeServer, tmp_path: pathlib.Path) -> None:
+    server.hung_up_expected = True
+
+    def script(body: dict[str, Any], index: int) -> Any:
+        time.sleep(0 if index < 3 else 20)
+        return completion("yes")
+
+    server.script = script
+    program = (
+        "import pathlib\nfrom data_tools.llm import LLM, LLMConfig, Request\n"
+        f"config = LLMConfig(base_url={server.base_url!r}, model='fake-1', concurrency=4)\n"
+        f"with LLM(config, pathlib.Path({str(tmp_path / 'llm.sqlite')!r})) as llm:\n"
+        "    for answer in llm.ask_all(Request([{'role': 'user', 'content': str(i)}], 5) for i in range(9)):\n"
+        "        print(answer.text, flush=True)\n"
+    )
+    root = pathlib.Path(llm_module.__file__).parent.parent
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root
+    )
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(3)] == ["yes\n"] * 3
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    process.wait(timeout=60)
+    process.stdout.close()
+    assert time.monotonic() - started < 10
+    ledger = Ledger(tmp_path / "llm.sqlite")
+    assert ledger.spent()[0] > 3 * 11 + 100  # three answers, and the bounds of those in flight
+    assert ledger._in_flight() == set()
     ledger.close()
 
 
