@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels import torch as torch_backend
-from kernels.checks import check, check_device, check_dtype, check_like
+from kernels.checks import check, check_device, check_dtype, check_like, check_rank
 from kernels.registry import choose, implementation, register
 
 _OPTIONS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, float dropout_p, SymInt dropout_seed, str backend"
@@ -64,6 +64,15 @@ register(
 )
 
 
+def _check_offsets(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
+    check(
+        cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 2,
+        lambda: f"{name} = {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: must be int32 of shape (documents + 1,)",
+    )
+    check(q.shape[0] == 1, lambda: f"q.shape[0] = {q.shape[0]} with {name}: fold the batch into the sequence (batch 1)")
+    check_device(name, cu_seqlens, "q", q)
+
+
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -99,46 +108,48 @@ def flash_attention(
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check(x.dim() == 4, f"{name}.shape = {tuple(x.shape)}: must be (batch, seqlen, heads, head_dim)")
+        check_rank(name, x, 4, "(batch, seqlen, heads, head_dim)")
     check_dtype("q", q)
     check_like("k", k, "q", q)
     check_like("v", v, "q", q)
     batch, _, heads, head_dim = q.shape
     check(
         k.shape[0] == batch and k.shape[3] == head_dim,
-        f"k.shape = {tuple(k.shape)}: must be ({batch}, seqlen_k, kv_heads, {head_dim}), q being {tuple(q.shape)}",
+        lambda: (
+            f"k.shape = {tuple(k.shape)}: must be ({batch}, seqlen_k, kv_heads, {head_dim}), q being {tuple(q.shape)}"
+        ),
     )
-    check(v.shape == k.shape, f"v.shape = {tuple(v.shape)}: must be k.shape = {tuple(k.shape)}")
+    check(v.shape == k.shape, lambda: f"v.shape = {tuple(v.shape)}: must be k.shape = {tuple(k.shape)}")
     check(
         k.shape[2] > 0 and heads % k.shape[2] == 0,
-        f"k.shape[2] = {k.shape[2]} key/value heads: must divide q's {heads} heads",
+        lambda: f"k.shape[2] = {k.shape[2]} key/value heads: must divide q's {heads} heads",
     )
-    check(q.shape[1] > 0 and k.shape[1] > 0, f"seqlen_q = {q.shape[1]}, seqlen_k = {k.shape[1]}: must be at least 1")
-    check(0.0 <= dropout_p < 1.0, f"dropout_p = {dropout_p}: must be in [0, 1)")
+    check(
+        q.shape[1] > 0 and k.shape[1] > 0,
+        lambda: f"seqlen_q = {q.shape[1]}, seqlen_k = {k.shape[1]}: must be at least 1",
+    )
+    check(0.0 <= dropout_p < 1.0, lambda: f"dropout_p = {dropout_p}: must be in [0, 1)")
     check(
         (cu_seqlens_q is None) == (cu_seqlens_k is None),
-        "cu_seqlens_q and cu_seqlens_k: give both or neither",
+        lambda: "cu_seqlens_q and cu_seqlens_k: give both or neither",
     )
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu is not None:
-            check(
-                cu.dtype == torch.int32 and cu.dim() == 1 and cu.shape[0] >= 2,
-                f"{name} = {cu.dtype} {tuple(cu.shape)}: must be int32 of shape (documents + 1,)",
-            )
-            check(batch == 1, f"q.shape[0] = {batch} with {name}: fold the batch into the sequence (batch 1)")
-            check_device(name, cu, "q", q)
+            _check_offsets(name, cu, q)
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         check(
             cu_seqlens_q.shape == cu_seqlens_k.shape,
-            f"cu_seqlens_q and cu_seqlens_k hold {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1} documents: must agree",
+            lambda: (
+                f"cu_seqlens_q and cu_seqlens_k hold {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1} documents: must agree"
+            ),
         )
     scale = head_dim**-0.5 if scale is None else scale
     if out is not None:
-        check(out.shape == q.shape, f"out.shape = {tuple(out.shape)}: must be q.shape = {tuple(q.shape)}")
+        check(out.shape == q.shape, lambda: f"out.shape = {tuple(out.shape)}: must be q.shape = {tuple(q.shape)}")
         check_like("out", out, "q", q)
         check(
             not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)),
-            "out is given while gradients are recorded: call under torch.no_grad(), or leave out=None",
+            lambda: "out is given while gradients are recorded: call under torch.no_grad(), or leave out=None",
         )
     options = {
         "dropout_p": dropout_p, "return_lse": return_lse, "dtype": q.dtype, "head_dim": head_dim,

@@ -80,24 +80,24 @@ def parallel_block(
     With `backend` (or an override) every piece runs on it; automatic choice picks per piece.
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
     """
-    check(x.dim() == 3, f"x.shape = {tuple(x.shape)}: must be (batch, seq, hidden)")
+    check(x.dim() == 3, lambda: f"x.shape = {tuple(x.shape)}: must be (batch, seq, hidden)")
     check_dtype("x", x)
     batch, seq, hidden = x.shape
     q_width, kv_width = heads * head_dim, kv_heads * head_dim
     inner = w_in.shape[0] - q_width - 2 * kv_width
     check(
         w_in.dim() == 2 and w_in.shape[1] == hidden and inner > 0,
-        f"w_in.shape = {tuple(w_in.shape)}: must be ({q_width} + 2 * {kv_width} + inner, {hidden})",
+        lambda: f"w_in.shape = {tuple(w_in.shape)}: must be ({q_width} + 2 * {kv_width} + inner, {hidden})",
     )
     check_shape("b_in", b_in, (w_in.shape[0],), "(w_in's rows,)")
     check_shape("w_out", w_out, (hidden, q_width + inner), "(hidden, attention width + inner)")
     check_shape("b_out", b_out, (hidden,), "(hidden,)")
     for name, parameter in (("w_in", w_in), ("b_in", b_in), ("w_out", w_out), ("b_out", b_out)):
         check_like(name, parameter, "x", x)
-    check(0.0 <= residual_dropout < 1.0, f"residual_dropout = {residual_dropout}: must be in [0, 1)")
+    check(0.0 <= residual_dropout < 1.0, lambda: f"residual_dropout = {residual_dropout}: must be in [0, 1)")
     check(
         kv_cache is None or cu_seqlens is None,
-        "kv_cache and cu_seqlens are both given: decode packed documents as separate batch entries",
+        lambda: "kv_cache and cu_seqlens are both given: decode packed documents as separate batch entries",
     )
     linear, gelu = implementation("parallel_block", choose("parallel_block", x.device.type, backend, dtype=x.dtype))
     piece = forced_backend(backend)
@@ -110,7 +110,7 @@ def parallel_block(
         keys, values, length = kv_cache
         check(
             length + seq <= keys.shape[1],
-            f"kv_cache holds {length} of {keys.shape[1]} tokens: {seq} more do not fit; make a longer cache",
+            lambda: f"kv_cache holds {length} of {keys.shape[1]} tokens: {seq} more do not fit; make a longer cache",
         )
         keys[:batch, length : length + seq] = k
         values[:batch, length : length + seq] = v

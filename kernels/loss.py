@@ -68,15 +68,15 @@ def linear_cross_entropy(
     width = hidden.shape[-1]
     check(
         weight.dim() == 2 and weight.shape[1] == width,
-        f"weight.shape = {tuple(weight.shape)}: must be (columns, {width})",
+        lambda: f"weight.shape = {tuple(weight.shape)}: must be (columns, {width})",
     )
     check_shape("bias", bias, (weight.shape[0],), "(columns,)")
     check_like("weight", weight, "hidden", hidden)
     check_like("bias", bias, "hidden", hidden)
-    check(targets.dtype == torch.int64, f"targets.dtype = {targets.dtype}: must be int64")
+    check(targets.dtype == torch.int64, lambda: f"targets.dtype = {targets.dtype}: must be int64")
     check_shape("targets", targets, tuple(hidden.shape[:-1]), "(hidden's leading dims)")
     check_device("targets", targets, "hidden", hidden)
-    check(reduction in ("mean", "sum"), f"reduction = {reduction!r}: must be 'mean' or 'sum'")
+    check(reduction in ("mean", "sum"), lambda: f"reduction = {reduction!r}: must be 'mean' or 'sum'")
     name = choose("linear_cross_entropy", hidden.device.type, backend, dtype=hidden.dtype)
     flat, flat_targets = hidden.reshape(-1, width), targets.reshape(-1)
     if name == "reference":

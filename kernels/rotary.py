@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.checks import check, check_device, check_dtype, check_like
+from kernels.checks import check, check_device, check_dtype, check_float32, check_like
 from kernels.registry import choose, implementation, register
 
 torch.library.define(
@@ -70,33 +70,35 @@ def apply_rotary(
     Raises ValueError if shapes, dtypes or devices do not fit, BackendError if `backend` cannot serve the call.
     A position outside the table is undefined behaviour on a GPU and an error on a CPU.
     """
-    check(q.dim() == 4, f"q.shape = {tuple(q.shape)}: must be (batch, seq, heads, head_dim)")
-    check(k.dim() == 4, f"k.shape = {tuple(k.shape)}: must be (batch, seq, kv_heads, head_dim)")
+    check(q.dim() == 4, lambda: f"q.shape = {tuple(q.shape)}: must be (batch, seq, heads, head_dim)")
+    check(k.dim() == 4, lambda: f"k.shape = {tuple(k.shape)}: must be (batch, seq, kv_heads, head_dim)")
     check_dtype("q", q)
     check_like("k", k, "q", q)
     batch, seq, _, head_dim = q.shape
     check(
         k.shape[0] == batch and k.shape[1] == seq and k.shape[3] == head_dim,
-        f"k.shape = {tuple(k.shape)}: must be ({batch}, {seq}, kv_heads, {head_dim}), q being {tuple(q.shape)}",
+        lambda: f"k.shape = {tuple(k.shape)}: must be ({batch}, {seq}, kv_heads, {head_dim}), q being {tuple(q.shape)}",
     )
-    check(cos.dim() == 2, f"cos.shape = {tuple(cos.shape)}: must be (positions, rotary_dim / 2)")
-    check(sin.shape == cos.shape, f"sin.shape = {tuple(sin.shape)}: must be cos.shape = {tuple(cos.shape)}")
+    check(cos.dim() == 2, lambda: f"cos.shape = {tuple(cos.shape)}: must be (positions, rotary_dim / 2)")
+    check(sin.shape == cos.shape, lambda: f"sin.shape = {tuple(sin.shape)}: must be cos.shape = {tuple(cos.shape)}")
     for name, table in (("cos", cos), ("sin", sin)):
-        check(table.dtype == torch.float32, f"{name}.dtype = {table.dtype}: must be float32; use {name}.float()")
+        check_float32(name, table)
         check_device(name, table, "q", q)
     check(
         2 * cos.shape[1] <= head_dim,
-        f"cos.shape = {tuple(cos.shape)}: rotary_dim = {2 * cos.shape[1]} exceeds head_dim = {head_dim}",
+        lambda: f"cos.shape = {tuple(cos.shape)}: rotary_dim = {2 * cos.shape[1]} exceeds head_dim = {head_dim}",
     )
     if positions is None:
         check(
             cos.shape[0] >= seq,
-            f"cos.shape = {tuple(cos.shape)}: {seq} tokens need {seq} rows; build a longer rotary_table",
+            lambda: f"cos.shape = {tuple(cos.shape)}: {seq} tokens need {seq} rows; build a longer rotary_table",
         )
     else:
         check(
             positions.dtype == torch.int64 and tuple(positions.shape) in ((seq,), (batch, seq)),
-            f"positions = {positions.dtype} {tuple(positions.shape)}: must be int64 of shape ({seq},) or ({batch}, {seq})",
+            lambda: (
+                f"positions = {positions.dtype} {tuple(positions.shape)}: must be int64 of shape ({seq},) or ({batch}, {seq})"
+            ),
         )
         check_device("positions", positions, "q", q)
     name = choose("apply_rotary", q.device.type, backend, dtype=q.dtype)
