@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels import torch as torch_backend
-from kernels.checks import check, check_device, check_dtype, check_like, check_rank
+from kernels.checks import check, check_device, check_dtype, check_int32, check_like, check_rank
 from kernels.registry import choose, implementation, register
 
 _OPTIONS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, float dropout_p, SymInt dropout_seed, str backend"
@@ -64,13 +64,26 @@ register(
 )
 
 
-def _check_offsets(name: str, cu_seqlens: Tensor, q: Tensor) -> None:
+def _check_documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor) -> None:
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_rank(name, cu, 1, "(documents + 1,)")
+        check_int32(name, cu)
+        check_device(name, cu, "q", q)
     check(
-        cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 2,
-        lambda: f"{name} = {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: must be int32 of shape (documents + 1,)",
+        cu_seqlens_q.shape[0] >= 2,
+        lambda: f"cu_seqlens_q.shape = {tuple(cu_seqlens_q.shape)}: must be (documents + 1,)",
     )
-    check(q.shape[0] == 1, lambda: f"q.shape[0] = {q.shape[0]} with {name}: fold the batch into the sequence (batch 1)")
-    check_device(name, cu_seqlens, "q", q)
+    check(
+        cu_seqlens_q.shape == cu_seqlens_k.shape,
+        lambda: (
+            f"cu_seqlens_q and cu_seqlens_k hold {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1} documents: "
+            "must agree"
+        ),
+    )
+    check(
+        q.shape[0] == 1,
+        lambda: f"q.shape[0] = {q.shape[0]} with cu_seqlens_q: fold the batch into the sequence (batch 1)",
+    )
 
 
 def flash_attention(
@@ -133,16 +146,8 @@ def flash_attention(
         (cu_seqlens_q is None) == (cu_seqlens_k is None),
         lambda: "cu_seqlens_q and cu_seqlens_k: give both or neither",
     )
-    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if cu is not None:
-            _check_offsets(name, cu, q)
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        check(
-            cu_seqlens_q.shape == cu_seqlens_k.shape,
-            lambda: (
-                f"cu_seqlens_q and cu_seqlens_k hold {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1} documents: must agree"
-            ),
-        )
+        _check_documents(cu_seqlens_q, cu_seqlens_k, q)
     scale = head_dim**-0.5 if scale is None else scale
     if out is not None:
         check(out.shape == q.shape, lambda: f"out.shape = {tuple(out.shape)}: must be q.shape = {tuple(q.shape)}")

@@ -51,3 +51,8 @@ def check_rank(name: str, x: Tensor, rank: int, meaning: str) -> None:
 def check_float32(name: str, x: Tensor) -> None:
     """x is float32."""
     check(x.dtype == torch.float32, lambda: f"{name}.dtype = {x.dtype}: must be float32; use {name}.float()")
+
+
+def check_int32(name: str, x: Tensor) -> None:
+    """x is int32."""
+    check(x.dtype == torch.int32, lambda: f"{name}.dtype = {x.dtype}: must be int32; use {name}.int()")
