@@ -1,0 +1,36 @@
+"""bench/ptxas.py: every CUDA kernel compiles for every architecture, and none spills."""
+
+import importlib.util
+import pathlib
+import shutil
+import sys
+
+import pytest
+
+_PATH = pathlib.Path(__file__).resolve().parents[2] / "bench" / "ptxas.py"
+_SPEC = importlib.util.spec_from_file_location("bench_ptxas", _PATH)
+assert _SPEC is not None and _SPEC.loader is not None
+ptxas = importlib.util.module_from_spec(_SPEC)
+sys.modules["bench_ptxas"] = ptxas
+_SPEC.loader.exec_module(ptxas)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH: the CUDA kernels cannot be compiled here")
+def test_no_kernel_spills():
+    kernels = ptxas.compile_kernels()
+    # rotary: 3 dtypes; attention: 4 kernels, 2 dtypes, 3 head_dims
+    assert len(kernels) == (3 + 4 * 2 * 3) * len(ptxas.ARCHS)
+    assert [k for k in kernels if k.spilled] == []
+    assert all(k.blocks() >= 2 for k in kernels), "a block alone on a multiprocessor cannot hide its own barriers"
+
+
+def test_occupancy_is_bounded_by_the_scarcest_resource():
+    def kernel(registers, threads, shared, arch="sm_80"):
+        return ptxas.Kernel("k", "bf16", 64, arch, registers, 0, threads, shared)
+
+    assert kernel(255, 128, 49152).blocks() == 2  # registers: 256 x 128 of 65,536
+    assert kernel(32, 128, 65536).blocks() == 2  # shared memory: 65 KiB of 164
+    assert kernel(32, 128, 65536, "sm_90a").blocks() == 3  # of 228
+    assert kernel(16, 256, 0).blocks() == 8  # threads: 2,048
+    assert kernel(16, 32, 0).blocks() == 32  # blocks
+    assert kernel(16, 256, 0).occupancy() == 1.0
