@@ -136,7 +136,7 @@ class Ledger:
             )
 
     def release(self, claim: Claim, *, lost: bool) -> None:
-        """Gives up a claim. lost: it may be billed, so its bound stays counted; else nothing is."""
+        """Gives up a claim. lost: what is counted for it stays counted, for it may be billed; else nothing is."""
         with self._transaction():
             self._mine.discard(claim.id)
             if lost:
@@ -198,7 +198,8 @@ class Ledger:
                 try:
                     yield
                 except BaseException:
-                    self._database.execute("ROLLBACK")
+                    if self._database.in_transaction:  # SQLite may have rolled back itself, e.g. on a full disk
+                        self._database.execute("ROLLBACK")
                     raise
                 self._database.execute("COMMIT")
             except sqlite3.DatabaseError as error:

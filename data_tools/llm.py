@@ -242,7 +242,11 @@ class LLM:
         self._limit.succeeded()
         with self._lock:
             self._answered, self._failed_in_a_row = True, 0
-        return self._read(request, response, paid=True)
+        try:
+            return self._read(request, response, paid=True)
+        except UserError:  # paid, but not what was asked for: another run must be able to ask again
+            self.ledger.release(claim, lost=True)
+            raise
 
     def ask_all(
         self, requests: Iterable[Request], *, progress: Progress | None = None

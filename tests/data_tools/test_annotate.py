@@ -12,6 +12,7 @@ from data_tools import annotate
 from data_tools.annotate import Config, excerpt, log_odds
 from data_tools.dataset import Dataset
 from data_tools.llm import RequestFailed
+from phi1 import cli
 from phi1.errors import UserError
 
 Make = Callable[..., Dataset]
@@ -125,6 +126,40 @@ def test_ratings_carry_their_reasoning_and_bad_ones_go_to_the_failures(
         "the answer is not JS",
     ]
     assert server.bodies[0]["response_format"]["type"] == "json_schema"
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"),
+    [
+        (None, "no server answers there"),
+        ((401, {}, {"error": {"message": "Incorrect API key"}}), "the key in OPENAI_API_KEY is refused"),
+        ((404, {}, {"error": {"message": "no such model"}}), "it serves: fake-1"),
+        (completion("yes"), "without logprobs; use --mode rating"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong_and_can_be_run_again(
+    reply: Any, told: str, server: FakeServer, make_documents: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents = make_documents(["x = 1\n", "x = 2\n"])
+    output = documents.folder.parent / "annotations"
+    words = ["data", "annotate", "--input", str(documents.folder), "--output", str(output), "--model", "fake-1"]
+    server.script = lambda body, index: reply
+    url = "http://127.0.0.1:9/v1" if reply is None else server.base_url
+    assert cli.main([*words, "--base-url", url]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("phi1: error: ") and told in said[0]
+    server.script = by_number
+    assert cli.main([*words, "--base-url", server.base_url]) == 0
+    assert Dataset(output).rows == 2
+
+
+def test_a_corrupt_shard_of_documents_is_told(server: FakeServer, make_documents: Make) -> None:
+    documents = make_documents(["x = 1\n", "x = 2\n"])
+    path = documents.folder / "00000.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"00000\.parquet: corrupt shard"):
+        annotate.run(config(documents, server))
+    assert not server.bodies
 
 
 def test_excerpts_skip_the_licence_and_end_with_a_line() -> None:

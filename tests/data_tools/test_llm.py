@@ -133,6 +133,10 @@ def test_what_the_user_can_mend_is_one_clear_line_and_asked_once(
 def test_an_answer_without_logprobs_is_told(server: FakeServer, tmp_path: pathlib.Path) -> None:
     with client(server, tmp_path) as llm, pytest.raises(UserError, match="without logprobs; use --mode rating"):
         llm.ask(request(logprobs=True))
+    server.script = lambda body, index: completion("yes", logprobs={"yes": -0.1})
+    with client(server, tmp_path) as llm:  # the useless answer is paid for, but does not stand in the way
+        assert llm.ask(request(logprobs=True)).logprobs == {"yes": -0.1}
+        assert llm.ledger.spent()[0] == 22
 
 
 def test_a_missing_server_is_told_at_once(tmp_path: pathlib.Path) -> None:
@@ -282,7 +286,7 @@ def test_ctrl_c_ends_at_once_and_what_was_asked_stays_counted(server: FakeServer
     server.hung_up_expected = True
 
     def script(body: dict[str, Any], index: int) -> Any:
-        time.sleep(0 if index < 3 else 20)
+        time.sleep(0 if int(body["messages"][0]["content"]) < 3 else 20)
         return completion("yes")
 
     server.script = script
@@ -315,6 +319,18 @@ def test_a_file_that_is_no_ledger_is_told(tmp_path: pathlib.Path) -> None:
     (tmp_path / "llm.sqlite").write_text("no database, but long enough to be looked at" * 100)
     with pytest.raises(UserError, match="not a ledger"):
         Ledger(tmp_path / "llm.sqlite")
+
+
+def test_a_full_disk_is_told(tmp_path: pathlib.Path) -> None:
+    ledger = Ledger(tmp_path / "llm.sqlite")
+    pages = ledger._database.execute("PRAGMA page_count").fetchone()[0]
+    ledger._database.execute(f"PRAGMA max_page_count = {pages + 2}")  # SQLite's own way to say that space is out
+    with pytest.raises(
+        UserError, match=r"llm\.sqlite: the ledger cannot be written \(database or disk is full\); free"
+    ):
+        for i in range(100):
+            ledger.claim(f"key {i}", {"max_tokens": 5, "text": "x" * 1000}, threading.Event())
+    ledger.close()
 
 
 def test_servers_that_want_max_completion_tokens_get_it(server: FakeServer, tmp_path: pathlib.Path) -> None:
