@@ -8,6 +8,7 @@ import torch
 from kernels import native
 from kernels.registry import register
 
+HEAD_DIMS = (32, 64, 128)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -25,12 +26,33 @@ def _rotary(*arguments):
     return rotary(*arguments)
 
 
+def _attention_forward(*arguments):
+    from kernels.triton.attention import attention_forward
+
+    return attention_forward(*arguments)
+
+
+def _attention_backward(*arguments):
+    from kernels.triton.attention import attention_backward
+
+    return attention_backward(*arguments)
+
+
+def _attention_refuses(*, dtype: torch.dtype, head_dim: int, **options: object) -> str | None:
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim = {head_dim}: the kernels are made for {', '.join(map(str, HEAD_DIMS))}"
+    return native.refuses_dtype(dtype=dtype)
+
+
 # In the interpreter kernels take CPU tensors.
+_DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
+register("apply_rotary", "triton", _rotary, devices=_DEVICES, missing=_missing(), refuses=native.refuses_dtype)
 register(
-    "apply_rotary",
+    "flash_attention",
     "triton",
-    _rotary,
-    devices=("cpu",) if INTERPRETED else ("cuda",),
+    (_attention_forward, _attention_backward),
+    devices=_DEVICES,
     missing=_missing(),
-    refuses=native.refuses_dtype,
+    refuses=_attention_refuses,
 )
+
