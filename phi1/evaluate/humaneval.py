@@ -33,9 +33,14 @@ class Problem:
     group: str = ""
 
     def job(self, completion: str, timeout: float) -> Job:
-        """The sandbox's job. The test's process gets the prompt as well: tests may use its helper
-        functions (HumanEval/32 and 50 do; a docstring is body enough for the prompt to compile)."""
-        return Job(self.prompt + completion, self.test, self.entry_point, preamble=self.prompt, timeout=timeout)
+        """The sandbox's job. The test's process gets the prompt as well: tests may use its helper functions
+        (HumanEval/32, 38 and 50 do). A docstring is body enough for it to compile; without one it gets `pass`."""
+        preamble = self.prompt
+        try:
+            compile(preamble, "prompt", "exec")
+        except SyntaxError:
+            preamble += "    pass\n"
+        return Job(self.prompt + completion, self.test, self.entry_point, preamble, timeout)
 
 
 def packaged() -> pathlib.Path:

@@ -1,0 +1,147 @@
+"""The evaluate command: sampling with resume, scores with intervals, and a whole run of a tiny random model."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from phi1.errors import UserError
+from phi1.evaluate import exercises, humaneval, run
+from phi1.evaluate.humaneval import Problem
+from phi1.evaluate.run import Config
+from phi1.files import sha256_file
+
+PROBLEMS = [
+    Problem(f"P/{i}", f"def add(x):\n    # add {i}\n", "add", f"def check(c):\n    assert c(1) == {1 + i}\n    assert c(2) == {2 + i}\n",
+            f"    return x + {i}\n", "even" if i % 2 == 0 else "odd")
+    for i in range(100)
+]  # fmt: skip
+
+
+def right_if_even(prompts: Sequence[str], seed: int) -> list[str]:
+    numbers = [int(prompt.split()[-1]) for prompt in prompts]
+    return [f"    return x + {n + n % 2}\n\nprint('more')" for n in numbers]
+
+
+def sample(folder: pathlib.Path, generate: Any = right_if_even, **options: Any) -> list[dict[str, Any]]:
+    config = Config(checkpoint=folder, **options)
+    return run.sample(PROBLEMS, generate, folder / "out", {"made": "here"}, config)
+
+
+def test_samples_are_cut_run_and_scored(tmp_path: pathlib.Path) -> None:
+    rows = sample(tmp_path)
+    assert (
+        rows[0]["completion"] == "    return x + 0\n"
+        and rows[0]["status"] == "passed"
+        and rows[1]["status"] == "failed"
+    )
+    results = run.score(PROBLEMS, rows)
+    assert [(s["group"], s["problems"], s["pass"]) for s in results["scores"]] == [
+        ("all", 100, 0.5), ("even", 50, 1.0), ("odd", 50, 0.0)]  # fmt: skip
+    assert results["statuses"] == {"passed": 50, "failed": 50}
+    low, high = results["scores"][0]["low"], results["scores"][0]["high"]
+    assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    text = run.table({"benchmark": "exercises", "samples": 1, "temperature": 0.0} | results)
+    assert "50.0%  40.4–59.6%" in text and "failed 50, passed 50" in text
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path: pathlib.Path) -> None:
+    calls: list[int] = []
+
+    def stops(prompts: Sequence[str], seed: int) -> list[str]:
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return right_if_even(prompts, seed)
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(tmp_path, stops)
+    path = tmp_path / "out" / "samples.jsonl"
+    assert len(path.read_text().splitlines()) == run.CHUNK
+    with open(path, "a") as file:
+        file.write('{"task_id": "P/9", "sam')  # the disk stopped here
+    rows = sample(tmp_path, stops)
+    assert calls == [64, 36, 36] and len(rows) == 100
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+    assert sample(tmp_path, stops) == rows and len(calls) == 3
+
+
+def test_samples_of_other_settings_are_not_mixed(tmp_path: pathlib.Path) -> None:
+    sample(tmp_path)
+    with pytest.raises(UserError, match="other settings"):
+        run.sample(PROBLEMS, right_if_even, tmp_path / "out", {"made": "elsewhere"}, Config(checkpoint=tmp_path))
+
+
+def test_several_samples_give_pass_at_k(tmp_path: pathlib.Path) -> None:
+    def half(prompts: Sequence[str], seed: int) -> list[str]:
+        numbers = [int(prompt.split()[-1]) for prompt in prompts]
+        return [f"    return x + {n + (i + seed) % 2}\n" for i, n in enumerate(numbers)]
+
+    few = PROBLEMS[:8]
+    config = Config(checkpoint=tmp_path, samples=2, temperature=0.5)
+    rows = run.sample(few, half, tmp_path / "out", {}, config)
+    assert len(rows) == 16 and {row["sample"] for row in rows} == {0, 1}
+    scores = [s for s in run.score(few, rows, (1, 2, 10))["scores"] if s["group"] == "all"]
+    assert [(s["k"], s["pass"]) for s in scores] == [(1, 0.5), (2, 0.5)]
+
+
+def exercise_dataset(folder: pathlib.Path, **changed: Any) -> pathlib.Path:
+    rows = [{"prompt": p.prompt, "entry_point": p.entry_point, "test": p.test, "solution": p.solution,
+             "composition": "a+b" if i else "a"} | changed for i, p in enumerate(PROBLEMS[:3])]  # fmt: skip
+    folder.mkdir()
+    path = folder / "00000.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    (folder / "manifest.json").write_text(json.dumps({"shards": [{"sha256": sha256_file(path)}]}))
+    return folder
+
+
+def test_exercises_are_read_and_checked(tmp_path: pathlib.Path) -> None:
+    folder = exercise_dataset(tmp_path / "e")
+    problems = exercises.load(folder)
+    assert [p.group for p in problems] == ["one step", "two steps", "two steps"]
+    assert dataclasses.replace(problems[1], task_id="P/1", group="odd") == PROBLEMS[1]
+    (folder / "00000.parquet").write_bytes(b"other")
+    with pytest.raises(UserError, match=r"00000\.parquet: corrupt shard"):
+        exercises.load(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="not a whole dataset"):
+        exercises.load(folder)
+
+
+def test_the_command_end_to_end(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A real checkpoint of a tiny random model, real generation, real sandbox: the score is 0, and says so."""
+    import torch
+
+    from phi1.checkpoint import write_model
+    from phi1.config import ModelConfig
+    from phi1.model import Phi1
+    from phi1.tokenizer import train_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["def f(x):\n    return x\n" * 50], 300)
+    shape = ModelConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1,
+                        head_dim=32, rotary_dim=16, max_positions=1024)  # fmt: skip
+    write_model(tmp_path / "model", Phi1(shape), tokenizer, {"step": 0})
+    run.run(Config(checkpoint=tmp_path / "model", limit=3, max_new_tokens=8, device="cpu"))
+    out = capsys.readouterr().out
+    assert "pass@1     0.0%  0.0–56.1%" in out, out
+    results = json.loads((tmp_path / "model-humaneval" / "results.json").read_text())
+    assert results["scores"][0]["pass"] == 0 and results["scores"][0]["problems"] == 3
+    run.run(Config(checkpoint=tmp_path / "model", benchmark="exercises", exercises=exercise_dataset(tmp_path / "e"),
+                   output=tmp_path / "out", max_new_tokens=8, device="cpu"))  # fmt: skip
+    assert "two steps" in capsys.readouterr().out
+
+
+def test_bad_options(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="needs --exercises"):
+        run.run(Config(checkpoint=tmp_path, benchmark="exercises"))
+    with pytest.raises(UserError, match="--samples 5 with --temperature 0"):
+        run.run(Config(checkpoint=tmp_path, samples=5))
+    with pytest.raises(UserError, match="absent"):
+        run.run(Config(checkpoint=tmp_path / "absent", limit=1))
+    assert humaneval.STOP[0] == "\nclass "
