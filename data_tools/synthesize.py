@@ -244,12 +244,11 @@ def read_exercise(text: str) -> dict[str, Any]:
     body = "".join(lines[(first.end_lineno or 0) : function.end_lineno])
     if len(function.body) < 2 or function.decorator_list:
         raise Unusable("no body" if len(function.body) < 2 else "decorated")
-    prompt = head + ("\n\n" if head else "") + "".join(lines[function.lineno - 1 : first.end_lineno])
-    content = prompt + body
-    if not _parses(content):
+    if function.body[1].lineno == first.end_lineno:
         raise Unusable("docstring and body share a line")
+    prompt = head + ("\n\n" if head else "") + "".join(lines[function.lineno - 1 : first.end_lineno])
     return {
-        "prompt": prompt, "solution": body, "content": content, "entry_point": function.name,
+        "prompt": prompt, "solution": body, "content": prompt + body, "entry_point": function.name,
         "test": _test_of_examples(function.name, docstring),
     }  # fmt: skip
 
@@ -267,7 +266,8 @@ def _test_of_examples(name: str, docstring: str) -> str:
         except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
             raise Unusable("an example is not an expression with a literal result") from error
         if any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(call)):
-            lines.append(f"    assert {ast.unparse(call)} == {result!r}\n")
+            shown = ast.unparse(call) if isinstance(call, ast.Call) else f"({ast.unparse(call)})"  # `f(1) in x == True`
+            lines.append(f"    assert {shown} == {result!r}\n")
     if not lines:
         raise Unusable("no example")
     # The function is called by its name: the sandbox binds it, in the test's process, to the program's function.
