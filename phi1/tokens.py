@@ -235,13 +235,17 @@ class TokenDataset:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Samples `indices` as inputs and targets, int64 (len(indices), length).
 
-        A target is IGNORE where the set has a loss mask that is 0 there (unless loss_mask is False).
+        A target is IGNORE where the set has a loss mask that is 0 there (unless loss_mask is False), and then also
+        in what remains of a document that began before the window: its prompt is out of sight.
         """
         rows = [self.window(index, length, seed) * length for index in indices]
         tokens = np.stack([self._read(self._tokens, row, length + 1) for row in rows]).astype(np.int64)
         inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
         if self.masked and loss_mask:
             targets[np.stack([self._read(self._masks, row + 1, length) for row in rows]) == 0] = IGNORE
+            cut = [row > 0 and self._read(self._tokens, row - 1, 1)[0] != self.eot_id for row in rows]
+            before_first_end = np.cumsum(inputs == self.eot_id, axis=1) == 0
+            targets[before_first_end & np.array(cut)[:, None]] = IGNORE
         return inputs, targets
 
     def _read(self, arrays: Sequence[np.ndarray], start: int, count: int) -> np.ndarray:

@@ -108,6 +108,12 @@ def test_loss_mask(tmp_path, tokenizer):
     assert (inputs == plain_inputs).all()
     # The writer's mask counts the last token of each document (60 …) and the end token.
     counts = (plain >= 60) & (plain < 67) | (plain == tokenizer.eot_id)
+    # The rest of a document that began before the window does not count: up to and with its end token.
+    everything = flat(tokenizer)
+    for row, counted in enumerate(counts):
+        start = dataset.window(row, 32, 0) * 32
+        if start and everything[start - 1] != tokenizer.eot_id:
+            counted[: everything.index(tokenizer.eot_id, start) - start] = False
     assert (targets == np.where(counts, plain, IGNORE)).all()
     assert sum(shard["counted_tokens"] for shard in dataset.manifest["shards"]) == 2 * len(DOCUMENTS)
 
