@@ -16,12 +16,10 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import email.utils
 import json
 import os
 import pathlib
 import random
-import sys
 import threading
 import time
 import urllib.parse
@@ -29,7 +27,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_tools import llm_server
-from data_tools.ledger import Ledger
+from data_tools.adaptive import AdaptiveLimit, retry_after
+from data_tools.ledger import Closed, Ledger
 from data_tools.progress import Progress
 from phi1.errors import UserError
 from phi1.files import sha256_json
@@ -177,7 +176,7 @@ class LLM:
             stale_after=config.timeout + 60,
         )
         # The embedded server answers one at a time; a second request waits in its queue.
-        self._limit = _AdaptiveLimit(config.concurrency if config.base_url else 2)
+        self._limit = AdaptiveLimit(config.concurrency if config.base_url else 2)
         self._stack = contextlib.ExitStack()
         self._lock = threading.Lock()
         self._client: openai.OpenAI | None = None
@@ -210,7 +209,7 @@ class LLM:
             if attempt + 1 < self.config.attempts:
                 wait = min(0.5 * 2**attempt, _MAX_BACKOFF) * random.uniform(0.5, 1.0)
                 if self._closed.wait(wait):
-                    raise RequestFailed("closed while waiting")
+                    raise Closed
         with self._lock:
             self._failed_in_a_row += 1
             hopeless = not self._answered or self._failed_in_a_row >= _HOPELESS
@@ -228,7 +227,6 @@ class LLM:
         sent = time.monotonic()
         try:
             response = self._send(body)
-            self.ledger.settle(claim, response)
         except _Retry as retry:
             self._limit.failed(sent, retry.after)
             self.ledger.release(claim, lost=retry.billed)
@@ -239,6 +237,7 @@ class LLM:
         except BaseException:  # the server may have done the work and may bill it
             self.ledger.release(claim, lost=True)
             raise
+        self.ledger.settle(claim, response)
         self._limit.succeeded()
         with self._lock:
             self._answered, self._failed_in_a_row = True, 0
@@ -365,7 +364,7 @@ class LLM:
             ) from error
         if status in (408, 409, 429) or status >= 500:
             raise _Retry(
-                f"HTTP {status}: {message}", billed=False, after=_retry_after(error.response.headers)
+                f"HTTP {status}: {message}", billed=False, after=retry_after(error.response.headers)
             ) from error
         if "max_completion_tokens" in message and self._max_tokens_name == "max_tokens":
             self._max_tokens_name = "max_completion_tokens"  # OpenAI's reasoning models call it so
@@ -425,72 +424,6 @@ class _Retry(Exception):
     def __init__(self, reason: str, *, billed: bool, after: float | None = None) -> None:
         super().__init__(reason)
         self.billed, self.after = billed, after
-
-
-class _AdaptiveLimit:
-    """How many requests may be in flight: additive increase, multiplicative decrease."""
-
-    def __init__(self, maximum: int) -> None:
-        self.maximum = max(1, maximum)
-        self._limit = float(min(4, self.maximum))
-        self._in_flight = 0
-        self._not_before = 0.0
-        self._decreased = 0.0
-        self._changed = threading.Condition()
-
-    @property
-    def value(self) -> int:
-        return int(self._limit)
-
-    @contextlib.contextmanager
-    def slot(self, closed: threading.Event) -> Iterator[None]:
-        with self._changed:
-            while True:
-                if closed.is_set():
-                    raise RequestFailed("closed before it was sent")
-                wait = self._not_before - time.monotonic()
-                if wait <= 0 and self._in_flight < int(self._limit):
-                    break
-                self._changed.wait(min(wait, 0.2) if wait > 0 else 0.2)
-            self._in_flight += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._in_flight -= 1
-                self._changed.notify()
-
-    def succeeded(self) -> None:
-        with self._changed:
-            self._limit = min(self.maximum, self._limit + 1 / self._limit)
-            self._changed.notify()
-
-    def failed(self, sent: float, after: float | None) -> None:
-        """sent: when that attempt was sent (time.monotonic()); after: seconds the server asked to wait."""
-        with self._changed:
-            if sent > self._decreased:  # one decrease per round: the rest were sent before it took effect
-                self._limit = max(1.0, self._limit / 2)
-                self._decreased = time.monotonic()
-            if after:
-                until = time.monotonic() + after
-                if until > self._not_before and after > 5:
-                    print(f"\nthe server asks to wait {after:,.0f} s", file=sys.stderr, flush=True)
-                self._not_before = max(self._not_before, until)
-
-
-def _retry_after(headers: Any) -> float | None:
-    """The header `Retry-After` in seconds (given as seconds or as an HTTP date, RFC 9110 10.2.3)."""
-    value = headers.get("retry-after")
-    if value is None:
-        return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
 
 
 def _one_line(text: str) -> str:

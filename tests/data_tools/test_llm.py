@@ -16,6 +16,7 @@ import pytest
 from fake_openai import FakeServer, completion
 
 from data_tools import llm as llm_module
+from data_tools.adaptive import AdaptiveLimit, retry_after
 from data_tools.ledger import Ledger
 from data_tools.llm import LLM, LLMConfig, Request, RequestFailed
 from phi1.errors import UserError
@@ -172,10 +173,10 @@ def test_429_waits_as_told_and_lowers_the_number_in_flight(server: FakeServer, t
 
 def test_retry_after_is_read_as_seconds_and_as_a_date() -> None:
     soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=30)
-    assert llm_module._retry_after({"retry-after": "2.5"}) == 2.5
-    assert 25 < (llm_module._retry_after({"retry-after": email.utils.format_datetime(soon)}) or 0) <= 30
-    assert llm_module._retry_after({"retry-after": "soon"}) is None
-    assert llm_module._retry_after({}) is None
+    assert retry_after({"retry-after": "2.5"}) == 2.5
+    assert 25 < (retry_after({"retry-after": email.utils.format_datetime(soon)}) or 0) <= 30
+    assert retry_after({"retry-after": "soon"}) is None
+    assert retry_after({}) is None
 
 
 def test_a_failing_server_is_asked_again_then_given_up(server: FakeServer, tmp_path: pathlib.Path) -> None:
@@ -218,7 +219,7 @@ def test_the_number_in_flight_grows_to_the_maximum_and_not_past_it(server: FakeS
 
 
 def test_one_round_of_failures_halves_the_limit_once() -> None:
-    limit = llm_module._AdaptiveLimit(32)
+    limit = AdaptiveLimit(32)
     limit._limit = 16.0
     sent = time.monotonic()
     for _ in range(10):
