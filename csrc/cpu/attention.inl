@@ -95,11 +95,10 @@ inline Problem problem(const AttentionArgs& args, int64_t i) {
 
 template <typename T>
 void read_row_typed(const char* from, float* to, int64_t count) {
-  const T* x = reinterpret_cast<const T*>(from);
-  for (int64_t i = 0; i < count; ++i) to[i] = load(x[i]);
+  for (int64_t i = 0; i < count; i += kLanes) vstore(to + i, vload(reinterpret_cast<const T*>(from) + i));
 }
 
-// to = the row's `count` numbers as floats.
+// to = the row's `count` numbers, a multiple of kLanes, as floats.
 inline void read_row(DType dtype, const char* from, float* to, int64_t count) {
   switch (dtype) {
     case DType::f32: std::memcpy(to, from, size_t(count) * 4); return;

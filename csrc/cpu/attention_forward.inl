@@ -191,5 +191,10 @@ void forward(const AttentionArgs& args, int threads) {
 }
 
 void attention_forward(const AttentionArgs& args, int threads) {
-  with_kernel(args, [&](auto dot, auto dim) { forward<decltype(dot), decltype(dim)::value>(args, threads); });
+  with_kernel(args, [&](auto dot, auto dim) {
+    if (few_queries(args))
+      decode<decltype(dim)::value>(args, threads);
+    else
+      forward<decltype(dot), decltype(dim)::value>(args, threads);
+  });
 }

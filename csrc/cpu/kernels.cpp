@@ -27,6 +27,7 @@ namespace {
 //
 #include "cpu/attention.inl"
 #include "cpu/attention_backward.inl"
+#include "cpu/attention_decode.inl"
 #include "cpu/attention_forward.inl"
 
 }  // namespace

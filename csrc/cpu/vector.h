@@ -20,6 +20,22 @@ inline vfloat vload(const float* p) {
   return v;
 }
 
+inline vfloat vload(const bf16* p) {
+  uint16_t bits __attribute__((vector_size(2 * kLanes)));
+  std::memcpy(&bits, p, sizeof bits);
+  return (vfloat)(__builtin_convertvector(bits, vuint) << 16);
+}
+
+inline vfloat vload(const f16* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  return vfloat{load(p[0]), load(p[1]), load(p[2]), load(p[3])};
+#endif
+}
+
 inline void vstore(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
 
 // Copies the bits: a lane may hold two bf16 instead of a float.
