@@ -55,4 +55,3 @@ register(
     missing=_missing(),
     refuses=_attention_refuses,
 )
-

@@ -23,16 +23,27 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-# Triton's interpreter multiplies the bit patterns of bfloat16: there, operands are widened first, which is exact.
-WIDEN = tl.constexpr(INTERPRETED)
+# Triton's interpreter multiplies the bit patterns of bfloat16, and truncates to it. Under it, operands of products
+# are widened first, which is exact, and numbers are rounded to nearest as on a GPU.
+_EMULATED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
 def _dot(a, b, accumulated=None):
     """a b (+ accumulated) in float32: tensor cores for 16-bit operands, full precision for float32."""
-    if WIDEN:
+    if _EMULATED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, accumulated, input_precision="ieee")
+
+
+@triton.jit
+def _round(x, dtype: tl.constexpr):
+    """x, float32, to dtype."""
+    if _EMULATED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -77,7 +88,7 @@ def _load(ptr, first, stride, limit, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
 def _store(ptr, value, first, stride, limit, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
     row = first + tl.arange(0, BLOCK)
     address = ptr + row.to(tl.int64)[:, None] * stride + tl.arange(0, HEAD_DIM)[None, :]
-    tl.store(address, value.to(ptr.dtype.element_ty), mask=row[:, None] < limit)
+    tl.store(address, _round(value, ptr.dtype.element_ty), mask=row[:, None] < limit)
 
 
 @triton.jit
@@ -89,7 +100,10 @@ def _keep(seed_low, seed_high, plane, first_row, first_column, threshold, ROWS: 
     key = tl.cast(seed_low, tl.uint32, bitcast=True), tl.cast(seed_high, tl.uint32, bitcast=True)
     w0, w1, w2, w3 = philox_impl(counter, row, zero + tl.cast(plane, tl.uint32), zero, key[0], key[1])
     # Column 32 g + 8 w + 2 t + h is half h of word w of counter 4 g + t.
-    a, b = tl.join(_halves(w0, threshold), _halves(w2, threshold)), tl.join(_halves(w1, threshold), _halves(w3, threshold))
+    a, b = (
+        tl.join(_halves(w0, threshold), _halves(w2, threshold)),
+        tl.join(_halves(w1, threshold), _halves(w3, threshold)),
+    )
     kept = tl.join(a, b)  # (rows, counter, h, w // 2, w % 2)
     kept = tl.reshape(kept, (ROWS, COLUMNS // 32, 4, 2, 2, 2))
     return tl.reshape(tl.permute(kept, (0, 1, 4, 5, 2, 3)), (ROWS, COLUMNS)) != 0
@@ -102,7 +116,9 @@ def _halves(word, threshold):
 
 
 @triton.jit
-def _visible(first_row, first_column, seqlen_q, seqlen_k, CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _visible(
+    first_row, first_column, seqlen_q, seqlen_k, CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Which of a (ROWS, COLUMNS) tile's scores count."""
     column = first_column + tl.arange(0, COLUMNS)[None, :]
     visible = column < seqlen_k
@@ -152,7 +168,7 @@ def _forward_loop(
             kept = _keep(seed_low, seed_high, plane, first_row, first_column, threshold, BLOCK_M, BLOCK_N)
             p = tl.where(kept, p, 0.0)
         v = _load(v_ptr, first_column, v_seq, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
-        accumulated = _dot(p.to(v.dtype), v, accumulated)
+        accumulated = _dot(_round(p, v.dtype), v, accumulated)
         maximum = new
     return accumulated, total, maximum
 
@@ -239,7 +255,7 @@ def _dq_loop(
             q, k, v, grad, lse, delta, first_row, first_column, seqlen_q, seqlen_k, scale, keep_scale,
             plane, threshold, seed_low, seed_high, CAUSAL, DROPOUT, MASKED, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        dq = _dot(ds.to(k.dtype), k, dq)
+        dq = _dot(_round(ds, k.dtype), k, dq)
     return dq
 
 
@@ -310,8 +326,8 @@ def _dkv_loop(
             q, k, v, grad, lse, delta, first_row, first_column, seqlen_q, seqlen_k, scale, keep_scale,
             plane, threshold, seed_low, seed_high, CAUSAL, DROPOUT, MASKED, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        dv = _dot(tl.trans(p.to(grad.dtype)), grad, dv)
-        dk = _dot(tl.trans(ds.to(q.dtype)), q, dk)
+        dv = _dot(tl.trans(_round(p, grad.dtype)), grad, dv)
+        dk = _dot(tl.trans(_round(ds, q.dtype)), q, dk)
     return dk, dv
 
 
@@ -399,7 +415,9 @@ def _int32(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-def _common(q: Tensor, k: Tensor, cu_q: Tensor | None, causal: bool, scale: float, dropout_p: float, seed: int) -> tuple:
+def _common(
+    q: Tensor, k: Tensor, cu_q: Tensor | None, causal: bool, scale: float, dropout_p: float, seed: int
+) -> tuple:
     """The arguments from `documents` on, but for the tile sizes."""
     _, seqlen_q, heads, head_dim = q.shape
     threshold = dropout_threshold(dropout_p)

@@ -1,0 +1,135 @@
+"""Triton's flash attention by the shared cases: on a GPU compiled, elsewhere in Triton's interpreter."""
+
+import functools
+
+import pytest
+import torch
+from attention_cases import CASES, SEED, Case, check_case, check_results, make_inputs, run_case
+
+import kernels.triton.attention as triton_attention
+from kernels import BackendError, flash_attention, reference
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.bfloat16, torch.float32, torch.float16]
+# On a GPU every case in every dtype. The interpreter takes milliseconds an operation: there, each case in one dtype.
+RUNS = [(case, dtype) for i, case in enumerate(CASES) for j, dtype in enumerate(DTYPES) if GPU or j == i % 3]
+
+
+@pytest.mark.parametrize(("case", "dtype"), RUNS, ids=lambda x: x.name if isinstance(x, Case) else str(x))
+def test_case(case, dtype):
+    check_case(case, dtype, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("documents", [(), ((33, 65), (40, 30))], ids=["batch", "documents"])
+def test_dropout_mask_is_the_reference_bit_for_bit(head_dim, documents):
+    """v = the first unit vectors makes the output the dropped probabilities themselves: zero exactly where dropped."""
+    n = 95 if documents else 70
+    case = Case("mask", batch=1 if documents else 2, seqlen_q=73, seqlen_k=n, heads=1 if documents else 2, kv_heads=1, head_dim=head_dim,
+                causal=False, dropout_p=0.3, documents=documents)  # fmt: skip
+    q, k, _, _, options = make_inputs(case, torch.float32, DEVICE)
+    for first in range(0, n, head_dim):
+        v = torch.zeros_like(k)
+        width = min(head_dim, n - first)
+        v[:, first : first + width, :, :width] = torch.eye(width, device=DEVICE)[:, None]
+        found = flash_attention(q, k, v, **options, backend="triton")
+        expected = flash_attention(q, k, v, **options, backend="reference")
+        assert torch.equal(found == 0, expected == 0)
+
+
+def test_gradients_are_bitwise_reproducible():
+    case = Case("repeat", batch=1, seqlen_q=70, seqlen_k=70, heads=2, kv_heads=1, dropout_p=0.1)
+    first = run_case(case, torch.bfloat16, "triton", DEVICE)
+    for _ in range(50 if GPU else 1):
+        again = run_case(case, torch.bfloat16, "triton", DEVICE)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU: the interpreter runs one program after another")
+def test_a_thousand_runs_agree():
+    case = Case("race", batch=4, seqlen_q=513, seqlen_k=513, heads=8, kv_heads=4, dropout_p=0.1)
+    q, k, v, _, options = make_inputs(case, torch.bfloat16, DEVICE)
+    first = flash_attention(q, k, v, **options, backend="triton")
+    for _ in range(1000):
+        assert torch.equal(flash_attention(q, k, v, **options, backend="triton"), first)
+
+
+def test_negative_and_zero_scale():
+    for scale in (-0.2, 0.0):
+        check_case(Case("scale", batch=1, seqlen_q=40, seqlen_k=66, scale=scale), torch.float32, "triton", DEVICE)
+
+
+@pytest.mark.parametrize(
+    "mutation", ["top_left", "window", "scale", "lse", "no_dropout_scale", "other_plane", "dropped_tile", "delta"]
+)
+def test_mutations_fail(mutation, monkeypatch):
+    """A wrong mask, scale, lse, dropout or a tile left out is outside the bound, in bfloat16, the widest."""
+    case = Case("mutation", batch=1, seqlen_q=70, seqlen_k=100, heads=2, kv_heads=1, head_dim=32, dropout_p=0.2)
+    forward, backward = triton_attention.attention_forward, triton_attention.attention_backward
+
+    def mutate(function):
+        def run(*arguments):
+            head, (cu_q, cu_k, causal, scale, p, seed) = arguments[:-6], arguments[-6:]
+            if mutation == "window":
+                causal = False
+            elif mutation == "scale":
+                scale *= 1.05
+            elif mutation == "other_plane":
+                seed += 1
+            results = function(*head, cu_q, cu_k, causal, scale, p, seed)
+            if function is forward:
+                out, lse = results
+                if mutation == "top_left":
+                    q, k, v = head
+                    return function(q, k[:, : q.shape[1]], v[:, : q.shape[1]], cu_q, cu_k, causal, scale, p, seed)
+                if mutation == "dropped_tile":
+                    q, k, v = head
+                    return function(q, k[:, 64:], v[:, 64:], cu_q, cu_k, causal, scale, p, seed)
+                if mutation == "lse":
+                    return out, lse / 1.4426950408889634  # in base 2
+                if mutation == "no_dropout_scale":
+                    return out / reference.dropout_scale(p), lse
+            elif mutation == "delta":
+                grad, q, k, v, out, lse = head
+                return function(grad, q, k, v, torch.zeros_like(out), lse, cu_q, cu_k, causal, scale, p, seed)
+            return results
+
+        return run
+
+    monkeypatch.setattr(triton_attention, "attention_forward", mutate(forward))
+    monkeypatch.setattr(triton_attention, "attention_backward", mutate(backward))
+    results = run_case(case, torch.bfloat16, "triton", DEVICE)
+    with pytest.raises(AssertionError, match="error of"):
+        check_results(results, case, torch.bfloat16)
+
+
+def test_opcheck():
+    case = Case("opcheck", batch=1, seqlen_q=5, seqlen_k=7, heads=2, kv_heads=1, head_dim=32, strided="packed")
+    q, k, v, grad, _ = make_inputs(case, torch.float32, DEVICE)
+    options = (None, None, True, 0.2, 0.1, SEED, "triton")
+    torch.library.opcheck(torch.ops.phi1.attention_forward.default, (q, k, v, *options))
+    out, lse = torch.ops.phi1.attention_forward(q, k, v, *options)
+    torch.library.opcheck(torch.ops.phi1.attention_backward.default, (grad, q, k, v, out, lse, *options))
+
+
+def test_compiles_to_one_graph():
+    case = Case("compile", batch=1, seqlen_q=33, seqlen_k=33, heads=2, kv_heads=1, head_dim=32, dropout_p=0.1)
+    q, k, v, grad, options = make_inputs(case, torch.float32, DEVICE)
+    function = functools.partial(flash_attention, **options, backend="triton")
+    results = []
+    for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = call(*leaves)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, grad)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_it_refuses():
+    q = torch.zeros(1, 4, 1, 80, device=DEVICE)
+    with pytest.raises(BackendError, match=r"head_dim = 80: the kernels are made for 32, 64, 128; able: reference"):
+        flash_attention(q, q, q, backend="triton")
+    q = torch.zeros(1, 4, 1, 64, device=DEVICE, dtype=torch.float64)
+    with pytest.raises(BackendError, match=r"dtype = torch\.float64"):
+        flash_attention(q, q, q, backend="triton")
