@@ -174,5 +174,6 @@ def test_log_odds_sum_spellings_and_bound_what_is_not_there() -> None:
     both = {"yes": math.log(0.3), " Yes": math.log(0.1), "no": math.log(0.2), "maybe": math.log(0.05)}
     assert log_odds(both) == pytest.approx(math.log(0.4 / 0.2))
     assert log_odds({"yes": -0.1, "The": -6.0}) == pytest.approx(-0.1 + 6.0)
+    assert log_odds({"no": -0.1, "The": -6.0}) == pytest.approx(-6.0 + 0.1)
     with pytest.raises(RequestFailed, match="neither yes nor no"):
         log_odds({"The": -0.1})
