@@ -95,14 +95,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         for pattern, peak in _PEAKS.items():
             if re.search(pattern, name):
                 return peak, f"data sheet of {name}, dense {str(dtype).removeprefix('torch.')}"
-    size = 512 if device.type == "cpu" else 8192
-    a = torch.ones(size, size, device=device, dtype=dtype)
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device).to(dtype)
     best, started = float("inf"), time.perf_counter()
-    for _ in range(5):
+    for _ in range(50):
         begun = time.perf_counter()
-        (a @ a)[0, 0].item()  # .item() waits for the device
+        (a @ a.T)[0, 0].item()  # .item() waits for the device; transposed as in a linear layer
         best = min(best, time.perf_counter() - begun)
-        if time.perf_counter() - started > 0.5:  # fp16 on a CPU may take that long for one
+        if time.perf_counter() - started > 0.5:
             break
     return 2 * size**3 / best, f"measured: {size} x {size} matrix product in {str(dtype).removeprefix('torch.')}"
 
