@@ -7,6 +7,7 @@ masks, all others through one without. Programs with most tiles start first. The
 folded into the scale. Scores are in float32, products of 16-bit inputs on tensor cores.
 """
 
+import itertools
 import math
 
 import torch
@@ -92,21 +93,33 @@ def _store(ptr, value, first, stride, limit, BLOCK: tl.constexpr, HEAD_DIM: tl.c
 
 
 @triton.jit
-def _keep(seed_low, seed_high, plane, first_row, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """reference.dropout_keep of a tile, (ROWS, COLUMNS): one Philox call for eight columns. first_column % 32 == 0."""
-    zero = tl.zeros((ROWS, COLUMNS // 8), tl.uint32)
-    counter = zero + (first_column // 8 + tl.arange(0, COLUMNS // 8)).to(tl.uint32)[None, :]
-    row = zero + (first_row + tl.arange(0, ROWS)).to(tl.uint32)[:, None]
-    key = tl.cast(seed_low, tl.uint32, bitcast=True), tl.cast(seed_high, tl.uint32, bitcast=True)
-    w0, w1, w2, w3 = philox_impl(counter, row, zero + tl.cast(plane, tl.uint32), zero, key[0], key[1])
-    # Column 32 g + 8 w + 2 t + h is half h of word w of counter 4 g + t.
-    a, b = (
-        tl.join(_halves(w0, threshold), _halves(w2, threshold)),
-        tl.join(_halves(w1, threshold), _halves(w3, threshold)),
-    )
-    kept = tl.join(a, b)  # (rows, counter, h, w // 2, w % 2)
-    kept = tl.reshape(kept, (ROWS, COLUMNS // 32, 4, 2, 2, 2))
-    return tl.reshape(tl.permute(kept, (0, 1, 4, 5, 2, 3)), (ROWS, COLUMNS)) != 0
+def _keep(
+    seed_low, seed_high, plane, first_row, first_column, threshold,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """reference.dropout_keep of a tile, (ROWS, COLUMNS) or transposed; one Philox call for eight columns.
+
+    first_column is a multiple of 32. Column 32 g + 8 w + 2 t + h is half h of word w of counter 4 g + t.
+    """
+    counter = (first_column // 8 + tl.arange(0, COLUMNS // 8)).to(tl.uint32)
+    row = (first_row + tl.arange(0, ROWS)).to(tl.uint32)
+    if TRANSPOSED:
+        zero = tl.zeros((COLUMNS // 8, ROWS), tl.uint32)
+        counter, row = zero + counter[:, None], zero + row[None, :]
+    else:
+        zero = tl.zeros((ROWS, COLUMNS // 8), tl.uint32)
+        counter, row = zero + counter[None, :], zero + row[:, None]
+    low, high = tl.cast(seed_low, tl.uint32, bitcast=True), tl.cast(seed_high, tl.uint32, bitcast=True)
+    w0, w1, w2, w3 = philox_impl(counter, row, zero + tl.cast(plane, tl.uint32), zero, low, high)
+    even, odd = tl.join(_halves(w0, threshold), _halves(w2, threshold)), tl.join(_halves(w1, threshold), _halves(w3, threshold))  # fmt: skip
+    kept = tl.join(even, odd)  # (..., h, w // 2, w % 2)
+    if TRANSPOSED:
+        kept = tl.permute(tl.reshape(kept, (COLUMNS // 32, 4, ROWS, 2, 2, 2)), (0, 4, 5, 1, 3, 2))
+        kept = tl.reshape(kept, (COLUMNS, ROWS))
+    else:
+        kept = tl.permute(tl.reshape(kept, (ROWS, COLUMNS // 32, 4, 2, 2, 2)), (0, 1, 4, 5, 2, 3))
+        kept = tl.reshape(kept, (ROWS, COLUMNS))
+    return kept != 0
 
 
 @triton.jit
@@ -116,14 +129,11 @@ def _halves(word, threshold):
 
 
 @triton.jit
-def _visible(
-    first_row, first_column, seqlen_q, seqlen_k, CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Which of a (ROWS, COLUMNS) tile's scores count."""
-    column = first_column + tl.arange(0, COLUMNS)[None, :]
+def _visible(row, column, seqlen_q, seqlen_k, CAUSAL: tl.constexpr):
+    """Which scores count; row and column are indices that broadcast to the tile."""
     visible = column < seqlen_k
     if CAUSAL:
-        visible = visible & (column <= first_row + tl.arange(0, ROWS)[:, None] + (seqlen_k - seqlen_q))
+        visible = visible & (column <= row + (seqlen_k - seqlen_q))
     return visible
 
 
@@ -152,7 +162,8 @@ def _forward_loop(
         k = _load(k_ptr, first_column, k_seq, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
         scores = _dot(q, tl.trans(k))
         if MASKED:
-            visible = _visible(first_row, first_column, seqlen_q, seqlen_k, CAUSAL, BLOCK_M, BLOCK_N)
+            row, column = first_row + tl.arange(0, BLOCK_M)[:, None], first_column + tl.arange(0, BLOCK_N)[None, :]
+            visible = _visible(row, column, seqlen_q, seqlen_k, CAUSAL)
             scores = tl.where(visible, scores * scale, float("-inf"))
             new = tl.maximum(maximum, tl.max(scores, 1))
             shift = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen no key yet
@@ -165,7 +176,7 @@ def _forward_loop(
         total = total * decay + tl.sum(p, 1)
         accumulated = accumulated * decay[:, None]
         if DROPOUT:
-            kept = _keep(seed_low, seed_high, plane, first_row, first_column, threshold, BLOCK_M, BLOCK_N)
+            kept = _keep(seed_low, seed_high, plane, first_row, first_column, threshold, BLOCK_M, BLOCK_N, False)
             p = tl.where(kept, p, 0.0)
         v = _load(v_ptr, first_column, v_seq, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
         accumulated = _dot(_round(p, v.dtype), v, accumulated)
@@ -223,25 +234,6 @@ def _forward_kernel(
 
 
 @triton.jit
-def _gradient_of_scores(
-    q, k, v, grad, lse, delta, first_row, first_column, seqlen_q, seqlen_k, scale, keep_scale,
-    plane, threshold, seed_low, seed_high,
-    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """(probabilities after dropout, gradient of scale * q k^T) of one tile, (BLOCK_M, BLOCK_N) float32."""
-    p = tl.exp2(_dot(q, tl.trans(k)) * (scale * LOG2E) - lse[:, None])
-    if MASKED:  # also where lse is -inf, and p infinite
-        p = tl.where(_visible(first_row, first_column, seqlen_q, seqlen_k, CAUSAL, BLOCK_M, BLOCK_N), p, 0.0)
-    dp = _dot(grad, tl.trans(v))
-    dropped = p
-    if DROPOUT:
-        kept = _keep(seed_low, seed_high, plane, first_row, first_column, threshold, BLOCK_M, BLOCK_N)
-        dropped = tl.where(kept, p * keep_scale, 0.0)
-        dp = tl.where(kept, dp * keep_scale, 0.0)
-    return dropped, p * (dp - delta[:, None])
-
-
-@triton.jit
 def _dq_loop(
     dq, q, grad, lse, delta, k_ptr, v_ptr, k_seq, v_seq, first_row, begin, end, seqlen_q, seqlen_k, scale, keep_scale,
     plane, threshold, seed_low, seed_high,
@@ -251,10 +243,15 @@ def _dq_loop(
     for first_column in range(begin, end, BLOCK_N):
         k = _load(k_ptr, first_column, k_seq, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
         v = _load(v_ptr, first_column, v_seq, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
-        _, ds = _gradient_of_scores(
-            q, k, v, grad, lse, delta, first_row, first_column, seqlen_q, seqlen_k, scale, keep_scale,
-            plane, threshold, seed_low, seed_high, CAUSAL, DROPOUT, MASKED, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        p = tl.exp2(_dot(q, tl.trans(k)) * (scale * LOG2E) - lse[:, None])
+        if MASKED:  # also where lse is -inf, and p infinite
+            row, column = first_row + tl.arange(0, BLOCK_M)[:, None], first_column + tl.arange(0, BLOCK_N)[None, :]
+            p = tl.where(_visible(row, column, seqlen_q, seqlen_k, CAUSAL), p, 0.0)
+        dp = _dot(grad, tl.trans(v))
+        if DROPOUT:
+            kept = _keep(seed_low, seed_high, plane, first_row, first_column, threshold, BLOCK_M, BLOCK_N, False)
+            dp = tl.where(kept, dp * keep_scale, 0.0)
+        ds = p * (dp - delta[:, None])
         dq = _dot(_round(ds, k.dtype), k, dq)
     return dq
 
@@ -322,12 +319,19 @@ def _dkv_loop(
         grad = _load(grad_ptr, first_row, grad_seq, seqlen_q, BLOCK_M, HEAD_DIM, True)
         lse = tl.load(lse_ptr + row, mask=row < seqlen_q, other=float("inf")) * LOG2E
         delta = tl.load(delta_ptr + row, mask=row < seqlen_q, other=0.0)
-        p, ds = _gradient_of_scores(
-            q, k, v, grad, lse, delta, first_row, first_column, seqlen_q, seqlen_k, scale, keep_scale,
-            plane, threshold, seed_low, seed_high, CAUSAL, DROPOUT, MASKED, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-        dv = _dot(tl.trans(_round(p, grad.dtype)), grad, dv)
-        dk = _dot(tl.trans(_round(ds, q.dtype)), q, dk)
+        # Tiles transposed, (keys, rows), so that p and ds are left operands as they lie in registers.
+        p = tl.exp2(_dot(k, tl.trans(q)) * (scale * LOG2E) - lse[None, :])
+        if MASKED:
+            column = first_column + tl.arange(0, BLOCK_N)[:, None]
+            p = tl.where(_visible(row[None, :], column, seqlen_q, seqlen_k, CAUSAL), p, 0.0)
+        dp = _dot(v, tl.trans(grad))
+        dropped = p
+        if DROPOUT:
+            kept = _keep(seed_low, seed_high, plane, first_row, first_column, threshold, BLOCK_M, BLOCK_N, True)
+            dropped = tl.where(kept, p * keep_scale, 0.0)
+            dp = tl.where(kept, dp * keep_scale, 0.0)
+        dv = _dot(_round(dropped, grad.dtype), grad, dv)
+        dk = _dot(_round(p * (dp - delta[None, :]), q.dtype), q, dk)
     return dk, dv
 
 
@@ -387,26 +391,59 @@ def _dkv_kernel(
 
 # ------------------------------------------------------------------------------------------------ launch
 
-# (BLOCK_M, BLOCK_N, warps, stages). Every one is compiled for sm_80 and sm_90 by bench/triton_aot.py, which keeps
-# only those that do not spill.
-FORWARD_TILES = [(128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2)]
-DQ_TILES = [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3)]
-DKV_TILES = [(64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3)]
+# (BLOCK_M, BLOCK_N, warps, stages) by kernel and head_dim, for 16-bit inputs. bench/triton_aot.py compiles each for
+# sm_80 and sm_90; one that spills registers on either is left out.
+TILES = {
+    "forward": {
+        32: [(128, 64, 8, 3), (64, 64, 4, 3)],
+        64: [(128, 64, 8, 3), (64, 64, 4, 3)],
+        128: [(128, 64, 8, 2), (64, 32, 4, 3)],
+    },
+    "dq": {
+        32: [(128, 64, 8, 2), (64, 32, 4, 3)],
+        64: [(128, 64, 8, 2), (64, 32, 4, 3)],
+        128: [(64, 32, 4, 2)],
+    },
+    "dkv": {
+        32: [(64, 64, 8, 2), (32, 64, 4, 3)],
+        64: [(64, 64, 8, 2), (32, 64, 4, 3)],
+        128: [(32, 64, 8, 2)],
+    },
+}
+# float32 inputs: full precision without tensor cores, for checks rather than for speed.
+FLOAT32_TILE = (32, 32, 4, 1)
 # The interpreter runs one program after another: few tiles, but enough for the tests to cross their borders.
-_INTERPRETER_TILES = [(64, 64, 4, 1)]
-_KEY = ["HEAD_DIM", "CAUSAL", "DROPOUT", "length_class"]
+_INTERPRETER_TILE = (64, 64, 4, 1)
 
 
-def _tuned(kernel, tiles):
+def tiles(kernel: str, head_dim: int, dtype: torch.dtype) -> list[tuple[int, int, int, int]]:
+    """The candidates for a call."""
+    if INTERPRETED:
+        return [_INTERPRETER_TILE]
+    return [FLOAT32_TILE] if dtype == torch.float32 else TILES[kernel][head_dim]
+
+
+def _tuned(function, kernel: str):
     """Times the candidates at the first call of each kind and keeps the winner on disk, beside Triton's other files."""
-    configs = [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
-        for m, n, warps, stages in (_INTERPRETER_TILES if INTERPRETED else tiles)
-    ]
-    return triton.autotune(configs, key=_KEY, cache_results=True)(kernel)
+    every = [_INTERPRETER_TILE] if INTERPRETED else [FLOAT32_TILE, *itertools.chain(*TILES[kernel].values())]
+    configs = {
+        tile: triton.Config({"BLOCK_M": tile[0], "BLOCK_N": tile[1]}, num_warps=tile[2], num_stages=tile[3])
+        for tile in every
+    }
+
+    def prune(_, named, **options):
+        arguments = {**named, **options}
+        return [configs[tile] for tile in tiles(kernel, arguments["HEAD_DIM"], arguments["q_ptr"].dtype)]
+
+    return triton.autotune(
+        list(configs.values()),
+        key=["HEAD_DIM", "CAUSAL", "DROPOUT", "length_class"],
+        prune_configs_by={"early_config_prune": prune},
+        cache_results=True,
+    )(function)
 
 
-_forward, _dq, _dkv = _tuned(_forward_kernel, FORWARD_TILES), _tuned(_dq_kernel, DQ_TILES), _tuned(_dkv_kernel, DKV_TILES)  # fmt: skip
+_forward, _dq, _dkv = _tuned(_forward_kernel, "forward"), _tuned(_dq_kernel, "dq"), _tuned(_dkv_kernel, "dkv")
 
 
 def _int32(word: int) -> int:

@@ -1,0 +1,188 @@
+"""What Triton makes of our kernels: registers, spills, shared memory, tensor core instructions. Needs no GPU.
+
+    python bench/triton_aot.py            writes bench/results/triton-aot.md
+    python bench/triton_aot.py --quick    phi-1's case only (bfloat16, head_dim 64, causal), prints
+
+Every kernel and autotune candidate is compiled for sm_80 and sm_90. Exit status 1 if one spills.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+# Before triton is imported: compiled, not interpreted; multiply-adds fused, as Triton's default has been up to 3.9.
+os.environ.update(TRITON_INTERPRET="0", TRITON_DEFAULT_FP_FUSION="1")
+
+ARCHS = (80, 90)
+_FLOATS = {"scale", "keep_scale"}
+_POINTERS = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "position_ptr": "*i64"}
+_POINTERS |= {"cu_q_ptr": "*i32", "cu_k_ptr": "*i32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One kernel, its constants and launch options, for one architecture."""
+
+    module: str
+    kernel: str
+    arch: int
+    dtype: str
+    constants: tuple[tuple[str, Any], ...]
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    registers: int
+    """A thread."""
+    stack: int
+    """Bytes a thread. Our kernels have no arrays and no calls: what is there was spilled."""
+    shared: int
+    """Bytes a block."""
+    wgmma: int
+    """`wgmma.mma_async` instructions in the PTX (Hopper's tensor cores)."""
+    mma: int
+    """`mma.sync` instructions in the PTX."""
+
+
+def jobs(quick: bool) -> list[Job]:
+    """Every kernel with every candidate; with dropout, the variant that holds most in registers, and without."""
+    import torch
+
+    from kernels.triton import HEAD_DIMS, attention
+
+    found = []
+    dtypes = (
+        {"bf16": torch.bfloat16} if quick else {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    )
+    for arch in ARCHS:
+        for dtype, kind in dtypes.items():
+            for kernel in attention.TILES:
+                for head_dim in (64,) if quick else HEAD_DIMS:
+                    for m, n, warps, stages in attention.tiles(kernel, head_dim, kind):
+                        for dropout, documents in (
+                            ((True, False),) if quick else ((False, False), (True, False), (True, True))
+                        ):
+                            constants = {
+                                "HEAD_DIM": head_dim, "CAUSAL": True, "DROPOUT": dropout, "DOCUMENTS": documents,
+                                "BLOCK_M": m, "BLOCK_N": n,
+                            }  # fmt: skip
+                            found.append(
+                                Job(
+                                    "attention",
+                                    f"_{kernel}_kernel",
+                                    arch,
+                                    dtype,
+                                    tuple(constants.items()),
+                                    warps,
+                                    stages,
+                                )
+                            )
+            constants = {
+                "HALF": 16, "HEAD_DIM": 64, "BLOCK_HEADS": 16, "BLOCK_HALF": 16, "BLOCK_REST": 32,
+                "INVERSE": False, "HAS_POSITIONS": True,
+            }  # fmt: skip
+            found.append(Job("rotary", "_rotary_kernel", arch, dtype, tuple(constants.items()), 4, 3))
+    return found
+
+
+def compile_job(job: Job) -> Result:
+    """Compiles ahead of time, with the arguments aligned as phi-1's are."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"kernels.triton.{job.module}"), job.kernel)
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in dict(job.constants):
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = _POINTERS.get(name, f"*{job.dtype}")
+        else:
+            signature[name] = "fp32" if name in _FLOATS else "i32"
+        if name.endswith(("_ptr", "_batch", "_seq", "_head")):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=dict(job.constants), attrs=attributes),
+        target=GPUTarget("cuda", job.arch, 32),
+        options={"num_warps": job.warps, "num_stages": job.stages},
+    )
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    match = re.search(rf"Function {job.kernel}:\s+REG:(\d+) STACK:(\d+)", usage)
+    assert match, usage
+    ptx = compiled.asm["ptx"]
+    return Result(
+        int(match[1]), int(match[2]), compiled.metadata.shared, ptx.count("wgmma.mma_async"), ptx.count("mma.sync")
+    )
+
+
+def compile_all(quick: bool, processes: int = 2) -> dict[Job, Result]:
+    work = jobs(quick)
+    # Not forked: torch's threads do not survive it.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        return dict(zip(work, pool.map(compile_job, work), strict=True))
+
+
+def table(results: dict[Job, Result]) -> str:
+    import triton
+
+    lines = [
+        "# Triton kernels, compiled ahead of time\n",
+        f"triton {triton.__version__}; `python bench/triton_aot.py`. Registers and stack are a thread's, stack is spills; "
+        "shared memory a block's; instructions are counted in the PTX.\n",
+        "| kernel | arch | dtype | constants | warps | stages | registers | spilled B | shared KiB | wgmma | mma.sync |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for job, r in results.items():
+        constants = " ".join(
+            name.lower() if value is True else f"{name.lower()}={value}"
+            for name, value in job.constants
+            if value is not False
+        )
+        lines.append(
+            f"| {job.kernel.strip('_')} | sm_{job.arch} | {job.dtype} | {constants} | {job.warps} | {job.stages} "
+            f"| {r.registers} | {r.stack} | {r.shared / 1024:.0f} | {r.wgmma} | {r.mma} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="phi-1's case only; prints the table, writes nothing")
+    parser.add_argument("--processes", type=int, default=2, help="compilers at a time")
+    options = parser.parse_args()
+    results = compile_all(options.quick, options.processes)
+    text = table(results)
+    if options.quick:
+        print(text)
+    else:
+        path = ROOT / "bench" / "results" / "triton-aot.md"
+        path.write_text(text)
+        print(f"wrote {path.relative_to(ROOT)}: {len(results)} kernels")
+    spilled = [job for job, result in results.items() if result.stack]
+    for job in spilled:
+        print(f"spills {results[job].stack} bytes a thread: {job}", file=sys.stderr)
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

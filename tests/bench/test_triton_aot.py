@@ -1,0 +1,26 @@
+"""Triton's kernels compile for sm_80 and sm_90 without a GPU, use tensor cores, and do not spill."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_phi1_kernels_do_not_spill():
+    command = [sys.executable, str(ROOT / "bench" / "triton_aot.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("|")]
+    names, rows = rows[0], [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+    assert names[:3] == ["kernel", "arch", "dtype"]
+    assert {row["kernel"] for row in rows} == {"forward_kernel", "dq_kernel", "dkv_kernel", "rotary_kernel"}
+    for row in rows:
+        assert row["spilled B"] == "0" and 0 < int(row["registers"]) <= 255, row
+        if row["kernel"] != "rotary_kernel":
+            products = {"sm_90": "wgmma", "sm_80": "mma.sync"}[row["arch"]]
+            assert int(row[products]) > 0, row
