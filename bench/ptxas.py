@@ -29,6 +29,7 @@ _SIZES = r"""
 #include <cstdio>
 #include "cuda/attention_backward.cuh"
 #include "cuda/attention_forward.cuh"
+#include "cuda/layer_norm.cuh"
 #include "cuda/rotary.cuh"
 using namespace phi1::cuda;
 template <int kHeadDim> void attention() {
@@ -40,6 +41,8 @@ template <int kHeadDim> void attention() {
 int main() {
   attention<32>(), attention<64>(), attention<128>();
   std::printf("rotary 0 %d 0\n", 32 * kRotaryWarps);
+  for (const char* name : {"layer_norm", "layer_norm_grad", "layer_norm_sum"}) std::printf("%s 0 %d 0\n", name, kNormThreads);
+  std::printf("layer_norm_partial 0 %d %d\n", kNormThreads, kNormSharedBytes);
 }
 """
 

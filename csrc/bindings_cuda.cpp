@@ -10,6 +10,8 @@ namespace phi1 {
 
 namespace {
 
+void* address(uintptr_t x) { return reinterpret_cast<void*>(x); }
+
 cuda::AttentionArgs attention_args(const HeadsSpec& q, const HeadsSpec& k, const HeadsSpec& v, const HeadsSpec& out,
                                    uintptr_t lse, std::array<int64_t, 6> sizes, std::array<uintptr_t, 2> cu_seqlens,
                                    int64_t documents, bool causal, float scale, uint32_t dropout_threshold,
@@ -64,6 +66,31 @@ void bind_cuda(py::module_& m) {
           args.grad_k = heads_tensor(grads[2]), args.grad_v = heads_tensor(grads[3]);
           args.row_stats = reinterpret_cast<float*>(row_stats);
           cuda::attention_backward(args, reinterpret_cast<void*>(stream));
+        });
+
+  m.def("layer_norm_forward_cuda", [](uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y, uintptr_t stats,
+                                      std::array<int64_t, 3> sizes, float eps, int dtype, uintptr_t stream) {
+    py::gil_scoped_release release;
+    cuda::LayerNormArgs args{};
+    args.x = address(x), args.weight = address(weight), args.bias = address(bias), args.y = address(y);
+    args.stats = static_cast<float*>(address(stats));
+    args.rows = sizes[0], args.hidden = sizes[1], args.x_stride = sizes[2];
+    args.eps = eps;
+    args.dtype = static_cast<DType>(dtype);
+    cuda::layer_norm_forward(args, address(stream));
+  });
+
+  m.def("layer_norm_backward_cuda",
+        [](uintptr_t grad_y, uintptr_t x, uintptr_t weight, uintptr_t stats, uintptr_t grad_x, uintptr_t grad_weight,
+           uintptr_t grad_bias, uintptr_t partial, std::array<int64_t, 4> sizes, int dtype, uintptr_t stream) {
+          py::gil_scoped_release release;
+          cuda::LayerNormArgs args{};
+          args.grad_y = address(grad_y), args.x = address(x), args.weight = address(weight), args.y = address(grad_x);
+          args.grad_weight = address(grad_weight), args.grad_bias = address(grad_bias);
+          args.stats = static_cast<float*>(address(stats)), args.partial = static_cast<float*>(address(partial));
+          args.rows = sizes[0], args.hidden = sizes[1], args.x_stride = sizes[2], args.chunks = sizes[3];
+          args.dtype = static_cast<DType>(dtype);
+          cuda::layer_norm_backward(args, address(stream));
         });
 }
 

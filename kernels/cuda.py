@@ -15,7 +15,8 @@ from kernels import native, reference
 from kernels.registry import register
 
 
-def _missing() -> str | None:
+def missing() -> str | None:
+    """Why there is no GPU to launch on, or None."""
     if native.MISSING is not None:
         return native.MISSING
     if not native._native.has_cuda:
@@ -122,17 +123,68 @@ def attention_backward(
     return grads[0], grads[1], grads[2]
 
 
-def register_kernels(module: Any, devices: tuple[str, ...], missing: str | None = None) -> None:
+def _norm_rows(x: Tensor, width: int) -> Tensor:
+    """x as (rows, width), each row contiguous and starting at a multiple of 16 bytes."""
+    if width % 8:
+        raise ValueError(f"x.shape[-1] = {width}: the cuda backend's layer_norm takes a multiple of 8; pad the width")
+    return _aligned(x.reshape(-1, width))
+
+
+def layer_norm_forward(module: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y (contiguous) and (mean, 1 / sqrt(variance + eps)) of each row; see `kernels.layer_norm`."""
+    rows, weight, bias = _norm_rows(x, weight.numel()), _aligned(weight), _aligned(bias)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    stats = torch.empty((rows.shape[0], 2), dtype=torch.float32, device=x.device)
+    if x.numel():
+        with _device(x):
+            module.layer_norm_forward_cuda(
+                rows.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), stats.data_ptr(),
+                (*rows.shape, rows.stride(0)), eps, native.DTYPE_CODES[x.dtype], _stream(x),
+            )  # fmt: skip
+    return y, stats
+
+
+NORM_CHUNKS = 64
+"""Chunks of rows whose sums for the gradients of weight and bias are made by separate blocks: with 32 strips of
+columns at hidden 2,048 these are 2,048 blocks. Fixed, so that the sums do not depend on the machine."""
+
+
+def layer_norm_backward(
+    module: Any, grad: Tensor, x: Tensor, weight: Tensor, stats: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias (contiguous), bitwise reproducible."""
+    rows, weight, stats = _norm_rows(x, weight.numel()), _aligned(weight), stats.contiguous()
+    grad = _norm_rows(grad, weight.numel()).contiguous()
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_weight, grad_bias = (torch.zeros(weight.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    chunks = min(NORM_CHUNKS, max(rows.shape[0], 1))
+    partial = torch.empty((chunks, 2, weight.numel()), dtype=torch.float32, device=x.device)
+    if x.numel():
+        with _device(x):
+            module.layer_norm_backward_cuda(
+                grad.data_ptr(), rows.data_ptr(), weight.data_ptr(), stats.data_ptr(), grad_x.data_ptr(),
+                grad_weight.data_ptr(), grad_bias.data_ptr(), partial.data_ptr(),
+                (*rows.shape, rows.stride(0), chunks), native.DTYPE_CODES[x.dtype], _stream(x),
+            )  # fmt: skip
+    return grad_x, grad_weight, grad_bias
+
+
+def register_kernels(module: Any, devices: tuple[str, ...], why_not: str | None = None) -> None:
     """Makes the launches of `module` the `cuda` backend of every op, for tensors on `devices`."""
     register(
         "apply_rotary", "cuda", functools.partial(rotary, module),
-        devices=devices, missing=missing, refuses=native.refuses_dtype,
+        devices=devices, missing=why_not, refuses=native.refuses_dtype,
     )  # fmt: skip
     register(
         "flash_attention", "cuda",
         (functools.partial(attention_forward, module), functools.partial(attention_backward, module)),
-        devices=devices, missing=missing, refuses=attention_refuses,
+        devices=devices, missing=why_not, refuses=attention_refuses,
+    )  # fmt: skip
+    register(
+        "layer_norm", "cuda",
+        (functools.partial(layer_norm_forward, module), functools.partial(layer_norm_backward, module)),
+        devices=devices, missing=why_not, refuses=native.refuses_dtype,
     )  # fmt: skip
 
 
-register_kernels(native._native, devices=("cuda",), missing=_missing())
+register_kernels(native._native, devices=("cuda",), why_not=missing())

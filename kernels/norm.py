@@ -1,5 +1,6 @@
 """LayerNorm."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -7,6 +8,51 @@ from kernels import reference
 from kernels.checks import check_device, check_dtype, check_like, check_shape
 from kernels.registry import choose, implementation, register
 
+torch.library.define(
+    "phi1::layer_norm_forward", "(Tensor x, Tensor weight, Tensor bias, float eps, str backend) -> (Tensor, Tensor)"
+)
+torch.library.define(
+    "phi1::layer_norm_backward",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor stats, str backend) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("phi1::layer_norm_forward", ("cpu", "cuda"))
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    return implementation("layer_norm", backend)[0](x, weight, bias, eps)
+
+
+@torch.library.impl("phi1::layer_norm_backward", ("cpu", "cuda"))
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, stats: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation("layer_norm", backend)[1](grad, x, weight, stats)
+
+
+@torch.library.register_fake("phi1::layer_norm_forward")
+def _forward_fake(x, weight, bias, eps, backend):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), x.new_empty((x.numel() // weight.numel(), 2), dtype=torch.float32)
+
+
+@torch.library.register_fake("phi1::layer_norm_backward")
+def _backward_fake(grad, x, weight, stats, backend):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Saves x and of each row its mean and 1 / sqrt(variance + eps)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, backend):  # type: ignore[no-untyped-def]
+        y, stats = torch.ops.phi1.layer_norm_forward(x, weight, bias, eps, backend)
+        ctx.save_for_backward(x, weight, stats)
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return *torch.ops.phi1.layer_norm_backward(grad, *ctx.saved_tensors, ctx.backend), None, None
+
+
+# These two PyTorch differentiates; the native ones are a (forward, backward) pair.
 register("layer_norm", "reference", reference.layer_norm)
 register("layer_norm", "torch", lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, weight, bias, eps))
 
@@ -22,6 +68,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, ba
         check_shape(name, parameter, (x.shape[-1],), "(hidden,), x's last dim")
         check_like(name, parameter, "x", x)
         check_device(name, parameter, "x", x)
-    return implementation("layer_norm", choose("layer_norm", x.device.type, backend, dtype=x.dtype))(
-        x, weight, bias, eps
-    )
+    name = choose("layer_norm", x.device.type, backend, dtype=x.dtype)
+    if name in ("reference", "torch"):
+        return implementation("layer_norm", name)(x, weight, bias, eps)
+    return _LayerNorm.apply(x, weight, bias, eps, name)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/attention.h"
+#include "cuda/layer_norm.h"
 #include "rotary.h"
 
 namespace phi1::cuda {
@@ -9,5 +10,7 @@ namespace phi1::cuda {
 void rotary(const RotaryArgs& args, void* stream);
 void attention_forward(const AttentionArgs& args, void* stream);
 void attention_backward(const AttentionArgs& args, void* stream);
+void layer_norm_forward(const LayerNormArgs& args, void* stream);
+void layer_norm_backward(const LayerNormArgs& args, void* stream);
 
 }  // namespace phi1::cuda

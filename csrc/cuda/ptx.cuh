@@ -93,6 +93,16 @@ PHI1_DEVICE void st_shared_4(uint32_t to, uint32_t value) {
 #endif
 }
 
+PHI1_DEVICE uint32_t ld_shared_4(uint32_t from) {
+  uint32_t v;
+#if defined(PHI1_EMULATOR)
+  emulator::ld_shared(&v, from, 4);
+#else
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
+#endif
+  return v;
+}
+
 PHI1_DEVICE Vector4 ld_shared_16(uint32_t from) {
   Vector4 v;
 #if defined(PHI1_EMULATOR)
@@ -207,6 +217,12 @@ PHI1_DEVICE void mma_m16n8k16(f16, float (&d)[4], const uint32_t (&a)[4], const 
 
 // The greater; of a number and NaN the number.
 PHI1_DEVICE float max_f32(float x, float y) { return PHI1_PTX(max_f32(x, y), fmaxf(x, y)); }
+
+// sqrt(x), rounded to nearest.
+PHI1_DEVICE float sqrt_f32(float x) { return PHI1_PTX(sqrt_f32(x), __fsqrt_rn(x)); }
+
+PHI1_DEVICE float bits_to_float(uint32_t x) { return PHI1_PTX(bits_to_float(x), __uint_as_float(x)); }
+PHI1_DEVICE uint32_t float_to_bits(float x) { return PHI1_PTX(float_to_bits(x), __float_as_uint(x)); }
 
 // 2^x; subnormal results are flushed to zero.
 PHI1_DEVICE float ex2(float x) {

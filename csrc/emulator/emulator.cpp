@@ -547,6 +547,10 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool half) {
 }
 
 float max_f32(float x, float y) { return std::fmax(x, y); }
+float sqrt_f32(float x) { return std::sqrt(x); }
+float bits_to_float(uint32_t x) { return std::bit_cast<float>(x); }
+uint32_t float_to_bits(float x) { return std::bit_cast<uint32_t>(x); }
+
 float ex2(float x) {
   const float y = std::exp2(x);
   return y < std::numeric_limits<float>::min() ? 0.0f : y;

@@ -10,18 +10,23 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
+import attention_cases
 import pytest
+import torch
 
 from kernels import cuda, registry
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / f"emulator-{sys.implementation.cache_tag}"
-OPS = ("apply_rotary", "flash_attention")
+DEVICES = ("cpu", "cuda") if cuda.missing() is None else ("cpu",)
+"""Where the kernels run in the tests: under the emulator, and on the GPU if there is one."""
+OPS = ("apply_rotary", "flash_attention", "layer_norm")
 
 
 def load(path: pathlib.Path) -> ModuleType:
     """The extension module _emulator from `path`; several builds can be loaded side by side."""
-    spec = importlib.util.spec_from_file_location("_emulator", path)
+    # pybind11 makes one module a name: a package name of its own makes each file a module of its own.
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}._emulator", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -72,3 +77,26 @@ def emulator(emulator_module: ModuleType) -> Iterator[ModuleType]:
     emulator_module.reset_counters()
     with as_cuda_backend(emulator_module):
         yield emulator_module
+
+
+@pytest.fixture(params=DEVICES, ids=lambda device: {"cpu": "emulator", "cuda": "gpu"}[device])
+def cuda_device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device of the tensors that `backend="cuda"` takes in this test: "cpu" (emulator), "cuda" (GPU)."""
+    if request.param == "cpu":
+        request.getfixturevalue("emulator")
+    yield request.param
+
+
+def check_attention(case: attention_cases.Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The rule of attention_cases, and more of lse: the rule lets it be as wrong as one in 16 bits.
+
+    Products of 16-bit numbers are exact in float32, as their sums of 128 nearly are: what is left is float32's
+    rounding. One key of a hundred too many or too few changes lse by 1e-2.
+    """
+    results = attention_cases.run_case(case, dtype, "cuda", device)
+    attention_cases.check_results(results, case, dtype)
+    truth = attention_cases.truth_and_bounds(case, dtype)[0]["lse"]
+    seen = ~truth.isinf()
+    error = (results["lse"].cpu().double() - truth)[seen].abs()
+    bound = 1e-5 * (1 + truth[seen].abs())
+    assert (error <= bound).all(), f"{case.name}, {dtype}: error of lse is {float((error / bound).max()):.3g} bounds"

@@ -6,7 +6,7 @@ import attention_cases
 import pytest
 import torch
 from attention_cases import CASES, OUTPUTS, Case
-from emulator import emulator, emulator_module  # noqa: F401
+from emulator import DEVICES, check_attention, cuda_device, emulator, emulator_module  # noqa: F401
 
 from kernels import BackendError, flash_attention, reference
 
@@ -15,9 +15,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_attention_keeps_the_error_rule(emulator, case, dtype):  # noqa: F811
-    attention_cases.check_case(case, dtype, "cuda")
-    counters = emulator.counters()
+def test_attention_keeps_the_error_rule(cuda_device, emulator_module, case, dtype):  # noqa: F811
+    check_attention(case, dtype, cuda_device)
+    if cuda_device == "cuda":
+        return
+    counters = emulator_module.counters()
     assert counters["launches"] == 4, "forward, rows' numbers, dK and dV, dQ"
     assert counters["shared_wavefronts"] == counters["shared_wavefronts_least"] > 0, "bank conflicts"
 
@@ -31,6 +33,16 @@ def test_bits_do_not_depend_on_the_order_of_threads(emulator, head_dim):  # noqa
         again = attention_cases.run_case(case, torch.bfloat16, "cuda")
         for name in OUTPUTS:
             assert torch.equal(first[name], again[name]), (name, seed)
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU: thread orders are tested under the emulator")
+@pytest.mark.parametrize("head_dim", (32, 64, 128))
+def test_repeated_runs_on_the_gpu_give_the_same_bits(head_dim):
+    case = Case("repeat", batch=2, seqlen_q=500, seqlen_k=700, heads=4, kv_heads=2, head_dim=head_dim, dropout_p=0.1)
+    first = attention_cases.run_case(case, torch.bfloat16, "cuda", "cuda")
+    for _ in range(50):
+        again = attention_cases.run_case(case, torch.bfloat16, "cuda", "cuda")
+        assert all(torch.equal(first[name], again[name]) for name in OUTPUTS)
 
 
 @pytest.mark.parametrize("head_dim", (32, 64, 128))

@@ -1,0 +1,286 @@
+"""Small mistakes, one at a time, in csrc/cuda: each must be noticed by a few of the cases that the kernels are tested on.
+
+A mutant that survives means that the tests cannot see such a mistake, or that the code it changed does nothing.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import emulator
+import pytest
+import torch
+from attention_cases import Case
+
+from kernels import reference
+
+CUDA = emulator.ROOT / "csrc" / "cuda"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """Replaces `old` by `new` in `file`; `old` occurs `times` times and each is replaced."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    times: int = 1
+
+
+def _mutations(file: str, *rows: tuple[str, str, str] | tuple[str, str, str, int]) -> list[Mutation]:
+    return [Mutation(row[0], file, row[1], row[2], *row[3:]) for row in rows]
+
+
+MUTATIONS = [
+    *_mutations(
+        "attention_forward.cuh",
+        ("mask lets the next key through", "key >= minimum(work.seqlen_k, query + visible)",
+         "key > minimum(work.seqlen_k, query + visible)"),
+        ("mask hides the last visible key", "key >= minimum(work.seqlen_k, query + visible)",
+         "key + 1 >= minimum(work.seqlen_k, query + visible)"),
+        ("no mask on the diagonal", "if (column + Sizes::kKeys > minimum(work.seqlen_k, row + visible))",
+         "if (column + Sizes::kKeys > work.seqlen_k)"),
+        ("no mask at the end of the keys", "if (column + Sizes::kKeys > minimum(work.seqlen_k, row + visible))",
+         "if (column + Sizes::kKeys > row + visible)"),
+        ("scale missing", "const float scale = args.scale * kLog2e;", "const float scale = kLog2e;"),
+        ("natural exponent for the base-2 one", "const float scale = args.scale * kLog2e;",
+         "const float scale = args.scale;"),
+        ("last tile of keys skipped", "ceil_div(keys, Sizes::kKeys)", "keys / Sizes::kKeys"),
+        ("first tile of keys skipped", "for (int tile = 0; tile < tiles", "for (int tile = 1; tile < tiles"),
+        ("last query of the tile forgotten", "minimum(last + visible, work.seqlen_k)",
+         "minimum(last + visible - 1, work.seqlen_k)"),
+        ("barrier of the loop removed", "    bar_sync();  // this tile has come", "    // this tile has come"),
+        ("cp.async wait of the loop removed", "    cp_async_wait<0>();\n    bar_sync();  // this tile",
+         "    bar_sync();  // this tile"),
+        ("waits for one copy too few", "    cp_async_wait<0>();\n    bar_sync();  // this tile",
+         "    cp_async_wait<1>();\n    bar_sync();  // this tile"),
+        ("next tile loaded over the one in use", "load_keys(tile + 1);", "load_keys(tile + 2);"),
+        ("accumulators not rescaled", "out[m][n][2 * half] *= correction, ", ""),
+        ("sum not rescaled", "sum[m][half] * correction", "sum[m][half]"),
+        ("maximum of two lanes, not four", "        highest = max_f32(highest, shfl_xor(highest, 2));\n", ""),
+        ("sum of two lanes, not four", "      total += shfl_xor(total, 2);\n", ""),
+        ("running maximum lost", "float highest = most[m][half];", "float highest = -kInfinity;"),
+        ("no guard for rows that see no key", "highest == -kInfinity ? 0.0f : highest * scale", "highest * scale"),
+        ("division by zero for rows that see no key", "total == 0.0f ? 0.0f : args.dropout_scale / total",
+         "args.dropout_scale / total"),
+        ("lse in base 2", "(most[m][half] * scale + lg2(total)) * kLn2", "most[m][half] * scale + lg2(total)"),
+        ("lse without the maximum", "(most[m][half] * scale + lg2(total)) * kLn2", "lg2(total) * kLn2"),
+        ("lse of a row that sees no key is 0", "total == 0.0f ? -kInfinity", "total == 0.0f ? 0.0f"),
+        ("lse written past the end", "t == 0 && query < work.seqlen_q", "t == 0"),
+        ("dropout's scale missing", "args.dropout_scale / total", "1.0f / total"),
+        ("same dropout in every batch entry", "int(work.batch * args.heads) + work.head;", "work.head;"),
+        ("key/value heads interleaved instead of grouped", "work.head / (args.heads / args.kv_heads)",
+         "work.head % args.kv_heads"),
+        ("copy of Q not waited for without keys", "if (tiles == 0) {", "if (false) {"),
+    ),
+    *_mutations(
+        "attention.cuh",
+        ("causal mask aligned top left", "work.seqlen_k - work.seqlen_q + 1", "1"),
+        ("causal mask ignored", "args.causal ? work.seqlen_k - work.seqlen_q + 1 : work.seqlen_k", "work.seqlen_k"),
+        ("document's rows in lse forgotten", "* args.seqlen_q + work.q_row", "* args.seqlen_q"),
+        ("document's first query forgotten", "work.q_row = ld_global(args.cu_seqlens_q + work.batch), ", ""),
+        ("a tile of the documents too few", "int((kQueries ? args.seqlen_q : args.seqlen_k) / kRows + args.documents)",
+         "int((kQueries ? args.seqlen_q : args.seqlen_k) / kRows + args.documents - 1)"),
+        ("dropout's rows 8 apart confused", "row + 16 * m + 8 * half + g, column / 32", "row + 16 * m + g, column / 32"),
+        ("dropout's groups of columns confused", "column / 32 + group, t", "column / 32, t"),
+        ("dropout's neighbours swapped", "(word[i] & 0xffff) >=", "(word[i] >> 16) >="),
+        ("dropout's threshold too high", "(word[i] >> 16) >= args.dropout_threshold",
+         "(word[i] >> 16) > args.dropout_threshold + 3000"),
+        ("transposed dropout: lanes do not swap", "const uint32_t bits[2] = {g % 2 ? others : mine, g % 2 ? mine : others}",
+         "const uint32_t bits[2] = {mine, mine}"),
+        ("transposed dropout: queries swapped", "query + 8 * n + 2 * t + g % 2, key / 32",
+         "query + 8 * n + 2 * t + 1 - g % 2, key / 32"),
+        ("transposed dropout: keys 8 apart swapped", ">> 16 * (i / 2) & 0xffff", ">> 16 * (1 - i / 2) & 0xffff"),
+        ("transposed dropout: not scaled", "dp[m][n][i] * args.dropout_scale", "dp[m][n][i]"),
+    ),
+    *_mutations(
+        "dropout.cuh",
+        ("dropout's rows and columns transposed", "uint32_t(group * 4 + pair), word[1] = uint32_t(row)",
+         "uint32_t(row), word[1] = uint32_t(group * 4 + pair)"),
+        ("nine rounds of Philox", "round < 10", "round < 9"),
+        ("high half of the seed ignored", "uint32_t(seed >> 32)", "0"),
+    ),
+    *_mutations(
+        "tile.cuh",
+        ("rows copied without the swizzle", "const uint32_t to = offset(row, chunk);",
+         "const uint32_t to = uint32_t(row * kRowBytes + chunk * 16);"),
+        ("left operand read without the swizzle", "address(tile, offset(lane_index() % 16, lane_index() / 16), row, 2 * k)",
+         "(tile + uint32_t((row + lane_index() % 16) * kRowBytes + (2 * k + lane_index() / 16) * 16))"),
+        ("swizzle removed everywhere", "kChunks >= 8 ? chunk ^ (row % 8) : chunk ^ (row / 2 % 4)",
+         "kChunks >= 8 ? chunk : chunk ^ (row / 2 % 4)"),
+        ("value tile not transposed", "ldmatrix_x4_trans(d,", "ldmatrix_x4(d,"),
+        ("right operand's quarters in the wrong order", "offset(lane_index() / 16 * 8 + lane_index() % 8, lane_index() / 8 % 2)",
+         "offset(lane_index() / 8 % 2 * 8 + lane_index() % 8, lane_index() / 16)"),
+        ("last 16 of head_dim skipped", "k < kHeadDim / 16;", "k < kHeadDim / 16 - 1;"),
+        ("last columns of the output skipped", "n < kHeadDim / 16;", "n < kHeadDim / 16 - 1;"),
+        ("rows past the end not zeroed", "first + row + i < end", "first + row + i <= end"),
+        ("rows past the end written", "if (r < end) st_global_16", "if (r <= end) st_global_16"),
+        ("accumulator's halves confused", "p[m][2 * k + i / 2][2 * (i % 2)]", "p[m][2 * k + i % 2][2 * (i / 2)]"),
+        ("no warp barrier before the rows are read back", "    bar_warp_sync();\n#pragma unroll\n    for (int i = 0; i < 16 * kM",
+         "#pragma unroll\n    for (int i = 0; i < 16 * kM"),
+    ),
+    *_mutations(
+        "attention_backward.cuh",
+        ("dK, dV: mask lets the next key through", "+ g >= query + 8 * n", "+ g > query + 8 * n"),
+        ("dK, dV: mask hides the last visible key", "+ g >= query + 8 * n", "+ g + 1 >= query + 8 * n"),
+        ("dK, dV: no mask", "const bool diagonal = row + 16 * kM > query + visible;", "const bool diagonal = false;"),
+        ("dK, dV: first tile of queries skipped", "maximum(work.first - visible + 1, 0) / Sizes::kQueries;",
+         "maximum(work.first - visible + 1, 0) / Sizes::kQueries + 1;"),
+        ("dK, dV: last tile of queries skipped", "ceil_div(work.seqlen_q, Sizes::kQueries)",
+         "work.seqlen_q / Sizes::kQueries"),
+        ("dK, dV: one query head of the group only", "work.head * group + step / tiles", "work.head * group"),
+        ("dK, dV: barrier removed", "    bar_sync();  // this step's", "    // this step's"),
+        ("dK, dV: cp.async wait removed", "    cp_async_wait<0>();\n    bar_sync();  // this step's",
+         "    bar_sync();  // this step's"),
+        ("dK, dV: numbers of even and odd queries swapped", "(i % 2 ? odd.x : even.x)", "(i % 2 ? even.x : odd.x)"),
+        ("dK, dV: delta missing", "(ds[m][n][i] - (i % 2 ? odd.y : even.y))", "ds[m][n][i]"),
+        ("dK: scale missing", "store<T>(grad_k, args.scale,", "store<T>(grad_k, 1.0f,"),
+        ("dV: dropout's scale missing", "store<T>(grad_v, args.dropout_scale,", "store<T>(grad_v, 1.0f,"),
+        ("dV: not dropped", "product_columns<T, kHeadDim>(grad_v, dropped, grad_tile(stage));",
+         "product_columns<T, kHeadDim>(grad_v, p, grad_tile(stage));"),
+        ("dK, dV: copies not waited for without queries", "if (steps == 0) {", "if (false) {"),
+        ("dK, dV: numbers past the end read", "from, inside ? 8 : 0);", "from + (inside ? 0 : 2 * (i)), 8);"),
+        ("dQ: mask lets the next key through", "key >= minimum(work.seqlen_k, query + visible)",
+         "key > minimum(work.seqlen_k, query + visible)"),
+        ("dQ: no mask", "const bool edge = column + Sizes::kKeys > minimum(work.seqlen_k, row + visible);",
+         "const bool edge = false;"),
+        ("dQ: last tile of keys skipped", "ceil_div(keys, Sizes::kKeys)", "keys / Sizes::kKeys"),
+        ("dQ: barrier removed", "    bar_sync();  // this tile", "    // this tile"),
+        ("dQ: cp.async wait removed", "    cp_async_wait<0>();\n    bar_sync();  // this tile",
+         "    bar_sync();  // this tile"),
+        ("dQ: delta missing", "(ds[m][n][i] - stats[m][i / 2].y)", "ds[m][n][i]"),
+        ("dQ: scale missing", "store<T>(grad_q, args.scale,", "store<T>(grad_q, 1.0f,"),
+        ("dQ: not dropped", "    if (args.dropout_threshold)\n      drop(", "    if (false)\n      drop("),
+        ("dQ: numbers past the end read", "minimum(row + 16 * m + 8 * half + g, work.seqlen_q - 1)",
+         "row + 16 * m + 8 * half + g"),
+        ("delta of half a row", "mask < kLanes;", "mask < kLanes / 2;"),
+        ("lse in the wrong base", "ld_global(args.lse + index) * kLog2e", "ld_global(args.lse + index)"),
+    ),
+    *_mutations(
+        "rotary.cuh",
+        ("rotary: neighbours paired", "to_float(ld_global(in + i)), y = to_float(ld_global(in + i + args.half))",
+         "to_float(ld_global(in + 2 * i)), y = to_float(ld_global(in + 2 * i + 1))"),
+        ("rotary: turns the wrong way", "args.inverse ? -1.0f : 1.0f", "args.inverse ? 1.0f : -1.0f"),
+        ("rotary: gradient turns forward", "args.inverse ? -1.0f : 1.0f", "1.0f"),
+        ("rotary: rest not copied", "if (in != out)", "if (in == out)"),
+        ("rotary: positions ignored", "args.position ? ld_global(args.position + b * args.position_batch_stride + t) : t",
+         "t"),
+        ("rotary: positions of the first batch entry", "b * args.position_batch_stride + t", "t"),
+        ("rotary: last pair skipped", "i < args.half;", "i < args.half - 1;"),
+    ),
+]  # fmt: skip
+
+# A few small calls that touch everything: masks, edges, blind rows, groups, dropout, documents, several tiles.
+ATTENTION = [
+    Case("mutants_causal", batch=2, seqlen_q=40, seqlen_k=70, heads=2, kv_heads=1, dropout_p=0.25),
+    Case("mutants_tall", batch=1, seqlen_q=140, seqlen_k=129, heads=1, kv_heads=1),
+    Case("mutants_documents", batch=1, heads=4, kv_heads=2, documents=((5, 90), (40, 20), (4, 0), (0, 9), (33, 33))),
+    Case("mutants_blind", batch=1, seqlen_q=139, seqlen_k=3, heads=1, kv_heads=1),
+    Case("mutants_full", batch=1, seqlen_q=100, seqlen_k=150, heads=1, kv_heads=1, causal=False, dropout_p=0.5),
+]  # fmt: skip
+
+
+def _check_attention(module: ModuleType) -> None:
+    for case in ATTENTION:
+        emulator.check_attention(case, torch.bfloat16)
+    counters = module.counters()
+    assert counters["shared_wavefronts"] == counters["shared_wavefronts_least"], "bank conflicts"
+
+
+def _check_rotary() -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(2, 3, heads, 64, generator=generator).to(torch.bfloat16) for heads in (9, 2))
+    cos, sin = reference.rotary_table(32, 36)
+    for positions in (None, torch.randint(32, (2, 3), generator=generator)):
+        for inverse in (False, True):
+            ours = torch.ops.phi1.rotary(q, k, cos, sin, positions, inverse, "cuda")
+            for x, y in zip(ours, reference.rotary(q, k, cos, sin, positions, inverse), strict=True):
+                torch.testing.assert_close(x, y, rtol=2**-7, atol=1e-6)
+
+
+def _killed_by(module: ModuleType, mutation: Mutation | None) -> str | None:
+    """The first line of what goes wrong, or None."""
+    module.reset_counters()
+    with emulator.as_cuda_backend(module):
+        try:
+            if mutation is None or mutation.file == "rotary.cuh":
+                _check_rotary()
+            if mutation is None or mutation.file != "rotary.cuh":
+                _check_attention(module)
+        except (AssertionError, RuntimeError) as error:
+            return str(error).splitlines()[0]
+    return None
+
+
+def _sources(file: str) -> list[str]:
+    if (CUDA / file).with_suffix(".cu").exists():
+        return [file.replace(".cuh", ".cu")]
+    return ["attention_forward.cu", "attention_backward.cu"]
+
+
+def _build(folder: pathlib.Path, objects: list[pathlib.Path], mutation: Mutation | None) -> pathlib.Path:
+    """The emulator module of a mutated copy of csrc/cuda; `objects` are those of the unmutated sources."""
+    shutil.copytree(CUDA, folder / "cuda")
+    sources = ["attention_forward.cu", "attention_backward.cu", "rotary.cu"]
+    if mutation is not None:
+        target = folder / "cuda" / mutation.file
+        text = target.read_text()
+        found = text.count(mutation.old)
+        assert found == mutation.times, f"{mutation.file}: {mutation.old!r} occurs {found} times, not {mutation.times}"
+        target.write_text(text.replace(mutation.old, mutation.new))
+        sources = _sources(mutation.file)
+    built = []
+    for source in sources:
+        built.append(folder / f"{source}.o")
+        command = [
+            "c++", "-std=c++20", "-O1", "-march=native", "-fPIC", "-fvisibility=hidden", "-DPHI1_EMULATOR",
+            "-DPHI1_ONE_INSTANCE", f"-I{folder}", f"-I{CUDA.parent}", "-xc++", "-c", str(folder / "cuda" / source),
+            "-o", str(built[-1]),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    kept = [x for x in objects if x.name not in {y.name for y in built}]
+    module = folder / "_emulator.so"
+    done = subprocess.run(
+        ["c++", "-shared", "-o", str(module), *map(str, built + kept)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return module
+
+
+@pytest.fixture(scope="module")
+def control(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, list[pathlib.Path]]:
+    """A folder to work in and the object files of the unmutated module."""
+    emulator.build()
+    folder = tmp_path_factory.mktemp("mutants")
+    every = list((emulator.BUILD / "CMakeFiles").rglob("*.o"))
+    others = [x for x in every if not x.name.startswith(("attention", "rotary"))]  # built with one instance only
+    _build(folder / "control", others, None)
+    return folder, others + sorted((folder / "control").glob("*.o"))
+
+
+@pytest.fixture(scope="module")
+def killed() -> Iterator[list[bool]]:
+    """Of each mutant that was run; the total is printed at the end."""
+    results: list[bool] = []
+    yield results
+    print(f"\nCUDA mutants killed: {sum(results)}/{len(results)}", file=sys.__stderr__)
+
+
+def test_the_unmutated_kernels_pass(control: tuple[pathlib.Path, list[pathlib.Path]]) -> None:
+    folder, _ = control
+    assert _killed_by(emulator.load(folder / "control" / "_emulator.so"), None) is None
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.what)
+def test_mutant_is_killed(mutation: Mutation, control, killed: list[bool]) -> None:
+    folder, objects = control
+    module = emulator.load(_build(folder / str(MUTATIONS.index(mutation)), objects, mutation))
+    reason = _killed_by(module, mutation)
+    killed.append(reason is not None)
+    assert reason is not None, f"{mutation.file}: no test notices: {mutation.what}"
