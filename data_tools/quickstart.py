@@ -144,7 +144,7 @@ def steps(config: Config) -> list[Step]:
         decontaminated("filtered", embedder="minilm", embed_above=0.7),
         decontaminated("textbooks", embedder="minilm"),
         decontaminated("llm-exercises", embedder="minilm"),
-        decontaminated("exercises", embedder="minilm", embed_above=0.8),
+        decontaminated("exercises", embedder="minilm", embed_above=0.9),
         Step("tokenizer", "train a tokenizer of 1,024 entries", lambda: tokenizer.run(small)),
         shards("pretrain", ["filtered-clean", "textbooks-clean"], 0.02),
         shards("finetune", ["exercises-clean", "llm-exercises-clean"], 0.02),
