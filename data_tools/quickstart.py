@@ -27,8 +27,8 @@ SOURCES = (
     "pypi:stripe",
 )
 
-MODELS = {"pretrain": "base", "finetune": "finetuned"}
-"""Training runs, and what the paper calls their models."""
+MODELS = {"pretrain": "base", "solutions": "finetuned"}
+"""Training runs that are evaluated, and what the paper calls their models."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,8 +148,17 @@ def steps(config: Config) -> list[Step]:
         Step("tokenizer", "train a tokenizer of 1,024 entries", lambda: tokenizer.run(small)),
         shards("pretrain", ["filtered-clean", "textbooks-clean"], 0.02),
         shards("finetune", ["exercises-clean", "llm-exercises-clean"], 0.02),
-        Step("pretrain", "pretrain phi1-tiny on filtered code and textbooks", lambda: _train(config, "pretrain")),
-        Step("finetune", "finetune it on exercises", lambda: _train(config, "finetune")),
+        Step(
+            "pretrain",
+            "pretrain phi1-tiny on filtered code and textbooks",
+            lambda: _train(config, "pretrain", "pretrain"),
+        ),
+        Step("finetune", "finetune it on exercises", lambda: _train(config, "finetune", "finetune", "pretrain")),
+        Step(
+            "solutions",
+            "finetune further, on the solutions only",
+            lambda: _train(config, "solutions", "finetune", "finetune"),
+        ),
         *(
             Step(
                 f"{benchmark}-{model}",
@@ -163,7 +172,8 @@ def steps(config: Config) -> list[Step]:
     ]
 
 
-def _train(config: Config, name: str) -> None:
+def _train(config: Config, name: str, data: str, init_from: str | None = None) -> None:
+    """Trains by recipe quickstart-`name`, on the token shards `data`, from the weights of the run `init_from`."""
     from phi1.recipe import load_recipe
     from phi1.train import train
 
@@ -172,15 +182,15 @@ def _train(config: Config, name: str) -> None:
     loop = dataclasses.replace(
         recipe.train,
         run_folder=root / name,
-        init_from=root / "pretrain" if name == "finetune" else None,
+        init_from=None if init_from is None else root / init_from,
         steps=max(20, round(recipe.train.steps * config.scale)),
     )
-    data = dataclasses.replace(
-        recipe.data, tokens=root / f"{name}-tokens", validation_tokens=root / f"{name}-validation"
+    shards = dataclasses.replace(
+        recipe.data, tokens=root / f"{data}-tokens", validation_tokens=root / f"{data}-validation"
     )
     warmup = min(recipe.optimizer.warmup_steps, loop.steps // 2)
     optimizer = dataclasses.replace(recipe.optimizer, warmup_steps=warmup)
-    train(dataclasses.replace(recipe, train=loop, data=data, optimizer=optimizer))
+    train(dataclasses.replace(recipe, train=loop, data=shards, optimizer=optimizer))
 
 
 def _evaluate(root: pathlib.Path, benchmark: Literal["humaneval", "exercises"], model: str) -> None:
