@@ -9,6 +9,7 @@ Every kernel and autotune candidate is compiled for sm_80 and sm_90. Exit status
 import argparse
 import concurrent.futures
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import re
@@ -57,43 +58,30 @@ class Result:
 
 
 def jobs(quick: bool) -> list[Job]:
-    """Every kernel with every candidate; with dropout, the variant that holds most in registers, and without."""
+    """Every kernel with every candidate, with and without dropout and packed documents; float16 is as bfloat16."""
     import torch
 
     from kernels.triton import HEAD_DIMS, attention
 
+    dtypes = {"bf16": torch.bfloat16} if quick else {"bf16": torch.bfloat16, "fp32": torch.float32}
+    variants = ((True, False),) if quick else ((False, False), (True, False), (True, True))
     found = []
-    dtypes = (
-        {"bf16": torch.bfloat16} if quick else {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    )
-    for arch in ARCHS:
-        for dtype, kind in dtypes.items():
-            for kernel in attention.TILES:
-                for head_dim in (64,) if quick else HEAD_DIMS:
-                    for m, n, warps, stages in attention.tiles(kernel, head_dim, kind):
-                        for dropout, documents in (
-                            ((True, False),) if quick else ((False, False), (True, False), (True, True))
-                        ):
-                            constants = {
-                                "HEAD_DIM": head_dim, "CAUSAL": True, "DROPOUT": dropout, "DOCUMENTS": documents,
-                                "BLOCK_M": m, "BLOCK_N": n,
-                            }  # fmt: skip
-                            found.append(
-                                Job(
-                                    "attention",
-                                    f"_{kernel}_kernel",
-                                    arch,
-                                    dtype,
-                                    tuple(constants.items()),
-                                    warps,
-                                    stages,
-                                )
-                            )
-            constants = {
-                "HALF": 16, "HEAD_DIM": 64, "BLOCK_HEADS": 16, "BLOCK_HALF": 16, "BLOCK_REST": 32,
-                "INVERSE": False, "HAS_POSITIONS": True,
-            }  # fmt: skip
-            found.append(Job("rotary", "_rotary_kernel", arch, dtype, tuple(constants.items()), 4, 3))
+    for arch, dtype in itertools.product(ARCHS, dtypes):
+        for kernel, head_dim in itertools.product(attention.TILES, (64,) if quick else HEAD_DIMS):
+            candidates = attention.tiles(kernel, head_dim, dtypes[dtype])
+            for (m, n, warps, stages), (dropout, documents) in itertools.product(candidates, variants):
+                constants = {
+                    "HEAD_DIM": head_dim, "CAUSAL": True, "DROPOUT": dropout, "DOCUMENTS": documents,
+                    "BLOCK_M": m, "BLOCK_N": n,
+                }  # fmt: skip
+                found.append(
+                    Job("attention", f"_{kernel}_kernel", arch, dtype, tuple(constants.items()), warps, stages)
+                )
+        constants = {
+            "HALF": 16, "HEAD_DIM": 64, "BLOCK_HEADS": 16, "BLOCK_HALF": 16, "BLOCK_REST": 32,
+            "INVERSE": False, "HAS_POSITIONS": True,
+        }  # fmt: skip
+        found.append(Job("rotary", "_rotary_kernel", arch, dtype, tuple(constants.items()), 4, 3))
     return found
 
 
