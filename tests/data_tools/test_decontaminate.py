@@ -93,7 +93,9 @@ def decontaminated(tmp_path: pathlib.Path, contents: list[str], *, exercises: bo
 
 
 def reasons(result: Dataset) -> list[str]:
-    return [failure["reason"].split(":")[0] + " " + failure["reason"].split(":")[1].strip() for failure in result.failures()]
+    return [
+        failure["reason"].split(":")[0] + " " + failure["reason"].split(":")[1].strip() for failure in result.failures()
+    ]
 
 
 def test_planted_copies_are_found_and_unrelated_code_stays(tmp_path: pathlib.Path) -> None:
@@ -131,7 +133,9 @@ def test_what_does_not_parse_is_not_kept_silently(tmp_path: pathlib.Path) -> Non
     broken = OTHER.replace("if a > b:", "if a > b", 1)
     result = decontaminated(tmp_path, [broken, "x = 1\n", OTHER])
     assert reasons(result) == ["unparsable its code does not parse, so its tree cannot be compared"] * 2
-    kept = decontaminate.run(Config(input=tmp_path / "in", output=tmp_path / "kept", embedder="none", unparsable="keep"))
+    kept = decontaminate.run(
+        Config(input=tmp_path / "in", output=tmp_path / "kept", embedder="none", unparsable="keep")
+    )
     assert kept.rows == 3 and kept.counters["kept_without_ast_test"] == 2
 
 
