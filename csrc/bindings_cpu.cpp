@@ -73,6 +73,12 @@ void bind_cpu(py::module_& m) {
           cpu::kernels().attention_backward(args, threads);
         });
 
+  m.def("residual_keep_cpu",
+        [](uintptr_t keep, int64_t rows, int64_t columns, uint32_t threshold, uint64_t seed, int threads) {
+          py::gil_scoped_release release;
+          cpu::kernels().residual_keep(reinterpret_cast<uint8_t*>(keep), rows, columns, threshold, seed, threads);
+        });
+
   // For tests: 2^x as the kernels compute it, of `count` floats at `in`.
   m.def("exp2_cpu", [](uintptr_t in, uintptr_t out, int64_t count) {
     cpu::kernels().exp2(reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), count);

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference
+from kernels import cpu, native, reference
 from kernels.attention import flash_attention
 from kernels.checks import check, check_dtype, check_like, check_shape
 from kernels.norm import layer_norm
@@ -34,6 +34,8 @@ torch.library.define("phi1::residual_keep", "(Tensor like, SymInt seed, float p)
 @torch.library.impl("phi1::residual_keep", ("cpu", "cuda"))
 def _residual_keep(like: Tensor, seed: int, p: float) -> Tensor:
     batch, seq, hidden = like.shape
+    if like.device.type == "cpu" and native.MISSING is None:  # the same bits, in a hundredth of the time
+        return cpu.residual_keep(seed, batch * seq, hidden, p).view(like.shape)
     return reference.residual_keep(seed, batch * seq, hidden, p, like.device).view(like.shape)
 
 

@@ -97,6 +97,15 @@ def attention_backward(
     return grads
 
 
+def residual_keep(seed: int, rows: int, columns: int, p: float) -> Tensor:
+    """`kernels.reference.residual_keep` on the CPU, the same bits."""
+    keep = torch.empty(rows, columns, dtype=torch.bool)
+    native._native.residual_keep_cpu(
+        keep.data_ptr(), rows, columns, reference.dropout_threshold(p), seed & (1 << 64) - 1, torch.get_num_threads()
+    )
+    return keep
+
+
 register(
     "flash_attention",
     "cpu",

@@ -29,10 +29,11 @@ namespace {
 #include "cpu/attention_backward.inl"
 #include "cpu/attention_decode.inl"
 #include "cpu/attention_forward.inl"
+#include "cpu/dropout.inl"
 
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {rotary, attention_forward, attention_backward, exp2_array};
+const Kernels table = {rotary, attention_forward, attention_backward, residual_keep, exp2_array};
 
 }  // namespace phi1::cpu::PHI1_ISA

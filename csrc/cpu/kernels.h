@@ -10,6 +10,7 @@ struct Kernels {
   void (*rotary)(const RotaryArgs&, int threads);
   void (*attention_forward)(const AttentionArgs&, int threads);
   void (*attention_backward)(const AttentionArgs&, int threads);
+  void (*residual_keep)(uint8_t* keep, int64_t rows, int64_t columns, uint32_t threshold, uint64_t seed, int threads);
   // 2^x as the attention kernels compute it.
   void (*exp2)(const float* in, float* out, int64_t count);
 };

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from attention_cases import CASES, Case, check_case, make_inputs, run_case
+from attention_cases import CASES, SEED, Case, check_case, make_inputs, run_case
 
-from kernels import BackendError, flash_attention, native, use_backend
+from kernels import BackendError, cpu, flash_attention, native, reference, use_backend
 
 pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
 
@@ -101,6 +101,14 @@ def test_nan_reaches_its_query_and_no_other(isa: str) -> None:
     bad[1, 2, 17] = True
     assert torch.equal(lse.isnan(), bad)
     assert torch.equal(out.isnan().any(-1).transpose(1, 2), bad)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_residual_mask_is_the_reference(isa: str) -> None:
+    with _isa(isa):
+        for rows, columns, p in ((1, 1, 0.5), (7, 131, 0.1), (33, 512, 0.25)):
+            expected = reference.residual_keep(SEED, rows, columns, p, torch.device("cpu"))
+            assert torch.equal(cpu.residual_keep(SEED, rows, columns, p), expected)
 
 
 def test_is_the_automatic_choice_and_equals_itself_out_of_place() -> None:
