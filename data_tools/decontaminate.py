@@ -106,9 +106,11 @@ def summary(before: int, kept: Dataset) -> str:
         lines.append(
             f"decontaminate: {kept_untested:,} rows stay whose code does not parse; the other tests passed them"
         )
-    if removed == 0:
+    if before == 0:
+        lines.append("decontaminate: the input holds no row")
+    elif removed == 0:
         lines.append("decontaminate: nothing matched, which is normal for data that was not made from HumanEval")
-    if removed == before:
+    if 0 < removed == before:
         lines.append(
             "warning: decontaminate removed EVERY row: the thresholds are too strict, or the data is the benchmark"
         )

@@ -158,8 +158,9 @@ class Unusable(Exception):
 _BLOCK = re.compile(r"^```[ \t]*(\w*)[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 MIN_CHARACTERS = 500
 MIN_PROSE_WORDS = 50
-# zlib's ratio of what remains: prose with code compresses to 0.35–0.55 of its size at these lengths, a loop to less.
-MIN_COMPRESSION = 0.22
+# Compressed size over size. 587 excerpts of networkx, of 1,500 and 4,000 characters, have 0.18 (1st percentile), 0.41
+# (median), 0.56 (largest); a sentence repeated has 0.03.
+MIN_COMPRESSION = 0.2
 MAX_REPEATED_LINES = 0.3
 
 
