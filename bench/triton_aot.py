@@ -68,15 +68,15 @@ def jobs(quick: bool) -> list[Job]:
     found = []
     for arch, dtype in itertools.product(ARCHS, dtypes):
         for kernel, head_dim in itertools.product(attention.TILES, (64,) if quick else HEAD_DIMS):
-            candidates = attention.tiles(kernel, head_dim, dtypes[dtype])
-            for (m, n, warps, stages), (dropout, documents) in itertools.product(candidates, variants):
-                constants = {
-                    "HEAD_DIM": head_dim, "CAUSAL": True, "DROPOUT": dropout, "DOCUMENTS": documents,
-                    "BLOCK_M": m, "BLOCK_N": n,
-                }  # fmt: skip
-                found.append(
-                    Job("attention", f"_{kernel}_kernel", arch, dtype, tuple(constants.items()), warps, stages)
-                )
+            for dropout, documents in variants:
+                for m, n, warps, stages in attention.tiles(kernel, head_dim, dtypes[dtype], documents):
+                    constants = {
+                        "HEAD_DIM": head_dim, "CAUSAL": True, "DROPOUT": dropout, "DOCUMENTS": documents,
+                        "BLOCK_M": m, "BLOCK_N": n,
+                    }  # fmt: skip
+                    found.append(
+                        Job("attention", f"_{kernel}_kernel", arch, dtype, tuple(constants.items()), warps, stages)
+                    )
         constants = {
             "HALF": 16, "HEAD_DIM": 64, "BLOCK_HEADS": 16, "BLOCK_HALF": 16, "BLOCK_REST": 32,
             "INVERSE": False, "HAS_POSITIONS": True,
