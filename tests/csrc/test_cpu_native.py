@@ -1,5 +1,6 @@
-"""csrc/cpu's attention as a program of its own (attention_test.cpp): under sanitizers."""
+"""csrc/cpu's attention as a program of its own (attention_test.cpp): under sanitizers, and with small mistakes put in."""
 
+import concurrent.futures
 import pathlib
 import shutil
 import subprocess
@@ -10,18 +11,70 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
+def _run(csrc: pathlib.Path, program: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Builds attention_test.cpp with the kernels in `csrc` and runs it; an error to compile is an error here."""
+    source = ROOT / "tests" / "csrc" / "attention_test.cpp"
+    command = ["g++", "-std=c++20", "-fopenmp", "-w", "-O0", f"-I{csrc}", "-DPHI1_ISA=tested", *flags, source]
+    subprocess.run([*command, "-o", program], check=True)
+    return subprocess.run([program], capture_output=True, text=True)
+
+
 def test_under_address_and_undefined_behaviour_sanitizers(tmp_path: pathlib.Path) -> None:
     """Every tensor ends where its heap block ends, so a lane too many is an error.
 
     The portable instruction set: the sources are the same for all. -O0, since GCC takes minutes to instrument the
     unrolled register blocks.
     """
-    program, source = tmp_path / "sanitized", ROOT / "tests" / "csrc" / "attention_test.cpp"
-    sanitize = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    include = f"-I{ROOT / 'csrc'}"
-    subprocess.run(
-        ["g++", "-std=c++20", "-fopenmp", "-w", include, "-DPHI1_ISA=tested", *sanitize, source, "-o", program],
-        check=True,
-    )
-    done = subprocess.run([program], capture_output=True, text=True)
+    done = _run(ROOT / "csrc", tmp_path / "sanitized", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     assert done.returncode == 0 and done.stdout.endswith("ok\n"), done.stdout + done.stderr[-2000:]
+
+
+# (file, what is there, what is put in its place)
+MUTATIONS = [
+    ("attention_forward.inl", "lane >= limit", "lane > limit"),
+    ("attention_forward.inl", "key >= visible ? kPanel", "key > visible ? kPanel"),
+    ("attention_forward.inl", "start + keys - 1 - offset > first", "start + keys - 1 - offset > first + 1"),
+    ("attention_forward.inl", "sum[n] *= shrink[n];", ""),
+    ("attention_forward.inl", "kPanel + n * kLanes) * shrink[n];", "kPanel + n * kLanes);"),
+    ("attention_forward.inl", "head / group *", "head % args.kv_heads *"),
+    ("attention_backward.inl", "index * args.heads + head", "index * args.kv_heads + head"),
+    ("attention_decode.inl", "query + 1 + p.seqlen_k", "query + p.seqlen_k"),
+    ("attention_decode.inl", "sums += e;", "sums = e;"),
+    ("attention_backward.inl", "lane >= limit", "lane > limit"),
+    ("attention_backward.inl", "(x[i] - delta)", "x[i]"),
+    ("attention_backward.inl", "keep_lanes(tile.keep[r + m + i][n], x[i]) * dropout_scale", "x[i]"),
+    ("attention_backward.inl", "begin = larger(from, first_panel)", "begin = larger(from, first_panel + 1)"),
+    (
+        "attention_backward.inl",
+        "g < group; ++g) {\n      const int64_t head",
+        "g < 1; ++g) {\n      const int64_t head",
+    ),
+    ("attention.inl", "first + r >= valid", "first + r > valid"),
+    ("attention.inl", "/ kGroup * 4 + pair", "/ kGroup * 4 + pair + 1"),
+    ("attention.inl", "at_least(slot % 2 ? word >> 16", "at_least(slot % 2 ? word >> 15"),
+    ("vector.h", "12582912.0f + 127.0f", "12582912.0f + 126.0f"),
+    ("vector.h", "0x1.ebf9bcp-3f", "0x1.ebp-3f"),
+    ("vector.h", "c[2] = high0 ^ c[3] ^ k1", "c[2] = high0 ^ c[3] ^ k0"),
+]
+
+
+def _verdict(number: int, folder: pathlib.Path) -> str:
+    """ "killed" if the program notices mutation `number`."""
+    file, old, new = MUTATIONS[number]
+    csrc = folder / str(number) / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc, ignore=shutil.ignore_patterns("cuda", "emulator"))
+    path = csrc / "cpu" / file
+    text = path.read_text()
+    assert text.count(old) == 1, f"{file} holds {old!r} {text.count(old)} times"
+    path.write_text(text.replace(old, new))
+    done = _run(csrc, folder / str(number) / "program")
+    return "killed" if done.returncode != 0 else f"survived: {file}: {old!r} -> {new!r}"
+
+
+@pytest.mark.timeout(3000)
+def test_mutations_are_noticed(tmp_path: pathlib.Path) -> None:
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        verdicts = list(pool.map(lambda number: _verdict(number, tmp_path), range(len(MUTATIONS))))
+    survived = [verdict for verdict in verdicts if verdict != "killed"]
+    print(f"killed {len(verdicts) - len(survived)} of {len(verdicts)}")
+    assert not survived, "\n".join(survived)
