@@ -265,11 +265,12 @@ def control(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, lis
 
 
 @pytest.fixture(scope="module")
-def killed() -> Iterator[list[bool]]:
+def killed(request: pytest.FixtureRequest) -> Iterator[list[bool]]:
     """Of each mutant that was run; the total is printed at the end."""
     results: list[bool] = []
     yield results
-    print(f"\nCUDA mutants killed: {sum(results)}/{len(results)}", file=sys.__stderr__)
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\nCUDA mutants killed: {sum(results)}/{len(results)}", file=sys.stderr)
 
 
 def test_the_unmutated_kernels_pass(control: tuple[pathlib.Path, list[pathlib.Path]]) -> None:
