@@ -130,10 +130,12 @@ def probabilities(forest: "RandomForestClassifier", embeddings: Dataset, shard: 
 
 def matrix(embeddings: Dataset, shard: int) -> "np.ndarray[Any, Any]":
     """(rows, dimensions) float32: the embeddings of one shard."""
+    import numpy as np
+
     column = embeddings.table(shard, ["embedding"]).column("embedding").combine_chunks()
-    return (
-        column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1) if len(column) else column.to_numpy()
-    )
+    if len(column) == 0:  # a shard of ingest may hold no document
+        return np.zeros((0, 0), np.float32)
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
 
 
 def describe(metrics: dict[str, Any]) -> str:

@@ -95,13 +95,13 @@ def steps(config: Config) -> list[Step]:
         settings = decontaminate.Config(input=root / name, output=root / f"{name}-clean", **options)
         return Step(f"{name}-clean", f"decontaminate {name} against HumanEval", lambda: decontaminate.run(settings))
 
-    def shards(name: str, inputs: list[str], held_out: float) -> Step:
+    def shards(name: str, inputs: list[str]) -> Step:
         settings = tokenize.Config(
             inputs=[root / folder for folder in inputs],
             tokenizer=str(root / "tokenizer.json"),
             output=root / f"{name}-tokens",
             validation=root / f"{name}-validation",
-            validation_fraction=held_out,
+            validation_fraction=min(0.2, 0.02 / config.scale),
         )
         return Step(f"{name}-tokens", f"tokenize for {name}", lambda: tokenize.run(settings))
 
@@ -115,7 +115,7 @@ def steps(config: Config) -> list[Step]:
 
     documents = count(2400, 150)
     ingested = ingest.Config(output=root / "code", sources=SOURCES, limit=documents, workers=2)
-    annotated = annotate.Config(input=root / "code", output=root / "annotated", samples=count(300, 40))
+    annotated = annotate.Config(input=root / "code", output=root / "annotated", samples=count(240, 40), characters=400)
     embedded = embed.Config(input=root / "code", output=root / "embedded", model="minilm")
     forest = classify.Config(annotations=root / "annotated", embeddings=root / "embedded", output=root / "forest")
     filtered = filter.Config(
@@ -125,8 +125,8 @@ def steps(config: Config) -> list[Step]:
         output=root / "filtered",
         keep_fraction=0.5,
     )
-    textbooks = synthesize.Config(kind="textbooks", count=count(40, 4), max_tokens=400, output=root / "textbooks")
-    written = synthesize.Config(kind="exercises", count=count(30, 4), max_tokens=250, output=root / "llm-exercises")
+    textbooks = synthesize.Config(kind="textbooks", count=count(36, 4), max_tokens=400, output=root / "textbooks")
+    written = synthesize.Config(kind="exercises", count=count(16, 4), max_tokens=250, output=root / "llm-exercises")
     small = tokenizer.Config(
         inputs=tuple(root / name for name in ("filtered-clean", "textbooks-clean", "exercises-clean")),
         output=root / "tokenizer.json",
@@ -146,8 +146,8 @@ def steps(config: Config) -> list[Step]:
         decontaminated("llm-exercises", embedder="minilm"),
         decontaminated("exercises", embedder="minilm", embed_above=0.9),
         Step("tokenizer", "train a tokenizer of 1,024 entries", lambda: tokenizer.run(small)),
-        shards("pretrain", ["filtered-clean", "textbooks-clean"], 0.02),
-        shards("finetune", ["exercises-clean", "llm-exercises-clean"], 0.02),
+        shards("pretrain", ["filtered-clean", "textbooks-clean"]),
+        shards("finetune", ["exercises-clean", "llm-exercises-clean"]),
         Step(
             "pretrain",
             "pretrain phi1-tiny on filtered code and textbooks",
