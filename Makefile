@@ -13,8 +13,11 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -na
 quickstart: $(READY)
 	$(BIN)/phi1 quickstart
 
+# Two processes of one thread each; a file's tests stay together, because they share what takes long to make.
+PYTEST_OPTIONS ?= -n 2 --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@
     python bench/triton_aot.py --quick    phi-1's case only (bfloat16, head_dim 64, causal), prints
 
 Every kernel and autotune candidate is compiled for sm_80 and sm_90. Exit status 1 if one for 16-bit inputs spills;
-attention in float32, which runs without tensor cores and for checks only, does spill, and the table says how much.
+attention in float32, which runs in the interpreter only, would spill, and the table says how much.
 """
 
 import argparse
@@ -137,8 +137,8 @@ def table(results: dict[Job, Result]) -> str:
     lines = [
         "# Triton kernels, compiled ahead of time\n",
         f"triton {triton.__version__}; `python bench/triton_aot.py`. Registers and stack are a thread's, stack is spills; "
-        "shared memory a block's; instructions are counted in the PTX. Attention in float32 runs without tensor cores, for "
-        "checks only, and spills.\n",
+        "shared memory a block's; instructions are counted in the PTX. Attention in float32 spills, and is refused outside "
+        "the interpreter.\n",
         "| kernel | arch | dtype | constants | warps | stages | registers | spilled B | shared KiB | wgmma | mma.sync |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]

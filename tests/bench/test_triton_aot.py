@@ -15,12 +15,15 @@ def test_phi1_kernels_do_not_spill():
     command = [sys.executable, str(ROOT / "bench" / "triton_aot.py"), "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line.startswith("|")
+    ]
     names, rows = rows[0], [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
     assert names[:3] == ["kernel", "arch", "dtype"]
     assert {row["kernel"] for row in rows} == {"forward_kernel", "dq_kernel", "dkv_kernel", "rotary_kernel"}
     for row in rows:
         assert row["spilled B"] == "0" and 0 < int(row["registers"]) <= 255, row
         if row["kernel"] != "rotary_kernel":
-            products = {"sm_90": "wgmma", "sm_80": "mma.sync"}[row["arch"]]
-            assert int(row[products]) > 0, row
+            # dk/dv's 32 x 32 tiles are too small for wgmma, which takes 64 rows.
+            wide = row["arch"] == "sm_90" and row["kernel"] != "dkv_kernel"
+            assert int(row["wgmma"]) > 0 if wide else int(row["wgmma"]) + int(row["mma.sync"]) > 0, row
