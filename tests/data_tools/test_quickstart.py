@@ -52,7 +52,9 @@ def test_every_step_leaves_what_it_is_for(finished: pathlib.Path) -> None:
     assert Dataset(finished / "annotated").rows == 40
     for run in ("pretrain", "finetune", "solutions"):
         assert (finished / run / "last" / "model.safetensors").exists()
-    for benchmark, problems in (("humaneval", 164), ("exercises", 30)):
+    held_out = Dataset(finished / "exercises-held-out-clean").rows
+    assert 20 < held_out <= 40
+    for benchmark, problems in (("humaneval", 164), ("exercises", held_out)):
         for run in ("pretrain", "solutions"):
             results = json.loads((finished / "evaluation" / f"{benchmark}-{run}" / "results.json").read_text())
             assert results["scores"][0]["problems"] == problems
@@ -61,7 +63,7 @@ def test_every_step_leaves_what_it_is_for(finished: pathlib.Path) -> None:
 
 @pytest.mark.timeout(900)
 def test_held_out_exercises_share_nothing_with_training(finished: pathlib.Path) -> None:
-    train, held = (list(Dataset(finished / name).read()) for name in ("exercises-clean", "exercises-held-out"))
+    train, held = (list(Dataset(finished / name).read()) for name in ("exercises-clean", "exercises-held-out-clean"))
     assert all(count == 0 for count in teacher.overlaps(train, held).values())
     assert {row["source"] for row in train + held} == {"offline-teacher"}
 
@@ -85,7 +87,7 @@ def test_the_report_is_one_page_that_fetches_nothing(finished: pathlib.Path) -> 
     assert not re.search(r"(src|href)=[\"'](?!#|data:)", page.replace('xlink:href="#', "#")), (
         "the page refers elsewhere"
     )
-    for name in ("filtered-clean", "exercises-held-out", "textbooks"):
+    for name in ("filtered-clean", "exercises-held-out-clean", "textbooks"):
         assert name in page
 
 
