@@ -150,8 +150,8 @@ def compose(rng: random.Random, split: Split) -> Draft:
     steps = rng.choice(PAIRS[split]) if rng.random() < COMPOSED_SHARE else (rng.choice(FAMILIES),)
     argument = rng.choice(ARGUMENTS[steps[0].takes])
     constants = tuple(_constants(step, rng, split) for step in steps)
-    # Constants stand in backquotes, as code does in a docstring: what must be copied is marked.
-    clauses = [rng.choice(step.phrases).format(**{key: f"`{c!r}`" for key, c in zip("ab", values, strict=False)})
+    # No backquotes around constants: before a constant should stand what stands before it in code (LOG.md).
+    clauses = [rng.choice(step.phrases).format(**{key: repr(c) for key, c in zip("ab", values, strict=False)})
                for step, values in zip(steps, constants, strict=True)]  # fmt: skip
     frame = rng.choice(SINGLE_FRAMES if len(steps) == 1 else COMPOSED_FRAMES)
     first = clauses[0]
@@ -174,7 +174,7 @@ def draw_input(draft: Draft, rng: random.Random, *, short: bool) -> Any:
     def number() -> int:
         if reaching:
             return rng.randint(0, 9)
-        if integers and rng.random() < (0.3 if short else 0.6):
+        if integers and rng.random() < 0.6:
             constant = rng.choice(integers)
             return rng.choice((constant, constant - 1, constant + 1, constant * 2, constant * rng.randint(1, 4),
                                constant + rng.randint(-9, 9), constant - rng.choice(integers)))  # fmt: skip

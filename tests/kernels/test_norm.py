@@ -37,9 +37,7 @@ def test_output_and_gradients_obey_the_error_rule(name, shape, dtype):
         y = function(*leaves)
         results.append((y.detach(), *torch.autograd.grad(y, leaves, inputs[3].to(kind))))
     for what, truth, low, found in zip(("y", "dx", "dweight", "dbias"), *results, strict=True):
-        # F.layer_norm's backward adds up 16-bit gradients less exactly on a CPU than eager sums do,
-        # by its number of threads: 3.2 times the eager error measured.
-        check(what, found, low, truth, dtype, times=6.0 if name == "torch" and what != "y" else 2.0)
+        check(what, found, low, truth, dtype)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

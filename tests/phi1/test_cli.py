@@ -28,7 +28,8 @@ def test_help_lists_every_command_within_half_a_second() -> None:
 def test_every_command_has_help_with_its_options_and_imports_light(name: str) -> None:
     module = importlib.import_module(cli.COMMANDS[name][0])
     assert callable(module.run)
-    if dataclasses.is_dataclass(module.Config):
+    assert hasattr(module, "Config") or callable(module.parse)
+    if hasattr(module, "Config"):
         words = name.split()
         done = subprocess.run(
             [sys.executable, "-X", "importtime", "-m", "phi1.cli", *words, "--help"], capture_output=True, text=True

@@ -141,7 +141,7 @@ def test_loss_falls_and_everything_is_written(config, tokens, capsys):
     assert facts["recipe"]["train"]["steps"] == 25
     out = capsys.readouterr().out
     assert "FLOPs per token = 6 x (parameters - input embedding) + 12 x layers x attention width x sequence" in out
-    assert "measured: 512 x 512 matrix product" in out
+    assert "measured: 1024 x 1024 matrix product" in out
     assert out.count("ETA") == 13  # every second step, and the last
     assert "tokens/s  MFU" in out
     # A finished run is left as it is.
