@@ -25,6 +25,36 @@ cpu::AttentionArgs attention_args(std::array<int64_t, 6> sizes, std::array<int64
   return args;
 }
 
+template <typename T = void>
+T* address(uintptr_t x) {
+  return reinterpret_cast<T*>(x);
+}
+
+// Of z, bias, activated, then (batch, seq, turned heads, head_dim, half, width, inner, activated's stride) and the
+// rotary table: kernels/cpu.py, _after_in_arguments.
+cpu::AfterInArgs after_in_args(uintptr_t z, uintptr_t bias, uintptr_t activated, std::array<int64_t, 8> sizes,
+                               uintptr_t cos, uintptr_t sin, uintptr_t position, int64_t position_batch_stride,
+                               int dtype) {
+  cpu::AfterInArgs args = {};
+  args.z = address(z), args.bias = address(bias), args.activated = address(activated);
+  std::tie(args.batch, args.seq, args.turned_heads, args.head_dim, args.half, args.width, args.inner,
+           args.activated_stride) = std::tuple_cat(sizes);
+  args.cos = address<const float>(cos), args.sin = address<const float>(sin);
+  args.position = address<const int64_t>(position);
+  args.position_batch_stride = position_batch_stride;
+  args.dtype = static_cast<DType>(dtype);
+  return args;
+}
+
+cpu::ResidualArgs residual_args(int64_t rows, int64_t columns, std::tuple<uint32_t, float, uint64_t> dropout,
+                                int dtype) {
+  cpu::ResidualArgs args = {};
+  args.rows = rows, args.columns = columns;
+  std::tie(args.dropout_threshold, args.dropout_scale, args.seed) = dropout;
+  args.dtype = static_cast<DType>(dtype);
+  return args;
+}
+
 }  // namespace
 
 void bind_cpu(py::module_& m) {
@@ -72,6 +102,77 @@ void bind_cpu(py::module_& m) {
           args.lse = reinterpret_cast<float*>(lse);
           cpu::kernels().attention_backward(args, threads);
         });
+
+  m.def("layer_norm_forward_cpu", [](uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y, uintptr_t stats,
+                                     std::array<int64_t, 3> sizes, float eps, int dtype, int threads) {
+    py::gil_scoped_release release;
+    cpu::LayerNormArgs args = {};
+    args.x = address(x), args.weight = address(weight), args.bias = address(bias), args.y = address(y);
+    args.stats = address<float>(stats);
+    std::tie(args.rows, args.hidden, args.x_stride) = std::tuple_cat(sizes);
+    args.eps = eps;
+    args.dtype = static_cast<DType>(dtype);
+    cpu::kernels().layer_norm_forward(args, threads);
+  });
+
+  m.def("layer_norm_backward_cpu",
+        [](uintptr_t grad_y, uintptr_t x, uintptr_t weight, uintptr_t stats, uintptr_t residual, uintptr_t grad_x,
+           uintptr_t grad_weight, uintptr_t grad_bias, std::array<int64_t, 3> sizes, int dtype, int threads) {
+          py::gil_scoped_release release;
+          cpu::LayerNormArgs args = {};
+          args.grad_y = address(grad_y), args.x = address(x), args.weight = address(weight);
+          args.stats = address<float>(stats);
+          args.residual = address(residual);
+          args.y = address(grad_x), args.grad_weight = address(grad_weight), args.grad_bias = address(grad_bias);
+          std::tie(args.rows, args.hidden, args.x_stride) = std::tuple_cat(sizes);
+          args.dtype = static_cast<DType>(dtype);
+          cpu::kernels().layer_norm_backward(args, threads);
+        });
+
+  m.def("after_in_cpu",
+        [](uintptr_t z, uintptr_t bias, uintptr_t activated, std::array<int64_t, 8> sizes, uintptr_t cos, uintptr_t sin,
+           uintptr_t position, int64_t position_batch_stride, int dtype, int threads) {
+          py::gil_scoped_release release;
+          cpu::kernels().after_in(
+              after_in_args(z, bias, activated, sizes, cos, sin, position, position_batch_stride, dtype), threads);
+        });
+
+  m.def("after_in_backward_cpu", [](uintptr_t grad_z, uintptr_t grad_bias, uintptr_t z, uintptr_t bias,
+                                    uintptr_t activated, std::array<int64_t, 8> sizes, uintptr_t cos, uintptr_t sin,
+                                    uintptr_t position, int64_t position_batch_stride, int dtype, int threads) {
+    py::gil_scoped_release release;
+    cpu::AfterInArgs args = after_in_args(z, bias, activated, sizes, cos, sin, position, position_batch_stride, dtype);
+    args.grad_z = address(grad_z), args.grad_bias = address(grad_bias);
+    cpu::kernels().after_in_backward(args, threads);
+  });
+
+  m.def("residual_cpu", [](uintptr_t h, uintptr_t bias, uintptr_t x, int64_t rows, int64_t columns,
+                           std::tuple<uint32_t, float, uint64_t> dropout, int dtype, int threads) {
+    py::gil_scoped_release release;
+    cpu::ResidualArgs args = residual_args(rows, columns, dropout, dtype);
+    args.h = address(h), args.bias = address(bias), args.x = address(x);
+    cpu::kernels().residual(args, threads);
+  });
+
+  m.def("residual_backward_cpu",
+        [](uintptr_t grad_y, uintptr_t grad_h, uintptr_t grad_bias, int64_t rows, int64_t columns,
+           std::tuple<uint32_t, float, uint64_t> dropout, int dtype, int threads) {
+          py::gil_scoped_release release;
+          cpu::ResidualArgs args = residual_args(rows, columns, dropout, dtype);
+          args.grad_y = address(grad_y), args.h = address(grad_h), args.grad_bias = address(grad_bias);
+          cpu::kernels().residual_backward(args, threads);
+        });
+
+  m.def("cross_entropy_cpu", [](uintptr_t logits, uintptr_t bias, uintptr_t targets, uintptr_t loss,
+                                uintptr_t grad_bias, std::array<int64_t, 3> sizes, int dtype, int threads) {
+    py::gil_scoped_release release;
+    cpu::CrossEntropyArgs args = {};
+    args.logits = address(logits), args.bias = address(bias), args.targets = address<const int64_t>(targets);
+    args.loss = address<float>(loss), args.grad_bias = address<float>(grad_bias);
+    std::tie(args.rows, args.columns, args.ignore_index) = std::tuple_cat(sizes);
+    args.dtype = static_cast<DType>(dtype);
+    cpu::kernels().cross_entropy(args, threads);
+  });
 
   m.def("residual_keep_cpu",
         [](uintptr_t keep, int64_t rows, int64_t columns, uint32_t threshold, uint64_t seed, int threads) {

@@ -21,6 +21,22 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]
     return implementation("flash_attention", options[-1])[0](q, k, v, *options[:-1])
 
 
+# The same, into the caller's tensor.
+torch.library.define(
+    "phi1::attention_forward_out", f"(Tensor q, Tensor k, Tensor v, Tensor(a!) out, {_OPTIONS}) -> Tensor"
+)
+
+
+@torch.library.impl("phi1::attention_forward_out", ("cpu", "cuda"))
+def _forward_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options) -> Tensor:  # type: ignore[no-untyped-def]
+    return implementation("flash_attention", options[-1])[0](q, k, v, *options[:-1], out=out)[1]
+
+
+@torch.library.register_fake("phi1::attention_forward_out")
+def _forward_out_fake(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options) -> Tensor:  # type: ignore[no-untyped-def]
+    return _forward_fake(q, k, v, *options)[1]
+
+
 @torch.library.impl("phi1::attention_backward", ("cpu", "cuda"))
 def _backward(grad_out, q, k, v, out, lse, *options) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
     return implementation("flash_attention", options[-1])[1](grad_out, q, k, v, out, lse, *options[:-1])
@@ -64,11 +80,12 @@ register(
 )
 
 
-def _check_documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor) -> None:
+def check_documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, x: Tensor) -> None:
+    """Raises ValueError unless both are int32 (documents + 1,) on x's device, of equally many documents."""
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_rank(name, cu, 1, "(documents + 1,)")
         check_int32(name, cu)
-        check_device(name, cu, "q", q)
+        check_device(name, cu, "the input", x)
     check(
         cu_seqlens_q.shape[0] >= 2,
         lambda: f"cu_seqlens_q.shape = {tuple(cu_seqlens_q.shape)}: must be (documents + 1,)",
@@ -79,10 +96,6 @@ def _check_documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, q: Tensor) -> N
             f"cu_seqlens_q and cu_seqlens_k hold {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1} documents: "
             "must agree"
         ),
-    )
-    check(
-        q.shape[0] == 1,
-        lambda: f"q.shape[0] = {q.shape[0]} with cu_seqlens_q: fold the batch into the sequence (batch 1)",
     )
 
 
@@ -147,7 +160,8 @@ def flash_attention(
         lambda: "cu_seqlens_q and cu_seqlens_k: give both or neither",
     )
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        _check_documents(cu_seqlens_q, cu_seqlens_k, q)
+        check_documents(cu_seqlens_q, cu_seqlens_k, q)
+        check(batch == 1, lambda: f"q.shape[0] = {batch} with cu_seqlens_q: fold the batch into the sequence (batch 1)")
     scale = head_dim**-0.5 if scale is None else scale
     if out is not None:
         check(out.shape == q.shape, lambda: f"out.shape = {tuple(out.shape)}: must be q.shape = {tuple(q.shape)}")
@@ -163,12 +177,12 @@ def flash_attention(
     name = choose("flash_attention", q.device.type, backend, **options)
     if name == "torch":  # refuses return_lse
         result = torch_backend.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
+        return result if out is None else out.copy_(result)
+    if cu_seqlens_k is not None and cu_seqlens_k is cu_seqlens_q:
+        cu_seqlens_k = cu_seqlens_k.view(-1)  # torch.compile refuses one tensor given twice
+    arguments = (cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p, dropout_seed, name)
+    if out is None:
+        result, lse = _Attention.apply(q, k, v, *arguments)
     else:
-        if cu_seqlens_k is not None and cu_seqlens_k is cu_seqlens_q:
-            cu_seqlens_k = cu_seqlens_k.view(-1)  # torch.compile refuses one tensor given twice
-        result, lse = _Attention.apply(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p, dropout_seed, name
-        )  # fmt: skip
-    if out is not None:
-        result = out.copy_(result)
+        result, lse = out, torch.ops.phi1.attention_forward_out(q, k, v, out, *arguments)
     return (result, lse) if return_lse else result

@@ -14,16 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu, native, reference
-from kernels.attention import flash_attention
+from kernels.attention import check_documents, flash_attention
 from kernels.checks import check, check_dtype, check_like, check_shape
+from kernels.fused_block import Dropout, FusedBlock, Layout, Pieces, block_forward
 from kernels.norm import layer_norm
 from kernels.registry import choose, forced_backend, implementation, register
-from kernels.rotary import apply_rotary
+from kernels.rotary import apply_rotary, check_table
 
 KVCache = tuple[Tensor, Tensor, int]
 """Keys and values (batch, capacity, kv_heads, head_dim) of the tokens so far, and how many there are."""
 
-# The block's own pieces, (linear, gelu); the others are ops and choose for themselves.
+# Without fusion: (linear, gelu); the other parts are ops and choose for themselves. Native backends bring `Pieces`.
 register("parallel_block", "reference", (reference.linear, reference.gelu))
 register("parallel_block", "torch", (F.linear, functools.partial(F.gelu, approximate="tanh")))
 
@@ -42,6 +43,11 @@ def _residual_keep(like: Tensor, seed: int, p: float) -> Tensor:
 @torch.library.register_fake("phi1::residual_keep")
 def _residual_keep_fake(like: Tensor, seed: int, p: float) -> Tensor:
     return like.new_empty(like.shape, dtype=torch.bool)
+
+
+def _cache_is_full(kv_cache: KVCache | None, more: int) -> str:
+    assert kv_cache is not None
+    return f"kv_cache holds {kv_cache[2]} of {kv_cache[0].shape[1]} tokens: {more} more do not fit; make a longer cache"
 
 
 def parallel_block(
@@ -76,15 +82,17 @@ def parallel_block(
     cu_seqlens: int32 (documents + 1,), offsets into the folded batch * seq tokens; attention stays inside a document.
     attention_dropout, residual_dropout, dropout_seed: masks are `kernels.reference.dropout_keep` of the seed.
     kv_cache: (k, v, length): this call's keys and values are written at [length, length + seq), then attention
-        runs over the first length + seq. For inference: no gradient reaches the cache.
+        runs over the first length + seq. For inference: no gradient flows through the cache.
     Returns y (batch, seq, hidden).
 
-    With `backend` (or an override) every piece runs on it; automatic choice picks per piece.
+    The native backends run the fused route of kernels/fused_block.py, which saves x and z only. On `reference` and
+    `torch` the block is composed of the ops of this package, each on that backend, or on its own choice if none is asked for.
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
     """
     check(x.dim() == 3, lambda: f"x.shape = {tuple(x.shape)}: must be (batch, seq, hidden)")
     check_dtype("x", x)
     batch, seq, hidden = x.shape
+    check(batch * seq > 0, lambda: f"x.shape = {tuple(x.shape)}: must hold at least one token")
     q_width, kv_width = heads * head_dim, kv_heads * head_dim
     inner = w_in.shape[0] - q_width - 2 * kv_width
     check(
@@ -101,19 +109,45 @@ def parallel_block(
         kv_cache is None or cu_seqlens is None,
         lambda: "kv_cache and cu_seqlens are both given: decode packed documents as separate batch entries",
     )
-    linear, gelu = implementation("parallel_block", choose("parallel_block", x.device.type, backend, dtype=x.dtype))
-    piece = forced_backend(backend)
+    check(0.0 <= attention_dropout < 1.0, lambda: f"attention_dropout = {attention_dropout}: must be in [0, 1)")
+    check(
+        kv_cache is None or kv_cache[2] + seq <= kv_cache[0].shape[1],
+        lambda: _cache_is_full(kv_cache, seq),
+    )
+    name = choose(
+        "parallel_block", x.device.type, backend, dtype=x.dtype, head_dim=head_dim, hidden=hidden, inner=inner
+    )
+    pieces = implementation("parallel_block", name)
+    if isinstance(pieces, Pieces):
+        for what, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+            check_shape(what, parameter, (hidden,), "(hidden,), x's last dim")
+            check_like(what, parameter, "x", x)
+        check_table(x, batch, seq, head_dim, cos, sin, positions)
+        check(kv_heads > 0 and heads % kv_heads == 0, lambda: f"kv_heads = {kv_heads}: must divide heads = {heads}")
+        if cu_seqlens is not None:
+            check_documents(cu_seqlens, cu_seqlens, x)
+        rows = x.reshape(batch * seq, hidden)
+        parameters = (norm_weight, norm_bias, w_in, b_in, w_out, b_out)
+        if kv_cache is not None:
+            layout = Layout(batch, seq, heads, kv_heads, head_dim, inner, cos, sin, positions)
+            dropout = Dropout(attention_dropout, dropout_seed), Dropout(residual_dropout, dropout_seed)
+            with torch.no_grad():
+                y = block_forward(rows, *parameters, layout, None, eps, *dropout, pieces, kv_cache)[0]
+        else:
+            y = FusedBlock.apply(
+                rows, *parameters, cos, sin, positions, cu_seqlens, seq, heads, kv_heads, head_dim, eps,
+                attention_dropout, residual_dropout, dropout_seed, name,
+            )  # fmt: skip
+        return y.view(batch, seq, hidden)
 
+    linear, gelu = pieces
+    piece = forced_backend(backend)
     z = linear(layer_norm(x, norm_weight, norm_bias, eps, backend=piece), w_in, b_in)
     q, k, v, u = z.split([q_width, kv_width, kv_width, inner], dim=-1)
     q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in (q, k, v))
     q, k = apply_rotary(q, k, cos, sin, positions=positions, backend=piece)
     if kv_cache is not None:
         keys, values, length = kv_cache
-        check(
-            length + seq <= keys.shape[1],
-            lambda: f"kv_cache holds {length} of {keys.shape[1]} tokens: {seq} more do not fit; make a longer cache",
-        )
         keys[:batch, length : length + seq] = k
         values[:batch, length : length + seq] = v
         k, v = keys[:batch, : length + seq], values[:batch, : length + seq]

@@ -6,18 +6,24 @@ import torch
 from torch import Tensor
 
 from kernels import native, reference
+from kernels.fused_block import Dropout, Layout, Pieces, dropout_arguments, vendor_product
 from kernels.registry import register
+
+
+def _checked_positions(positions: Tensor | None, table_rows: int) -> Tensor | None:
+    if positions is None:
+        return None
+    low, high = (int(x) for x in torch.aminmax(positions)) if positions.numel() else (0, 0)
+    if low < 0 or high >= table_rows:
+        raise IndexError(f"positions in [{low}, {high}]: the rotary table has rows 0..{table_rows - 1}")
+    return positions.contiguous()
 
 
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """q and k rotated into new contiguous tensors; see `kernels.apply_rotary`."""
-    if positions is not None:
-        positions = positions.contiguous()
-        low, high = (int(x) for x in torch.aminmax(positions)) if positions.numel() else (0, 0)
-        if low < 0 or high >= cos.shape[0]:
-            raise IndexError(f"positions in [{low}, {high}]: the rotary table has rows 0..{cos.shape[0] - 1}")
+    positions = _checked_positions(positions, cos.shape[0])
     q, k = native.rows_contiguous(q), native.rows_contiguous(k)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     native._native.rotary_cpu(
@@ -65,30 +71,31 @@ def _attention_arguments(
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
-    causal: bool, scale: float, dropout_p: float, dropout_seed: int,
+    causal: bool, scale: float, dropout_p: float, dropout_seed: int, *, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out and the log-sum-exp; see `kernels.flash_attention`."""
+    """out (a new tensor, or the one given) and the log-sum-exp; see `kernels.flash_attention`."""
     q, k, v = (native.rows_contiguous(x) for x in (q, k, v))
     if cu_q is not None and cu_k is not None:
         cu_q, cu_k = _check_starts("cu_seqlens_q", cu_q, q.shape[1]), _check_starts("cu_seqlens_k", cu_k, k.shape[1])
-    out = q.new_empty(q.shape)
+    result = q.new_empty(q.shape) if out is None or out.stride(-1) != 1 else out
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     native._native.attention_forward_cpu(
-        *(native.heads_spec(x) for x in (q, k, v, out)), lse.data_ptr(),
+        *(native.heads_spec(x) for x in (q, k, v, result)), lse.data_ptr(),
         *_attention_arguments(q, k, cu_q, cu_k, causal, scale, dropout_p, dropout_seed),
     )  # fmt: skip
-    return out, lse
+    return result if out is None or out is result else out.copy_(result), lse
 
 
 def attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
     causal: bool, scale: float, dropout_p: float, dropout_seed: int,
+    *, grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v. Each (problem, key/value head) is one thread's: more threads than those stand idle."""
+    """Gradients of q, k and v, in new tensors or in `grads` (contiguous last dims). Each (problem, key/value head) is one thread's: more threads than those stand idle."""
     grad_out, q, k, v, out = (native.rows_contiguous(x) for x in (grad_out, q, k, v, out))
     cu_q = None if cu_q is None else cu_q.contiguous()
     cu_k = None if cu_k is None else cu_k.contiguous()
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grads = grads or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     lse = lse.contiguous()
     native._native.attention_backward_cpu(
         *(native.heads_spec(x) for x in (grad_out, q, k, v, out, *grads)), lse.data_ptr(),
@@ -114,3 +121,154 @@ register(
     missing=native.MISSING,
     refuses=_attention_refuses,
 )
+
+
+# ------------------------------------------------------------------------------------- LayerNorm and the block
+
+
+def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y (contiguous) and (mean, 1 / sqrt(variance + eps)) of each row; see `kernels.layer_norm`."""
+    rows = native.rows_contiguous(x.reshape(-1, weight.numel()))
+    y = torch.empty(x.shape, dtype=x.dtype)
+    stats = torch.empty((rows.shape[0], 2), dtype=torch.float32)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    native._native.layer_norm_forward_cpu(
+        rows.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), stats.data_ptr(),
+        (*rows.shape, rows.stride(0)), eps, native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return y, stats
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stats: Tensor, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (plus `residual`), weight and bias."""
+    rows, grad, weight = native.rows_contiguous(x.reshape(-1, weight.numel())), grad.contiguous(), weight.contiguous()
+    residual, stats = None if residual is None else residual.contiguous(), stats.contiguous()
+    grads = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(weight), torch.empty_like(weight)
+    native._native.layer_norm_backward_cpu(
+        grad.data_ptr(), rows.data_ptr(), weight.data_ptr(), stats.data_ptr(),
+        0 if residual is None else residual.data_ptr(), *(g.data_ptr() for g in grads),
+        (*rows.shape, rows.stride(0)), native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return grads
+
+
+def _after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: Layout) -> tuple[object, ...]:
+    """The arguments of `_native.after_in_cpu`, and the last of `_native.after_in_backward_cpu`."""
+    positions = _checked_positions(layout.positions, layout.cos.shape[0])
+    cos, sin = layout.cos.contiguous(), layout.sin.contiguous()
+    sizes = (
+        layout.batch, layout.seq, layout.heads + layout.kv_heads, layout.head_dim, cos.shape[1], z.shape[1], layout.inner,
+        activated.stride(0),
+    )  # fmt: skip
+    arguments = (
+        z.data_ptr(), bias.data_ptr(), activated.data_ptr(), sizes, cos.data_ptr(), sin.data_ptr(),
+        0 if positions is None else positions.data_ptr(),
+        positions.stride(0) if positions is not None and positions.dim() == 2 else 0,
+        native.DTYPE_CODES[z.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return arguments
+
+
+def _project_in(n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
+    z, b_in = vendor_product(n, w_in), b_in.contiguous()
+    native._native.after_in_cpu(*_after_in_arguments(z, b_in, activated, layout))
+    return z
+
+
+def _project_in_backward(grad_z: Tensor, z: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
+    b_in = b_in.contiguous()
+    grad_bias = torch.empty_like(b_in)
+    native._native.after_in_backward_cpu(
+        grad_z.data_ptr(), grad_bias.data_ptr(), *_after_in_arguments(z, b_in, activated, layout)
+    )
+    return grad_bias
+
+
+def _project_out(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
+    y, b_out, x = vendor_product(g, w_out), b_out.contiguous(), x.contiguous()
+    native._native.residual_cpu(
+        y.data_ptr(), b_out.data_ptr(), x.data_ptr(), *y.shape, dropout_arguments(dropout),
+        native.DTYPE_CODES[y.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _project_out_backward(grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
+    threshold, *rest = dropout_arguments(dropout)
+    grad_h = grad_y if threshold == 0 else torch.empty_like(grad_y)
+    grad_bias = grad_y.new_empty(grad_y.shape[1])
+    native._native.residual_backward_cpu(
+        grad_y.data_ptr(), grad_h.data_ptr(), grad_bias.data_ptr(), *grad_y.shape, (threshold, *rest),
+        native.DTYPE_CODES[grad_y.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_h, grad_bias
+
+
+# ------------------------------------------------------------------------------------------------- the loss
+
+# 8 Mi logits at a time, 16 MiB in bf16: at 51,200 columns 163 rows.
+_CHUNK_LOGITS = 1 << 23
+# Columns whose gradient of the weight is made by one product: bounds what that product needs beside the sum in float32.
+_WEIGHT_COLUMNS = 8192
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, with_grads: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `kernels.torch.linear_cross_entropy`, with the softmax and its gradient in the product's own memory."""
+    (rows, width), columns = hidden.shape, weight.shape[0]
+    kept = targets[targets != ignore_index]
+    if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < columns:
+        raise IndexError(
+            f"targets in [{int(kept.min())}, {int(kept.max())}]: must be in [0, {columns}) or ignore_index = {ignore_index}"
+        )
+    hidden, weight, bias, targets = (x.contiguous() for x in (hidden, weight, bias, targets))
+    chunk = min(max(1, _CHUNK_LOGITS // columns), max(rows, 1))
+    logits = hidden.new_empty((chunk, columns))
+    loss = torch.empty(rows, dtype=torch.float32)
+    grad_hidden = torch.empty_like(hidden) if with_grads else hidden.new_empty(0)
+    grad_bias = torch.zeros(columns if with_grads else 0, dtype=torch.float32)
+    starts = range(0, columns if with_grads else 0, _WEIGHT_COLUMNS)
+    # float32 sums, a tensor for each run of columns so that each can be let go once it is rounded.
+    sums = [torch.zeros((min(_WEIGHT_COLUMNS, columns - at), width), dtype=torch.float32) for at in starts]
+    for start in range(0, rows, chunk):
+        h, t = hidden[start : start + chunk], targets[start : start + chunk]
+        d = torch.mm(h, weight.T, out=logits[: h.shape[0]])
+        native._native.cross_entropy_cpu(
+            d.data_ptr(), bias.data_ptr(), t.data_ptr(), loss[start:].data_ptr(),
+            grad_bias.data_ptr() if with_grads else 0, (h.shape[0], columns, ignore_index),
+            native.DTYPE_CODES[hidden.dtype], torch.get_num_threads(),
+        )  # fmt: skip
+        if with_grads:
+            torch.mm(d, weight, out=grad_hidden[start : start + chunk])
+            for at, total in zip(starts, sums, strict=True):
+                part = d[:, at : at + _WEIGHT_COLUMNS].T
+                total.addmm_(part, h) if hidden.dtype == torch.float32 else total.add_(part @ h)
+    del logits
+    grad_weight = hidden.new_empty(weight.shape if with_grads else 0)
+    for at in reversed(starts):
+        grad_weight[at : at + _WEIGHT_COLUMNS] = sums.pop()
+    return loss.sum(dtype=torch.float64).float(), grad_hidden, grad_weight, grad_bias.to(bias.dtype)
+
+
+register(
+    "layer_norm", "cpu", (layer_norm_forward, layer_norm_backward),
+    devices=("cpu",), missing=native.MISSING, refuses=native.refuses_dtype,
+)  # fmt: skip
+register(
+    "parallel_block",
+    "cpu",
+    Pieces(
+        layer_norm_forward, layer_norm_backward, _project_in, _project_in_backward,
+        attention_forward, attention_backward, _project_out, _project_out_backward,
+    ),
+    devices=("cpu",),
+    missing=native.MISSING,
+    refuses=_attention_refuses,
+)  # fmt: skip
+register(
+    "linear_cross_entropy", "cpu", linear_cross_entropy,
+    devices=("cpu",), missing=native.MISSING, refuses=native.refuses_dtype,
+)  # fmt: skip

@@ -61,11 +61,15 @@ def attention_refuses(*, dtype: torch.dtype, head_dim: int, **_: object) -> str 
     return None
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """x if each of its rows starts at a multiple of 16 bytes and is contiguous, else a contiguous copy."""
+def _is_aligned(x: Tensor) -> bool:
+    """Each row of x is contiguous and starts at a multiple of 16 bytes."""
     strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
-    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x if it is aligned, else a contiguous copy."""
+    return x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _attention_arguments(
@@ -90,28 +94,30 @@ def _attention_arguments(
 
 
 def attention_forward(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor]:
-    """out (contiguous) and the log-sum-exp (batch, heads, seqlen_q) float32; see `kernels.flash_attention`."""
+    module: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, *options: Any,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) float32; see `kernels.flash_attention`."""
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     cu_q, cu_k = (None if x is None else x.contiguous() for x in (cu_q, cu_k))
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    result = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None or not _is_aligned(out) else out
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     if q.numel():
         with _device(q):
-            module.attention_forward_cuda(*_attention_arguments(q, k, v, out, lse, cu_q, cu_k, *options))
-    return out, lse
+            module.attention_forward_cuda(*_attention_arguments(q, k, v, result, lse, cu_q, cu_k, *options))
+    return result if out is None or out is result else out.copy_(result), lse
 
 
 def attention_backward(
     module: Any, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_q: Tensor | None, cu_k: Tensor | None, *options: Any,
+    cu_q: Tensor | None, cu_k: Tensor | None, *options: Any, grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v (contiguous), bitwise reproducible."""
+    """Gradients of q, k, v, in new tensors or in `grads` (rows as `_is_aligned` asks), bitwise reproducible."""
     grad_out, q, k, v, out = (_aligned(x) for x in (grad_out, q, k, v, out))
     cu_q, cu_k = (None if x is None else x.contiguous() for x in (cu_q, cu_k))
     lse = lse.contiguous()
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    if grads is None:
+        grads = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape)
     row_stats = torch.empty((*lse.shape, 2), dtype=torch.float32, device=q.device)
     if q.numel():
         with _device(q):
@@ -120,7 +126,7 @@ def attention_backward(
                 row_stats.data_ptr(),
                 *_attention_arguments(q, k, v, out, lse, cu_q, cu_k, *options),
             )
-    return grads[0], grads[1], grads[2]
+    return grads
 
 
 def _norm_rows(x: Tensor, width: int) -> Tensor:

@@ -150,11 +150,11 @@ def _heads_first(x: Tensor, heads: int) -> Tensor:
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-    causal: bool, scale: float, dropout_p: float, dropout_seed: int,
+    causal: bool, scale: float, dropout_p: float, dropout_seed: int, *, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (like q) and the log-sum-exp (batch, heads, seqlen_q) of `kernels.flash_attention`."""
+    """out (like q, or the tensor given) and the log-sum-exp (batch, heads, seqlen_q) of `kernels.flash_attention`."""
     heads = q.shape[2]
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if out is None else out.zero_()
     lse = torch.full((q.shape[0], heads, q.shape[1]), float("-inf"), dtype=working_dtype(q.dtype), device=q.device)
     for b, i, j, first in _documents(cu_seqlens_q, cu_seqlens_k, q, k):
         qs, ks, vs = _heads_first(q[b, i], heads), _heads_first(k[b, j], heads), _heads_first(v[b, j], heads)

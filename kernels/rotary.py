@@ -47,6 +47,34 @@ register("apply_rotary", "reference", reference.rotary)
 register("apply_rotary", "torch", reference.rotary)
 
 
+def check_table(
+    x: Tensor, batch: int, seq: int, head_dim: int, cos: Tensor, sin: Tensor, positions: Tensor | None
+) -> None:
+    """Raises ValueError unless cos, sin and positions fit (batch, seq) tokens of heads of head_dim, on x's device."""
+    check(cos.dim() == 2, lambda: f"cos.shape = {tuple(cos.shape)}: must be (positions, rotary_dim / 2)")
+    check(sin.shape == cos.shape, lambda: f"sin.shape = {tuple(sin.shape)}: must be cos.shape = {tuple(cos.shape)}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_float32(name, table)
+        check_device(name, table, "the input", x)
+    check(
+        2 * cos.shape[1] <= head_dim,
+        lambda: f"cos.shape = {tuple(cos.shape)}: rotary_dim = {2 * cos.shape[1]} exceeds head_dim = {head_dim}",
+    )
+    if positions is None:
+        check(
+            cos.shape[0] >= seq,
+            lambda: f"cos.shape = {tuple(cos.shape)}: {seq} tokens need {seq} rows; build a longer rotary_table",
+        )
+    else:
+        check(
+            positions.dtype == torch.int64 and tuple(positions.shape) in ((seq,), (batch, seq)),
+            lambda: (
+                f"positions = {positions.dtype} {tuple(positions.shape)}: must be int64 of shape ({seq},) or ({batch}, {seq})"
+            ),
+        )
+        check_device("positions", positions, "the input", x)
+
+
 def apply_rotary(
     q: Tensor,
     k: Tensor,
@@ -79,28 +107,7 @@ def apply_rotary(
         k.shape[0] == batch and k.shape[1] == seq and k.shape[3] == head_dim,
         lambda: f"k.shape = {tuple(k.shape)}: must be ({batch}, {seq}, kv_heads, {head_dim}), q being {tuple(q.shape)}",
     )
-    check(cos.dim() == 2, lambda: f"cos.shape = {tuple(cos.shape)}: must be (positions, rotary_dim / 2)")
-    check(sin.shape == cos.shape, lambda: f"sin.shape = {tuple(sin.shape)}: must be cos.shape = {tuple(cos.shape)}")
-    for name, table in (("cos", cos), ("sin", sin)):
-        check_float32(name, table)
-        check_device(name, table, "q", q)
-    check(
-        2 * cos.shape[1] <= head_dim,
-        lambda: f"cos.shape = {tuple(cos.shape)}: rotary_dim = {2 * cos.shape[1]} exceeds head_dim = {head_dim}",
-    )
-    if positions is None:
-        check(
-            cos.shape[0] >= seq,
-            lambda: f"cos.shape = {tuple(cos.shape)}: {seq} tokens need {seq} rows; build a longer rotary_table",
-        )
-    else:
-        check(
-            positions.dtype == torch.int64 and tuple(positions.shape) in ((seq,), (batch, seq)),
-            lambda: (
-                f"positions = {positions.dtype} {tuple(positions.shape)}: must be int64 of shape ({seq},) or ({batch}, {seq})"
-            ),
-        )
-        check_device("positions", positions, "q", q)
+    check_table(q, batch, seq, head_dim, cos, sin, positions)
     name = choose("apply_rotary", q.device.type, backend, dtype=q.dtype)
     if name == "torch":
         return reference.rotary(q, k, cos, sin, positions, False)

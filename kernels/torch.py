@@ -75,11 +75,14 @@ def linear_cross_entropy(
         logits = F.linear(h, weight, bias).to(accumulate)
         kept = t != ignore_index
         index = torch.where(kept, t, 0)[:, None]
-        lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-        loss += torch.where(kept, (lse - logits.gather(1, index))[:, 0], 0.0).sum()
+        logits.sub_(logits.amax(-1, keepdim=True))
+        picked = logits.gather(1, index)
+        d = logits.exp_()  # with the maximum taken off first, large logits lose nothing
+        total = d.sum(-1, keepdim=True)
+        loss += torch.where(kept, (total.log() - picked)[:, 0], 0.0).sum()
         if with_grads:
-            d = logits.sub_(lse).exp_()  # softmax, in the logits' memory
-            d.scatter_add_(1, index, torch.full_like(lse, -1.0))
+            d.div_(total)  # softmax, in the logits' memory
+            d.scatter_add_(1, index, torch.full_like(total, -1.0))
             d.masked_fill_(~kept[:, None], 0.0)
             grad_bias += d.sum(0)
             low = d.to(hidden.dtype)

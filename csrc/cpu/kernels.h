@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/attention.h"
+#include "cpu/elementwise.h"
 #include "rotary.h"
 
 namespace phi1::cpu {
@@ -10,6 +11,13 @@ struct Kernels {
   void (*rotary)(const RotaryArgs&, int threads);
   void (*attention_forward)(const AttentionArgs&, int threads);
   void (*attention_backward)(const AttentionArgs&, int threads);
+  void (*layer_norm_forward)(const LayerNormArgs&, int threads);
+  void (*layer_norm_backward)(const LayerNormArgs&, int threads);
+  void (*after_in)(const AfterInArgs&, int threads);
+  void (*after_in_backward)(const AfterInArgs&, int threads);
+  void (*residual)(const ResidualArgs&, int threads);
+  void (*residual_backward)(const ResidualArgs&, int threads);
+  void (*cross_entropy)(const CrossEntropyArgs&, int threads);
   void (*residual_keep)(uint8_t* keep, int64_t rows, int64_t columns, uint32_t threshold, uint64_t seed, int threads);
   // 2^x as the attention kernels compute it.
   void (*exp2)(const float* in, float* out, int64_t count);

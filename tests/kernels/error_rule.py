@@ -9,8 +9,6 @@ round well leaves no room: four float32 epsilons of the greatest value are added
 import torch
 from torch import Tensor
 
-from kernels import native
-
 
 def error(x: Tensor, truth: Tensor) -> float:
     """Greatest |x - truth|, infinite if x has a NaN."""
@@ -31,18 +29,3 @@ def check(name: str, x: Tensor, low: Tensor, truth: Tensor, dtype: torch.dtype, 
     assert x.shape == truth.shape and x.dtype == dtype, (name, x.shape, x.dtype)
     found, allowed = error(x, truth), bound(low, truth, dtype, times)
     assert found <= allowed, f"{name}, {dtype}: error {found:.3g}, allowed {allowed:.3g}"
-
-
-def cpu_instruction_sets() -> list[str]:
-    """Those that the native module was built with and this CPU has."""
-    if native.MISSING is not None:
-        return []
-    before, found = native._native.isa_name(), []
-    for name in ("portable", "avx2", "avx512", "avx512_bf16"):
-        try:
-            native._native.use_isa(name)
-        except ValueError:
-            continue
-        found.append(name)
-    native._native.use_isa(before)
-    return found

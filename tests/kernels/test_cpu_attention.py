@@ -1,50 +1,17 @@
 """csrc/cpu's attention: every instruction set of this CPU against the reference, the same bits for any thread count."""
 
-import contextlib
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
 from attention_cases import CASES, SEED, Case, check_case, make_inputs, run_case
+from cpu_isa import ISAS, use_isa, use_threads
 
 from kernels import BackendError, cpu, flash_attention, native, reference, use_backend
 
 pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
-
-
-def _instruction_sets() -> list[str]:
-    """Those that this CPU runs, from the error that lists them."""
-    if native.MISSING is not None:
-        return []
-    with pytest.raises(ValueError, match="this CPU runs") as error:
-        native._native.use_isa("none")
-    return str(error.value).rpartition("runs ")[2].split()
-
-
-ISAS = _instruction_sets()
-
-
-@contextlib.contextmanager
-def _isa(name: str) -> Iterator[None]:
-    before = native._native.isa_name()
-    native._native.use_isa(name)
-    try:
-        yield
-    finally:
-        native._native.use_isa(before)
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _case(name: str) -> Case:
@@ -55,18 +22,18 @@ def _case(name: str) -> Case:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_against_the_reference(case: Case, dtype: torch.dtype, isa: str) -> None:
-    with _isa(isa):
+    with use_isa(isa):
         check_case(case, dtype, "cpu")
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", ["gqa", "dropout", "documents_unequal", "decode_four_32"])
 def test_bitwise_equal_for_any_thread_count(name: str, isa: str) -> None:
-    with _isa(isa):
+    with use_isa(isa):
         for dtype in (torch.float32, torch.bfloat16):
             results = []
             for threads in (1, 2, 3, 8):
-                with _threads(threads):
+                with use_threads(threads):
                     results += [run_case(_case(name), dtype, "cpu") for _ in range(2)]
             for output, first in results[0].items():
                 assert all(torch.equal(first, other[output]) for other in results[1:]), (output, dtype)
@@ -77,7 +44,7 @@ def test_exp2_error_bound(isa: str) -> None:
     """csrc/cpu/vector.h states 2^-22 from -126 up to 127, 0 up to -127, and that NaN stays."""
     x = torch.cat([torch.linspace(-126, 127, 1_000_003), torch.linspace(-2, 2, 1_000_003), torch.arange(-126.0, 128.0)])
     y = torch.empty_like(x)
-    with _isa(isa):
+    with use_isa(isa):
         native._native.exp2_cpu(x.data_ptr(), y.data_ptr(), x.numel())
         error = float((y.double() / torch.exp2(x.double()) - 1).abs().max())
         assert 2**-25 < error < 2**-22
@@ -95,7 +62,7 @@ def test_exp2_error_bound(isa: str) -> None:
 def test_nan_reaches_its_query_and_no_other(isa: str) -> None:
     q, k, v, _, options = make_inputs(_case("packed"), torch.bfloat16)
     q[1, 17, 2, 5] = math.nan
-    with _isa(isa):
+    with use_isa(isa):
         out, lse = flash_attention(q, k, v, **options, return_lse=True, backend="cpu")
     bad = torch.zeros_like(lse, dtype=torch.bool)
     bad[1, 2, 17] = True
@@ -105,7 +72,7 @@ def test_nan_reaches_its_query_and_no_other(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_residual_mask_is_the_reference(isa: str) -> None:
-    with _isa(isa):
+    with use_isa(isa):
         for rows, columns, p in ((1, 1, 0.5), (7, 131, 0.1), (33, 512, 0.25)):
             expected = reference.residual_keep(SEED, rows, columns, p, torch.device("cpu"))
             assert torch.equal(cpu.residual_keep(SEED, rows, columns, p), expected)

@@ -6,14 +6,29 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_isa import CPU_BACKENDS, chosen, use_threads
 from error_rule import check
 from torch import Tensor
 
+import kernels.cpu as cpu_backend
 import kernels.torch as torch_backend
 from kernels import linear_cross_entropy, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BACKENDS = ["reference", "torch"]
+FLOAT64_BACKENDS = ["reference", "torch"]
+BACKENDS = [*FLOAT64_BACKENDS, *CPU_BACKENDS]
+
+
+@pytest.fixture(params=BACKENDS)
+def name(request):
+    """A backend's name, with the CPU backend's instruction set in use."""
+    with chosen(request.param) as backend:
+        yield backend
+
+
+def set_chunk(monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
+    for backend in (torch_backend, cpu_backend):
+        monkeypatch.setattr(backend, "_CHUNK_LOGITS", logits)
 
 
 def make(rows: int, width: int, columns: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
@@ -40,11 +55,13 @@ def with_grads(function, inputs: list[Tensor], dtype: torch.dtype) -> list[Tenso
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize(("rows", "width", "columns"), [(1, 1, 1), (1, 8, 5), (13, 16, 33), (64, 32, 512)])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(
+    ("rows", "width", "columns"), [(1, 1, 1), (1, 8, 5), (13, 16, 33), (64, 32, 512), (9, 16, 1100)]
+)
 def test_loss_and_gradients_obey_the_error_rule(name, rows, width, columns, reduction, dtype, monkeypatch):
     # Chunks of 7 rows at most: 13 rows end in a part of a chunk, 64 in one row.
-    monkeypatch.setattr(torch_backend, "_CHUNK_LOGITS", 7 * columns)
+    set_chunk(monkeypatch, 7 * columns)
+    monkeypatch.setattr(cpu_backend, "_WEIGHT_COLUMNS", 200)  # 512 columns end in a part of a run
     inputs, targets = make(rows, width, columns, dtype)
     if rows > 5:
         targets[3] = targets[-1] = -100
@@ -67,7 +84,7 @@ def test_chunks_make_no_difference(chunk_rows, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", FLOAT64_BACKENDS)
 def test_leading_dims_and_another_ignore_index(name):
     inputs, targets = make(12, 8, 9, torch.float64)
     targets[::4] = 0
@@ -81,14 +98,12 @@ def test_leading_dims_and_another_ignore_index(name):
     assert grad.view(12, 8)[targets == 0].abs().max() == 0
 
 
-@pytest.mark.parametrize("name", BACKENDS)
 def test_all_ignored_is_zero_not_nan(name):
     inputs, targets = make(5, 4, 6, torch.float32)
     found = with_grads(lambda *a: linear_cross_entropy(*a, torch.full_like(targets, -100), backend=name), inputs, torch.float32)  # fmt: skip
     assert all(float(x.abs().max()) == 0 for x in found)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
 def test_large_logits_do_not_overflow(name):
     inputs, targets = make(5, 4, 6, torch.float32)
     inputs[0] = 1000 * inputs[0]
@@ -98,7 +113,7 @@ def test_large_logits_do_not_overflow(name):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", FLOAT64_BACKENDS)
 def test_gradcheck(name, monkeypatch):
     monkeypatch.setattr(torch_backend, "_CHUNK_LOGITS", 14)  # 2 rows
     inputs, targets = make(5, 3, 7, torch.float64)
@@ -143,21 +158,47 @@ print(peak() - before)
 def test_logits_never_exist_in_full():
     """1,024 rows of 51,200 columns, phi-1's vocabulary: 200 MiB of float32 logits."""
     grown = {}
-    for name in BACKENDS:
+    for name in [*FLOAT64_BACKENDS, *["cpu"] * bool(CPU_BACKENDS)]:
         done = subprocess.run([sys.executable, "-c", _MEASURE, name], capture_output=True, text=True, timeout=120, check=True)  # fmt: skip
         grown[name] = float(done.stdout)
     assert grown["reference"] > 400, grown  # logits and their gradient: the measurement sees them
     # A chunk's logits are 64 MiB; logsumexp and the product's output take the like of it.
     assert grown["torch"] < 200, grown
+    if CPU_BACKENDS:
+        assert grown["cpu"] < 50, (
+            grown
+        )  # a chunk's logits in float32 are 32 MiB, everything else is made in their place
 
 
 @pytest.mark.parametrize("grads", [True, False])
-def test_opcheck(grads):
+@pytest.mark.parametrize("name", ["torch", *["cpu"] * bool(CPU_BACKENDS)])
+def test_opcheck(name, grads):
     inputs, targets = make(5, 4, 6, torch.float32)
-    torch.library.opcheck(torch.ops.phi1.linear_cross_entropy.default, (*inputs, targets, -100, grads, "torch"))
+    torch.library.opcheck(torch.ops.phi1.linear_cross_entropy.default, (*inputs, targets, -100, grads, name))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", CPU_BACKENDS)
+def test_bitwise_equal_for_any_thread_count(name):
+    inputs, targets = make(37, 16, 5000, torch.bfloat16)
+    targets[4] = -100
+    arguments = (*inputs, targets, -100, True)
+    results = []
+    with chosen(name):
+        for threads in (1, 2, 3, 8):
+            with use_threads(threads):
+                results.append(torch.ops.phi1.linear_cross_entropy(*arguments, "cpu"))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(not CPU_BACKENDS, reason="no native kernels")
+def test_a_target_outside_the_columns_is_an_error_on_the_cpu():
+    inputs, targets = make(5, 4, 6, torch.float32)
+    targets[2] = 6
+    with pytest.raises(IndexError, match=r"targets in \[\d, 6\]: must be in \[0, 6\) or ignore_index = -100"):
+        linear_cross_entropy(*inputs, targets, backend="cpu")
+
+
 def test_compiles_to_one_graph(name):
     inputs, targets = make(12, 8, 31, torch.float32)
     function = lambda *a: linear_cross_entropy(*a, targets, backend=name)  # noqa: E731

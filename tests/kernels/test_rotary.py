@@ -4,27 +4,22 @@ import dataclasses
 
 import pytest
 import torch
-from error_rule import bound, check, cpu_instruction_sets, error
+from cpu_isa import CPU_BACKENDS, chosen
+from error_rule import bound, check, error
 from torch import Tensor
 
-from kernels import BackendError, apply_rotary, native, reference
+from kernels import BackendError, apply_rotary, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GPU = torch.cuda.is_available()
-BACKENDS = ["reference", "torch", *(f"cpu:{isa}" for isa in cpu_instruction_sets()), "triton"] + ["cuda"] * GPU
+BACKENDS = ["reference", "torch", *CPU_BACKENDS, "triton"] + ["cuda"] * GPU
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """A backend's name, with the CPU backend's instruction set in use."""
-    name, _, isa = request.param.partition(":")
-    if not isa:
+    with chosen(request.param) as name:
         yield name
-        return
-    before = native._native.isa_name()
-    native._native.use_isa(isa)
-    yield name
-    native._native.use_isa(before)
 
 
 def device_of(backend: str) -> str:

@@ -1,0 +1,246 @@
+"""The parallel block as two matrix products and one kernel after each, with its gradient made from x and z alone.
+
+Forward, over the folded batch * seq tokens:
+
+    n = LN(x)
+    z = n W_in^T                   (tokens, width), rows [q | k | v | u]; then in place: q, k, v get their bias,
+                                   q and k are turned, and gelu(u + bias) goes into the right part of g
+    g = [attention(q, k, v) | gelu(u + bias)]          attention reads views of z and writes the left part of g
+    y = x + dropout(g W_out^T + b_out)
+
+Saved for the backward pass: x and z (u without its bias, as the product gave it). LN(x), g and the log-sum-exp are
+made again there: attention's forward pass is 6% of a phi-1 layer's arithmetic at 2,048 tokens, g would be 40% more
+memory (`Pieces.saves_attention` turns that round where it measured faster).
+
+A backend brings `Pieces`; the order of the steps is here, once for all of them.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.registry import implementation
+
+
+class Layout(NamedTuple):
+    """What a token's row of z holds, and by which angles its q and k are turned."""
+
+    batch: int
+    seq: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    cos: Tensor
+    """(positions, rotary_dim / 2) float32, like sin."""
+    sin: Tensor
+    positions: Tensor | None
+    """Row of the table for each token: (seq,) or (batch, seq) int64; None: its index in the sequence."""
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq
+
+    @property
+    def attention_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def qkv_width(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    def qkv(self, z: Tensor, documents: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Views q, k, v of z (tokens, width): (batch, seq, heads, head_dim), or (1, tokens, ...) with documents."""
+        lead = (1, self.tokens) if documents else (self.batch, self.seq)
+        sizes = [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        q, k, v = (x.view(*lead, -1, self.head_dim) for x in z[:, : self.qkv_width].split(sizes, dim=1))
+        return q, k, v
+
+    def attention(self, g: Tensor, documents: bool) -> Tensor:
+        """The view of g's (tokens, attention width + inner) left part that attention writes, shaped as q."""
+        lead = (1, self.tokens) if documents else (self.batch, self.seq)
+        return g[:, : self.attention_width].view(*lead, self.heads, self.head_dim)
+
+
+class Dropout(NamedTuple):
+    """p and the seed of a mask of `kernels.reference`."""
+
+    p: float
+    seed: int
+
+
+class Pieces(NamedTuple):
+    """A backend's part of the block. Matrices are (tokens, columns); all but views of z and g are contiguous."""
+
+    norm_forward: Callable[..., tuple[Tensor, Tensor]]
+    """(x, weight, bias, eps) -> (LN(x), stats)"""
+    norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    """(grad, x, weight, stats, residual) -> gradients of x (residual added), weight and bias"""
+    project_in: Callable[[Tensor, Tensor, Tensor, Tensor, Layout], Tensor]
+    """(n, w_in, b_in, activated, layout) -> z as above; gelu(u + bias) is written to activated (tokens, inner), a view
+    whose rows are apart"""
+    project_in_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Layout], Tensor]
+    """(grad_z, z, b_in, activated, layout) -> gradient of b_in. In place: grad_z holds the gradients of the turned q and
+    k and of v, and gets those of all of z; activated holds its own gradient and gets gelu(u + bias) again"""
+    attention_forward: Callable[..., tuple[Tensor, Tensor]]
+    """(q, k, v, cu_q, cu_k, causal, scale, p, seed, out=) -> (out, lse); out is a strided view"""
+    attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    """(grad_out, q, k, v, out, lse, cu_q, cu_k, causal, scale, p, seed, grads=); grads are strided views"""
+    project_out: Callable[[Tensor, Tensor, Tensor, Tensor, Dropout], Tensor]
+    """(g, w_out, b_out, x, residual dropout) -> y"""
+    project_out_backward: Callable[[Tensor, Dropout], tuple[Tensor, Tensor]]
+    """(grad_y, residual dropout) -> gradients of g W_out^T (grad_y itself where p = 0) and of b_out"""
+    saves_attention: bool = False
+    """Save attention's output and log-sum-exp instead of making them again."""
+
+
+def block_forward(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
+    layout: Layout, cu_seqlens: Tensor | None, eps: float, attention_dropout: Dropout, residual_dropout: Dropout,
+    pieces: Pieces, kv_cache: tuple[Tensor, Tensor, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y (tokens, hidden), z, attention's part of g, lse) for x (tokens, hidden)."""
+    documents = cu_seqlens is not None
+    g = x.new_empty((layout.tokens, layout.attention_width + layout.inner))
+    normed = pieces.norm_forward(x, norm_weight, norm_bias, eps)[0]
+    z = pieces.project_in(normed, w_in, b_in, g[:, layout.attention_width :], layout)
+    q, k, v = layout.qkv(z, documents)
+    if kv_cache is not None:
+        keys, values, length = kv_cache
+        until = length + layout.seq
+        keys[: layout.batch, length:until] = k
+        values[: layout.batch, length:until] = v
+        k, v = keys[: layout.batch, :until], values[: layout.batch, :until]
+    attention, lse = pieces.attention_forward(
+        q, k, v, cu_seqlens, cu_seqlens, True, layout.head_dim**-0.5, *attention_dropout,
+        out=layout.attention(g, documents),
+    )  # fmt: skip
+    return pieces.project_out(g, w_out, b_out, x, residual_dropout), z, attention, lse
+
+
+def block_backward(
+    grad_y: Tensor, x: Tensor, z: Tensor, attention: Tensor, lse: Tensor,
+    norm_weight: Tensor, norm_bias: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor,
+    layout: Layout, cu_seqlens: Tensor | None, eps: float, attention_dropout: Dropout, residual_dropout: Dropout,
+    pieces: Pieces,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of x, norm_weight, norm_bias, w_in, b_in, w_out, b_out."""
+    documents = cu_seqlens is not None
+    options = (cu_seqlens, cu_seqlens, True, layout.head_dim**-0.5, *attention_dropout)
+    q, k, v = layout.qkv(z, documents)
+    if not pieces.saves_attention:
+        attention, lse = pieces.attention_forward(q, k, v, *options, out=torch.empty_like(q))
+
+    grad_h, grad_b_out = pieces.project_out_backward(grad_y, residual_dropout)
+    g = torch.mm(grad_h, w_out)  # the gradient of g at first, g itself in the end
+    grad_z = torch.empty_like(z)
+    pieces.attention_backward(
+        layout.attention(g, documents), q, k, v, attention, lse, *options, grads=layout.qkv(grad_z, documents)
+    )
+    grad_b_in = pieces.project_in_backward(grad_z, z, b_in, g[:, layout.attention_width :], layout)
+    layout.attention(g, documents).copy_(attention)
+    grad_w_out = torch.mm(grad_h.T, g)
+    del g, attention
+
+    normed, stats = pieces.norm_forward(x, norm_weight, norm_bias, eps)
+    grad_w_in = torch.mm(grad_z.T, normed)
+    grad_normed = torch.mm(grad_z, w_in)
+    grad_x, grad_norm_weight, grad_norm_bias = pieces.norm_backward(grad_normed, x, norm_weight, stats, grad_y)
+    return grad_x, grad_norm_weight, grad_norm_bias, grad_w_in, grad_b_in, grad_w_out, grad_b_out
+
+
+# ------------------------------------------------------------------------------------------- as torch operators
+
+_TABLE = "Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens, int seq, int heads, int kv_heads, int head_dim"
+_OPTIONS = f"{_TABLE}, float eps, float attention_dropout, float residual_dropout, SymInt dropout_seed, str backend"
+torch.library.define(
+    "phi1::parallel_block_forward",
+    "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out,"
+    f" {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "phi1::parallel_block_backward",
+    "(Tensor grad_y, Tensor x, Tensor z, Tensor attention, Tensor lse, Tensor norm_weight, Tensor norm_bias,"
+    f" Tensor w_in, Tensor b_in, Tensor w_out, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _arguments(x, w_in, cos, sin, positions, cu_seqlens, seq, heads, kv_heads, head_dim, eps, p, residual_p, seed, name):  # type: ignore[no-untyped-def]  # fmt: skip
+    layout = Layout(
+        x.shape[0] // seq, seq, heads, kv_heads, head_dim, w_in.shape[0] - (heads + 2 * kv_heads) * head_dim,
+        cos, sin, positions,
+    )  # fmt: skip
+    return layout, cu_seqlens, eps, Dropout(p, seed), Dropout(residual_p, seed), implementation("parallel_block", name)
+
+
+def _saved_shapes(
+    x: Tensor, layout: Layout, pieces: Pieces, documents: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of attention's output and lse as the forward operator returns them."""
+    if not pieces.saves_attention:
+        return (0,), (0,)
+    batch, seq = (1, layout.tokens) if documents else (layout.batch, layout.seq)
+    return (batch, seq, layout.heads, layout.head_dim), (batch, layout.heads, seq)
+
+
+@torch.library.impl("phi1::parallel_block_forward", ("cpu", "cuda"))
+def _forward(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, *options):  # type: ignore[no-untyped-def]
+    arguments = _arguments(x, w_in, *options)
+    y, z, attention, lse = block_forward(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, *arguments)
+    if not arguments[-1].saves_attention:
+        return y, z, x.new_empty(0), x.new_empty(0, dtype=torch.float32)
+    return y, z, attention.contiguous(), lse
+
+
+@torch.library.register_fake("phi1::parallel_block_forward")
+def _forward_fake(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, *options):  # type: ignore[no-untyped-def]
+    layout, cu_seqlens, *_, pieces = _arguments(x, w_in, *options)
+    attention, lse = _saved_shapes(x, layout, pieces, cu_seqlens is not None)
+    z = x.new_empty((x.shape[0], w_in.shape[0]))
+    return x.new_empty(x.shape), z, x.new_empty(attention), x.new_empty(lse, dtype=torch.float32)
+
+
+@torch.library.impl("phi1::parallel_block_backward", ("cpu", "cuda"))
+def _backward(grad_y, x, z, attention, lse, norm_weight, norm_bias, w_in, b_in, w_out, *options):  # type: ignore[no-untyped-def]
+    grads = block_backward(
+        grad_y.contiguous(), x, z, attention, lse, norm_weight, norm_bias, w_in, b_in, w_out,
+        *_arguments(x, w_in, *options),
+    )  # fmt: skip
+    return grads
+
+
+@torch.library.register_fake("phi1::parallel_block_backward")
+def _backward_fake(grad_y, x, z, attention, lse, norm_weight, norm_bias, w_in, b_in, w_out, *options):  # type: ignore[no-untyped-def]
+    like = (x, norm_weight, norm_bias, w_in, b_in, w_out, norm_bias)
+    return tuple(t.new_empty(t.shape) for t in like)
+
+
+class FusedBlock(torch.autograd.Function):
+    """The two operators, differentiable: (x (tokens, hidden), six parameters, then the operators' options) -> y."""
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, *options):  # type: ignore[no-untyped-def]
+        y, z, attention, lse = torch.ops.phi1.parallel_block_forward(
+            x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, *options
+        )
+        tensors, ctx.options = options[:4], options[4:]
+        ctx.save_for_backward(x, z, attention, lse, norm_weight, norm_bias, w_in, b_in, w_out, *tensors)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
+        grads = torch.ops.phi1.parallel_block_backward(grad_y, *ctx.saved_tensors, *ctx.options)
+        return *grads, *(None,) * (4 + len(ctx.options))
+
+
+def vendor_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T by the vendor's library (oneDNN, cuBLASLt)."""
+    return torch.mm(x, weight.T)
+
+
+def dropout_arguments(dropout: Dropout) -> tuple[int, float, int]:
+    """(threshold, scale, seed) as the native kernels take them."""
+    return reference.dropout_threshold(dropout.p), reference.dropout_scale(dropout.p), dropout.seed % 2**64

@@ -1,0 +1,250 @@
+// csrc/cpu's LayerNorm, block and loss kernels without Python: one instruction set against the definitions in double,
+// on buffers that end where the data ends, for sanitizers and mutations. Exits with 1 if a number is off.
+// Build: g++ -std=c++20 -fopenmp -Icsrc -DPHI1_ISA=tested [-march=native] tests/csrc/block_test.cpp
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cpu/kernels.cpp"
+
+namespace {
+
+using phi1::DType;
+using namespace phi1::cpu;
+using namespace phi1::cpu::PHI1_ISA;
+
+std::mt19937 generator(7);
+
+// `count` elements in a heap block that has no byte to spare.
+template <typename T>
+struct Buffer {
+  std::unique_ptr<T[]> data;
+  int64_t count;
+  explicit Buffer(int64_t n, float shift = 0) : data(new T[size_t(n)]), count(n) {
+    std::normal_distribution<float> normal(shift);
+    for (int64_t i = 0; i < n; ++i) store(data[size_t(i)], normal(generator));
+  }
+  double operator[](int64_t i) const { return load(data[size_t(i)]); }
+  std::vector<double> copy() const {
+    std::vector<double> x;
+    for (int64_t i = 0; i < count; ++i) x.push_back((*this)[i]);
+    return x;
+  }
+  T* get() const { return data.get(); }
+};
+
+// The greatest error of a kernel's results, relative to 1 + |expected|.
+struct Errors {
+  double worst = 0;
+  void operator()(double found, double expected) {
+    const double error = std::abs(found - expected) / (1 + std::abs(expected));
+    worst = std::isnan(error) ? INFINITY : std::max(worst, error);
+  }
+};
+
+// Whether the residual mask keeps an element: kernels/reference.py, dropout_keep with plane 0 and offset 1.
+bool kept(uint64_t seed, uint32_t threshold, int64_t row, int64_t column) {
+  uint32_t c[4] = {uint32_t(column / 32 * 4 + column % 8 / 2), uint32_t(row), 0, 1};
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    const uint64_t p0 = uint64_t(c[0]) * 0xD2511F53u, p2 = uint64_t(c[2]) * 0xCD9E8D57u;
+    const uint32_t next[4] = {uint32_t(p2 >> 32) ^ c[1] ^ k0, uint32_t(p2), uint32_t(p0 >> 32) ^ c[3] ^ k1,
+                              uint32_t(p0)};
+    std::memcpy(c, next, sizeof c);
+  }
+  const int64_t slot = column % 32 / 8 * 2 + column % 2;
+  return (c[slot / 2] >> (slot % 2 * 16) & 0xffff) >= threshold;
+}
+
+template <typename T>
+double layer_norm_error(DType dtype) {
+  const int64_t rows = 67, hidden = 50, stride = 53;
+  const Buffer<T> x((rows - 1) * stride + hidden, 3), weight(hidden), bias(hidden), grad(rows * hidden),
+      residual(rows * hidden), y(rows * hidden), dx(rows * hidden), dweight(hidden), dbias(hidden);
+  const Buffer<float> stats(2 * rows);
+  LayerNormArgs args = {};
+  args.x = x.get(), args.weight = weight.get(), args.bias = bias.get(), args.y = y.get(), args.stats = stats.get();
+  args.rows = rows, args.hidden = hidden, args.x_stride = stride, args.eps = 0.1f, args.dtype = dtype;
+  layer_norm_forward(args, 2);
+  args.grad_y = grad.get(), args.residual = residual.get(), args.y = dx.get();
+  args.grad_weight = dweight.get(), args.grad_bias = dbias.get();
+  layer_norm_backward(args, 2);
+
+  Errors compare;
+  std::vector<double> dw(hidden), db(hidden), n(hidden);
+  for (int64_t r = 0; r < rows; ++r) {
+    double mean = 0, variance = 0, d_mean = 0, dn_mean = 0;
+    for (int64_t i = 0; i < hidden; ++i) mean += x[r * stride + i] / hidden;
+    for (int64_t i = 0; i < hidden; ++i) variance += std::pow(x[r * stride + i] - mean, 2) / hidden;
+    const double factor = 1 / std::sqrt(variance + 0.1);
+    compare(stats[2 * r], mean);
+    compare(stats[2 * r + 1], factor);
+    for (int64_t i = 0; i < hidden; ++i) {
+      const double g = grad[r * hidden + i];
+      n[i] = (x[r * stride + i] - mean) * factor;
+      compare(y[r * hidden + i], n[i] * weight[i] + bias[i]);
+      dw[i] += g * n[i], db[i] += g;
+      d_mean += g * weight[i] / hidden, dn_mean += g * weight[i] * n[i] / hidden;
+    }
+    for (int64_t i = 0; i < hidden; ++i) {
+      const double d = factor * (grad[r * hidden + i] * weight[i] - d_mean - n[i] * dn_mean);
+      compare(dx[r * hidden + i], d + residual[r * hidden + i]);
+    }
+  }
+  for (int64_t i = 0; i < hidden; ++i) compare(dweight[i], dw[i]), compare(dbias[i], db[i]);
+  return compare.worst;
+}
+
+double gelu_of(double y) { return y / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (y + 0.044715 * y * y * y))); }
+
+template <typename T>
+double block_error(DType dtype, bool positions) {
+  const int64_t batch = 2, seq = 35, turned = 3, dim = 32, half = 5, inner = 83, stride = 90;
+  const int64_t tokens = batch * seq, first_u = (turned + 1) * dim, width = first_u + inner;
+  const Buffer<T> z(tokens * width), bias(width), activated((tokens - 1) * stride + inner), dz(tokens * width),
+      dbias(width);
+  const Buffer<float> cos(40 * half), sin(40 * half);
+  const std::unique_ptr<int64_t[]> position(new int64_t[size_t(tokens)]);
+  for (int64_t i = 0; i < tokens; ++i) position[size_t(i)] = i * 7 % 40;
+  const std::vector<double> z_before = z.copy();
+  AfterInArgs args = {};
+  args.z = z.get(), args.bias = bias.get(), args.activated = activated.get(), args.activated_stride = stride;
+  args.batch = batch, args.seq = seq, args.turned_heads = turned, args.head_dim = dim, args.half = half;
+  args.width = width, args.inner = inner, args.cos = cos.get(), args.sin = sin.get(), args.dtype = dtype;
+  if (positions) args.position = position.get(), args.position_batch_stride = seq;
+  const auto row_of = [&](int64_t t) { return positions ? t * 7 % 40 : t % seq; };
+
+  Errors compare;
+  after_in(args, 2);
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t c = 0; c < first_u; ++c) {
+      const auto biased = [&](int64_t i) { return z_before[size_t(t * width + i)] + bias[i]; };
+      double expected = biased(c);
+      if (c < turned * dim && c % dim < 2 * half) {
+        const int64_t i = c % dim % half;
+        const double co = cos[row_of(t) * half + i], si = sin[row_of(t) * half + i];
+        expected = c % dim < half ? biased(c) * co - biased(c + half) * si : biased(c) * co + biased(c - half) * si;
+      }
+      compare(z[t * width + c], expected);
+    }
+    for (int64_t i = 0; i < inner; ++i) {
+      const double u = z_before[size_t(t * width + first_u + i)];
+      compare(z[t * width + first_u + i], u);
+      compare(activated[t * stride + i], gelu_of(u + bias[first_u + i]));
+    }
+  }
+
+  const Buffer<T> grads((tokens - 1) * stride + inner);  // of activated, then activated
+  const std::vector<double> dz_before = dz.copy(), grads_before = grads.copy();
+  args.activated = grads.get(), args.grad_z = dz.get(), args.grad_bias = dbias.get();
+  after_in_backward(args, 2);
+  std::vector<double> sums(static_cast<size_t>(width));
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t c = 0; c < width; ++c) {
+      const auto before = [&](int64_t i) { return dz_before[size_t(t * width + i)]; };
+      double expected = before(c);
+      if (c < turned * dim && c % dim < 2 * half) {
+        const int64_t i = c % dim % half;
+        const double co = cos[row_of(t) * half + i], si = sin[row_of(t) * half + i];
+        expected = c % dim < half ? before(c) * co + before(c + half) * si : before(c) * co - before(c - half) * si;
+      } else if (c >= first_u) {
+        const double y = z[t * width + c] + bias[c], step = 1e-5;
+        const double slope = (gelu_of(y + step) - gelu_of(y - step)) / (2 * step);
+        expected = grads_before[size_t(t * stride + c - first_u)] * slope;
+        compare(grads[t * stride + c - first_u], gelu_of(y));
+      }
+      compare(dz[t * width + c], expected);
+      sums[size_t(c)] += expected;
+    }
+  for (int64_t c = 0; c < width; ++c) compare(dbias[c], sums[size_t(c)]);
+  return compare.worst;
+}
+
+template <typename T>
+double residual_error(DType dtype, uint32_t threshold) {
+  const int64_t rows = 67, columns = 77;
+  const Buffer<T> h(rows * columns), bias(columns), x(rows * columns), grad(rows * columns), dh(rows * columns),
+      dbias(columns);
+  const std::vector<double> before = h.copy();
+  ResidualArgs args = {};
+  args.h = h.get(), args.bias = bias.get(), args.x = x.get(), args.rows = rows, args.columns = columns;
+  args.dropout_threshold = threshold, args.dropout_scale = 1.25f, args.seed = 0x123456789abcdefull;
+  args.dtype = dtype;
+  residual(args, 2);
+  args.grad_y = grad.get(), args.h = dh.get(), args.grad_bias = dbias.get();
+  residual_backward(args, 2);
+  Errors compare;
+  std::vector<double> sums(static_cast<size_t>(columns));
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    double factor = 1;
+    if (threshold > 0) factor = kept(args.seed, threshold, i / columns, i % columns) ? 1.25 : 0;
+    compare(h[i], x[i] + factor * (before[size_t(i)] + bias[i % columns]));
+    if (threshold > 0) compare(dh[i], factor * grad[i]);
+    sums[size_t(i % columns)] += factor * grad[i];
+  }
+  for (int64_t c = 0; c < columns; ++c) compare(dbias[c], sums[size_t(c)]);
+  return compare.worst;
+}
+
+template <typename T>
+double cross_entropy_error(DType dtype) {
+  const int64_t rows = 5, columns = 2500;
+  const Buffer<T> logits(rows * columns), bias(columns);
+  const Buffer<float> loss(rows), dbias(columns);
+  const std::unique_ptr<int64_t[]> targets(new int64_t[rows]{0, 1024, -7, 2499, 1500});
+  for (int64_t c = 0; c < columns; ++c) store(logits.get()[columns + c], float(c) / 100);  // the maximum comes last
+  const std::vector<double> before = logits.copy();
+  std::vector<double> sums = dbias.copy();
+  CrossEntropyArgs args = {};
+  args.logits = logits.get(), args.bias = bias.get(), args.targets = targets.get(), args.loss = loss.get();
+  args.grad_bias = dbias.get(), args.rows = rows, args.columns = columns, args.ignore_index = -7, args.dtype = dtype;
+  cross_entropy(args, 2);
+  Errors compare;
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto biased = [&](int64_t c) { return before[size_t(r * columns + c)] + bias[c]; };
+    const int64_t target = targets[size_t(r)];
+    double sum = 0;
+    for (int64_t c = 0; c < columns; ++c) sum += std::exp(biased(c));
+    compare(loss[r], target < 0 ? 0 : std::log(sum) - biased(target));
+    for (int64_t c = 0; c < columns; ++c) {
+      const double d = target < 0 ? 0 : std::exp(biased(c)) / sum - (c == target);
+      compare(1000 * logits[r * columns + c], 1000 * d);  // most of the probabilities are below 1e-3
+      sums[size_t(c)] += d;
+    }
+  }
+  for (int64_t c = 0; c < columns; ++c) compare(dbias[c], sums[size_t(c)]);
+  return compare.worst;
+}
+
+template <typename T>
+bool all(DType dtype, double tolerance) {
+  const std::pair<const char*, std::function<double()>> kernels[] = {
+      {"layer_norm", [&] { return layer_norm_error<T>(dtype); }},
+      {"block", [&] { return block_error<T>(dtype, false); }},
+      {"block with positions", [&] { return block_error<T>(dtype, true); }},
+      {"residual", [&] { return residual_error<T>(dtype, 0); }},
+      {"residual with dropout", [&] { return residual_error<T>(dtype, 13107); }},
+      {"cross_entropy", [&] { return cross_entropy_error<T>(dtype); }},
+  };
+  bool good = true;
+  for (const auto& [name, error] : kernels) {
+    const double worst = error();
+    std::printf("dtype %d, %s: %.3g\n", int(dtype), name, worst);
+    good = good && worst <= tolerance;
+  }
+  return good;
+}
+
+}  // namespace
+
+int main() {
+  bool good = all<float>(DType::f32, 1e-5);
+  good = all<bf16>(DType::bf16, 0.01) && good;
+  good = all<f16>(DType::f16, 0.002) && good;
+  std::printf("%s\n", good ? "ok" : "failed");
+  return good ? 0 : 1;
+}
