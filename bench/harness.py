@@ -6,6 +6,7 @@ machine falls on all of them. A peer that cannot run here is listed with the rea
 """
 
 import argparse
+import ctypes
 import dataclasses
 import datetime
 import gc
@@ -61,7 +62,7 @@ class Row:
     peak_share: float | None = None
     """Rate relative to that of a large matrix product of the same dtype in the same run, where that says something."""
     peak_bytes: int | None = None
-    """Most device memory that the call held above its inputs (CUDA only)."""
+    """Most memory that the call held above what was there before: of the device, or of the process on a CPU."""
     unavailable: str | None = None
 
 
@@ -178,6 +179,26 @@ class _Clock:
         return self.events[0].elapsed_time(self.events[1]) / 1000
 
 
+def _process_peak(call: Callable[[], Any]) -> int | None:
+    """Most bytes of memory that the process gained during the call; None where the kernel does not count it (Linux does).
+
+    Free memory that malloc kept is given back first, so that the call's own memory is counted.
+    """
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not (status.exists() and reset.exists()):
+        return None
+
+    def kib(name: str) -> int:
+        return int(re.findall(rf"^{name}:\s+(\d+) kB", status.read_text(), re.MULTILINE)[0])
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    reset.write_text("5")  # VmHWM starts again at VmRSS
+    before = kib("VmRSS")
+    call()
+    return 1024 * (kib("VmHWM") - before)
+
+
 class Benchmark:
     """Collects the rows of one run.
 
@@ -216,6 +237,10 @@ class Benchmark:
                 row.unavailable = str(reason)
             except torch.OutOfMemoryError:
                 row.unavailable = "out of device memory"
+            except Exception as error:  # a peer's bug (a compiler that fails, say) is a result; ours is a failure
+                if candidate.ours:
+                    raise
+                row.unavailable = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             else:
                 calls.append((row, call, []))
         start = time.perf_counter()
@@ -240,7 +265,7 @@ class Benchmark:
 
     def _peak(self, call: Callable[[], Any]) -> int | None:
         if self.device != "cuda":
-            return None
+            return _process_peak(call)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -252,7 +277,7 @@ class Benchmark:
         """The measurements as a Markdown table, and the reasons for those that are missing."""
         columns = ["case", "work", "implementation", "ms (quartiles)", self.unit, "× best peer"]
         columns += ["% of product"] if any(row.peak_share for row in self.rows) else []
-        columns += ["peak MiB"] if self.device == "cuda" else []
+        columns += ["peak MiB"] if any(row.peak_bytes is not None for row in self.rows) else []
         lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         missing: dict[tuple[str, str], list[str]] = {}
         for row in self.rows:
