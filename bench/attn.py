@@ -24,6 +24,7 @@ from kernels import flash_attention
 
 FORMULA = "FLOPs: forward 4·B·S²·H·D, backward 2.5 times that, halved if causal"
 FORM = "batch x seq x heads x head_dim"
+FORM_GQA = f"{FORM} x kv_heads"
 
 # phi-1: 32 heads of 64, phi-1-small: 16 heads of 64; 16k tokens on a GPU whatever the length, as in FlashAttention's benchmark.
 _GPU = [(16384 // s, s, h, 64) for h in (32, 16) for s in (512, 1024, 2048, 4096, 8192, 16384)]
@@ -42,14 +43,16 @@ def ours(backend: str, reason: str | None, causal: bool, dropout: float) -> Atte
 
 def sdpa(kernel: SDPBackend | None, causal: bool, dropout: float, shape: Sequence[int]) -> Attention:
     """scaled_dot_product_attention held to one of its kernels, or its own choice (None)."""
-    batch, seq, heads, _ = shape
+    batch, seq, heads, _, kv_heads = shape
     gib = 4 * batch * heads * seq**2 / 2**30
     if kernel is SDPBackend.MATH and gib > 2:
         raise Unavailable(f"its score matrix would take {gib:.0f} GiB (limit 2)")
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*heads_first, dropout_p=dropout, is_causal=causal).transpose(1, 2)
+        return F.scaled_dot_product_attention(
+            *heads_first, dropout_p=dropout, is_causal=causal, enable_gqa=kv_heads != heads
+        ).transpose(1, 2)
 
     def held(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert kernel is not None
@@ -62,6 +65,18 @@ def sdpa(kernel: SDPBackend | None, causal: bool, dropout: float, shape: Sequenc
                 raise Unavailable("PyTorch has no such kernel for this call") from error
 
     return run if kernel is None else held
+
+
+def sdpa_repeated(causal: bool, dropout: float, shape: Sequence[int]) -> Attention:
+    """As transformers does it: keys and values repeated for each query head, then scaled_dot_product_attention."""
+    _, _, heads, _, kv_heads = shape
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(heads // kv_heads, dim=2) for x in (k, v))
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*heads_first, dropout_p=dropout, is_causal=causal).transpose(1, 2)
+
+    return run
 
 
 def flex(device: str, causal: bool, dropout: float, shape: Sequence[int]) -> Attention:
@@ -77,7 +92,13 @@ def flex(device: str, causal: bool, dropout: float, shape: Sequence[int]) -> Att
     seq = shape[1]
     mask = create_block_mask(lambda b, h, i, j: j <= i, None, None, seq, seq, device=device) if causal else None
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
+    gqa = shape[2] != shape[4]
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        return compiled(*heads_first, block_mask=mask, enable_gqa=gqa).transpose(1, 2)
+
+    return run
 
 
 def flash_attn_2(device: str, causal: bool, dropout: float) -> Attention:
@@ -124,6 +145,8 @@ def implementations(
         }
     for name, kernel in kernels.items():
         found.append((name, False, lambda kernel=kernel: sdpa(kernel, causal, dropout, shape)))
+    if shape[2] != shape[4]:
+        found.append(("SDPA, keys repeated", False, lambda: sdpa_repeated(causal, dropout, shape)))
     found.append(("FlexAttention", False, lambda: flex(device, causal, dropout, shape)))
     found.append(("flash_attn 2", False, lambda: flash_attn_2(device, causal, dropout)))
     found.append(("flash_attn 3", False, lambda: flash_attn_3(device, causal, dropout)))
@@ -149,11 +172,14 @@ def timed(make: Callable[[], Attention], work: str, inputs: Sequence[Tensor]) ->
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = harness.arguments(__doc__ or "", shapes=f"comma-separated, each {FORM}, e.g. 1x512x32x64")
+    parser = harness.arguments(__doc__ or "", shapes=f"comma-separated, each {FORM}, or {FORM_GQA}, e.g. 1x512x32x64")
     options = harness.parse(parser, argv)
     device, gpu = options.device, options.device == "cuda"
     if options.shapes:
-        shapes = [harness.parse_integers(parser, text, FORM) for text in options.shapes.split(",")]
+        shapes = [
+            harness.parse_integers(parser, text, FORM_GQA if text.count("x") == 4 else FORM)
+            for text in options.shapes.split(",")
+        ]
     elif gpu:
         shapes = _GPU_QUICK if options.quick else _GPU
     else:
@@ -171,13 +197,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         peak = harness.matrix_peak(device, harness.DTYPES[name]) / scale
         bench.notes.append(f"matrix product in {name}, measured in this run: {peak:.4g} {bench.unit}")
         for shape in shapes:
-            batch, seq, heads, head_dim = shape
-            inputs = [torch.randn(shape, device=device).to(harness.DTYPES[name]) for _ in range(4)]
+            batch, seq, heads, head_dim = shape[:4]
+            kv_heads = shape[4] if len(shape) == 5 else heads
+            if heads % kv_heads:
+                parser.error(f"--shapes: {kv_heads} kv_heads must divide {heads} heads")
+            inputs = [
+                torch.randn(batch, seq, h, head_dim, device=device).to(harness.DTYPES[name])
+                for h in (heads, kv_heads, kv_heads, heads)
+            ]
             for causal, dropout in ((True, 0.0), (False, 0.0), (True, 0.1)):
                 case = f"{'x'.join(map(str, shape))} {name} {'causal' if causal else 'full'}"
                 case += f" dropout {dropout}" if dropout else ""
                 flops = 4 * batch * seq**2 * heads * head_dim / (2 if causal else 1) / scale
-                makers = implementations(device, harness.DTYPES[name], causal, dropout, shape)
+                makers = implementations(
+                    device, harness.DTYPES[name], causal, dropout, (batch, seq, heads, head_dim, kv_heads)
+                )
                 for work, factor in (("forward", 1.0), ("backward", 2.5), ("both", 3.5)):
                     candidates = [
                         Candidate(label, mine, lambda make=make, work=work, inputs=inputs: timed(make, work, inputs))

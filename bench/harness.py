@@ -16,6 +16,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,6 +125,7 @@ def environment(device: str) -> dict[str, Any]:
     status = output("git", "status", "--porcelain", "--untracked-files=no")
     facts: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": f"python bench/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),

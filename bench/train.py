@@ -22,9 +22,7 @@ from phi1.config import ModelConfig
 from phi1.model import Phi1
 
 FORM = "batch x seq x hidden x layers x vocabulary"
-FORMULA = (
-    "FLOP per token = 6 x (parameters - input embedding) + 12 x layers x attention width x sequence / 2 (causal)"
-)
+FORMULA = "FLOP per token = 6 x (parameters - input embedding) + 12 x layers x attention width x sequence / 2 (causal)"
 HEAD_DIM = 64
 
 _SHAPES = {

@@ -20,6 +20,14 @@ struct PackedHead {
   const float *k, *v;
 };
 
+// Changes the sign of every number in `count` lanes, or makes them zeros.
+template <class Dot>
+inline void flip_or_clear(float* lanes, int64_t count, bool clear) {
+  const vuint sign = splat_bits(Dot::k == 2 ? 0x80008000u : 0x80000000u);
+  for (int64_t i = 0; i < count; i += kLanes)
+    vstore(lanes + i, clear ? vfloat{} : (vfloat)((vuint)vload(lanes + i) ^ sign));
+}
+
 // A panel of up to kPanel queries of one head against all keys that it sees.
 template <class Dot, int D, bool Dropout>
 void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, int64_t head, int64_t first,
@@ -31,9 +39,11 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
   pack_rows<Dot, D>(p.rows(args.q, p.first_q, head, args.dtype), args.dtype, first, p.seqlen_q, kPanel, scratch.rows);
   transpose(scratch.rows, width, kPanel, width, scratch.q, kPanel);
 
-  const vfloat scale = splat(args.scale), log2e = splat(kLog2e);
+  // Scores stay unscaled, exp2's argument takes the scale up: it must be positive for that. Q takes over the sign.
+  if (args.scale <= 0) flip_or_clear<Dot>(scratch.q, width * kPanel, args.scale == 0);
+  const vfloat scale = splat(args.scale == 0 ? 1.0f : kLog2e * __builtin_fabsf(args.scale));
   const vfloat hidden = splat(-__builtin_inff());
-  // P = exp2(log2(e) S - base): base is log2(e) times the greatest score so far, rounded, or 0 before there is one.
+  // P = exp2(scale S - base): base is the scale times the greatest score so far, rounded, or 0 before there is one.
   // lse takes up the base that was used, so its rounding does no harm.
   vfloat greatest[kVecs], base[kVecs] = {}, sum[kVecs] = {};
   for (int n = 0; n < kVecs; ++n) greatest[n] = hidden;
@@ -54,7 +64,6 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
         const int limit = int(key >= visible ? kPanel : args.causal ? larger(0, key - offset - first) : 0);
 #pragma GCC unroll 8
         for (int n = 0; n < kVecs; ++n) {
-          s[m][n] *= scale;
           if constexpr (mask) s[m][n] = lane >= limit - n * kLanes ? s[m][n] : hidden;
           greatest[n] = vmax(s[m][n], greatest[n]);
           vstore(scratch.scores + (r + m) * kPanel + n * kLanes, s[m][n]);
@@ -70,7 +79,7 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
 
     vfloat shrink[kVecs];
     for (int n = 0; n < kVecs; ++n) {
-      const vfloat next = greatest[n] == hidden ? vfloat{} : greatest[n] * log2e;
+      const vfloat next = greatest[n] == hidden ? vfloat{} : greatest[n] * scale;
       shrink[n] = exp2(base[n] - next);
       sum[n] *= shrink[n];
       base[n] = next;
@@ -82,7 +91,7 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
         vfloat x[Dot::k];
 #pragma GCC unroll 2
         for (int i = 0; i < Dot::k; ++i) {
-          x[i] = exp2(fma(vload(scratch.scores + (r + i) * kPanel + n * kLanes), log2e, -base[n]));
+          x[i] = exp2(fma(vload(scratch.scores + (r + i) * kPanel + n * kLanes), scale, -base[n]));
           sum[n] += x[i];
           if constexpr (Dropout) x[i] = keep_lanes(scratch.keep[r + i][n], x[i]);
         }

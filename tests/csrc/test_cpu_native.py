@@ -1,4 +1,4 @@
-"""csrc/cpu's attention as a program of its own (attention_test.cpp): under sanitizers, and with small mistakes put in."""
+"""csrc/cpu as programs of their own (attention_test.cpp, block_test.cpp): under sanitizers, with small mistakes put in."""
 
 import concurrent.futures
 import pathlib
@@ -11,21 +11,23 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
-def _run(csrc: pathlib.Path, program: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Builds attention_test.cpp with the kernels in `csrc` and runs it; an error to compile is an error here."""
-    source = ROOT / "tests" / "csrc" / "attention_test.cpp"
+def _run(test: str, csrc: pathlib.Path, program: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Builds `test`.cpp with the kernels in `csrc` and runs it; an error to compile is an error here."""
+    source = ROOT / "tests" / "csrc" / f"{test}.cpp"
     command = ["g++", "-std=c++20", "-fopenmp", "-w", "-O0", f"-I{csrc}", "-DPHI1_ISA=tested", *flags, source]
     subprocess.run([*command, "-o", program], check=True)
     return subprocess.run([program], capture_output=True, text=True)
 
 
-def test_under_address_and_undefined_behaviour_sanitizers(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("test", ["attention_test", "block_test"])
+def test_under_address_and_undefined_behaviour_sanitizers(test: str, tmp_path: pathlib.Path) -> None:
     """Every tensor ends where its heap block ends, so a lane too many is an error.
 
     The portable instruction set: the sources are the same for all. -O0, since GCC takes minutes to instrument the
     unrolled register blocks.
     """
-    done = _run(ROOT / "csrc", tmp_path / "sanitized", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    done = _run(test, ROOT / "csrc", tmp_path / "sanitized", *flags)
     assert done.returncode == 0 and done.stdout.endswith("ok\n"), done.stdout + done.stderr[-2000:]
 
 
@@ -55,7 +57,34 @@ MUTATIONS = [
     ("vector.h", "12582912.0f + 127.0f", "12582912.0f + 126.0f"),
     ("vector.h", "0x1.ebf9bcp-3f", "0x1.ebp-3f"),
     ("vector.h", "c[2] = high0 ^ c[3] ^ k1", "c[2] = high0 ^ c[3] ^ k0"),
+    ("layer_norm.inl", "keep_lanes((1u << n) - 1, d)", "d"),
+    ("layer_norm.inl", "+ args.eps", ""),
+    ("layer_norm.inl", "- normed * mean_dn", ""),
+    ("layer_norm.inl", "d += vload(residual + i, n)", "d += vload(grad + i, n)"),
+    ("layer_norm.inl", "which ? args.grad_bias : args.grad_weight", "which ? args.grad_weight : args.grad_bias"),
+    ("layer_norm.inl", "(chunk + 1) * kSumRows", "(chunk + 1) * kSumRows - 1"),
+    ("elementwise.inl", "i < chunks", "i < 1"),
+    ("elementwise.inl", "(u >> 16) & 1u)) >> 16, quiet", "(u >> 16) & 1u) + 0x8000u) >> 16, quiet"),
+    ("block.inl", "a * c - b * s", "a * c + b * s"),
+    ("block.inl", "cos, sin, -1.0f", "cos, sin, 1.0f"),
+    ("block.inl", "b += vload(bias + half + i, n)", "b += vload(bias + i, n)"),
+    ("block.inl", "vload(z + turned + i, n) + vload(bias + turned + i, n)", "vload(z + turned + i, n)"),
+    ("block.inl", "args.position_batch_stride + t", "args.position_batch_stride + b"),
+    ("block.inl", "splat(6 * c * cubic)", "splat(2 * c * cubic)"),
+    ("block.inl", "value * (1.0f - sigmoid)", "value * sigmoid"),
+    ("block.inl", "add_to(column + first_u + i, d, n);", ""),
+    ("block.inl", "if constexpr (kDropout) y *= vload(factor + i, n);", ""),
+    ("block.inl", "vload(h + i, n) + vload(bias + i, n)", "vload(h + i, n)"),
+    ("dropout.inl", "offset = 1", "offset = 0"),
+    ("dropout.inl", "{0.0f, args.dropout_scale}", "{0.0f, 1.0f}"),
+    ("cross_entropy.inl", "keep_lanes((1u << n) - 1, e)", "e"),
+    ("cross_entropy.inl", "row.total *= __builtin_expf(row.top - above);", ""),
+    ("cross_entropy.inl", "if (target == args.ignore_index) continue;", ""),
+    ("cross_entropy.inl", "args.grad_bias[target] -= 1.0f;", ""),
+    ("cross_entropy.inl", "/ softmax[row].total - 1.0f", "/ softmax[row].total"),
+    ("cross_entropy.inl", "target < first + count", "target <= first + count"),
 ]
+BLOCK_FILES = ("layer_norm.inl", "elementwise.inl", "block.inl", "dropout.inl", "cross_entropy.inl")
 
 
 def _verdict(number: int, folder: pathlib.Path) -> str:
@@ -67,7 +96,8 @@ def _verdict(number: int, folder: pathlib.Path) -> str:
     text = path.read_text()
     assert text.count(old) == 1, f"{file} holds {old!r} {text.count(old)} times"
     path.write_text(text.replace(old, new))
-    done = _run(csrc, folder / str(number) / "program")
+    test = "block_test" if file in BLOCK_FILES else "attention_test"
+    done = _run(test, csrc, folder / str(number) / "program")
     return "killed" if done.returncode != 0 else f"survived: {file}: {old!r} -> {new!r}"
 
 

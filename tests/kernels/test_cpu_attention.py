@@ -71,6 +71,19 @@ def test_nan_reaches_its_query_and_no_other(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_a_scale_that_turns_the_order_of_scores_round(scale: float, isa: str) -> None:
+    """The forward pass finds the greatest score before it is scaled."""
+    q, k, v, _, options = make_inputs(_case("packed"), torch.float32)
+    options["scale"] = scale
+    expected = flash_attention(q, k, v, **options, return_lse=True, backend="reference")
+    with use_isa(isa):
+        found = flash_attention(q, k, v, **options, return_lse=True, backend="cpu")
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_residual_mask_is_the_reference(isa: str) -> None:
     with use_isa(isa):
         for rows, columns, p in ((1, 1, 0.5), (7, 131, 0.1), (33, 512, 0.25)):
