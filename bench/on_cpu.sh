@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Every table of a machine without a GPU, into bench/results/: attention, the layer, the loss, a training step, rotary.
+# Wants the machine to itself for about a quarter of an hour; each table says what load it met.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+
+"$python" bench/attn.py --dtypes bf16,fp32 --save \
+    --shapes 1x2048x8x64,4x1024x16x64,1x2048x8x32,1x2048x8x128,1x2048x8x64x2,1x257x8x64
+"$python" bench/block.py --save
+"$python" bench/loss.py --save
+"$python" bench/train.py --save
+"$python" bench/rotary.py --save
