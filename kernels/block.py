@@ -115,8 +115,9 @@ def parallel_block(
         lambda: _cache_is_full(kv_cache, seq),
     )
     name = choose(
-        "parallel_block", x.device.type, backend, dtype=x.dtype, head_dim=head_dim, hidden=hidden, inner=inner
-    )
+        "parallel_block", x.device.type, backend,
+        dtype=x.dtype, head_dim=head_dim, hidden=hidden, inner=inner, rotary_dim=2 * cos.shape[-1],
+    )  # fmt: skip
     pieces = implementation("parallel_block", name)
     if isinstance(pieces, Pieces):
         for what, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
