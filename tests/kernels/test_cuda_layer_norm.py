@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from emulator import cuda_device, emulator, emulator_module  # noqa: F401
 
 from kernels import layer_norm, reference
+from kernels.registry import implementation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(1, 8), (3, 64), (2, 5, 200), (70, 264), (1, 130, 1032), (4, 2048)]
@@ -25,23 +26,36 @@ def _results(run, x, weight, bias, grad):
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_layer_norm_keeps_the_error_rule(cuda_device, shape, dtype):  # noqa: F811
-    """y, dx, dweight, dbias: at most twice PyTorch's own error in this dtype, plus twice the rounding of order one.
+def check_layer_norm(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
+    """y, dx, dweight, dbias and dx with a residual: at most twice PyTorch's own error in this dtype, plus twice the
+    rounding of order one.
 
     Plus float32's rounding of the mean, 20 against a deviation of 3, in each row that is added up.
     """
     inputs = _inputs(shape, dtype)
+    residual = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     truth = _results(lambda *t: reference.layer_norm(*t, 1e-5), *(t.double() for t in inputs))
     peer = _results(lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, 1e-5), *inputs)
-    ours = _results(lambda *t: layer_norm(*t, backend="cuda"), *(t.to(cuda_device) for t in inputs))
-    for name, x, y, z in zip(("y", "dx", "dweight", "dbias"), ours, peer, truth, strict=True):
+    there = [t.to(device) for t in inputs]
+    ours = _results(lambda *t: layer_norm(*t, backend="cuda"), *there)
+    forward, backward = implementation("layer_norm", "cuda")
+    x, weight, bias, grad = there
+    stats = forward(x, weight, bias, 1e-5)[1]
+    ours.append(backward(grad, x, weight, stats, residual.to(device))[0])
+    truth.append(truth[1] + residual.double())
+    peer.append(peer[1] + residual)
+    for name, x, y, z in zip(("y", "dx", "dweight", "dbias", "dx + residual"), ours, peer, truth, strict=True):
         low = z.to(dtype)
         mean = 30 * torch.finfo(torch.float32).eps * inputs[0][..., 0].numel() ** 0.5
         rounding = float((low + 0.3 - 0.3 - low).abs().max())
         error, allowed = float((x.cpu().double() - z).abs().max()), float((y.double() - z).abs().max())
         assert error <= 2 * allowed + 2 * rounding + mean, f"{name}: {error:.3g}, PyTorch's {allowed:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_layer_norm_keeps_the_error_rule(cuda_device, shape, dtype):  # noqa: F811
+    check_layer_norm(shape, dtype, cuda_device)
 
 
 def test_strided_rows_and_gradients(emulator):  # noqa: F811
