@@ -9,7 +9,7 @@ from kernels import layer_norm, reference
 from kernels.registry import implementation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = [(1, 8), (3, 64), (2, 5, 200), (70, 264), (1, 130, 1032), (4, 2048)]
+SHAPES = [(1, 8), (3, 64), (2, 5, 200), (70, 264), (1, 130, 1032), (4, 2048), (1100, 8)]
 
 
 def _inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -50,6 +50,21 @@ def check_layer_norm(shape: tuple[int, ...], dtype: torch.dtype, device: str = "
         rounding = float((low + 0.3 - 0.3 - low).abs().max())
         error, allowed = float((x.cpu().double() - z).abs().max()), float((y.double() - z).abs().max())
         assert error <= 2 * allowed + 2 * rounding + mean, f"{name}: {error:.3g}, PyTorch's {allowed:.3g}"
+
+
+def check_equal_numbers(device: str = "cpu") -> None:
+    """Rows without variance: y is the bias, and eps keeps the gradient finite: its mean over a row is taken out."""
+    _, weight, bias, grad = (t.to(device) for t in _inputs((3, 64), torch.bfloat16))
+    x = torch.full((3, 64), 2.0, dtype=torch.bfloat16, device=device)
+    y, dx, *_ = _results(lambda *t: layer_norm(*t, backend="cuda"), x, weight, bias, grad)
+    assert torch.equal(y, bias.expand(3, 64))
+    d = (grad.double() * weight.double()).cpu()
+    expected = (d - d.mean(-1, keepdim=True)) * 1e-5**-0.5
+    assert ((dx.cpu().double() - expected).abs() <= expected.abs() * 2**-8 + 1e-3).all()
+
+
+def test_rows_of_equal_numbers(cuda_device):  # noqa: F811
+    check_equal_numbers(cuda_device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
