@@ -173,7 +173,8 @@ void Block::run() {
   const int threads = launch.threads;
   shared_memory.assign(size_t(launch.shared), 0xff);  // NaN in every format
   shared_words.resize(size_t(launch.shared + 3) / 4);
-  if (stacks.size() < size_t(threads) * kStackBytes) stacks.resize(size_t(threads) * kStackBytes);
+  if (stacks.size() < size_t(threads) * kStackBytes)  // nothing in the old ones is worth a copy
+    stacks = std::vector<unsigned char>(size_t(threads) * kStackBytes);
   lanes_.resize(size_t(threads));
   warps_.resize(size_t(threads) / 32);
   ++epoch;
