@@ -18,8 +18,8 @@ from cuda_block_cases import (
 from emulator import cuda_device, emulator, emulator_module  # noqa: F401
 from torch import Tensor
 
-from kernels import BackendError, parallel_block, reference
-from kernels.fused_block import Dropout
+from kernels import BackendError, cuda, parallel_block, reference
+from kernels.fused_block import Dropout, Layout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = dataclasses.replace(CASES[1], name="small", p=0.25)
@@ -207,6 +207,13 @@ def test_bad_input(emulator):  # noqa: F811
     with pytest.raises(ValueError, match=r"norm_weight.shape = \(3,\): must be \(40,\)"):
         parallel_block(*tensors, **options, backend="cuda")
     assert emulator.counters()["launches"] == 0
+
+
+def test_more_tokens_than_an_index_counts():
+    none = torch.zeros(0, 8, dtype=torch.bfloat16)
+    layout = Layout(2**10, 2**20, 1, 1, 32, 8, *reference.rotary_table(1, 32), None)
+    with pytest.raises(ValueError, match=r"batch \* seq = 1073741824: the cuda backend counts tokens up to 1073741823"):
+        cuda._after_in_arguments(none, none, none, layout)
 
 
 def test_positions_beyond_the_table_die(emulator):  # noqa: F811
