@@ -189,14 +189,14 @@ __global__ void __launch_bounds__(kBlockThreads) after_in_grad_kernel(const __gr
   }
 }
 
-// Multiplies x by dropout's factor: 0 or the scale. All 32 lanes of the warp take part.
+// Multiplies x by dropout's factor, 0 or the scale (a NaN stays one). All 32 lanes of the warp take part.
 PHI1_DEVICE void drop_residual(float (&x)[8], const ResidualArgs& args, int row, int column) {
   uint32_t word[4];
   residual_random(word, args.seed, row, column);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    x[2 * i] = (word[i] & 0xffff) >= args.dropout_threshold ? x[2 * i] * args.dropout_scale : 0.0f;
-    x[2 * i + 1] = (word[i] >> 16) >= args.dropout_threshold ? x[2 * i + 1] * args.dropout_scale : 0.0f;
+    x[2 * i] *= (word[i] & 0xffff) >= args.dropout_threshold ? args.dropout_scale : 0.0f;
+    x[2 * i + 1] *= (word[i] >> 16) >= args.dropout_threshold ? args.dropout_scale : 0.0f;
   }
 }
 

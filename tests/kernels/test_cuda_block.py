@@ -37,6 +37,15 @@ def test_after_the_product_with_w_out(cuda_device, rows, columns, p, dtype):  # 
     check_projection_out(rows, columns, p, dtype, cuda_device)
 
 
+def test_nan_is_not_dropped(cuda_device):  # noqa: F811
+    """As in the reference, 0 times NaN is NaN: an overflow is seen, whatever the mask."""
+    g = torch.full((4, 8), float("nan"), dtype=torch.bfloat16, device=cuda_device)
+    one, zero = torch.eye(8, dtype=g.dtype, device=cuda_device), torch.zeros_like(g)
+    y = cuda_block_cases.pieces().project_out(g, one, zero[0], zero, Dropout(0.5, 3))
+    grad_h, grad_bias = cuda_block_cases.pieces().project_out_backward(g, Dropout(0.5, 3))
+    assert y.isnan().all() and grad_h.isnan().all() and grad_bias.isnan().all()
+
+
 def test_many_chunks_of_rows(cuda_device):  # noqa: F811
     """More chunks than a block adds up at once, the last of them short."""
     check_projection_in(Case("rows", batch=3, seq=61, heads=1, hidden=8, inner=8), torch.bfloat16, cuda_device)
