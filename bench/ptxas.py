@@ -29,6 +29,7 @@ _SIZES = r"""
 #include <cstdio>
 #include "cuda/attention_backward.cuh"
 #include "cuda/attention_forward.cuh"
+#include "cuda/block.cuh"
 #include "cuda/layer_norm.cuh"
 #include "cuda/rotary.cuh"
 using namespace phi1::cuda;
@@ -42,6 +43,8 @@ int main() {
   attention<32>(), attention<64>(), attention<128>();
   std::printf("rotary 0 %d 0\n", 32 * kRotaryWarps);
   for (const char* name : {"layer_norm", "layer_norm_grad", "layer_norm_sum"}) std::printf("%s 0 %d 0\n", name, kNormThreads);
+  for (const char* name : {"after_in", "after_in_grad", "residual", "residual_grad"}) std::printf("%s 0 %d 0\n", name, kBlockThreads);
+  std::printf("block_sum 0 %d %d\n", kSumThreads, kSumSharedBytes);
   std::printf("layer_norm_partial 0 %d %d\n", kNormThreads, kNormSharedBytes);
 }
 """
@@ -107,8 +110,10 @@ def _compile(source: Path, arch: str, folder: Path) -> list[tuple[str, str, int,
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
         assert name and registers and spills, part
         dtype, *dims = (x.strip().removeprefix("phi1::cuda::") for x in name[2].split(","))
-        head_dim = int(re.sub(r"\D", "", dims[0])) if dims else 0
-        found.append((name[1], dtype, head_dim, int(registers[1]), int(spills[1]) + int(spills[2])))
+        # A number is head_dim, a bool says whether the kernel draws dropout.
+        head_dim = int(re.sub(r"\D", "", dims[0])) if dims and dims[0] not in ("true", "false") else 0
+        kernel = f"{name[1]}_dropout" if dims == ["true"] else name[1]
+        found.append((kernel, dtype, head_dim, int(registers[1]), int(spills[1]) + int(spills[2])))
     return found
 
 
@@ -120,7 +125,7 @@ def compile_kernels(archs: tuple[str, ...] = ARCHS, jobs: int = 2) -> list[Kerne
         sizes = _launch_sizes(folder)
         results = pool.map(lambda item: _compile(item[0], item[1], folder), work)
         return [
-            Kernel(kernel, dtype, head_dim, arch, registers, spilled, *sizes[kernel, head_dim])
+            Kernel(kernel, dtype, head_dim, arch, registers, spilled, *sizes[kernel.removesuffix("_dropout"), head_dim])
             for (_, arch), found in zip(work, results, strict=True)
             for kernel, dtype, head_dim, registers, spilled in found
         ]

@@ -32,6 +32,33 @@ cuda::AttentionArgs attention_args(const HeadsSpec& q, const HeadsSpec& k, const
   return args;
 }
 
+// sizes: batch, seq, heads of q and k, head_dim, rotary_dim / 2, width of z, inner, activated's stride.
+cuda::AfterInArgs after_in_args(uintptr_t z, uintptr_t bias, uintptr_t activated, std::array<int64_t, 8> sizes,
+                                std::array<uintptr_t, 2> table, int64_t table_rows, uintptr_t position,
+                                int64_t position_batch_stride, int dtype) {
+  cuda::AfterInArgs args{};
+  args.z = address(z), args.bias = address(bias), args.activated = address(activated);
+  std::tie(args.batch, args.seq, args.turned_heads, args.head_dim, args.half, args.width, args.inner,
+           args.activated_stride) = std::tuple_cat(sizes);
+  args.cos = static_cast<const float*>(address(table[0])), args.sin = static_cast<const float*>(address(table[1]));
+  args.table_rows = table_rows;
+  args.position = static_cast<const int64_t*>(address(position));
+  args.position_batch_stride = position_batch_stride;
+  args.dtype = static_cast<DType>(dtype);
+  return args;
+}
+
+// dropout: threshold, scale, seed.
+cuda::ResidualArgs residual_args(uintptr_t h, std::array<int64_t, 2> sizes,
+                                 std::tuple<uint32_t, float, uint64_t> dropout, int dtype) {
+  cuda::ResidualArgs args{};
+  args.h = address(h);
+  args.rows = sizes[0], args.columns = sizes[1];
+  std::tie(args.dropout_threshold, args.dropout_scale, args.seed) = dropout;
+  args.dtype = static_cast<DType>(dtype);
+  return args;
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -80,17 +107,56 @@ void bind_cuda(py::module_& m) {
     cuda::layer_norm_forward(args, address(stream));
   });
 
-  m.def("layer_norm_backward_cuda",
-        [](uintptr_t grad_y, uintptr_t x, uintptr_t weight, uintptr_t stats, uintptr_t grad_x, uintptr_t grad_weight,
-           uintptr_t grad_bias, uintptr_t partial, std::array<int64_t, 4> sizes, int dtype, uintptr_t stream) {
+  m.def("layer_norm_backward_cuda", [](uintptr_t grad_y, uintptr_t x, uintptr_t weight, uintptr_t stats,
+                                       uintptr_t grad_x, uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t partial,
+                                       uintptr_t residual, std::array<int64_t, 4> sizes, int dtype, uintptr_t stream) {
+    py::gil_scoped_release release;
+    cuda::LayerNormArgs args{};
+    args.grad_y = address(grad_y), args.x = address(x), args.weight = address(weight), args.y = address(grad_x);
+    args.grad_weight = address(grad_weight), args.grad_bias = address(grad_bias);
+    args.stats = static_cast<float*>(address(stats)), args.partial = static_cast<float*>(address(partial));
+    args.residual = address(residual);
+    args.rows = sizes[0], args.hidden = sizes[1], args.x_stride = sizes[2], args.chunks = sizes[3];
+    args.dtype = static_cast<DType>(dtype);
+    cuda::layer_norm_backward(args, address(stream));
+  });
+
+  m.def("after_in_cuda", [](uintptr_t z, uintptr_t bias, uintptr_t activated, std::array<int64_t, 8> sizes,
+                            std::array<uintptr_t, 2> table, int64_t table_rows, uintptr_t position,
+                            int64_t position_batch_stride, int dtype, uintptr_t stream) {
+    py::gil_scoped_release release;
+    cuda::after_in(after_in_args(z, bias, activated, sizes, table, table_rows, position, position_batch_stride, dtype),
+                   address(stream));
+  });
+
+  m.def("after_in_backward_cuda",
+        [](uintptr_t grad_z, uintptr_t grad_bias, uintptr_t partial, int64_t chunks, uintptr_t z, uintptr_t bias,
+           uintptr_t activated, std::array<int64_t, 8> sizes, std::array<uintptr_t, 2> table, int64_t table_rows,
+           uintptr_t position, int64_t position_batch_stride, int dtype, uintptr_t stream) {
           py::gil_scoped_release release;
-          cuda::LayerNormArgs args{};
-          args.grad_y = address(grad_y), args.x = address(x), args.weight = address(weight), args.y = address(grad_x);
-          args.grad_weight = address(grad_weight), args.grad_bias = address(grad_bias);
-          args.stats = static_cast<float*>(address(stats)), args.partial = static_cast<float*>(address(partial));
-          args.rows = sizes[0], args.hidden = sizes[1], args.x_stride = sizes[2], args.chunks = sizes[3];
-          args.dtype = static_cast<DType>(dtype);
-          cuda::layer_norm_backward(args, address(stream));
+          cuda::AfterInArgs args =
+              after_in_args(z, bias, activated, sizes, table, table_rows, position, position_batch_stride, dtype);
+          args.grad_z = address(grad_z), args.grad_bias = address(grad_bias);
+          args.partial = static_cast<float*>(address(partial)), args.chunks = chunks;
+          cuda::after_in_backward(args, address(stream));
+        });
+
+  m.def("residual_cuda", [](uintptr_t h, uintptr_t bias, uintptr_t x, std::array<int64_t, 2> sizes,
+                            std::tuple<uint32_t, float, uint64_t> dropout, int dtype, uintptr_t stream) {
+    py::gil_scoped_release release;
+    cuda::ResidualArgs args = residual_args(h, sizes, dropout, dtype);
+    args.bias = address(bias), args.x = address(x);
+    cuda::residual(args, address(stream));
+  });
+
+  m.def("residual_backward_cuda",
+        [](uintptr_t grad_y, uintptr_t grad_h, uintptr_t grad_bias, uintptr_t partial, int64_t chunks,
+           std::array<int64_t, 2> sizes, std::tuple<uint32_t, float, uint64_t> dropout, int dtype, uintptr_t stream) {
+          py::gil_scoped_release release;
+          cuda::ResidualArgs args = residual_args(grad_h, sizes, dropout, dtype);
+          args.grad_y = address(grad_y), args.grad_bias = address(grad_bias);
+          args.partial = static_cast<float*>(address(partial)), args.chunks = chunks;
+          cuda::residual_backward(args, address(stream));
         });
 }
 

@@ -114,15 +114,16 @@ def parallel_block(
         kv_cache is None or kv_cache[2] + seq <= kv_cache[0].shape[1],
         lambda: _cache_is_full(kv_cache, seq),
     )
+    check_table(x, batch, seq, head_dim, cos, sin, positions)
     name = choose(
-        "parallel_block", x.device.type, backend, dtype=x.dtype, head_dim=head_dim, hidden=hidden, inner=inner
-    )
+        "parallel_block", x.device.type, backend,
+        dtype=x.dtype, head_dim=head_dim, hidden=hidden, inner=inner, rotary_dim=2 * cos.shape[-1],
+    )  # fmt: skip
     pieces = implementation("parallel_block", name)
     if isinstance(pieces, Pieces):
         for what, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
             check_shape(what, parameter, (hidden,), "(hidden,), x's last dim")
             check_like(what, parameter, "x", x)
-        check_table(x, batch, seq, head_dim, cos, sin, positions)
         check(kv_heads > 0 and heads % kv_heads == 0, lambda: f"kv_heads = {kv_heads}: must divide heads = {heads}")
         if cu_seqlens is not None:
             check_documents(cu_seqlens, cu_seqlens, x)

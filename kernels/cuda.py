@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import native, reference
+from kernels.fused_block import Dropout, Layout, Pieces, dropout_arguments, vendor_product
 from kernels.registry import register
 
 
@@ -70,6 +71,12 @@ def _is_aligned(x: Tensor) -> bool:
 def _aligned(x: Tensor) -> Tensor:
     """x if it is aligned, else a contiguous copy."""
     return x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x if it is contiguous and starts at a multiple of 16 bytes, else a copy that is."""
+    aligned = x.is_contiguous() and x.data_ptr() % 16 == 0
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _attention_arguments(
@@ -156,11 +163,11 @@ columns at hidden 2,048 these are 2,048 blocks. Fixed, so that the sums do not d
 
 
 def layer_norm_backward(
-    module: Any, grad: Tensor, x: Tensor, weight: Tensor, stats: Tensor
+    module: Any, grad: Tensor, x: Tensor, weight: Tensor, stats: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias (contiguous), bitwise reproducible."""
+    """Gradients of x (plus `residual`), weight and bias (contiguous), bitwise reproducible."""
     rows, weight, stats = _norm_rows(x, weight.numel()), _aligned(weight), stats.contiguous()
-    grad = _norm_rows(grad, weight.numel()).contiguous()
+    grad, residual = _dense(grad), None if residual is None else _dense(residual)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_weight, grad_bias = (torch.zeros(weight.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     chunks = min(NORM_CHUNKS, max(rows.shape[0], 1))
@@ -170,9 +177,104 @@ def layer_norm_backward(
             module.layer_norm_backward_cuda(
                 grad.data_ptr(), rows.data_ptr(), weight.data_ptr(), stats.data_ptr(), grad_x.data_ptr(),
                 grad_weight.data_ptr(), grad_bias.data_ptr(), partial.data_ptr(),
+                0 if residual is None else residual.data_ptr(),
                 (*rows.shape, rows.stride(0), chunks), native.DTYPE_CODES[x.dtype], _stream(x),
             )  # fmt: skip
     return grad_x, grad_weight, grad_bias
+
+
+def block_refuses(
+    *, dtype: torch.dtype, head_dim: int, hidden: int, inner: int, rotary_dim: int, **_: object
+) -> str | None:
+    """Why the kernels cannot serve this call of `parallel_block`, or None."""
+    for name, width in (("x.shape[-1]", hidden), ("inner (w_in's rows beyond q, k and v)", inner)):
+        if width % 8:
+            return f"{name} = {width}: the kernels take a multiple of 8; pad it with zeros"
+    if rotary_dim % 16:
+        return f"rotary_dim = 2 * cos.shape[-1] = {rotary_dim}: the kernels turn a multiple of 16 dims; use another backend"
+    return attention_refuses(dtype=dtype, head_dim=head_dim)
+
+
+PARTIAL_SUMS = 2**20
+"""Partial sums of a bias's gradient, all chunks of rows together; csrc/cuda/block.cuh says why."""
+
+
+def _partial_sums(x: Tensor) -> Tensor:
+    """Room for (chunks, columns) sums over x's rows, 16 or more a chunk. The shape decides, so that sums repeat."""
+    rows, columns = x.shape
+    chunks = min(-(-rows // 16), max(PARTIAL_SUMS // columns, 1))
+    return torch.empty((chunks, columns), dtype=torch.float32, device=x.device)
+
+
+def _after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: Layout) -> tuple[object, ...]:
+    """The arguments of `after_in_cuda`, and the last of `after_in_backward_cuda`. The tensors in `layout` are dense."""
+    if layout.tokens >= 2**30:
+        raise ValueError(
+            f"batch * seq = {layout.tokens}: the cuda backend counts tokens up to {2**30 - 1}; split the batch"
+        )
+    cos, sin, positions = layout.cos, layout.sin, layout.positions
+    sizes = (
+        layout.batch, layout.seq, layout.heads + layout.kv_heads, layout.head_dim, cos.shape[1], z.shape[1], layout.inner,
+        activated.stride(0),
+    )  # fmt: skip
+    return (
+        z.data_ptr(), bias.data_ptr(), activated.data_ptr(), sizes, (cos.data_ptr(), sin.data_ptr()), cos.shape[0],
+        0 if positions is None else positions.data_ptr(),
+        positions.stride(0) if positions is not None and positions.dim() == 2 else 0,
+        native.DTYPE_CODES[z.dtype], _stream(z),
+    )  # fmt: skip
+
+
+def _dense_layout(layout: Layout) -> Layout:
+    positions = None if layout.positions is None else layout.positions.contiguous()
+    return layout._replace(cos=_dense(layout.cos), sin=_dense(layout.sin), positions=positions)
+
+
+def project_in(module: Any, n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
+    """See `Pieces.project_in`."""
+    z, b_in, layout = vendor_product(n, w_in), _dense(b_in), _dense_layout(layout)
+    with _device(z):
+        module.after_in_cuda(*_after_in_arguments(z, b_in, activated, layout))
+    return z
+
+
+def project_in_backward(
+    module: Any, grad_z: Tensor, z: Tensor, b_in: Tensor, activated: Tensor, layout: Layout
+) -> Tensor:
+    """See `Pieces.project_in_backward`."""
+    b_in, layout = _dense(b_in), _dense_layout(layout)
+    grad_bias, partial = torch.empty_like(b_in), _partial_sums(z)
+    with _device(z):
+        module.after_in_backward_cuda(
+            grad_z.data_ptr(), grad_bias.data_ptr(), partial.data_ptr(), partial.shape[0],
+            *_after_in_arguments(z, b_in, activated, layout),
+        )  # fmt: skip
+    return grad_bias
+
+
+def project_out(module: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
+    """See `Pieces.project_out`."""
+    y, b_out, x = vendor_product(g, w_out), _dense(b_out), _dense(x)
+    with _device(y):
+        module.residual_cuda(
+            y.data_ptr(), b_out.data_ptr(), x.data_ptr(), tuple(y.shape), dropout_arguments(dropout),
+            native.DTYPE_CODES[y.dtype], _stream(y),
+        )  # fmt: skip
+    return y
+
+
+def project_out_backward(module: Any, grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
+    """See `Pieces.project_out_backward`."""
+    grad_y = _dense(grad_y)
+    threshold, *rest = dropout_arguments(dropout)
+    grad_h = grad_y if threshold == 0 else torch.empty_like(grad_y)
+    grad_bias, partial = grad_y.new_empty(grad_y.shape[1]), _partial_sums(grad_y)
+    with _device(grad_y):
+        module.residual_backward_cuda(
+            grad_y.data_ptr(), grad_h.data_ptr(), grad_bias.data_ptr(), partial.data_ptr(), partial.shape[0],
+            tuple(grad_y.shape), (threshold, *rest), native.DTYPE_CODES[grad_y.dtype], _stream(grad_y),
+        )  # fmt: skip
+    return grad_h, grad_bias
 
 
 def register_kernels(module: Any, devices: tuple[str, ...], why_not: str | None = None) -> None:
@@ -190,6 +292,17 @@ def register_kernels(module: Any, devices: tuple[str, ...], why_not: str | None 
         "layer_norm", "cuda",
         (functools.partial(layer_norm_forward, module), functools.partial(layer_norm_backward, module)),
         devices=devices, missing=why_not, refuses=native.refuses_dtype,
+    )  # fmt: skip
+    pieces: list[Any] = [
+        functools.partial(piece, module)
+        for piece in (
+            layer_norm_forward, layer_norm_backward, project_in, project_in_backward,
+            attention_forward, attention_backward, project_out, project_out_backward,
+        )
+    ]  # fmt: skip
+    register(
+        "parallel_block", "cuda", Pieces(*pieces),
+        devices=devices, missing=why_not, refuses=block_refuses,
     )  # fmt: skip
 
 

@@ -27,4 +27,27 @@ PHI1_DEVICE void attention_random(uint32_t (&word)[4], uint64_t seed, int plane,
   philox(word, seed);
 }
 
+// Random bits of the eight columns from `column` (a multiple of 8) of one row of the residual: element 2 i is the low
+// half of word i, element 2 i + 1 the high half. Lane q of four holds columns 8 q to 8 q + 7 of a group of 32, and one
+// draw serves a pair of columns of each of the four: each lane draws once, then the four exchange 4 x 4 words. All 32
+// lanes of the warp take part.
+PHI1_DEVICE void residual_random(uint32_t (&word)[4], uint64_t seed, int row, int column) {
+  constexpr uint32_t kResidualOffset = 1;
+  word[0] = uint32_t(column / 8), word[1] = uint32_t(row), word[2] = 0, word[3] = kResidualOffset;
+  philox(word, seed);
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) {
+    const bool upper = column / 8 & bit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      const uint32_t other = shfl_xor(upper ? word[i] : word[i + bit], bit);
+      if (upper)
+        word[i] = other;
+      else
+        word[i + bit] = other;
+    }
+  }
+}
+
 }  // namespace phi1::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/attention.h"
+#include "cuda/block.h"
 #include "cuda/layer_norm.h"
 #include "rotary.h"
 
@@ -12,5 +13,9 @@ void attention_forward(const AttentionArgs& args, void* stream);
 void attention_backward(const AttentionArgs& args, void* stream);
 void layer_norm_forward(const LayerNormArgs& args, void* stream);
 void layer_norm_backward(const LayerNormArgs& args, void* stream);
+void after_in(const AfterInArgs& args, void* stream);
+void after_in_backward(const AfterInArgs& args, void* stream);
+void residual(const ResidualArgs& args, void* stream);
+void residual_backward(const ResidualArgs& args, void* stream);
 
 }  // namespace phi1::cuda

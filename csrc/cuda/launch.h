@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>
 #endif
 
+#include "cuda/ptx.cuh"
 #include "rotary.h"
 
 namespace phi1::cuda {
@@ -28,6 +29,23 @@ inline Region heads_region(const HeadsTensor& x, int64_t batch, int64_t seq, int
   if (batch * seq * heads == 0) return {x.data, 0};
   const int64_t last = (batch - 1) * x.batch_stride + (seq - 1) * x.seq_stride + (heads - 1) * x.head_stride;
   return {x.data, (last + head_dim) * element};
+}
+
+inline int64_t blocks_for(int64_t work, int64_t per_block) { return (work + per_block - 1) / per_block; }
+
+// Calls f with a value of the C++ type that dtype names.
+template <typename F>
+void with_type(DType dtype, F f) {
+#if defined(PHI1_ONE_INSTANCE)  // builds of mutated kernels
+  if (dtype != DType::bf16) throw std::invalid_argument("this build has bfloat16 only");
+  f(bf16{});
+#else
+  switch (dtype) {
+    case DType::f32: return f(float{});
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+  }
+#endif
 }
 
 // Runs kernel(args) on `blocks` blocks of `threads` threads with `shared` bytes of dynamic shared memory.

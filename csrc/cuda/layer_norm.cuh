@@ -8,6 +8,7 @@
 // up the chunks, in order: the result is the same each time.
 #pragma once
 
+#include "cuda/eight.cuh"
 #include "cuda/layer_norm.h"
 #include "cuda/ptx.cuh"
 
@@ -17,44 +18,6 @@ constexpr int kNormThreads = 128, kNormWarps = kNormThreads / 32;
 constexpr int kNormColumns = 64, kNormRows = kNormThreads / (kNormColumns / 8);
 constexpr int kNormPitch = kNormColumns + 8;  // words between rows of sums: 4 rows of 8 lanes lie in 32 banks
 constexpr int kNormSharedBytes = 2 * kNormRows * kNormPitch * 4;
-
-// Eight elements as floats: one or two loads of 16 bytes.
-template <typename T>
-PHI1_DEVICE void ld_global_8(float (&x)[8], const T* from) {
-  if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-      const Vector4 v = ld_global_16(from + i);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) x[i + j] = bits_to_float(v.word[j]);
-    }
-  } else {
-    const Vector4 v = ld_global_16(from);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      x[2 * i] = to_float(T{uint16_t(v.word[i])});
-      x[2 * i + 1] = to_float(T{uint16_t(v.word[i] >> 16)});
-    }
-  }
-}
-
-template <typename T>
-PHI1_DEVICE void st_global_8(T* to, const float (&x)[8]) {
-  if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-      Vector4 v;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) v.word[j] = float_to_bits(x[i + j]);
-      st_global_16(to + i, v);
-    }
-  } else {
-    Vector4 v;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v.word[i] = pack_pair(T{}, x[2 * i], x[2 * i + 1]);
-    st_global_16(to, v);
-  }
-}
 
 PHI1_DEVICE float warp_sum(float x) {
 #pragma unroll
@@ -97,13 +60,15 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_kernel(const __grid_c
   if (lane_index() == 0) st_global(reinterpret_cast<Float2*>(args.stats) + row, Float2{mean, factor});
 }
 
-// Gradient of x, into args.y: with n = (x - mean) factor and d = grad_y weight, factor (d - mean(d) - n mean(d n)).
+// Gradient of x, into args.y: with n = (x - mean) factor and d = grad_y weight, factor (d - mean(d) - n mean(d n)),
+// plus args.residual where there is one.
 template <typename T>
 __global__ void __launch_bounds__(kNormThreads) layer_norm_grad_kernel(const __grid_constant__ LayerNormArgs args) {
   const int64_t row = int64_t(block_index()) * kNormWarps + warp_index();
   if (row >= args.rows) return;
   const T *x = static_cast<const T*>(args.x) + row * args.x_stride, *weight = static_cast<const T*>(args.weight);
   const T* grad = static_cast<const T*>(args.grad_y) + row * args.hidden;
+  const T* residual = args.residual ? static_cast<const T*>(args.residual) + row * args.hidden : nullptr;
   T* to = static_cast<T*>(args.y) + row * args.hidden;
   const Float2 stats = ld_global(reinterpret_cast<const Float2*>(args.stats) + row);
   const int first = 8 * lane_index(), hidden = int(args.hidden);
@@ -126,6 +91,11 @@ __global__ void __launch_bounds__(kNormThreads) layer_norm_grad_kernel(const __g
     load(i);
 #pragma unroll
     for (int j = 0; j < 8; ++j) v[j] = stats.y * (d[j] - mean_d - v[j] * mean_dn);
+    if (residual) {
+      ld_global_8(d, residual + i);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[j] += d[j];
+    }
     st_global_8(to + i, v);
   }
 }

@@ -12,6 +12,7 @@ struct LayerNormArgs {
   void* y;                        // (rows, hidden), contiguous; the backward's gradient of x
   float* stats;                   // (rows, 2): mean, 1 / sqrt(variance + eps)
   const void* grad_y;             // (rows, hidden), contiguous; backward only
+  const void* residual;           // (rows, hidden), contiguous, or null: added to the gradient of x
   void *grad_weight, *grad_bias;  // (hidden,)
   float* partial;                 // scratch: (chunks, 2, hidden), sums over a chunk's rows
   int64_t rows, hidden, x_stride, chunks;

@@ -246,6 +246,17 @@ PHI1_DEVICE float lg2(float x) {
 #endif
 }
 
+// 1 / x to one unit in the last place; subnormal results are flushed to zero.
+PHI1_DEVICE float rcp(float x) {
+#if defined(PHI1_EMULATOR)
+  return emulator::rcp(x);
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 // Two floats rounded to nearest even, `low` in the low half.
 PHI1_DEVICE uint32_t pack_pair(bf16, float low, float high) {
 #if defined(PHI1_EMULATOR)

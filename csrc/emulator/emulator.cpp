@@ -106,7 +106,7 @@ class Block {
   Lane* current = nullptr;
 
   [[noreturn]] void fail(const std::string& what) const;
-  void leave();  // the running fiber is done
+  void live();  // the body of every fiber
   void bar_sync();
   // Warp-wide instruction: the last lane to come calls perform() for all.
   template <typename F>
@@ -129,11 +129,13 @@ class Block {
   }
   void shuffle(std::vector<int>& order);
   void yield();
+  void switch_stack(void** save, const Lane* to);
   Lane* next();
   void finish_request(const Request& request, int size, bool is_shared);
 
   uint64_t random_;
   void* main_ = nullptr;
+  Stack main_stack_;
   std::vector<Lane> lanes_;
   std::vector<Warp> warps_;
   int running_warp_ = 0, burst_ = 0;
@@ -151,7 +153,9 @@ std::vector<unsigned char> stacks;
 std::vector<unsigned char> shared_memory;
 std::vector<Word> shared_words;
 
-void entry() { block->leave(); }
+Stack stack_of(int thread) { return {&stacks[size_t(thread) * kStackBytes], kStackBytes}; }
+
+void entry() { block->live(); }
 
 Block::Block(const Launch& launch, const std::function<void()>& kernel, int index, uint64_t seed)
     : launch(launch),
@@ -169,7 +173,8 @@ void Block::run() {
   const int threads = launch.threads;
   shared_memory.assign(size_t(launch.shared), 0xff);  // NaN in every format
   shared_words.resize(size_t(launch.shared + 3) / 4);
-  if (stacks.size() < size_t(threads) * kStackBytes) stacks.resize(size_t(threads) * kStackBytes);
+  if (stacks.size() < size_t(threads) * kStackBytes)  // nothing in the old ones is worth a copy
+    stacks = std::vector<unsigned char>(size_t(threads) * kStackBytes);
   lanes_.resize(size_t(threads));
   warps_.resize(size_t(threads) / 32);
   ++epoch;
@@ -177,13 +182,13 @@ void Block::run() {
     Lane& lane = lanes_[size_t(t)];
     lane = {};
     lane.thread = t;
-    lane.stack_pointer = prepare_stack(&stacks[size_t(t) * kStackBytes], kStackBytes, entry);
+    lane.stack_pointer = prepare_stack(stack_of(t), entry);
     warps_[size_t(t) / 32].ready.push_back(t);
   }
   for (Warp& warp : warps_) shuffle(warp.ready);
   block = this;
   current = next();
-  phi1_switch_stack(&main_, current->stack_pointer);
+  switch_stack(&main_, current);
   block = nullptr;
   if (error_) std::rethrow_exception(error_);
   for (auto& by_size : sites_)
@@ -197,8 +202,15 @@ void Block::fail(const std::string& what) const {
               std::to_string(current->thread) + ": " + what);
 }
 
-void Block::leave() {
-  // The body of every fiber. An exception must not cross to another stack.
+// Goes on as `to`, or where run() was called if it is null. save: where to keep the way back, null if there is none.
+void Block::switch_stack(void** save, const Lane* to) {
+  switch_fiber(save, to ? to->stack_pointer : main_, to ? stack_of(to->thread) : main_stack_);
+}
+
+void Block::live() {
+  const Stack from = arrive_on_fiber();
+  if (main_stack_.bottom == nullptr) main_stack_ = from;  // the first fiber comes from run()
+  // An exception must not cross to another stack.
   try {
     kernel();
     if (!current->copies.empty()) fail("exits with cp.async copies that were never waited for");
@@ -214,8 +226,7 @@ void Block::leave() {
       error_ = std::current_exception();
     }
   }
-  void* gone;
-  phi1_switch_stack(&gone, error_ || done_ == launch.threads ? main_ : current->stack_pointer);
+  switch_stack(nullptr, error_ || done_ == launch.threads ? nullptr : current);
   std::terminate();
 }
 
@@ -245,7 +256,7 @@ Lane* Block::next() {
 void Block::yield() {
   Lane* from = current;
   current = next();
-  if (current != from) phi1_switch_stack(&from->stack_pointer, current->stack_pointer);
+  if (current != from) switch_stack(&from->stack_pointer, current);
 }
 
 void Block::bar_sync() {
@@ -556,6 +567,10 @@ float ex2(float x) {
   return y < std::numeric_limits<float>::min() ? 0.0f : y;
 }
 float lg2(float x) { return std::log2(x); }
+float rcp(float x) {
+  const float y = 1.0f / x;
+  return std::fabs(y) < std::numeric_limits<float>::min() ? 0.0f : y;
+}
 
 uint32_t shfl_xor(uint32_t value, int mask) {
   uint32_t result;

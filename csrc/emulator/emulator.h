@@ -71,6 +71,7 @@ float bits_to_float(uint32_t x);
 uint32_t float_to_bits(float x);
 float ex2(float x);
 float lg2(float x);
+float rcp(float x);
 uint32_t pack_pair(float low, float high, bool half);
 float to_float(uint16_t bits, bool half);
 uint32_t shfl_xor(uint32_t value, int mask);

@@ -4,6 +4,19 @@
 #include <cstddef>
 #include <cstdint>
 
+// AddressSanitizer keeps account of the stacks and must be told of each switch.
+#if defined(__SANITIZE_ADDRESS__)
+#define PHI1_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define PHI1_ASAN 1
+#endif
+#endif
+#if defined(PHI1_ASAN)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 extern "C" void phi1_switch_stack(void** save, void* load);
 
 #if defined(__x86_64__)
@@ -69,9 +82,42 @@ phi1_switch_stack:
 
 namespace phi1::emulator {
 
-// What to switch to so that `entry` (which never returns) runs on the stack [stack, stack + size).
-inline void* prepare_stack(unsigned char* stack, size_t size, void (*entry)()) {
-  uintptr_t top = (reinterpret_cast<uintptr_t>(stack) + size) & ~uintptr_t(15);
+struct Stack {
+  unsigned char* bottom = nullptr;
+  size_t size = 0;
+};
+
+// Goes on where `load` was saved, on the stack `to`. save: where to keep the way back; null: there is none.
+inline void switch_fiber(void** save, void* load, Stack to) {
+  void* gone;
+#if defined(PHI1_ASAN)
+  void* fake_stack = nullptr;
+  __sanitizer_start_switch_fiber(save ? &fake_stack : nullptr, to.bottom, to.size);
+  phi1_switch_stack(save ? save : &gone, load);
+  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+#else
+  (void)to;
+  phi1_switch_stack(save ? save : &gone, load);
+#endif
+}
+
+// The first call of a fresh fiber. Returns the stack it was switched to from; known under AddressSanitizer only.
+inline Stack arrive_on_fiber() {
+  Stack from;
+#if defined(PHI1_ASAN)
+  const void* bottom;
+  __sanitizer_finish_switch_fiber(nullptr, &bottom, &from.size);
+  from.bottom = static_cast<unsigned char*>(const_cast<void*>(bottom));
+#endif
+  return from;
+}
+
+// What to switch to so that `entry` (which never returns) runs on `stack`.
+inline void* prepare_stack(Stack stack, void (*entry)()) {
+#if defined(PHI1_ASAN)  // a fiber that an error left behind has marks there
+  __asan_unpoison_memory_region(stack.bottom, stack.size);
+#endif
+  uintptr_t top = (reinterpret_cast<uintptr_t>(stack.bottom) + stack.size) & ~uintptr_t(15);
 #if defined(__x86_64__)
   auto* sp = reinterpret_cast<uintptr_t*>(top);
   *--sp = 0;  // the return address of entry: none. Here rsp % 16 is 8, as after a call.

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from emulator import cuda_device, emulator, emulator_module  # noqa: F401
 
 from kernels import layer_norm, reference
+from kernels.registry import implementation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SHAPES = [(1, 8), (3, 64), (2, 5, 200), (70, 264), (1, 130, 1032), (4, 2048)]
+SHAPES = [(1, 8), (3, 64), (2, 5, 200), (70, 264), (1, 130, 1032), (4, 2048), (1100, 8)]
 
 
 def _inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -25,23 +26,51 @@ def _results(run, x, weight, bias, grad):
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_layer_norm_keeps_the_error_rule(cuda_device, shape, dtype):  # noqa: F811
-    """y, dx, dweight, dbias: at most twice PyTorch's own error in this dtype, plus twice the rounding of order one.
+def check_layer_norm(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
+    """y, dx, dweight, dbias and dx with a residual: at most twice PyTorch's own error in this dtype, plus twice the
+    rounding of order one.
 
     Plus float32's rounding of the mean, 20 against a deviation of 3, in each row that is added up.
     """
     inputs = _inputs(shape, dtype)
+    residual = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     truth = _results(lambda *t: reference.layer_norm(*t, 1e-5), *(t.double() for t in inputs))
     peer = _results(lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, 1e-5), *inputs)
-    ours = _results(lambda *t: layer_norm(*t, backend="cuda"), *(t.to(cuda_device) for t in inputs))
-    for name, x, y, z in zip(("y", "dx", "dweight", "dbias"), ours, peer, truth, strict=True):
+    there = [t.to(device) for t in inputs]
+    ours = _results(lambda *t: layer_norm(*t, backend="cuda"), *there)
+    forward, backward = implementation("layer_norm", "cuda")
+    x, weight, bias, grad = there
+    stats = forward(x, weight, bias, 1e-5)[1]
+    ours.append(backward(grad, x, weight, stats, residual.to(device))[0])
+    truth.append(truth[1] + residual.double())
+    peer.append(peer[1] + residual)
+    for name, x, y, z in zip(("y", "dx", "dweight", "dbias", "dx + residual"), ours, peer, truth, strict=True):
         low = z.to(dtype)
         mean = 30 * torch.finfo(torch.float32).eps * inputs[0][..., 0].numel() ** 0.5
         rounding = float((low + 0.3 - 0.3 - low).abs().max())
         error, allowed = float((x.cpu().double() - z).abs().max()), float((y.double() - z).abs().max())
         assert error <= 2 * allowed + 2 * rounding + mean, f"{name}: {error:.3g}, PyTorch's {allowed:.3g}"
+
+
+def check_equal_numbers(device: str = "cpu") -> None:
+    """Rows without variance: y is the bias, and eps keeps the gradient finite: its mean over a row is taken out."""
+    _, weight, bias, grad = (t.to(device) for t in _inputs((3, 64), torch.bfloat16))
+    x = torch.full((3, 64), 2.0, dtype=torch.bfloat16, device=device)
+    y, dx, *_ = _results(lambda *t: layer_norm(*t, backend="cuda"), x, weight, bias, grad)
+    assert torch.equal(y, bias.expand(3, 64))
+    d = (grad.double() * weight.double()).cpu()
+    expected = (d - d.mean(-1, keepdim=True)) * 1e-5**-0.5
+    assert ((dx.cpu().double() - expected).abs() <= expected.abs() * 2**-8 + 1e-3).all()
+
+
+def test_rows_of_equal_numbers(cuda_device):  # noqa: F811
+    check_equal_numbers(cuda_device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_layer_norm_keeps_the_error_rule(cuda_device, shape, dtype):  # noqa: F811
+    check_layer_norm(shape, dtype, cuda_device)
 
 
 def test_strided_rows_and_gradients(emulator):  # noqa: F811
