@@ -76,13 +76,13 @@ def jobs(quick: bool) -> list[Job]:
                         "BLOCK_M": m, "BLOCK_N": n,
                     }  # fmt: skip
                     found.append(
-                        Job("attention", f"_{kernel}_kernel", arch, dtype, tuple(constants.items()), warps, stages)
+                        Job("attention", f"{kernel}_kernel", arch, dtype, tuple(constants.items()), warps, stages)
                     )
         constants = {
             "HALF": 16, "HEAD_DIM": 64, "BLOCK_HEADS": 16, "BLOCK_HALF": 16, "BLOCK_REST": 32,
             "INVERSE": False, "HAS_POSITIONS": True,
         }  # fmt: skip
-        found.append(Job("rotary", "_rotary_kernel", arch, dtype, tuple(constants.items()), 4, 3))
+        found.append(Job("rotary", "rotary_kernel", arch, dtype, tuple(constants.items()), 4, 3))
     return found
 
 

@@ -1,7 +1,9 @@
 """The `triton` backend. On a machine without a GPU it runs in Triton's interpreter, if TRITON_INTERPRET=1 is set."""
 
+import importlib
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
@@ -20,22 +22,13 @@ def _missing() -> str | None:
     return None
 
 
-def _rotary(*arguments):
-    from kernels.triton.rotary import rotary  # triton is imported when it is first used
+def _of(module: str, name: str):
+    """kernels.triton.<module>.<name>, imported when it is first called: triton may be missing."""
 
-    return rotary(*arguments)
+    def call(*arguments: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(f"kernels.triton.{module}"), name)(*arguments, **options)
 
-
-def _attention_forward(*arguments):
-    from kernels.triton.attention import attention_forward
-
-    return attention_forward(*arguments)
-
-
-def _attention_backward(*arguments):
-    from kernels.triton.attention import attention_backward
-
-    return attention_backward(*arguments)
+    return call
 
 
 def _attention_refuses(*, dtype: torch.dtype, head_dim: int, **options: object) -> str | None:
@@ -48,12 +41,6 @@ def _attention_refuses(*, dtype: torch.dtype, head_dim: int, **options: object) 
 
 # In the interpreter kernels take CPU tensors.
 _DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
-register("apply_rotary", "triton", _rotary, devices=_DEVICES, missing=_missing(), refuses=native.refuses_dtype)
-register(
-    "flash_attention",
-    "triton",
-    (_attention_forward, _attention_backward),
-    devices=_DEVICES,
-    missing=_missing(),
-    refuses=_attention_refuses,
-)
+_attention = _of("attention", "attention_forward"), _of("attention", "attention_backward")
+register("apply_rotary", "triton", _of("rotary", "rotary"), devices=_DEVICES, missing=_missing(), refuses=native.refuses_dtype)  # fmt: skip
+register("flash_attention", "triton", _attention, devices=_DEVICES, missing=_missing(), refuses=_attention_refuses)
