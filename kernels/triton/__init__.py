@@ -44,3 +44,7 @@ _DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
 _attention = _of("attention", "attention_forward"), _of("attention", "attention_backward")
 register("apply_rotary", "triton", _of("rotary", "rotary"), devices=_DEVICES, missing=_missing(), refuses=native.refuses_dtype)  # fmt: skip
 register("flash_attention", "triton", _attention, devices=_DEVICES, missing=_missing(), refuses=_attention_refuses)
+register(
+    "layer_norm", "triton", (_of("norm", "layer_norm_forward"), _of("norm", "layer_norm_backward")),
+    devices=_DEVICES, missing=_missing(), refuses=native.refuses_dtype,
+)  # fmt: skip

@@ -44,9 +44,9 @@ def gelu(y):
     """(GELU(y), its slope), tanh approximation (arXiv 1606.08415): y sigmoid(2 c (y + 0.044715 y^3)), c = sqrt(2 / pi)."""
     square = y * y
     # exp2 overflows to infinity for y below -11 or so, where sigmoid is 0 as it should be.
-    sigmoid = 1.0 / (1.0 + tl.exp2(-LOG2E * _DOUBLE_C * y * (1.0 + 0.044715 * square)))
+    sigmoid = 1.0 / (1.0 + tl.exp2(y * (1.0 + 0.044715 * square) * (-LOG2E * _DOUBLE_C)))
     value = y * sigmoid
-    return value, sigmoid + value * (1.0 - sigmoid) * _DOUBLE_C * (1.0 + 3 * 0.044715 * square)
+    return value, sigmoid + value * (1.0 - sigmoid) * (1.0 + 3 * 0.044715 * square) * _DOUBLE_C
 
 
 @triton.jit
