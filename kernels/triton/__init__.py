@@ -8,10 +8,18 @@ from typing import Any
 import torch
 
 from kernels import native
+from kernels.fused_block import Pieces
 from kernels.registry import register
 
 HEAD_DIMS = (32, 64, 128)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+CHOICES = {"block_product": "vendor"}
+"""How a kernel does its work where there are two ways; the table that measurements on a GPU decide.
+
+block_product, of the parallel block's two products: "vendor" (cuBLASLt and one elementwise kernel after it) or "triton"
+(one persistent GEMM with all of it in its epilogue). The default is unmeasured; bench/block.py measures both.
+"""
 
 
 def _missing() -> str | None:
@@ -47,4 +55,17 @@ register("flash_attention", "triton", _attention, devices=_DEVICES, missing=_mis
 register(
     "layer_norm", "triton", (_of("norm", "layer_norm_forward"), _of("norm", "layer_norm_backward")),
     devices=_DEVICES, missing=_missing(), refuses=native.refuses_dtype,
+)  # fmt: skip
+register(
+    "parallel_block",
+    "triton",
+    Pieces(
+        _of("norm", "layer_norm_forward"), _of("norm", "layer_norm_backward"),
+        _of("block", "project_in"), _of("block", "project_in_backward"),
+        *_attention,
+        _of("block", "project_out"), _of("block", "project_out_backward"),
+    ),
+    devices=_DEVICES,
+    missing=_missing(),
+    refuses=_attention_refuses,
 )  # fmt: skip
