@@ -69,3 +69,7 @@ register(
     missing=_missing(),
     refuses=_attention_refuses,
 )  # fmt: skip
+register(
+    "linear_cross_entropy", "triton", _of("loss", "linear_cross_entropy"),
+    devices=_DEVICES, missing=_missing(), refuses=native.refuses_dtype,
+)  # fmt: skip

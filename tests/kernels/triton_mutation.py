@@ -10,7 +10,7 @@ import kernels.triton
 
 SOURCE = pathlib.Path(kernels.triton.__file__).parent
 # A module after those that it imports.
-MODULES = ("numeric", "column_sums", "norm", "block_elementwise", "block_product", "block")
+MODULES = ("numeric", "column_sums", "norm", "block_elementwise", "block_product", "block", "loss")
 
 
 def mutate(monkeypatch: pytest.MonkeyPatch, folder: pathlib.Path, module: str, old: str, new: str) -> None:
