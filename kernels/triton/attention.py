@@ -25,7 +25,7 @@ from kernels.triton.numeric import on_device, seed_words
 # sm_80 and sm_90; one that spills registers on either is left out.
 TILES = {
     "forward": {
-        32: [(128, 64, 8, 3)],
+        32: [(128, 64, 8, 3), (128, 32, 8, 3)],
         64: [(128, 64, 8, 3), (64, 64, 4, 3)],
         128: [(64, 32, 4, 3)],
     },
@@ -37,25 +37,35 @@ TILES = {
     "dkv": {
         32: [(32, 128, 8, 1), (32, 64, 4, 1)],
         64: [(32, 128, 8, 1), (32, 64, 4, 1), (32, 32, 4, 2)],
-        128: [(32, 32, 4, 1)],
+        128: [(32, 32, 4, 1), (32, 64, 8, 1)],
     },
 }
-# Finding a program's document takes registers too: these spill (32 and 72 bytes a thread on sm_80) with it.
-_NOT_WITH_DOCUMENTS = {("dkv", 64): [(32, 128, 8, 1), (32, 64, 4, 1)]}
+# These spill in one kind of call only (8 to 272 bytes a thread), "full" being not causal. Finding a program's document
+# takes registers, and so does the loop of the diagonal; without it the compiler spends them elsewhere.
+_NOT_WITH = {
+    ("forward", 32): {(128, 64, 8, 3): "full"},
+    ("forward", 64): {(64, 64, 4, 3): "full"},
+    ("dq", 32): {(128, 64, 8, 2): "full"},
+    ("dkv", 64): {(32, 128, 8, 1): "documents", (32, 64, 4, 1): "documents"},
+    ("dkv", 128): {(32, 32, 4, 1): "full", (32, 64, 8, 1): "causal"},
+}
 # float32 inputs: full precision without tensor cores, for checks rather than for speed.
 FLOAT32_TILE = (32, 32, 4, 1)
 # The interpreter runs one program after another: few tiles, but enough for the tests to cross their borders.
 _INTERPRETER_TILE = (64, 64, 4, 1)
 
 
-def tiles(kernel: str, head_dim: int, dtype: torch.dtype, documents: bool) -> list[tuple[int, int, int, int]]:
+def tiles(
+    kernel: str, head_dim: int, dtype: torch.dtype, causal: bool, documents: bool
+) -> list[tuple[int, int, int, int]]:
     """The candidates for a call."""
     if INTERPRETED:
         return [_INTERPRETER_TILE]
     if dtype == torch.float32:
         return [FLOAT32_TILE]
-    left_out = _NOT_WITH_DOCUMENTS.get((kernel, head_dim), []) if documents else []
-    return [tile for tile in TILES[kernel][head_dim] if tile not in left_out]
+    kinds = ("causal" if causal else "full", "documents" if documents else "batch")
+    spills_with = _NOT_WITH.get((kernel, head_dim), {})
+    return [tile for tile in TILES[kernel][head_dim] if spills_with.get(tile) not in kinds]
 
 
 def _tuned(function, kernel: str):
@@ -68,7 +78,7 @@ def _tuned(function, kernel: str):
 
     def prune(_, named, **options):
         arguments = {**named, **options}
-        call = arguments["HEAD_DIM"], arguments["q_ptr"].dtype, arguments["DOCUMENTS"]
+        call = arguments["HEAD_DIM"], arguments["q_ptr"].dtype, arguments["CAUSAL"], arguments["DOCUMENTS"]
         return [configs[tile] for tile in tiles(kernel, *call)]
 
     return triton.autotune(

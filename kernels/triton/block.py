@@ -24,37 +24,32 @@ from kernels.triton.numeric import on_device, seed_words
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of the products. bench/triton_aot.py compiles each for sm_80 and sm_90;
 # one that spills registers on either is left out.
-PRODUCT_TILES = {
-    "project_in": [(128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3)],
-    "project_out": [(128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3)],
-}
+PRODUCT_TILES = [(128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 64, 64, 8, 3), (64, 128, 64, 4, 3)]
 # The interpreter runs one program after another: few tiles, but enough for the tests to cross their borders.
 _INTERPRETER_TILE = (32, 64, 32, 4, 1)
 # Tiles of the elementwise kernels, (rows, columns); unmeasured on a GPU.
 ELEMENTWISE_TILE = (16, 64) if not INTERPRETED else (16, 128)
 
 
-def product_tiles(kernel: str) -> list[tuple[int, int, int, int, int]]:
-    """The candidates for a product."""
-    return [_INTERPRETER_TILE] if INTERPRETED else PRODUCT_TILES[kernel]
-
-
-def _tuned(function, kernel: str, key: list[str]):
+def _tuned(function, key: list[str]):
     """Times the candidates at the first call of each kind and keeps the winner on disk, beside Triton's other files."""
     configs = [
         triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
-        for m, n, k, warps, stages in product_tiles(kernel)
+        for m, n, k, warps, stages in ([_INTERPRETER_TILE] if INTERPRETED else PRODUCT_TILES)
     ]
     return triton.autotune(configs, key=key, cache_results=True)(function)
 
 
-_project_in_kernel = _tuned(project_in_kernel, "project_in", ["hidden", "width", "row_class"])
-_project_out_kernel = _tuned(project_out_kernel, "project_out", ["summed", "columns", "row_class", "DROPOUT"])
+_project_in_kernel = _tuned(project_in_kernel, ["hidden", "width", "row_class"])
+_project_out_kernel = _tuned(project_out_kernel, ["summed", "columns", "row_class", "DROPOUT"])
 _MOST_BLOCK_K = 64
 
 
 def _programs(x: Tensor, tiles) -> tuple[int]:
-    """Twice the multiprocessors: two programs fit on one with most candidates. The interpreter gets 3, to go round."""
+    """Twice the multiprocessors: of the candidates with 4 warps two programs fit on one, those with 8 take two waves.
+
+    The interpreter gets 3, so that each has several tiles.
+    """
     most = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
     return (min(tiles, most),)
 

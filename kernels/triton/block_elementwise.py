@@ -83,14 +83,14 @@ def after_in_kernel(
     if first < turned:
         pair = first // 2 + tl.arange(0, BLOCK // 2)
         a_column, b_column, angle = pair_columns(pair, HEAD_DIM, HALF)
-        inside = pair < turned // 2
-        mask = (token < tokens)[:, None] & inside[None, :]
-        a = _load(row + a_column[None, :], mask) + _load(bias_ptr + a_column, inside)[None, :]
-        b = _load(row + b_column[None, :], mask) + _load(bias_ptr + b_column, inside)[None, :]
+        pair_inside = pair < turned // 2
+        pair_mask = (token < tokens)[:, None] & pair_inside[None, :]
+        a = _load(row + a_column[None, :], pair_mask) + _load(bias_ptr + a_column, pair_inside)[None, :]
+        b = _load(row + b_column[None, :], pair_mask) + _load(bias_ptr + b_column, pair_inside)[None, :]
         c, s = load_angles(cos_ptr, sin_ptr, position_ptr, position_batch, token, angle, tokens, seq, HALF, POSITIONS)
         a, b = turn(a, b, c, s)
-        _store(row + a_column[None, :], a, mask)
-        _store(row + b_column[None, :], b, mask)
+        _store(row + a_column[None, :], a, pair_mask)
+        _store(row + b_column[None, :], b, pair_mask)
     else:
         column = first + tl.arange(0, BLOCK)
         mask = (token < tokens)[:, None] & (column < end)[None, :]
@@ -98,7 +98,7 @@ def after_in_kernel(
         if first < first_u:
             _store(row + column[None, :], x, mask)
         else:
-            value, _ = gelu(x)
+            value, _slope = gelu(x)
             to = activated_ptr + token.to(tl.int64)[:, None] * activated_stride + (column - first_u)[None, :]
             _store(to, value, mask)
 
@@ -121,20 +121,20 @@ def after_in_backward_kernel(
     if first < turned:
         pair = first // 2 + tl.arange(0, BLOCK // 2)
         a_column, b_column, angle = pair_columns(pair, HEAD_DIM, HALF)
-        inside = pair < turned // 2
+        pair_inside = pair < turned // 2
         a_sum, b_sum = tl.zeros((ROWS, BLOCK // 2), tl.float32), tl.zeros((ROWS, BLOCK // 2), tl.float32)
         for start in range(begin, until, ROWS):
             token = start + tl.arange(0, ROWS)
-            mask = (token < tokens)[:, None] & inside[None, :]
+            pair_mask = (token < tokens)[:, None] & pair_inside[None, :]
             row = grad_ptr + token.to(tl.int64)[:, None] * width
             c, s = load_angles(cos_ptr, sin_ptr, position_ptr, position_batch, token, angle, tokens, seq, HALF, POSITIONS)  # fmt: skip
-            a, b = turn(_load(row + a_column[None, :], mask), _load(row + b_column[None, :], mask), c, -s)
-            _store(row + a_column[None, :], a, mask)
-            _store(row + b_column[None, :], b, mask)
+            a, b = turn(_load(row + a_column[None, :], pair_mask), _load(row + b_column[None, :], pair_mask), c, -s)
+            _store(row + a_column[None, :], a, pair_mask)
+            _store(row + b_column[None, :], b, pair_mask)
             a_sum += a
             b_sum += b
-        tl.store(partial + a_column, tl.sum(a_sum, 0), mask=inside)
-        tl.store(partial + b_column, tl.sum(b_sum, 0), mask=inside)
+        tl.store(partial + a_column, tl.sum(a_sum, 0), mask=pair_inside)
+        tl.store(partial + b_column, tl.sum(b_sum, 0), mask=pair_inside)
     else:
         column = first + tl.arange(0, BLOCK)
         inside = column < end
@@ -175,7 +175,7 @@ def after_out_kernel(
     h = _load(y_ptr + at, mask) + _load(bias_ptr + column, column < columns)[None, :]
     if DROPOUT:
         kept = keep(seed_low, seed_high, RESIDUAL_OFFSET, 0, first_row, first_column, threshold, ROWS, BLOCK, False)
-        h = tl.where(kept, h * keep_scale, 0.0)
+        h *= tl.where(kept, keep_scale, 0.0)
     _store(y_ptr + at, _load(x_ptr + at, mask) + h, mask)
 
 
@@ -195,7 +195,7 @@ def after_out_backward_kernel(
         d = _load(grad_ptr + at, mask)
         if DROPOUT:
             kept = keep(seed_low, seed_high, RESIDUAL_OFFSET, 0, first_row, first_column, threshold, ROWS, BLOCK, False)
-            d = tl.where(kept, d * keep_scale, 0.0)
+            d *= tl.where(kept, keep_scale, 0.0)
             _store(dh_ptr + at, d, mask)
         total += d
     partial = partial_ptr + chunk.to(tl.int64) * columns + column

@@ -49,7 +49,7 @@ def _tile_product(
     return accumulated
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_class"])
 def project_in_kernel(
     n_ptr, weight_ptr, bias_ptr, z_ptr, activated_ptr, cos_ptr, sin_ptr, position_ptr,
     tokens, hidden, seq, turned, first_u, width, activated_stride, position_batch, row_class,
@@ -65,22 +65,22 @@ def project_in_kernel(
         column = first + tl.arange(0, BLOCK_N)
         # Rows past the end repeat the last one, and are not stored.
         weight_row = tl.minimum(column, end - 1)
-        a_column, b_column, _ = pair_columns(weight_row // 2, HEAD_DIM, HALF)
-        weight_row = tl.where(first < turned, tl.where(weight_row % 2 == 0, a_column, b_column), weight_row)
+        a_row, b_row, _angle = pair_columns(weight_row // 2, HEAD_DIM, HALF)
+        weight_row = tl.where(first < turned, tl.where(weight_row % 2 == 0, a_row, b_row), weight_row)
         x = _tile_product(n_ptr, weight_ptr, tl.minimum(token, tokens - 1), weight_row, hidden, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
         row = z_ptr + token.to(tl.int64)[:, None] * width
         if first < turned:
             pair = first // 2 + tl.arange(0, BLOCK_N // 2)
             a_column, b_column, angle = pair_columns(pair, HEAD_DIM, HALF)
-            inside = pair < turned // 2
+            pair_inside = pair < turned // 2
             a, b = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_N // 2, 2)))
-            a += tl.load(bias_ptr + a_column, mask=inside, other=0.0).to(tl.float32)[None, :]
-            b += tl.load(bias_ptr + b_column, mask=inside, other=0.0).to(tl.float32)[None, :]
+            a += tl.load(bias_ptr + a_column, mask=pair_inside, other=0.0).to(tl.float32)[None, :]
+            b += tl.load(bias_ptr + b_column, mask=pair_inside, other=0.0).to(tl.float32)[None, :]
             c, s = load_angles(cos_ptr, sin_ptr, position_ptr, position_batch, token, angle, tokens, seq, HALF, POSITIONS)  # fmt: skip
             a, b = turn(a, b, c, s)
-            mask = (token < tokens)[:, None] & inside[None, :]
-            tl.store(row + a_column[None, :], round_to(a, z_ptr.dtype.element_ty), mask=mask)
-            tl.store(row + b_column[None, :], round_to(b, z_ptr.dtype.element_ty), mask=mask)
+            pair_mask = (token < tokens)[:, None] & pair_inside[None, :]
+            tl.store(row + a_column[None, :], round_to(a, z_ptr.dtype.element_ty), mask=pair_mask)
+            tl.store(row + b_column[None, :], round_to(b, z_ptr.dtype.element_ty), mask=pair_mask)
         else:
             mask = (token < tokens)[:, None] & (column < end)[None, :]
             bias = tl.load(bias_ptr + column, mask=column < end, other=0.0).to(tl.float32)[None, :]
@@ -90,12 +90,12 @@ def project_in_kernel(
                 # GELU of the rounded u: what the backward pass, which has no other, makes again.
                 u = round_to(x, z_ptr.dtype.element_ty)
                 tl.store(row + column[None, :], u, mask=mask)
-                value, _ = gelu(u.to(tl.float32) + bias)
+                value, _slope = gelu(u.to(tl.float32) + bias)
                 to = activated_ptr + token.to(tl.int64)[:, None] * activated_stride + (column - first_u)[None, :]
                 tl.store(to, round_to(value, z_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "row_class"])
 def project_out_kernel(
     g_ptr, weight_ptr, bias_ptr, x_ptr, y_ptr,
     tokens, summed, columns, row_class, keep_scale, threshold, seed_low, seed_high,
@@ -116,7 +116,7 @@ def project_out_kernel(
             kept = keep(
                 seed_low, seed_high, RESIDUAL_OFFSET, 0, first_row, first_column, threshold, BLOCK_M, BLOCK_N, False
             )  # fmt: skip
-            h = tl.where(kept, h * keep_scale, 0.0)
+            h *= tl.where(kept, keep_scale, 0.0)
         mask = (row < tokens)[:, None] & (column < columns)[None, :]
         at = row.to(tl.int64)[:, None] * columns + column[None, :]
         y = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) + h

@@ -11,7 +11,8 @@ from kernels.triton.numeric import on_device, round_to
 CHUNK_ROWS = 32
 """Rows that one program sums before `column_sums` adds the chunks up. Fixed, so that sums do not depend on the machine;
 the float32 sums are 1/16 of the size of the 16-bit rows. Unmeasured on a GPU."""
-_BLOCK_ROWS, _BLOCK_COLUMNS = (16, 64) if not INTERPRETED else (64, 1024)
+BLOCK = (16, 64) if not INTERPRETED else (64, 1024)
+"""Rows and columns of a tile of `column_sums`; unmeasured on a GPU."""
 
 
 @triton.jit
@@ -33,10 +34,10 @@ def column_sums_kernel(
 
 def column_sums(x: Tensor, out: Tensor, add: bool = False) -> Tensor:
     """out (columns,) = the sums over the rows of x (rows, columns), in float32; add: plus what out held."""
-    rows, columns = x.shape
+    (rows, columns), (block_rows, block_columns) = x.shape, BLOCK
     with on_device(x.device):
-        column_sums_kernel[(triton.cdiv(columns, _BLOCK_COLUMNS),)](
-            x, out, rows, columns, x.stride(0), ADD=add, BLOCK_ROWS=_BLOCK_ROWS, BLOCK_COLUMNS=_BLOCK_COLUMNS
+        column_sums_kernel[(triton.cdiv(columns, block_columns),)](
+            x, out, rows, columns, x.stride(0), ADD=add, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns
         )
     return out
 

@@ -14,7 +14,8 @@ from kernels.triton import INTERPRETED
 from kernels.triton.column_sums import CHUNK_ROWS, column_sums, partial_sums
 from kernels.triton.numeric import on_device, round_to
 
-MOST_COLUMNS = 16384
+MOST_COLUMNS = 8192
+"""Twice that would spill registers in the backward kernel (bench/triton_aot.py): 328 bytes a thread on sm_80."""
 
 
 @triton.jit
@@ -71,7 +72,7 @@ def layer_norm_backward_kernel(
 
 
 def launch_options(hidden: int) -> dict[str, int]:
-    """Rows and columns of a program's tile and its warps: 16 elements a thread, 32 from hidden 8,193 on."""
+    """Rows and columns of a program's tile and its warps: 16 elements a thread."""
     block = triton.next_power_of_2(hidden)
     # The interpreter takes its time by the operation: many rows at once there.
     rows = CHUNK_ROWS // 2 if INTERPRETED else min(max(1, 512 // block), CHUNK_ROWS)
