@@ -6,8 +6,9 @@ neighbours share GROUP rows of tiles: what they load of both operands stays in L
 Rotary in the epilogue needs the two dims that one angle turns, HALF columns apart, in one thread. The columns of a
 tile of q and k are therefore numbered by pairs (`pair_columns`): the rows of W_in are loaded in that order, which
 costs nothing (a row is contiguous along the summed dim whatever its number), so that a pair's products are neighbours in
-the accumulator. tl.reshape and tl.split take them apart, inside a thread in the layouts of mma.sync and of wgmma,
-and each half is stored in its own columns, runs of HALF. No tl.gather, no reload, any tile width, any rotary width.
+the accumulator. tl.reshape and tl.split take them apart inside a thread, in the layouts of mma.sync and of wgmma (the
+compiled TTGIR for sm_80 and sm_90 has no layout conversion before or between the two), and each half is stored in its
+own columns, runs of HALF. No tl.gather, no reload, any tile width, any rotary width.
 """
 
 import triton
