@@ -26,9 +26,13 @@ sys.path.insert(0, str(ROOT))
 os.environ.update(TRITON_INTERPRET="0", TRITON_DEFAULT_FP_FUSION="1")
 
 ARCHS = (80, 90)
-_FLOATS = {"scale", "keep_scale"}
+_FLOATS = {"scale", "keep_scale", "eps"}
 _POINTERS = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "position_ptr": "*i64"}
-_POINTERS |= {"cu_q_ptr": "*i32", "cu_k_ptr": "*i32"}
+_POINTERS |= {"cu_q_ptr": "*i32", "cu_k_ptr": "*i32", "stats_ptr": "*fp32", "partial_ptr": "*fp32", "loss_ptr": "*fp32"}
+_POINTERS |= {"target_ptr": "*i64", "sum_ptr": "*fp32"}
+# Multiples of 16 in phi-1: pointers, strides, widths.
+_ALIGNED = ("_ptr", "_batch", "_seq", "_head", "_stride")
+_ALIGNED += ("hidden", "width", "columns", "summed", "turned", "first_u")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,30 +63,85 @@ class Result:
 
 
 def jobs(quick: bool) -> list[Job]:
-    """Every kernel with every candidate, with and without dropout and packed documents; float16 is as bfloat16."""
+    """Every kernel with every candidate."""
+    dtypes = ("bf16",) if quick else ("bf16", "fp16", "fp32")
+    found = []
+    for arch, dtype in itertools.product(ARCHS, dtypes):
+        found += _attention_jobs(arch, dtype, quick) + _other_jobs(arch, dtype, quick)
+        if dtype != "fp32":  # refused on a GPU, as attention is
+            found += _block_jobs(arch, dtype, quick)
+    return found
+
+
+def _attention_jobs(arch: int, dtype: str, quick: bool) -> list[Job]:
     import torch
 
     from kernels.triton import HEAD_DIMS, attention
 
-    dtypes = {"bf16": torch.bfloat16} if quick else {"bf16": torch.bfloat16, "fp32": torch.float32}
-    variants = ((True, False),) if quick else ((False, False), (True, False), (True, True))
+    # phi-1's call; in float16 also the one that is not causal; in bfloat16 all eight.
+    variants = [{"CAUSAL": True, "DROPOUT": True, "DOCUMENTS": False}]
+    if not quick and dtype == "fp16":
+        variants.append({**variants[0], "CAUSAL": False})
+    if not quick and dtype == "bf16":
+        options = itertools.product((True, False), repeat=3)
+        variants = [dict(zip(("CAUSAL", "DROPOUT", "DOCUMENTS"), values, strict=True)) for values in options]
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     found = []
-    for arch, dtype in itertools.product(ARCHS, dtypes):
-        for kernel, head_dim in itertools.product(attention.TILES, (64,) if quick else HEAD_DIMS):
-            for dropout, documents in variants:
-                for m, n, warps, stages in attention.tiles(kernel, head_dim, dtypes[dtype], documents):
-                    constants = {
-                        "HEAD_DIM": head_dim, "CAUSAL": True, "DROPOUT": dropout, "DOCUMENTS": documents,
-                        "BLOCK_M": m, "BLOCK_N": n,
-                    }  # fmt: skip
-                    found.append(
-                        Job("attention", f"_{kernel}_kernel", arch, dtype, tuple(constants.items()), warps, stages)
-                    )
-        constants = {
-            "HALF": 16, "HEAD_DIM": 64, "BLOCK_HEADS": 16, "BLOCK_HALF": 16, "BLOCK_REST": 32,
-            "INVERSE": False, "HAS_POSITIONS": True,
-        }  # fmt: skip
-        found.append(Job("rotary", "_rotary_kernel", arch, dtype, tuple(constants.items()), 4, 3))
+    for kernel, head_dim, variant in itertools.product(attention.TILES, (64,) if quick else HEAD_DIMS, variants):
+        for m, n, warps, stages in attention.tiles(kernel, head_dim, kind, variant["CAUSAL"], variant["DOCUMENTS"]):
+            constants = {"HEAD_DIM": head_dim, **variant, "BLOCK_M": m, "BLOCK_N": n}
+            found.append(_job("attention", f"{kernel}_kernel", arch, dtype, constants, warps, stages))
+    return found
+
+
+def _job(module: str, kernel: str, arch: int, dtype: str, constants: dict[str, Any], warps: int, stages: int) -> Job:
+    return Job(module, kernel, arch, dtype, tuple(constants.items()), warps, stages)
+
+
+def _other_jobs(arch: int, dtype: str, quick: bool) -> list[Job]:
+    """Rotary, LayerNorm at phi-1's width and at the greatest, sums and the loss; they serve float32 too."""
+    from kernels.triton import column_sums, loss, norm
+
+    rotary = {
+        "HALF": 16, "HEAD_DIM": 64, "BLOCK_HEADS": 16, "BLOCK_HALF": 16, "BLOCK_REST": 32,
+        "INVERSE": False, "HAS_POSITIONS": True,
+    }  # fmt: skip
+    found = [_job("rotary", "rotary_kernel", arch, dtype, rotary, 4, 3)]
+    for hidden in (2048,) if quick else (2048, norm.MOST_COLUMNS):
+        tile = norm.launch_options(hidden)
+        warps = tile.pop("num_warps")
+        found.append(_job("norm", "layer_norm_forward_kernel", arch, dtype, tile, warps, 3))
+        constants = {"RESIDUAL": True, "CHUNK": column_sums.CHUNK_ROWS, **tile}
+        found.append(_job("norm", "layer_norm_backward_kernel", arch, dtype, constants, warps, 3))
+    rows, columns = column_sums.BLOCK
+    constants = {"ADD": True, "BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns}
+    found.append(_job("column_sums", "column_sums_kernel", arch, dtype, constants, 4, 3))
+    constants = {"GRADS": True, "BLOCK": loss.LOSS_TILE["BLOCK"]}
+    found.append(_job("loss", "cross_entropy_kernel", arch, dtype, constants, loss.LOSS_TILE["num_warps"], 3))
+    return found
+
+
+def _block_jobs(arch: int, dtype: str, quick: bool) -> list[Job]:
+    """The parallel block at phi-1's sizes, with positions and dropout; also with sums that end in a part of a tile."""
+    from kernels.triton import block, column_sums
+
+    rows, columns = block.ELEMENTWISE_TILE
+    tile = {"ROWS": rows, "BLOCK": columns}
+    heads = {"HEAD_DIM": 64, "HALF": 16, "POSITIONS": True}
+    chunk = {"CHUNK": column_sums.CHUNK_ROWS}
+    found = [
+        _job("block_elementwise", "after_in_kernel", arch, dtype, {**heads, **tile}, 4, 3),
+        _job("block_elementwise", "after_in_backward_kernel", arch, dtype, {**heads, **chunk, **tile}, 4, 3),
+        _job("block_elementwise", "after_out_kernel", arch, dtype, {"DROPOUT": True, **tile}, 4, 3),
+        _job("block_elementwise", "after_out_backward_kernel", arch, dtype, {"DROPOUT": True, **chunk, **tile}, 4, 3),
+    ]
+    tiles = block.PRODUCT_TILES[:1] if quick else block.PRODUCT_TILES
+    for (kernel, constants), even in itertools.product(
+        (("project_in", heads), ("project_out", {"DROPOUT": True})), (True,) if quick else (True, False)
+    ):
+        for m, n, k, warps, stages in tiles:
+            blocks = {"EVEN": even, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
+            found.append(_job("block_product", f"{kernel}_kernel", arch, dtype, {**constants, **blocks}, warps, stages))
     return found
 
 
@@ -103,7 +162,7 @@ def compile_job(job: Job) -> Result:
             signature[name] = _POINTERS.get(name, f"*{job.dtype}")
         else:
             signature[name] = "fp32" if name in _FLOATS else "i32"
-        if name.endswith(("_ptr", "_batch", "_seq", "_head")):
+        if name.endswith(_ALIGNED) and name not in dict(job.constants):
             attributes[(i,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=dict(job.constants), attrs=attributes),

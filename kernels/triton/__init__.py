@@ -1,15 +1,25 @@
 """The `triton` backend. On a machine without a GPU it runs in Triton's interpreter, if TRITON_INTERPRET=1 is set."""
 
+import importlib
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
 from kernels import native
+from kernels.fused_block import Pieces
 from kernels.registry import register
 
 HEAD_DIMS = (32, 64, 128)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+CHOICES = {"block_product": "vendor"}
+"""How a kernel does its work where there are two ways; the table that measurements on a GPU decide.
+
+block_product, of the parallel block's two products: "vendor" (cuBLASLt and one elementwise kernel after it) or "triton"
+(one persistent GEMM with all of it in its epilogue). The default is unmeasured; bench/block.py measures both.
+"""
 
 
 def _missing() -> str | None:
@@ -20,22 +30,13 @@ def _missing() -> str | None:
     return None
 
 
-def _rotary(*arguments):
-    from kernels.triton.rotary import rotary  # triton is imported when it is first used
+def _of(module: str, name: str):
+    """kernels.triton.<module>.<name>, imported when it is first called: triton may be missing."""
 
-    return rotary(*arguments)
+    def call(*arguments: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(f"kernels.triton.{module}"), name)(*arguments, **options)
 
-
-def _attention_forward(*arguments):
-    from kernels.triton.attention import attention_forward
-
-    return attention_forward(*arguments)
-
-
-def _attention_backward(*arguments):
-    from kernels.triton.attention import attention_backward
-
-    return attention_backward(*arguments)
+    return call
 
 
 def _attention_refuses(*, dtype: torch.dtype, head_dim: int, **options: object) -> str | None:
@@ -48,12 +49,27 @@ def _attention_refuses(*, dtype: torch.dtype, head_dim: int, **options: object) 
 
 # In the interpreter kernels take CPU tensors.
 _DEVICES = ("cpu",) if INTERPRETED else ("cuda",)
-register("apply_rotary", "triton", _rotary, devices=_DEVICES, missing=_missing(), refuses=native.refuses_dtype)
+_attention = _of("attention", "attention_forward"), _of("attention", "attention_backward")
+register("apply_rotary", "triton", _of("rotary", "rotary"), devices=_DEVICES, missing=_missing(), refuses=native.refuses_dtype)  # fmt: skip
+register("flash_attention", "triton", _attention, devices=_DEVICES, missing=_missing(), refuses=_attention_refuses)
 register(
-    "flash_attention",
+    "layer_norm", "triton", (_of("norm", "layer_norm_forward"), _of("norm", "layer_norm_backward")),
+    devices=_DEVICES, missing=_missing(), refuses=native.refuses_dtype,
+)  # fmt: skip
+register(
+    "parallel_block",
     "triton",
-    (_attention_forward, _attention_backward),
+    Pieces(
+        _of("norm", "layer_norm_forward"), _of("norm", "layer_norm_backward"),
+        _of("block", "project_in"), _of("block", "project_in_backward"),
+        *_attention,
+        _of("block", "project_out"), _of("block", "project_out_backward"),
+    ),
     devices=_DEVICES,
     missing=_missing(),
     refuses=_attention_refuses,
-)
+)  # fmt: skip
+register(
+    "linear_cross_entropy", "triton", _of("loss", "linear_cross_entropy"),
+    devices=_DEVICES, missing=_missing(), refuses=native.refuses_dtype,
+)  # fmt: skip

@@ -34,7 +34,7 @@ def _turn(
 
 
 @triton.jit
-def _rotary_kernel(
+def rotary_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ptr,
     q_batch, q_seq, q_head, k_batch, k_seq, k_head,
     q_out_batch, q_out_seq, q_out_head, k_out_batch, k_out_seq, k_out_head, position_batch,
@@ -76,7 +76,7 @@ def rotary(
         return q_out, k_out
     positions = None if positions is None else positions.contiguous()
     with torch.cuda.device(q.device) if q.is_cuda else torch.no_grad():
-        _rotary_kernel[(batch * seq, 2)](
+        rotary_kernel[(batch * seq, 2)](
             q, k, q_out, k_out, cos, sin, q if positions is None else positions,
             *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3],
             positions.stride(0) if positions is not None and positions.dim() == 2 else 0,

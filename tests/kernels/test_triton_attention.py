@@ -60,6 +60,30 @@ def test_negative_and_zero_scale():
         check_case(Case("scale", batch=1, seqlen_q=40, seqlen_k=66, scale=scale), torch.float32, "triton", DEVICE)
 
 
+@pytest.mark.parametrize("strided", ["", "packed", "transposed"])
+@pytest.mark.parametrize("documents", [(), ((33, 33), (37, 37))], ids=["batch", "documents"])
+def test_writes_where_the_caller_says(documents, strided):
+    """out and grads: new tensors and views of wider ones hold the same bits, and what lies beside a view stays."""
+    case = Case("out", batch=1, seqlen_q=70, seqlen_k=70, heads=2, kv_heads=1, head_dim=32, documents=documents,
+                dropout_p=0.1, scale=-0.2, strided=strided)  # fmt: skip
+    q, k, v, grad, options = make_inputs(case, torch.bfloat16, DEVICE)
+    out = make_inputs(case, torch.bfloat16, DEVICE)[0]  # a view of NaNs where strided
+    base, here = out._base if out._base is not None else out, out.data_ptr()
+    expected, lse = flash_attention(q, k, v, **options, return_lse=True, backend="triton")
+    beside = int(base.isnan().sum())
+    found = flash_attention(q, k, v, **options, out=out, backend="triton")
+    assert found.data_ptr() == here and torch.equal(out, expected) and int(base.isnan().sum()) == beside
+    if strided == "transposed":  # grads have contiguous last dims
+        return
+    arguments = (grad, q, k, v, expected, lse, options.get("cu_seqlens_q"), options.get("cu_seqlens_k"))
+    arguments += (True, -0.2, 0.1, SEED)
+    grads = make_inputs(case, torch.bfloat16, DEVICE)[:3]
+    pointers = [x.data_ptr() for x in grads]
+    found = triton_attention.attention_backward(*arguments, grads=grads)
+    for a, b, pointer in zip(found, triton_attention.attention_backward(*arguments), pointers, strict=True):
+        assert a.data_ptr() == pointer and torch.equal(a, b) and not bool(b.isnan().any())
+
+
 @pytest.mark.parametrize(
     "mutation", ["top_left", "window", "scale", "lse", "no_dropout_scale", "other_plane", "dropped_tile", "delta"]
 )
@@ -69,7 +93,7 @@ def test_mutations_fail(mutation, monkeypatch):
     forward, backward = triton_attention.attention_forward, triton_attention.attention_backward
 
     def mutate(function):
-        def run(*arguments):
+        def run(*arguments):  # flash_attention gives neither out= nor grads= here
             head, (cu_q, cu_k, causal, scale, p, seed) = arguments[:-6], arguments[-6:]
             if mutation == "window":
                 causal = False

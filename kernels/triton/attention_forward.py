@@ -1,0 +1,88 @@
+"""The forward kernel of `kernels.triton.attention`."""
+
+import triton
+import triton.language as tl
+
+from kernels.triton.attention_tiles import find_problem, key_range, load_rows, store_rows, visible
+from kernels.triton.numeric import ATTENTION_OFFSET, LN2, LOG2E, dot, keep, round_to
+
+
+@triton.jit
+def _forward_loop(
+    accumulated, total, maximum, q, k_ptr, v_ptr, k_seq, v_seq, first_row, begin, end, seqlen_q, seqlen_k, scale,
+    plane, threshold, seed_low, seed_high,
+    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    for first_column in range(begin, end, BLOCK_N):
+        k = load_rows(k_ptr, first_column, k_seq, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
+        scores = dot(q, tl.trans(k))
+        if MASKED:
+            row, column = first_row + tl.arange(0, BLOCK_M)[:, None], first_column + tl.arange(0, BLOCK_N)[None, :]
+            seen = visible(row, column, seqlen_q, seqlen_k, CAUSAL)
+            scores = tl.where(seen, scores * scale, float("-inf"))
+            new = tl.maximum(maximum, tl.max(scores, 1))
+            shift = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen no key yet
+            p = tl.exp2(scores - shift[:, None])
+            decay = tl.exp2(maximum - shift)
+        else:
+            new = tl.maximum(maximum, tl.max(scores, 1) * scale)
+            p = tl.exp2(scores * scale - new[:, None])
+            decay = tl.exp2(maximum - new)
+        total = total * decay + tl.sum(p, 1)
+        accumulated = accumulated * decay[:, None]
+        if DROPOUT:
+            kept = keep(
+                seed_low, seed_high, ATTENTION_OFFSET, plane, first_row, first_column, threshold, BLOCK_M, BLOCK_N, False
+            )  # fmt: skip
+            p = tl.where(kept, p, 0.0)
+        v = load_rows(v_ptr, first_column, v_seq, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
+        accumulated = dot(round_to(p, v.dtype), v, accumulated)
+        maximum = new
+    return accumulated, total, maximum
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "length_class"])
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr,
+    q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, out_batch, out_seq, out_head,
+    documents, seqlen_q, seqlen_k, heads, group, scale, keep_scale, threshold, seed_low, seed_high, length_class,
+    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(1)
+    if CAUSAL:
+        tile = tl.num_programs(1) - 1 - tile  # the last rows see most keys
+    rows = seqlen_q
+    batch, problem, head, first_row, start_q, seqlen_q, start_k, seqlen_k = find_problem(
+        cu_q_ptr, cu_k_ptr, documents, tile, tl.program_id(0), heads, seqlen_q, seqlen_k, DOCUMENTS, False, BLOCK_M
+    )
+    if first_row >= seqlen_q:
+        return
+    batch, head, start_q, start_k = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(start_q, tl.int64), tl.cast(start_k, tl.int64)  # fmt: skip
+    q_ptr += batch * q_batch + start_q * q_seq + head * q_head
+    k_ptr += batch * k_batch + start_k * k_seq + head // group * k_head
+    v_ptr += batch * v_batch + start_k * v_seq + head // group * v_head
+    out_ptr += batch * out_batch + start_q * out_seq + head * out_head
+    lse_ptr += (batch * heads + head) * rows + start_q
+
+    q = load_rows(q_ptr, first_row, q_seq, seqlen_q, BLOCK_M, HEAD_DIM, True)
+    accumulated = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    plane = problem * heads + tl.cast(head, tl.int32)
+    whole, end = key_range(first_row, seqlen_q, seqlen_k, CAUSAL, BLOCK_M, BLOCK_N)
+    accumulated, total, maximum = _forward_loop(
+        accumulated, total, maximum, q, k_ptr, v_ptr, k_seq, v_seq, first_row, 0, whole, seqlen_q, seqlen_k,
+        scale * LOG2E, plane, threshold, seed_low, seed_high, HEAD_DIM, CAUSAL, DROPOUT, False, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    accumulated, total, maximum = _forward_loop(
+        accumulated, total, maximum, q, k_ptr, v_ptr, k_seq, v_seq, first_row, whole, end, seqlen_q, seqlen_k,
+        scale * LOG2E, plane, threshold, seed_low, seed_high, HEAD_DIM, CAUSAL, DROPOUT, True, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    # A row without a visible key has total 0: zeros, and lse = -inf.
+    accumulated = accumulated * (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
+    store_rows(out_ptr, accumulated, first_row, out_seq, seqlen_q, BLOCK_M, HEAD_DIM)
+    row = first_row + tl.arange(0, BLOCK_M)
+    lse = tl.where(total == 0.0, float("-inf"), maximum * LN2 + tl.log(tl.where(total == 0.0, 1.0, total)))
+    tl.store(lse_ptr + row, lse, mask=row < seqlen_q)

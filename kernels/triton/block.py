@@ -1,0 +1,160 @@
+"""The parallel block's pieces (`kernels.fused_block.Pieces`) in Triton.
+
+Each of the two products has two forms: "vendor", the vendor's library and one elementwise kernel after it, and
+"triton", one kernel that does all of it (kernels/triton/block_product.py). `kernels.triton.CHOICES` says which runs.
+"""
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels import triton as choices
+from kernels.fused_block import Dropout, Layout, vendor_product
+from kernels.reference import dropout_scale, dropout_threshold
+from kernels.triton import INTERPRETED
+from kernels.triton.block_elementwise import (
+    after_in_backward_kernel,
+    after_in_kernel,
+    after_out_backward_kernel,
+    after_out_kernel,
+)
+from kernels.triton.block_product import project_in_kernel, project_out_kernel
+from kernels.triton.column_sums import CHUNK_ROWS, column_sums, partial_sums
+from kernels.triton.numeric import on_device, seed_words
+
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of the products. bench/triton_aot.py compiles each for sm_80 and sm_90;
+# one that spills registers on either is left out.
+PRODUCT_TILES = [(128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 64, 64, 8, 3), (64, 128, 64, 4, 3)]
+# The interpreter runs one program after another: few tiles, but enough for the tests to cross their borders.
+_INTERPRETER_TILE = (32, 64, 32, 4, 1)
+# Tiles of the elementwise kernels, (rows, columns); unmeasured on a GPU.
+ELEMENTWISE_TILE = (16, 64) if not INTERPRETED else (16, 128)
+
+
+def _tuned(function, key: list[str]):
+    """Times the candidates at the first call of each kind and keeps the winner on disk, beside Triton's other files."""
+    configs = [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+        for m, n, k, warps, stages in ([_INTERPRETER_TILE] if INTERPRETED else PRODUCT_TILES)
+    ]
+    return triton.autotune(configs, key=key, cache_results=True)(function)
+
+
+_project_in_kernel = _tuned(project_in_kernel, ["hidden", "width", "row_class"])
+_project_out_kernel = _tuned(project_out_kernel, ["summed", "columns", "row_class", "DROPOUT"])
+_MOST_BLOCK_K = 64
+
+
+def _programs(x: Tensor, tiles) -> tuple[int]:
+    """Twice the multiprocessors: of the candidates with 4 warps two programs fit on one, those with 8 take two waves.
+
+    The interpreter gets 3, so that each has several tiles.
+    """
+    most = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+    return (min(tiles, most),)
+
+
+def _row_class(rows: int) -> int:
+    """Calls of one power of two share a winner; from 8,192 rows on the choice has settled."""
+    return min(max(rows.bit_length(), 7), 14)
+
+
+def _in_arguments(layout: Layout, width: int, activated: Tensor) -> tuple[tuple, tuple, dict]:
+    """(cos, sin, positions), the sizes from seq on, and the constants of the kernels of the input side."""
+    positions = None if layout.positions is None else layout.positions.contiguous()
+    cos, sin = layout.cos.contiguous(), layout.sin.contiguous()
+    turned = (layout.heads + layout.kv_heads) * layout.head_dim
+    per_batch = positions.stride(0) if positions is not None and positions.dim() == 2 else 0
+    return (
+        (cos, sin, cos if positions is None else positions),
+        (layout.seq, turned, layout.qkv_width, width, activated.stride(0), per_batch),
+        {"HEAD_DIM": layout.head_dim, "HALF": cos.shape[1], "POSITIONS": positions is not None},
+    )
+
+
+def _region_tiles(layout: Layout, block: int) -> int:
+    turned, v = (layout.heads + layout.kv_heads) * layout.head_dim, layout.kv_heads * layout.head_dim
+    return sum(triton.cdiv(columns, block) for columns in (turned, v, layout.inner))
+
+
+def project_in(n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
+    """z (tokens, width) of `kernels.fused_block`; gelu(u + bias) is written to activated."""
+    tokens, hidden = n.shape
+    width, b_in = w_in.shape[0], b_in.contiguous()
+    tables, sizes, constants = _in_arguments(layout, width, activated)
+    if choices.CHOICES["block_product"] == "triton":
+        z = n.new_empty((tokens, width))
+        with on_device(n.device):
+            _project_in_kernel[
+                lambda meta: _programs(n, triton.cdiv(tokens, meta["BLOCK_M"]) * _region_tiles(layout, meta["BLOCK_N"]))
+            ](
+                n.contiguous(), w_in.contiguous(), b_in, z, activated, *tables, tokens, hidden, *sizes,
+                _row_class(tokens), **constants, EVEN=hidden % _MOST_BLOCK_K == 0,
+            )  # fmt: skip
+        return z
+    z = vendor_product(n, w_in)
+    rows, block = ELEMENTWISE_TILE
+    with on_device(n.device):
+        after_in_kernel[(_region_tiles(layout, block), triton.cdiv(tokens, rows))](
+            z, b_in, activated, *tables, tokens, *sizes, **constants, ROWS=rows, BLOCK=block
+        )
+    return z
+
+
+def project_in_backward(grad_z: Tensor, z: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
+    """Gradient of b_in; grad_z and activated change in place as `kernels.fused_block.Pieces` says."""
+    tokens, width = z.shape
+    tables, sizes, constants = _in_arguments(layout, width, activated)
+    rows, block = ELEMENTWISE_TILE
+    partial = partial_sums(tokens, width, z.device)
+    with on_device(z.device):
+        after_in_backward_kernel[(_region_tiles(layout, block), partial.shape[0])](
+            grad_z, z, b_in.contiguous(), activated, partial, *tables, tokens, *sizes, **constants,
+            CHUNK=CHUNK_ROWS, ROWS=rows, BLOCK=block,
+        )  # fmt: skip
+    return column_sums(partial, torch.empty(width, dtype=z.dtype, device=z.device))
+
+
+def _dropout_arguments(dropout: Dropout) -> tuple:
+    return dropout_scale(dropout.p), dropout_threshold(dropout.p), *seed_words(dropout.seed)
+
+
+def project_out(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
+    """y = x + dropout(g w_out^T + b_out), (tokens, hidden)."""
+    x, b_out = x.contiguous(), b_out.contiguous()
+    (tokens, summed), columns = g.shape, w_out.shape[0]
+    arguments = _dropout_arguments(dropout)
+    if choices.CHOICES["block_product"] == "triton":
+        y = torch.empty_like(x)
+        with on_device(g.device):
+            _project_out_kernel[
+                lambda meta: _programs(
+                    g, triton.cdiv(tokens, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"])
+                )
+            ](
+                g, w_out.contiguous(), b_out, x, y, tokens, summed, columns, _row_class(tokens), *arguments,
+                DROPOUT=arguments[1] > 0, EVEN=summed % _MOST_BLOCK_K == 0,
+            )  # fmt: skip
+        return y
+    y = vendor_product(g, w_out)
+    rows, block = ELEMENTWISE_TILE
+    with on_device(g.device):
+        after_out_kernel[(triton.cdiv(tokens, rows), triton.cdiv(columns, block))](
+            y, b_out, x, tokens, columns, *arguments, DROPOUT=arguments[1] > 0, ROWS=rows, BLOCK=block
+        )
+    return y
+
+
+def project_out_backward(grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
+    """Gradients of g w_out^T (grad_y itself where nothing is dropped) and of b_out."""
+    tokens, columns = grad_y.shape
+    arguments = _dropout_arguments(dropout)
+    grad_h = torch.empty_like(grad_y) if arguments[1] > 0 else grad_y
+    rows, block = ELEMENTWISE_TILE
+    partial = partial_sums(tokens, columns, grad_y.device)
+    with on_device(grad_y.device):
+        after_out_backward_kernel[(partial.shape[0], triton.cdiv(columns, block))](
+            grad_y, grad_h, partial, tokens, columns, *arguments,
+            DROPOUT=arguments[1] > 0, CHUNK=CHUNK_ROWS, ROWS=rows, BLOCK=block,
+        )  # fmt: skip
+    return grad_h, column_sums(partial, torch.empty(columns, dtype=grad_y.dtype, device=grad_y.device))

@@ -1,0 +1,124 @@
+"""The parallel block's two products with everything elementwise in their epilogues: persistent, grouped GEMMs.
+
+A launch has a fixed number of programs, each of which takes every n-th output tile. Tiles are numbered so that
+neighbours share GROUP rows of tiles: what they load of both operands stays in L2.
+
+Rotary in the epilogue needs the two dims that one angle turns, HALF columns apart, in one thread. The columns of a
+tile of q and k are therefore numbered by pairs (`pair_columns`): the rows of W_in are loaded in that order, which
+costs nothing (a row is contiguous along the summed dim whatever its number), so that a pair's products are neighbours in
+the accumulator. tl.reshape and tl.split take them apart inside a thread, in the layouts of mma.sync and of wgmma (the
+compiled TTGIR for sm_80 and sm_90 has no layout conversion before or between the two), and each half is stored in its
+own columns, runs of HALF. No tl.gather, no reload, any tile width, any rotary width.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.triton.block_elementwise import find_region, load_angles, pair_columns, region_tiles, turn
+from kernels.triton.numeric import RESIDUAL_OFFSET, dot, gelu, keep, round_to
+
+
+@triton.jit
+def _grouped(tile, row_tiles, column_tiles, GROUP: tl.constexpr = 8):
+    """(row, column) of an output tile: down GROUP rows first, then along the columns."""
+    first = tile // (GROUP * column_tiles) * GROUP
+    rows = tl.minimum(row_tiles - first, GROUP)
+    within = tile % (GROUP * column_tiles)
+    return first + within % rows, within // rows
+
+
+@triton.jit
+def _tile_product(
+    a_ptr, b_ptr, a_row, b_row, summed,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A B^T in float32 for these rows of A and of B (both (rows, summed)); EVEN: summed is a multiple of BLOCK_K."""
+    k = tl.arange(0, BLOCK_K)
+    a = a_ptr + a_row.to(tl.int64)[:, None] * summed + k[None, :]
+    b = b_ptr + b_row.to(tl.int64)[None, :] * summed + k[:, None]
+    accumulated = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, summed, BLOCK_K):
+        if EVEN:
+            accumulated = dot(tl.load(a), tl.load(b), accumulated)
+        else:
+            inside = k < summed - start
+            left = tl.load(a, mask=inside[None, :], other=0.0)
+            right = tl.load(b, mask=inside[:, None], other=0.0)
+            accumulated = dot(left, right, accumulated)
+        a += BLOCK_K
+        b += BLOCK_K
+    return accumulated
+
+
+@triton.jit(do_not_specialize=["row_class"])
+def project_in_kernel(
+    n_ptr, weight_ptr, bias_ptr, z_ptr, activated_ptr, cos_ptr, sin_ptr, position_ptr,
+    tokens, hidden, seq, turned, first_u, width, activated_stride, position_batch, row_class,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, POSITIONS: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """z = n W^T with bias and rotary on q and k, bias on v, u as it is; gelu(u + bias) to activated."""
+    row_tiles, column_tiles = tl.cdiv(tokens, BLOCK_M), region_tiles(turned, first_u, width, BLOCK_N)
+    for tile in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+        row_tile, column_tile = _grouped(tile, row_tiles, column_tiles)
+        first, end = find_region(column_tile, turned, first_u, width, BLOCK_N)
+        token = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        column = first + tl.arange(0, BLOCK_N)
+        # Rows past the end repeat the last one, and are not stored.
+        weight_row = tl.minimum(column, end - 1)
+        a_row, b_row, _angle = pair_columns(weight_row // 2, HEAD_DIM, HALF)
+        weight_row = tl.where(first < turned, tl.where(weight_row % 2 == 0, a_row, b_row), weight_row)
+        x = _tile_product(n_ptr, weight_ptr, tl.minimum(token, tokens - 1), weight_row, hidden, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+        row = z_ptr + token.to(tl.int64)[:, None] * width
+        if first < turned:
+            pair = first // 2 + tl.arange(0, BLOCK_N // 2)
+            a_column, b_column, angle = pair_columns(pair, HEAD_DIM, HALF)
+            pair_inside = pair < turned // 2
+            a, b = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_N // 2, 2)))
+            a += tl.load(bias_ptr + a_column, mask=pair_inside, other=0.0).to(tl.float32)[None, :]
+            b += tl.load(bias_ptr + b_column, mask=pair_inside, other=0.0).to(tl.float32)[None, :]
+            c, s = load_angles(cos_ptr, sin_ptr, position_ptr, position_batch, token, angle, tokens, seq, HALF, POSITIONS)  # fmt: skip
+            a, b = turn(a, b, c, s)
+            pair_mask = (token < tokens)[:, None] & pair_inside[None, :]
+            tl.store(row + a_column[None, :], round_to(a, z_ptr.dtype.element_ty), mask=pair_mask)
+            tl.store(row + b_column[None, :], round_to(b, z_ptr.dtype.element_ty), mask=pair_mask)
+        else:
+            mask = (token < tokens)[:, None] & (column < end)[None, :]
+            bias = tl.load(bias_ptr + column, mask=column < end, other=0.0).to(tl.float32)[None, :]
+            if first < first_u:
+                tl.store(row + column[None, :], round_to(x + bias, z_ptr.dtype.element_ty), mask=mask)
+            else:
+                # GELU of the rounded u: what the backward pass, which has no other, makes again.
+                u = round_to(x, z_ptr.dtype.element_ty)
+                tl.store(row + column[None, :], u, mask=mask)
+                value, _slope = gelu(u.to(tl.float32) + bias)
+                to = activated_ptr + token.to(tl.int64)[:, None] * activated_stride + (column - first_u)[None, :]
+                tl.store(to, round_to(value, z_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "row_class"])
+def project_out_kernel(
+    g_ptr, weight_ptr, bias_ptr, x_ptr, y_ptr,
+    tokens, summed, columns, row_class, keep_scale, threshold, seed_low, seed_high,
+    DROPOUT: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """y = x + dropout(g W^T + bias)."""
+    row_tiles, column_tiles = tl.cdiv(tokens, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    for tile in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
+        row_tile, column_tile = _grouped(tile, row_tiles, column_tiles)
+        first_row, first_column = row_tile * BLOCK_M, column_tile * BLOCK_N
+        row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
+        h = _tile_product(
+            g_ptr, weight_ptr, tl.minimum(row, tokens - 1), tl.minimum(column, columns - 1), summed,
+            EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        h += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+        if DROPOUT:
+            kept = keep(
+                seed_low, seed_high, RESIDUAL_OFFSET, 0, first_row, first_column, threshold, BLOCK_M, BLOCK_N, False
+            )  # fmt: skip
+            h *= tl.where(kept, keep_scale, 0.0)
+        mask = (row < tokens)[:, None] & (column < columns)[None, :]
+        at = row.to(tl.int64)[:, None] * columns + column[None, :]
+        y = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) + h
+        tl.store(y_ptr + at, round_to(y, y_ptr.dtype.element_ty), mask=mask)
