@@ -163,16 +163,18 @@ void bind_cpu(py::module_& m) {
           cpu::kernels().residual_backward(args, threads);
         });
 
-  m.def("cross_entropy_cpu", [](uintptr_t logits, uintptr_t bias, uintptr_t targets, uintptr_t loss,
-                                uintptr_t grad_bias, std::array<int64_t, 3> sizes, int dtype, int threads) {
-    py::gil_scoped_release release;
-    cpu::CrossEntropyArgs args = {};
-    args.logits = address(logits), args.bias = address(bias), args.targets = address<const int64_t>(targets);
-    args.loss = address<float>(loss), args.grad_bias = address<float>(grad_bias);
-    std::tie(args.rows, args.columns, args.ignore_index) = std::tuple_cat(sizes);
-    args.dtype = static_cast<DType>(dtype);
-    cpu::kernels().cross_entropy(args, threads);
-  });
+  m.def("cross_entropy_cpu",
+        [](uintptr_t logits, uintptr_t bias, uintptr_t targets, uintptr_t loss, uintptr_t grad_bias,
+           std::array<int64_t, 3> sizes, float z_loss, int dtype, int threads) {
+          py::gil_scoped_release release;
+          cpu::CrossEntropyArgs args = {};
+          args.z_loss = z_loss;
+          args.logits = address(logits), args.bias = address(bias), args.targets = address<const int64_t>(targets);
+          args.loss = address<float>(loss), args.grad_bias = address<float>(grad_bias);
+          std::tie(args.rows, args.columns, args.ignore_index) = std::tuple_cat(sizes);
+          args.dtype = static_cast<DType>(dtype);
+          cpu::kernels().cross_entropy(args, threads);
+        });
 
   m.def("residual_keep_cpu",
         [](uintptr_t keep, int64_t rows, int64_t columns, uint32_t threshold, uint64_t seed, int threads) {

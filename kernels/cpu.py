@@ -215,7 +215,7 @@ _WEIGHT_COLUMNS = 8192
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, with_grads: bool
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, z_loss: float, with_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `kernels.torch.linear_cross_entropy`, with the softmax and its gradient in the product's own memory."""
     (rows, width), columns = hidden.shape, weight.shape[0]
@@ -238,7 +238,7 @@ def linear_cross_entropy(
         d = torch.mm(h, weight.T, out=logits[: h.shape[0]])
         native._native.cross_entropy_cpu(
             d.data_ptr(), bias.data_ptr(), t.data_ptr(), loss[start:].data_ptr(),
-            grad_bias.data_ptr() if with_grads else 0, (h.shape[0], columns, ignore_index),
+            grad_bias.data_ptr() if with_grads else 0, (h.shape[0], columns, ignore_index), z_loss,
             native.DTYPE_CODES[hidden.dtype], torch.get_num_threads(),
         )  # fmt: skip
         if with_grads:

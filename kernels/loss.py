@@ -10,18 +10,20 @@ from kernels.registry import choose, implementation, register
 
 torch.library.define(
     "phi1::linear_cross_entropy",
-    "(Tensor hidden, Tensor weight, Tensor bias, Tensor targets, int ignore_index, bool with_grads, str backend)"
+    "(Tensor hidden, Tensor weight, Tensor bias, Tensor targets, int ignore_index, float z_loss, bool with_grads, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.impl("phi1::linear_cross_entropy", ("cpu", "cuda"))
-def _impl(hidden, weight, bias, targets, ignore_index, with_grads, backend):  # type: ignore[no-untyped-def]
-    return implementation("linear_cross_entropy", backend)(hidden, weight, bias, targets, ignore_index, with_grads)
+def _impl(hidden, weight, bias, targets, ignore_index, z_loss, with_grads, backend):  # type: ignore[no-untyped-def]
+    return implementation("linear_cross_entropy", backend)(
+        hidden, weight, bias, targets, ignore_index, z_loss, with_grads
+    )
 
 
 @torch.library.register_fake("phi1::linear_cross_entropy")
-def _fake(hidden, weight, bias, targets, ignore_index, with_grads, backend):  # type: ignore[no-untyped-def]
+def _fake(hidden, weight, bias, targets, ignore_index, z_loss, with_grads, backend):  # type: ignore[no-untyped-def]
     grads = [x.new_empty(x.shape if with_grads else (0,)) for x in (hidden, weight, bias)]
     return hidden.new_empty((), dtype=reference.working_dtype(hidden.dtype)), *grads
 
@@ -30,16 +32,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The gradients are made in the forward pass, while a chunk's logits exist, and only scaled in the backward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, ignore_index, with_grads, backend):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, bias, targets, ignore_index, z_loss, with_grads, backend):  # type: ignore[no-untyped-def]
         loss, *grads = torch.ops.phi1.linear_cross_entropy(
-            hidden, weight, bias, targets, ignore_index, with_grads, backend
+            hidden, weight, bias, targets, ignore_index, z_loss, with_grads, backend
         )
         ctx.save_for_backward(*grads)
         return loss
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return *((grad * g).to(g.dtype) for g in ctx.saved_tensors), None, None, None, None
+        return *((grad * g).to(g.dtype) for g in ctx.saved_tensors), None, None, None, None, None
 
 
 register("linear_cross_entropy", "reference", reference.linear_cross_entropy)
@@ -53,13 +55,15 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     ignore_index: int = -100,
+    z_loss: float = 0.0,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
     """Cross-entropy of softmax(hidden W^T + b) against targets.
 
     hidden: (..., width). weight: (columns, width), bias: (columns,), hidden's dtype. targets: (...) int64 in
-    [0, columns) or ignore_index. reduction: "sum", or "mean" over the targets that are not ignored (0 if all are).
+    [0, columns) or ignore_index. z_loss: adds z_loss * log(sum exp logits)^2 to each term, which keeps the
+    softmax's denominator near 1 (PaLM, arXiv 2204.02311, section 5: 1e-4). reduction: "sum", or "mean" over the targets that are not ignored (0 if all are).
     Returns a float32 scalar (float64 for float64 inputs). Gradients flow to hidden, weight and bias; they are
     made during the forward pass, so a loss that is only read should be computed under torch.no_grad().
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
@@ -76,12 +80,13 @@ def linear_cross_entropy(
     check(targets.dtype == torch.int64, lambda: f"targets.dtype = {targets.dtype}: must be int64")
     check_shape("targets", targets, tuple(hidden.shape[:-1]), "(hidden's leading dims)")
     check_device("targets", targets, "hidden", hidden)
+    check(z_loss >= 0, lambda: f"z_loss = {z_loss}: must be at least 0")
     check(reduction in ("mean", "sum"), lambda: f"reduction = {reduction!r}: must be 'mean' or 'sum'")
     name = choose("linear_cross_entropy", hidden.device.type, backend, dtype=hidden.dtype)
     flat, flat_targets = hidden.reshape(-1, width), targets.reshape(-1)
     if name == "reference":
-        loss = reference.linear_cross_entropy(flat, weight, bias, flat_targets, ignore_index)
+        loss = reference.linear_cross_entropy(flat, weight, bias, flat_targets, ignore_index, z_loss)
     else:
         with_grads = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))
-        loss = _LinearCrossEntropy.apply(flat, weight, bias, flat_targets, ignore_index, with_grads, name)
+        loss = _LinearCrossEntropy.apply(flat, weight, bias, flat_targets, ignore_index, z_loss, with_grads, name)
     return loss if reduction == "sum" else loss / (flat_targets != ignore_index).sum().clamp(min=1)

@@ -213,10 +213,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return (x.to(dtype) @ weight.to(dtype).T + bias.to(dtype)).to(x.dtype)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Summed cross-entropy of softmax(hidden W^T + b), logits in full."""
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, z_loss: float
+) -> Tensor:
+    """Summed cross-entropy of softmax(hidden W^T + b) plus z_loss times the squared log-sum-exp, logits in full."""
     dtype = working_dtype(hidden.dtype)
     logits = hidden.to(dtype) @ weight.to(dtype).T + bias.to(dtype)
     kept = targets != ignore_index
     picked = logits.gather(-1, torch.where(kept, targets, 0)[:, None])[:, 0]
-    return torch.where(kept, torch.logsumexp(logits, -1) - picked, 0.0).sum()
+    lse = torch.logsumexp(logits, -1)
+    return torch.where(kept, lse - picked + z_loss * lse.square(), 0.0).sum()

@@ -55,9 +55,9 @@ _CHUNK_LOGITS = 1 << 24
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, with_grads: bool
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, z_loss: float, with_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Summed cross-entropy and, in the same pass, its gradients, a chunk of rows at a time.
+    """Summed cross-entropy (with z_loss, see `kernels.linear_cross_entropy`) and, in the same pass, its gradients, a chunk of rows at a time.
 
     hidden (rows, width), weight (columns, width), bias (columns,), targets (rows,) int64.
     Returns (loss, grad_hidden, grad_weight, grad_bias); the gradients are empty unless with_grads. The logits
@@ -75,13 +75,15 @@ def linear_cross_entropy(
         logits = F.linear(h, weight, bias).to(accumulate)
         kept = t != ignore_index
         index = torch.where(kept, t, 0)[:, None]
-        logits.sub_(logits.amax(-1, keepdim=True))
+        top = logits.amax(-1, keepdim=True)
+        logits.sub_(top)
         picked = logits.gather(1, index)
         d = logits.exp_()  # with the maximum taken off first, large logits lose nothing
         total = d.sum(-1, keepdim=True)
-        loss += torch.where(kept, (total.log() - picked)[:, 0], 0.0).sum()
+        lse = top + total.log()
+        loss += torch.where(kept, (total.log() - picked + z_loss * lse.square())[:, 0], 0.0).sum()
         if with_grads:
-            d.div_(total)  # softmax, in the logits' memory
+            d.mul_((1 + 2 * z_loss * lse) / total)  # softmax and z-loss's share of it, in the logits' memory
             d.scatter_add_(1, index, torch.full_like(total, -1.0))
             d.masked_fill_(~kept[:, None], 0.0)
             grad_bias += d.sum(0)

@@ -9,6 +9,9 @@ constexpr int64_t kStrip = 1024;  // 4 KiB of sums, in L1
 // softmax(x) = 2^(log2e (x - top)) / total: with x - top first, large logits lose nothing.
 struct Softmax {
   float top, total;
+  float lse() const { return top + __builtin_logf(total); }
+  // What the exponentials are multiplied with in the gradient.
+  float scale(float z_loss) const { return (1.0f + 2.0f * z_loss * lse()) / total; }
 };
 
 template <class N>
@@ -60,7 +63,8 @@ void cross_entropy_typed(const CrossEntropyArgs& args, int threads) {
       if (target == args.ignore_index) continue;
       softmax[row] = row_softmax(logits + row * columns, bias, columns);
       const float logit = load(logits[row * columns + target]) + load(bias[target]);
-      args.loss[row] = __builtin_logf(softmax[row].total) + (softmax[row].top - logit);
+      const float lse = softmax[row].lse();
+      args.loss[row] = __builtin_logf(softmax[row].total) + (softmax[row].top - logit) + args.z_loss * lse * lse;
     }
     if (args.grad_bias) {
 #pragma omp for schedule(static)
@@ -73,7 +77,7 @@ void cross_entropy_typed(const CrossEntropyArgs& args, int threads) {
             std::memset(x, 0, size_t(count) * sizeof(T));
             continue;
           }
-          const vfloat top = splat(softmax[row].top), scale = splat(1.0f / softmax[row].total);
+          const vfloat top = splat(softmax[row].top), scale = splat(softmax[row].scale(args.z_loss));
           const bool here = target >= first && target < first + count;
           float at_target = 0.0f;
           if (here) at_target = load(x[target - first]) + load(bias[target]);
@@ -83,7 +87,8 @@ void cross_entropy_typed(const CrossEntropyArgs& args, int threads) {
             add_to(args.grad_bias + first + i, p, n);
           });
           if (here) {
-            store(x[target - first], __builtin_expf(at_target - softmax[row].top) / softmax[row].total - 1.0f);
+            store(x[target - first],
+                  __builtin_expf(at_target - softmax[row].top) * softmax[row].scale(args.z_loss) - 1.0f);
             args.grad_bias[target] -= 1.0f;
           }
         }

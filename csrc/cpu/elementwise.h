@@ -52,12 +52,14 @@ struct ResidualArgs {
   DType dtype;
 };
 
-// Cross-entropy of softmax(logits + bias) against targets; with gradients, logits become softmax - one-hot.
+// Cross-entropy of softmax(logits + bias) against targets, plus z_loss times the squared log-sum-exp; with gradients,
+// logits become their gradient, softmax (1 + 2 z_loss lse) - one-hot.
 struct CrossEntropyArgs {
   void* logits;      // (rows, columns)
   const void* bias;  // (columns)
   const int64_t* targets;
   int64_t rows, columns, ignore_index;
+  float z_loss;
   float* loss;       // (rows): 0 where the target is ignore_index
   float* grad_bias;  // (columns), added to; null: no gradients
   DType dtype;

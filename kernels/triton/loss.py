@@ -20,9 +20,9 @@ _WEIGHT_COLUMNS = 8192
 LOSS_TILE = {"BLOCK": 4096 if not INTERPRETED else 16384, "num_warps": 8}
 
 
-@triton.jit(do_not_specialize=["ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index", "z_loss"])
 def cross_entropy_kernel(
-    logits_ptr, bias_ptr, target_ptr, loss_ptr, columns, ignore_index, GRADS: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr, bias_ptr, target_ptr, loss_ptr, columns, ignore_index, z_loss, GRADS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """A program owns a row: its log-sum-exp, online over blocks of columns, then its loss and, in place, its gradient."""
     row = tl.program_id(0).to(tl.int64)
@@ -43,9 +43,10 @@ def cross_entropy_kernel(
         new = tl.maximum(top, tl.max(x, 0))
         total = total * tl.exp2((top - new) * LOG2E) + tl.sum(tl.exp2((x - new) * LOG2E), 0)
         top = new
-    tl.store(loss_ptr + row, tl.where(ignored, 0.0, tl.log(total) + (top - picked)))
+    lse = top + tl.log(total)
+    tl.store(loss_ptr + row, tl.where(ignored, 0.0, tl.log(total) + (top - picked) + z_loss * lse * lse))
     if GRADS:
-        scale = 1.0 / total
+        scale = (1.0 + 2.0 * z_loss * lse) / total
         for first in range(0, columns, BLOCK):
             column = first + tl.arange(0, BLOCK)
             mask = column < columns
@@ -57,7 +58,7 @@ def cross_entropy_kernel(
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, with_grads: bool
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, z_loss: float, with_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `kernels.torch.linear_cross_entropy`; a target that is no column makes the loss NaN."""
     hidden, weight, bias, targets = (x.contiguous() for x in (hidden, weight, bias, targets))
@@ -77,7 +78,7 @@ def linear_cross_entropy(
         d = torch.mm(h, weight.T, out=logits[: h.shape[0]])
         with on_device(device):
             cross_entropy_kernel[(h.shape[0],)](
-                d, bias, targets[start:], loss[start:], columns, ignore_index, GRADS=with_grads, **LOSS_TILE
+                d, bias, targets[start:], loss[start:], columns, ignore_index, z_loss, GRADS=with_grads, **LOSS_TILE
             )
         if with_grads:
             torch.mm(d, weight, out=grad_hidden[start : start + chunk])

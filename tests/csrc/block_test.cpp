@@ -207,7 +207,7 @@ double residual_error(DType dtype, uint32_t threshold) {
 }
 
 template <typename T>
-double cross_entropy_error(DType dtype) {
+double cross_entropy_error(DType dtype, float z_loss) {
   const int64_t rows = 5, columns = 2503;
   const Buffer<T> logits(rows * columns), bias(columns);
   const Buffer<float> loss(rows), dbias(columns);
@@ -218,6 +218,7 @@ double cross_entropy_error(DType dtype) {
   CrossEntropyArgs args = {};
   args.logits = logits.get(), args.bias = bias.get(), args.targets = targets.get(), args.loss = loss.get();
   args.grad_bias = dbias.get(), args.rows = rows, args.columns = columns, args.ignore_index = -7, args.dtype = dtype;
+  args.z_loss = z_loss;
   cross_entropy(args, 2);
   Errors compare;
   for (int64_t r = 0; r < rows; ++r) {
@@ -225,9 +226,10 @@ double cross_entropy_error(DType dtype) {
     const int64_t target = targets[size_t(r)];
     double sum = 0;
     for (int64_t c = 0; c < columns; ++c) sum += std::exp(biased(c));
-    compare(loss[r], target < 0 ? 0 : std::log(sum) - biased(target));
+    const double lse = std::log(sum);
+    compare(loss[r], target < 0 ? 0 : lse - biased(target) + z_loss * lse * lse);
     for (int64_t c = 0; c < columns; ++c) {
-      const double d = target < 0 ? 0 : std::exp(biased(c)) / sum - (c == target);
+      const double d = target < 0 ? 0 : std::exp(biased(c)) / sum * (1 + 2 * z_loss * lse) - (c == target);
       compare(1000 * logits[r * columns + c], 1000 * d);  // most of the probabilities are below 1e-3
       sums[size_t(c)] += d;
     }
@@ -245,7 +247,8 @@ bool all(DType dtype, double tolerance) {
       {"block with positions", [&] { return block_error<T>(dtype, true); }},
       {"residual", [&] { return residual_error<T>(dtype, 0); }},
       {"residual with dropout", [&] { return residual_error<T>(dtype, 13107); }},
-      {"cross_entropy", [&] { return cross_entropy_error<T>(dtype); }},
+      {"cross_entropy", [&] { return cross_entropy_error<T>(dtype, 0); }},
+      {"cross_entropy with z-loss", [&] { return cross_entropy_error<T>(dtype, 0.01f); }},
   };
   bool good = true;
   for (const auto& [name, error] : kernels) {

@@ -133,7 +133,9 @@ MUTATIONS = [
     ("cross_entropy.inl", "row.total *= __builtin_expf(row.top - above);", ""),
     ("cross_entropy.inl", "if (target == args.ignore_index) continue;", ""),
     ("cross_entropy.inl", "args.grad_bias[target] -= 1.0f;", ""),
-    ("cross_entropy.inl", "/ softmax[row].total - 1.0f", "/ softmax[row].total"),
+    ("cross_entropy.inl", "scale(args.z_loss) - 1.0f", "scale(args.z_loss)"),
+    ("cross_entropy.inl", "1.0f + 2.0f * z_loss * lse()", "1.0f + z_loss * lse()"),
+    ("cross_entropy.inl", "+ args.z_loss * lse * lse", "+ args.z_loss * lse"),
     ("cross_entropy.inl", "target < first + count", "target <= first + count"),
 ]
 BLOCK_FILES = ("layer_norm.inl", "elementwise.inl", "block.inl", "dropout.inl", "cross_entropy.inl")

@@ -73,6 +73,27 @@ def test_loss_and_gradients_obey_the_error_rule(name, rows, width, columns, redu
         check(what, a.to(dtype) if what == "loss" else a, b, c, dtype)
 
 
+def plain_with_z_loss(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, z_loss: float) -> Tensor:
+    logits = hidden @ weight.T + bias
+    lse = torch.logsumexp(logits, -1)
+    return F.cross_entropy(logits, targets) + z_loss * lse[targets != -100].square().mean()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_z_loss_obeys_the_error_rule(name, dtype, monkeypatch):
+    set_chunk(monkeypatch, 7 * 33)
+    inputs, targets = make(13, 16, 33, dtype)
+    targets[3] = -100
+    truth = with_grads(lambda *a: plain_with_z_loss(*a, targets, 0.1), inputs, torch.float64)
+    low = with_grads(lambda *a: plain_with_z_loss(*a, targets, 0.1), inputs, dtype)
+    found = with_grads(lambda *a: linear_cross_entropy(*a, targets, z_loss=0.1, backend=name), inputs, dtype)
+    wrong = with_grads(lambda *a: plain_with_z_loss(*a, targets, 0.05), inputs, torch.float64)
+    for what, a, b, c, d in zip(("loss", "dhidden", "dweight", "dbias"), found, low, truth, wrong, strict=True):
+        check(what, a.to(dtype) if what == "loss" else a, b, c, dtype)
+        with pytest.raises(AssertionError):  # half of it would be seen
+            check(what, d.to(dtype), b, c, dtype)
+
+
 @pytest.mark.parametrize("chunk_rows", [1, 4, 6, 12, 13])
 def test_chunks_make_no_difference(chunk_rows, monkeypatch):
     inputs, targets = make(12, 8, 31, torch.float64)
@@ -119,7 +140,7 @@ def test_gradcheck(name, monkeypatch):
     inputs, targets = make(5, 3, 7, torch.float64)
     targets[2] = -100
     leaves = [t.requires_grad_() for t in inputs]
-    assert torch.autograd.gradcheck(lambda *a: linear_cross_entropy(*a, targets, backend=name), leaves)
+    assert torch.autograd.gradcheck(lambda *a: linear_cross_entropy(*a, targets, z_loss=0.3, backend=name), leaves)
 
 
 def test_gradients_scale_and_only_where_asked():
@@ -179,14 +200,14 @@ def test_peak_memory_on_the_cpu():
 @pytest.mark.parametrize("name", ["torch", *["cpu"] * bool(CPU_BACKENDS)])
 def test_opcheck(name, grads):
     inputs, targets = make(5, 4, 6, torch.float32)
-    torch.library.opcheck(torch.ops.phi1.linear_cross_entropy.default, (*inputs, targets, -100, grads, name))
+    torch.library.opcheck(torch.ops.phi1.linear_cross_entropy.default, (*inputs, targets, -100, 1e-4, grads, name))
 
 
 @pytest.mark.parametrize("name", CPU_BACKENDS)
 def test_bitwise_equal_for_any_thread_count(name):
     inputs, targets = make(37, 16, 5000, torch.bfloat16)
     targets[4] = -100
-    arguments = (*inputs, targets, -100, True)
+    arguments = (*inputs, targets, -100, 1e-4, True)
     results = []
     with chosen(name):
         for threads in (1, 2, 3, 8):
@@ -251,8 +272,13 @@ def test_bad_input(hidden, weight, bias, targets, reduction, message):
         linear_cross_entropy(hidden, weight, bias, targets, reduction=reduction)
 
 
+def test_a_negative_z_loss_is_an_error():
+    with pytest.raises(ValueError, match=r"z_loss = -0.1: must be at least 0"):
+        linear_cross_entropy(_H, _W, _B, _T, z_loss=-0.1)
+
+
 def test_reference_is_the_definition():
     inputs, targets = make(4, 3, 5, torch.float64)
     logits = inputs[0] @ inputs[1].T + inputs[2]
     expected = sum(float(torch.log(torch.exp(row).sum()) - row[t]) for row, t in zip(logits, targets, strict=True))
-    assert float(reference.linear_cross_entropy(*inputs, targets, -100)) == pytest.approx(expected, rel=1e-12)
+    assert float(reference.linear_cross_entropy(*inputs, targets, -100, 0.0)) == pytest.approx(expected, rel=1e-12)

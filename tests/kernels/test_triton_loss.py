@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from error_rule import check
-from test_loss import DTYPES, make, plain, with_grads
+from test_loss import DTYPES, make, plain, plain_with_z_loss, with_grads
 from torch import Tensor
 from triton_mutation import mutate
 
@@ -54,6 +54,15 @@ def test_loss_and_gradients_obey_the_error_rule(rows, width, columns, reduction,
     if rows > 5:
         targets[3] = targets[-1] = -100
     check_run(run(inputs, targets, dtype, reduction=reduction), inputs, targets, dtype, reduction)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_z_loss_obeys_the_error_rule(dtype):
+    inputs, targets = make(13, 16, 33, dtype)
+    targets[3] = -100
+    truth, low = (with_grads(lambda *a: plain_with_z_loss(*a, targets, 0.1), inputs, k) for k in (torch.float64, dtype))
+    for what, a, b, c in zip(RESULTS, run(inputs, targets, dtype, z_loss=0.1), low, truth, strict=True):
+        check(what, a.to(dtype) if what == "loss" else a, b, c, dtype)
 
 
 def test_all_ignored_is_zero_not_nan():
@@ -116,7 +125,7 @@ def test_bitwise_reproducible():
         ("loss", "        top = new\n", "        top = tl.max(x, 0)\n"),
         ("loss", "d = tl.where(ignored, 0.0, d)", "d = d + 0.0"),
         ("loss", "tl.where(ignored, 0.0, tl.log(total)", "tl.where(ignored, 1.0, tl.log(total)"),
-        ("loss", "scale = 1.0 / total", "scale = 1.0"),
+        ("loss", "z_loss * lse) / total", "z_loss * lse)"),
         ("loss", "column_sums(d, grad_bias, add=True)", "column_sums(d, grad_bias)"),
         ("loss", "targets[start:], loss", "targets, loss"),
         ("loss", "part = d[:, at : at + _WEIGHT_COLUMNS].T", "part = d[:, : total.shape[0]].T"),
@@ -131,6 +140,16 @@ def test_mutations_fail(module, old, new, monkeypatch, tmp_path):
     use_small_pieces(monkeypatch)
     with pytest.raises(AssertionError, match="error"):
         check_run(run(inputs, targets, dtype, reduction="sum"), inputs, targets, dtype, "sum")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("2.0 * z_loss * lse)", "z_loss * lse)"), ("+ z_loss * lse * lse", "+ z_loss * lse")]
+)
+def test_mutations_of_the_z_loss_fail(old, new, monkeypatch, tmp_path):
+    mutate(monkeypatch, tmp_path, "loss", old, new)
+    use_small_pieces(monkeypatch)
+    with pytest.raises(AssertionError, match="error"):
+        test_z_loss_obeys_the_error_rule(torch.bfloat16)
 
 
 _MEASURE = """
@@ -172,7 +191,7 @@ def test_logits_never_exist_in_full():
 @pytest.mark.parametrize("grads", [True, False])
 def test_opcheck(grads):
     inputs, targets = make(5, 4, 6, torch.float32)
-    arguments = (*(t.to(DEVICE) for t in inputs), targets.to(DEVICE), -100, grads, "triton")
+    arguments = (*(t.to(DEVICE) for t in inputs), targets.to(DEVICE), -100, 1e-4, grads, "triton")
     torch.library.opcheck(torch.ops.phi1.linear_cross_entropy.default, arguments)
 
 
