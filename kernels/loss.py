@@ -62,6 +62,8 @@ def linear_cross_entropy(
     [0, columns) or ignore_index. reduction: "sum", or "mean" over the targets that are not ignored (0 if all are).
     Returns a float32 scalar (float64 for float64 inputs). Gradients flow to hidden, weight and bias; they are
     made during the forward pass, so a loss that is only read should be computed under torch.no_grad().
+    A target that is neither raises an error on the CPU. On a GPU, where looking at it would stop the stream, `cuda`
+    makes the loss and its row's gradients NaN, and PyTorch's ops fail a device-side assertion.
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
     """
     check_dtype("hidden", hidden)
@@ -77,7 +79,7 @@ def linear_cross_entropy(
     check_shape("targets", targets, tuple(hidden.shape[:-1]), "(hidden's leading dims)")
     check_device("targets", targets, "hidden", hidden)
     check(reduction in ("mean", "sum"), lambda: f"reduction = {reduction!r}: must be 'mean' or 'sum'")
-    name = choose("linear_cross_entropy", hidden.device.type, backend, dtype=hidden.dtype)
+    name = choose("linear_cross_entropy", hidden.device.type, backend, dtype=hidden.dtype, columns=weight.shape[0])
     flat, flat_targets = hidden.reshape(-1, width), targets.reshape(-1)
     if name == "reference":
         loss = reference.linear_cross_entropy(flat, weight, bias, flat_targets, ignore_index)
