@@ -52,10 +52,10 @@ export PYTHONPATH=$PWD
 step backends 60 "$python" -c 'import kernels; print(kernels.backends())'
 # The GPU's share of the tests, without the plugins that a bare machine lacks.
 pytest=("$python" -m pytest -q -o addopts=--import-mode=importlib -o timeout=0 -W ignore::pytest.PytestConfigWarning)
-cuda_tests=(tests/kernels/test_cuda_{attention,rotary,layer_norm,block}.py)
+cuda_tests=(tests/kernels/test_cuda_{attention,rotary,layer_norm,block,loss}.py)
 step tests 150 "${pytest[@]}" "${cuda_tests[@]}" -k gpu
 small="gpu and (dropout_gqa_32 or documents_unequal or packed_128 or 203x113_32 or rotary_is or layer_norm_keeps)"
-small="$small or gpu and after_the_product"
+small="$small or gpu and (after_the_product or loss_keeps)"
 if command -v compute-sanitizer >/dev/null; then
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # so that memcheck sees each tensor's end
     for tool in memcheck racecheck; do

@@ -30,6 +30,7 @@ _SIZES = r"""
 #include "cuda/attention_backward.cuh"
 #include "cuda/attention_forward.cuh"
 #include "cuda/block.cuh"
+#include "cuda/cross_entropy.cuh"
 #include "cuda/layer_norm.cuh"
 #include "cuda/rotary.cuh"
 using namespace phi1::cuda;
@@ -45,6 +46,7 @@ int main() {
   for (const char* name : {"layer_norm", "layer_norm_grad", "layer_norm_sum"}) std::printf("%s 0 %d 0\n", name, kNormThreads);
   for (const char* name : {"after_in", "after_in_grad", "residual", "residual_grad"}) std::printf("%s 0 %d 0\n", name, kBlockThreads);
   std::printf("block_sum 0 %d %d\n", kSumThreads, kSumSharedBytes);
+  std::printf("cross_entropy 0 %d %d\ncross_entropy_grad 0 %d 0\n", kLossThreads, kLossSharedBytes, kBlockThreads);
   std::printf("layer_norm_partial 0 %d %d\n", kNormThreads, kNormSharedBytes);
 }
 """

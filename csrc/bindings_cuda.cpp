@@ -59,6 +59,19 @@ cuda::ResidualArgs residual_args(uintptr_t h, std::array<int64_t, 2> sizes,
   return args;
 }
 
+// sizes: rows, columns, chunks, ignore_index.
+cuda::CrossEntropyArgs cross_entropy_args(uintptr_t logits, uintptr_t bias, uintptr_t targets, uintptr_t loss,
+                                          uintptr_t stats, uintptr_t partial, std::array<int64_t, 4> sizes, int dtype) {
+  cuda::CrossEntropyArgs args{};
+  args.logits = address(logits), args.bias = address(bias);
+  args.targets = static_cast<const int64_t*>(address(targets));
+  args.loss = static_cast<float*>(address(loss)), args.stats = static_cast<float*>(address(stats));
+  args.partial = static_cast<float*>(address(partial));
+  std::tie(args.rows, args.columns, args.chunks, args.ignore_index) = std::tuple_cat(sizes);
+  args.dtype = static_cast<DType>(dtype);
+  return args;
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -158,6 +171,23 @@ void bind_cuda(py::module_& m) {
           args.partial = static_cast<float*>(address(partial)), args.chunks = chunks;
           cuda::residual_backward(args, address(stream));
         });
+
+  // Adds up `partial`'s chunks, sizes: chunks, columns.
+  m.def("block_sum_cuda",
+        [](uintptr_t partial, uintptr_t sum, std::array<int64_t, 2> sizes, int dtype, uintptr_t stream) {
+          py::gil_scoped_release release;
+          cuda::block_sum({static_cast<const float*>(address(partial)), address(sum), sizes[0], sizes[1]},
+                          static_cast<DType>(dtype), address(stream));
+        });
+
+  // With a null `partial` the loss only.
+  m.def("cross_entropy_cuda", [](uintptr_t logits, uintptr_t bias, uintptr_t targets, uintptr_t loss, uintptr_t stats,
+                                 uintptr_t partial, std::array<int64_t, 4> sizes, int dtype, uintptr_t stream) {
+    py::gil_scoped_release release;
+    const cuda::CrossEntropyArgs args = cross_entropy_args(logits, bias, targets, loss, stats, partial, sizes, dtype);
+    cuda::cross_entropy(args, address(stream));
+    if (partial) cuda::cross_entropy_backward(args, address(stream));
+  });
 }
 
 }  // namespace phi1

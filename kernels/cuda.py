@@ -277,6 +277,62 @@ def project_out_backward(module: Any, grad_y: Tensor, dropout: Dropout) -> tuple
     return grad_h, grad_bias
 
 
+def loss_refuses(*, dtype: torch.dtype, columns: int, **_: object) -> str | None:
+    """Why the kernels cannot serve this call of `linear_cross_entropy`, or None."""
+    if columns % 8:
+        return (
+            f"columns = weight.shape[0] = {columns}: the kernels take a multiple of 8; "
+            "pad weight with rows of zeros and bias with -inf"
+        )
+    return native.refuses_dtype(dtype=dtype)
+
+
+_CHUNK_LOGITS = 1 << 24
+"""16 Mi logits at a time, 32 MiB in bf16: at 51,200 columns 327 rows; csrc/cuda/cross_entropy.cuh says why."""
+
+
+def linear_cross_entropy(
+    module: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, with_grads: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `kernels.torch.linear_cross_entropy`, with softmax and gradient in the product's own memory, bitwise reproducible."""
+    (rows, width), columns = hidden.shape, weight.shape[0]
+    bias, targets = _dense(bias), targets.contiguous()
+    chunk = min(max(1, _CHUNK_LOGITS // columns), max(rows, 1))
+    logits = hidden.new_empty((chunk, columns))
+    loss, stats = (torch.empty(shape, dtype=torch.float32, device=hidden.device) for shape in ((rows,), (chunk, 2)))
+    if with_grads:
+        grad_hidden, grad_bias, sums = (
+            hidden.new_empty((rows, width)),
+            bias.new_empty(columns),
+            _partial_sums(logits).zero_(),
+        )
+        total = torch.zeros((columns, width), dtype=torch.float32, device=hidden.device)
+    else:
+        grad_hidden, grad_bias, total, sums = hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0), None
+    with _device(hidden):
+        for start in range(0, rows, chunk):
+            h, t = hidden[start : start + chunk], targets[start : start + chunk]
+            d = torch.mm(h, weight.T, out=logits[: h.shape[0]])
+            module.cross_entropy_cuda(
+                d.data_ptr(), bias.data_ptr(), t.data_ptr(), loss[start:].data_ptr(), stats.data_ptr(),
+                0 if sums is None else sums.data_ptr(),
+                (h.shape[0], columns, 0 if sums is None else sums.shape[0], ignore_index),
+                native.DTYPE_CODES[hidden.dtype], _stream(hidden),
+            )  # fmt: skip
+            if with_grads:
+                torch.mm(d, weight, out=grad_hidden[start : start + chunk])
+                total.addmm_(d.T, h) if hidden.dtype == torch.float32 else total.add_(d.T @ h)
+        if sums is not None:
+            module.block_sum_cuda(
+                sums.data_ptr(),
+                grad_bias.data_ptr(),
+                tuple(sums.shape),
+                native.DTYPE_CODES[hidden.dtype],
+                _stream(hidden),
+            )
+    return loss.sum(dtype=torch.float64).float(), grad_hidden, total.to(weight.dtype), grad_bias
+
+
 def register_kernels(module: Any, devices: tuple[str, ...], why_not: str | None = None) -> None:
     """Makes the launches of `module` the `cuda` backend of every op, for tensors on `devices`."""
     register(
@@ -303,6 +359,10 @@ def register_kernels(module: Any, devices: tuple[str, ...], why_not: str | None 
     register(
         "parallel_block", "cuda", Pieces(*pieces),
         devices=devices, missing=why_not, refuses=block_refuses,
+    )  # fmt: skip
+    register(
+        "linear_cross_entropy", "cuda", functools.partial(linear_cross_entropy, module),
+        devices=devices, missing=why_not, refuses=loss_refuses,
     )  # fmt: skip
 
 

@@ -66,6 +66,8 @@ def linear_cross_entropy(
     softmax's denominator near 1 (PaLM, arXiv 2204.02311, section 5: 1e-4). reduction: "sum", or "mean" over the targets that are not ignored (0 if all are).
     Returns a float32 scalar (float64 for float64 inputs). Gradients flow to hidden, weight and bias; they are
     made during the forward pass, so a loss that is only read should be computed under torch.no_grad().
+    A target that is neither raises an error on the CPU. On a GPU, where looking at it would stop the stream, `cuda`
+    makes the loss and its row's gradients NaN, and PyTorch's ops fail a device-side assertion.
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
     """
     check_dtype("hidden", hidden)
@@ -82,7 +84,7 @@ def linear_cross_entropy(
     check_device("targets", targets, "hidden", hidden)
     check(z_loss >= 0, lambda: f"z_loss = {z_loss}: must be at least 0")
     check(reduction in ("mean", "sum"), lambda: f"reduction = {reduction!r}: must be 'mean' or 'sum'")
-    name = choose("linear_cross_entropy", hidden.device.type, backend, dtype=hidden.dtype)
+    name = choose("linear_cross_entropy", hidden.device.type, backend, dtype=hidden.dtype, columns=weight.shape[0])
     flat, flat_targets = hidden.reshape(-1, width), targets.reshape(-1)
     if name == "reference":
         loss = reference.linear_cross_entropy(flat, weight, bias, flat_targets, ignore_index, z_loss)

@@ -42,7 +42,7 @@ struct ResidualArgs {
   DType dtype;
 };
 
-// Adds up the chunks of either.
+// Adds up the chunks of either, or of the cross-entropy.
 struct BlockSumArgs {
   const float* partial;  // (chunks, columns)
   void* sum;             // (columns)

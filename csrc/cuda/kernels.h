@@ -3,6 +3,7 @@
 
 #include "cuda/attention.h"
 #include "cuda/block.h"
+#include "cuda/cross_entropy.h"
 #include "cuda/layer_norm.h"
 #include "rotary.h"
 
@@ -17,5 +18,8 @@ void after_in(const AfterInArgs& args, void* stream);
 void after_in_backward(const AfterInArgs& args, void* stream);
 void residual(const ResidualArgs& args, void* stream);
 void residual_backward(const ResidualArgs& args, void* stream);
+void block_sum(const BlockSumArgs& args, DType dtype, void* stream);
+void cross_entropy(const CrossEntropyArgs& args, void* stream);
+void cross_entropy_backward(const CrossEntropyArgs& args, void* stream);
 
 }  // namespace phi1::cuda

@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / f"emulator-{sys.implementation.cache_tag}"
 DEVICES = ("cpu", "cuda") if cuda.missing() is None else ("cpu",)
 """Where the kernels run in the tests: under the emulator, and on the GPU if there is one."""
-OPS = ("apply_rotary", "flash_attention", "layer_norm", "parallel_block")
+OPS = ("apply_rotary", "flash_attention", "layer_norm", "linear_cross_entropy", "parallel_block")
 
 
 def load(path: pathlib.Path) -> ModuleType:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from attention_cases import Case
 from test_cuda_layer_norm import check_equal_numbers, check_layer_norm
+from test_cuda_loss import check_extremes, check_loss, check_parts, check_wrong_targets
 
 from kernels import reference
 
@@ -208,6 +209,40 @@ MUTATIONS = [
         ("dweight, dbias: columns past the end", "if (strip * kNormColumns + at < args.hidden)", "if (true)"),
     ),
     *_mutations(
+        "cross_entropy.cuh",
+        "loss",
+        ("loss: natural exponent for the base-2 one", "ex2(x * 1.44269504088896f)", "ex2(x)"),
+        ("loss: log2(e) before the maximum is taken off", "total += exp_f32(x[j] - highest)",
+         "total += ex2(x[j] * 1.44269504088896f - highest * 1.44269504088896f)"),
+        ("loss: maximum starts at 0", "top = -3.40282347e38f", "top = 0.0f"),
+        ("loss: maximum of nothing is -inf", "top = -3.40282347e38f", "top = -__builtin_huge_valf()"),
+        ("loss: sum not corrected to a new maximum", "total *= exp_f32(top - highest);", ""),
+        ("loss: another thread's sum not corrected", "+ other_total * exp_f32(other_top - highest)", "+ other_total"),
+        ("loss: sum of half a warp", "mask = 16; mask > 0", "mask = 8; mask > 0"),
+        ("loss: last warp forgotten", "warp < kLossWarps; ++warp", "warp < kLossWarps - 1; ++warp"),
+        ("loss: barrier removed", "  bar_sync();\n  if (thread", "  if (thread"),
+        ("loss: one turn of columns only", "i < columns; i += 8 * kLossThreads",
+         "i < columns && i < 8 * kLossThreads; i += 8 * kLossThreads"),
+        ("loss: bias missing", "x[j] += shift[j];", "x[j] += 0.0f;"),
+        ("loss: target's bias missing", " + to_float(ld_global(bias + target));", ";"),
+        ("loss in base 2", "lg2(softmax.total) * 0.693147180559945f", "lg2(softmax.total)"),
+        ("loss without the maximum", "+ (softmax.top - logit)", "- logit"),
+        ("loss: ignored rows counted", "if (target == args.ignore_index) {  // the whole block", "if (false) {"),
+        ("loss: targets below 0", "target >= 0 && target <", "target <"),
+        ("loss: targets past the columns", "target >= 0 && target < args.columns", "target >= 0"),
+        ("dlogits: bias missing", "exp_f32(d[j] + shift[j] - stats.x)", "exp_f32(d[j] - stats.x)"),
+        ("dlogits: not divided by the sum", "- stats.x) * stats.y", "- stats.x)"),
+        ("dlogits: one-hot missing", "j == hot ? 1.0f", "j == hot ? 0.0f"),
+        ("dlogits: one-hot of the next column", "j == hot ?", "j == hot + 1 ?"),
+        ("dlogits: ignored rows counted", "if (target != args.ignore_index) {", "{"),
+        ("dlogits: ignored rows keep their logits", "    st_global_8(at, d);", "    if (target != args.ignore_index) st_global_8(at, d);"),
+        ("dlogits: columns past the end", "  if (column >= args.columns) return;\n", ""),
+        ("dbias: before the one-hot", "stats.y - (j == hot ? 1.0f : 0.0f);\n        sum[j] += d[j];",
+         "stats.y;\n        sum[j] += d[j];\n        d[j] -= j == hot ? 1.0f : 0.0f;"),
+        ("dbias: earlier chunks forgotten", "ld_global_8(sum, partial);", "for (float& x : sum) x = 0.0f;"),
+        ("dbias: every part in the first's place", "args.partial + index * args.columns + column", "args.partial + column"),
+    ),
+    *_mutations(
         "dropout.cuh",
         "block",
         ("residual dropout: attention's mask", "kResidualOffset = 1", "kResidualOffset = 0"),
@@ -310,11 +345,21 @@ def _check_block(module: ModuleType) -> None:
     cuda_block_cases.check_projection_out(135, 40, 0.3, torch.bfloat16)
 
 
+def _check_loss(module: ModuleType) -> None:
+    # Ignored rows, parts of a chunk; 2 parts of the rows; more columns than a block takes in a turn.
+    for shape, rows in (((13, 16, 72), 7), ((40, 8, 1032), 33), ((3, 8, 4112), 7)):
+        check_loss(shape, torch.bfloat16, chunk_rows=rows)
+    check_extremes(torch.bfloat16)
+    check_wrong_targets()
+    check_parts(module)
+
+
 KERNELS: dict[str, tuple[tuple[str, ...], Callable[[ModuleType], None]]] = {
     "attention": (("attention_forward.cu", "attention_backward.cu"), _check_attention),
     "rotary": (("rotary.cu",), _check_rotary),
     "layer_norm": (("layer_norm.cu",), _check_layer_norm),
     "block": (("block.cu",), _check_block),
+    "loss": (("cross_entropy.cu",), _check_loss),
 }
 """Sources, and a check that they do what they should."""
 SOURCES = tuple(source for sources, _ in KERNELS.values() for source in sources)

@@ -74,6 +74,21 @@ void block() {
   }
 }
 
+void cross_entropy() {
+  Buffer<bf16> logits(kTokens * kHidden), bias(kHidden), grad_bias(kHidden);
+  Buffer<int64_t> targets(kTokens);
+  Buffer<float> loss(kTokens), stats(kTokens * 2), partial(kChunks * kHidden);
+  for (int64_t i = 0; i < kTokens; ++i) targets.get()[i] = i % 7 ? i % kHidden : -100;
+  CrossEntropyArgs args{};
+  args.logits = logits.get(), args.bias = bias.get(), args.targets = targets.get();
+  args.loss = loss.get(), args.stats = stats.get(), args.partial = partial.get();
+  args.rows = kTokens, args.columns = kHidden, args.chunks = kChunks, args.ignore_index = -100;
+  args.dtype = DType::bf16;
+  cross_entropy(args, nullptr);
+  cross_entropy_backward(args, nullptr);
+  block_sum({partial.get(), grad_bias.get(), kChunks, kHidden}, DType::bf16, nullptr);
+}
+
 // A (batch, seq, heads, head_dim) view of rows `width` apart.
 HeadsTensor heads(const Buffer<bf16>& rows, int64_t column, int64_t width) {
   return {rows.get() + column, kSeq * width, width, kDim};
@@ -134,6 +149,7 @@ int main(int, char** arguments) {
   }
   layer_norm(planted == "global" ? kTokens + 1 : kTokens);  // a row more than the tensor has
   block();
+  cross_entropy();
   attention();
   if (planted == "shared") too_little_shared_memory();
   if (planted == "local") past_a_local_array();
