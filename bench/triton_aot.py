@@ -88,7 +88,7 @@ def _attention_jobs(arch: int, dtype: str, quick: bool) -> list[Job]:
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     found = []
     for kernel, head_dim, variant in itertools.product(attention.TILES, (64,) if quick else HEAD_DIMS, variants):
-        for m, n, warps, stages in attention.tiles(kernel, head_dim, kind, variant["CAUSAL"], variant["DOCUMENTS"]):
+        for m, n, warps, stages in attention.tiles(kernel, head_dim, kind, *variant.values()):
             constants = {"HEAD_DIM": head_dim, **variant, "BLOCK_M": m, "BLOCK_N": n}
             found.append(_job("attention", f"{kernel}_kernel", arch, dtype, constants, warps, stages))
     return found

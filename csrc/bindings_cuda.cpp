@@ -61,13 +61,15 @@ cuda::ResidualArgs residual_args(uintptr_t h, std::array<int64_t, 2> sizes,
 
 // sizes: rows, columns, chunks, ignore_index.
 cuda::CrossEntropyArgs cross_entropy_args(uintptr_t logits, uintptr_t bias, uintptr_t targets, uintptr_t loss,
-                                          uintptr_t stats, uintptr_t partial, std::array<int64_t, 4> sizes, int dtype) {
+                                          uintptr_t stats, uintptr_t partial, std::array<int64_t, 4> sizes,
+                                          float z_loss, int dtype) {
   cuda::CrossEntropyArgs args{};
   args.logits = address(logits), args.bias = address(bias);
   args.targets = static_cast<const int64_t*>(address(targets));
   args.loss = static_cast<float*>(address(loss)), args.stats = static_cast<float*>(address(stats));
   args.partial = static_cast<float*>(address(partial));
   std::tie(args.rows, args.columns, args.chunks, args.ignore_index) = std::tuple_cat(sizes);
+  args.z_loss = z_loss;
   args.dtype = static_cast<DType>(dtype);
   return args;
 }
@@ -181,13 +183,15 @@ void bind_cuda(py::module_& m) {
         });
 
   // With a null `partial` the loss only.
-  m.def("cross_entropy_cuda", [](uintptr_t logits, uintptr_t bias, uintptr_t targets, uintptr_t loss, uintptr_t stats,
-                                 uintptr_t partial, std::array<int64_t, 4> sizes, int dtype, uintptr_t stream) {
-    py::gil_scoped_release release;
-    const cuda::CrossEntropyArgs args = cross_entropy_args(logits, bias, targets, loss, stats, partial, sizes, dtype);
-    cuda::cross_entropy(args, address(stream));
-    if (partial) cuda::cross_entropy_backward(args, address(stream));
-  });
+  m.def("cross_entropy_cuda",
+        [](uintptr_t logits, uintptr_t bias, uintptr_t targets, uintptr_t loss, uintptr_t stats, uintptr_t partial,
+           std::array<int64_t, 4> sizes, float z_loss, int dtype, uintptr_t stream) {
+          py::gil_scoped_release release;
+          const cuda::CrossEntropyArgs args =
+              cross_entropy_args(logits, bias, targets, loss, stats, partial, sizes, z_loss, dtype);
+          cuda::cross_entropy(args, address(stream));
+          if (partial) cuda::cross_entropy_backward(args, address(stream));
+        });
 }
 
 }  // namespace phi1

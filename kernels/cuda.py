@@ -292,7 +292,14 @@ _CHUNK_LOGITS = 1 << 24
 
 
 def linear_cross_entropy(
-    module: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, with_grads: bool
+    module: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    with_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `kernels.torch.linear_cross_entropy`, with softmax and gradient in the product's own memory, bitwise reproducible."""
     (rows, width), columns = hidden.shape, weight.shape[0]
@@ -316,7 +323,7 @@ def linear_cross_entropy(
             module.cross_entropy_cuda(
                 d.data_ptr(), bias.data_ptr(), t.data_ptr(), loss[start:].data_ptr(), stats.data_ptr(),
                 0 if sums is None else sums.data_ptr(),
-                (h.shape[0], columns, 0 if sums is None else sums.shape[0], ignore_index),
+                (h.shape[0], columns, 0 if sums is None else sums.shape[0], ignore_index), z_loss,
                 native.DTYPE_CODES[hidden.dtype], _stream(hidden),
             )  # fmt: skip
             if with_grads:

@@ -81,8 +81,9 @@ __global__ void __launch_bounds__(kLossThreads) cross_entropy_kernel(const __gri
   float loss = bits_to_float(0x7fc00000), scale = loss;  // NaN
   if (target >= 0 && target < args.columns) {
     const float logit = to_float(ld_global(logits + target)) + to_float(ld_global(bias + target));
-    loss = lg2(softmax.total) * 0.693147180559945f + (softmax.top - logit);
-    scale = 1.0f / softmax.total;
+    const float log_total = lg2(softmax.total) * 0.693147180559945f, lse = softmax.top + log_total;
+    loss = log_total + (softmax.top - logit) + args.z_loss * lse * lse;
+    scale = (1.0f + 2.0f * args.z_loss * lse) / softmax.total;
   }
   st_global(args.loss + row, loss);
   st_global(reinterpret_cast<Float2*>(args.stats) + row, Float2{softmax.top, scale});

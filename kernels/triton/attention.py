@@ -27,7 +27,7 @@ TILES = {
     "forward": {
         32: [(128, 64, 8, 3), (128, 32, 8, 3)],
         64: [(128, 64, 8, 3), (64, 64, 4, 3)],
-        128: [(64, 32, 4, 3)],
+        128: [(64, 64, 8, 3), (64, 32, 4, 2)],
     },
     "dq": {
         32: [(128, 64, 8, 2), (64, 32, 4, 3)],
@@ -40,14 +40,16 @@ TILES = {
         128: [(32, 32, 4, 1), (32, 64, 8, 1)],
     },
 }
-# These spill in one kind of call only (8 to 272 bytes a thread), "full" being not causal. Finding a program's document
-# takes registers, and so does the loop of the diagonal; without it the compiler spends them elsewhere.
+# These spill in some kinds of calls only (8 to 272 bytes a thread, with triton 3.7.1 or 3.9.0), "full" being not causal.
+# Finding a program's document takes registers, and so does dropout; without the diagonal's loop the compiler spends them
+# elsewhere.
 _NOT_WITH = {
-    ("forward", 32): {(128, 64, 8, 3): "full"},
-    ("forward", 64): {(64, 64, 4, 3): "full"},
-    ("dq", 32): {(128, 64, 8, 2): "full"},
-    ("dkv", 64): {(32, 128, 8, 1): "documents", (32, 64, 4, 1): "documents"},
-    ("dkv", 128): {(32, 32, 4, 1): "full", (32, 64, 8, 1): "causal"},
+    ("forward", 32): {(128, 64, 8, 3): {"full"}},
+    ("forward", 64): {(64, 64, 4, 3): {"full", "documents"}},
+    ("dq", 32): {(128, 64, 8, 2): {"full"}},
+    ("dq", 64): {(128, 64, 8, 2): {"dropout"}},
+    ("dkv", 64): {(32, 128, 8, 1): {"documents"}, (32, 64, 4, 1): {"documents", "dropout"}},
+    ("dkv", 128): {(32, 32, 4, 1): {"full"}, (32, 64, 8, 1): {"causal"}},
 }
 # float32 inputs: full precision without tensor cores, for checks rather than for speed.
 FLOAT32_TILE = (32, 32, 4, 1)
@@ -56,16 +58,18 @@ _INTERPRETER_TILE = (64, 64, 4, 1)
 
 
 def tiles(
-    kernel: str, head_dim: int, dtype: torch.dtype, causal: bool, documents: bool
+    kernel: str, head_dim: int, dtype: torch.dtype, causal: bool, dropout: bool, documents: bool
 ) -> list[tuple[int, int, int, int]]:
     """The candidates for a call."""
     if INTERPRETED:
         return [_INTERPRETER_TILE]
     if dtype == torch.float32:
         return [FLOAT32_TILE]
-    kinds = ("causal" if causal else "full", "documents" if documents else "batch")
+    kinds = (
+        {"causal" if causal else "full"} | ({"dropout"} if dropout else set()) | ({"documents"} if documents else set())
+    )
     spills_with = _NOT_WITH.get((kernel, head_dim), {})
-    return [tile for tile in TILES[kernel][head_dim] if spills_with.get(tile) not in kinds]
+    return [tile for tile in TILES[kernel][head_dim] if not kinds & spills_with.get(tile, set())]
 
 
 def _tuned(function, kernel: str):
@@ -78,7 +82,11 @@ def _tuned(function, kernel: str):
 
     def prune(_, named, **options):
         arguments = {**named, **options}
-        call = arguments["HEAD_DIM"], arguments["q_ptr"].dtype, arguments["CAUSAL"], arguments["DOCUMENTS"]
+        call = (
+            arguments["HEAD_DIM"],
+            arguments["q_ptr"].dtype,
+            *(arguments[name] for name in ("CAUSAL", "DROPOUT", "DOCUMENTS")),
+        )
         return [configs[tile] for tile in tiles(kernel, *call)]
 
     return triton.autotune(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from emulator import cuda_device, emulator, emulator_module  # noqa: F401
 from error_rule import check
-from test_loss import make, plain, with_grads
+from test_loss import make, plain, plain_with_z_loss, with_grads
 from torch import Tensor
 
 from kernels import BackendError, cuda, linear_cross_entropy, native
@@ -36,16 +36,18 @@ def run(inputs: list[Tensor], targets: Tensor, **options: object) -> list[Tensor
     return with_grads(loss, inputs, inputs[0].dtype)
 
 
-def check_loss(shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu", chunk_rows: int = 7) -> None:
+def check_loss(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu", chunk_rows: int = 7, z_loss: float = 0.0
+) -> None:
     """The error rule, in chunks of so many rows at most: 13 rows end in a part of a chunk, 40 in 5 rows."""
     rows, _, columns = shape
     inputs, targets = make(*shape, dtype)
     if rows > 5:
         targets[3] = targets[-1] = -100
-    truth = with_grads(lambda *t: plain(*t, targets), inputs, torch.float64)
-    low = with_grads(lambda *t: plain(*t, targets), inputs, dtype)
+    truth = with_grads(lambda *t: plain_with_z_loss(*t, targets, z_loss), inputs, torch.float64)
+    low = with_grads(lambda *t: plain_with_z_loss(*t, targets, z_loss), inputs, dtype)
     with chunk_of(chunk_rows * columns + 5):
-        found = run([t.to(device) for t in inputs], targets.to(device))
+        found = run([t.to(device) for t in inputs], targets.to(device), z_loss=z_loss)
     assert found[0].dtype == torch.float32 and found[0].shape == ()
     for what, x, y, z in zip(RESULTS, (t.cpu() for t in found), low, truth, strict=True):
         check(what, x.to(dtype) if what == "loss" else x, y, z, dtype)
@@ -82,7 +84,7 @@ def check_parts(module: ModuleType) -> None:
     d, bias = logits.to(torch.bfloat16), bias.to(torch.bfloat16)
     expected = (d.double() + bias).softmax(-1) - F.one_hot(targets, 40)
     pointers = [x.data_ptr() for x in (d, bias, targets, loss, stats, partial)]
-    module.cross_entropy_cuda(*pointers, (13, 40, 3, -100), native.DTYPE_CODES[d.dtype], 0)
+    module.cross_entropy_cuda(*pointers, (13, 40, 3, -100), 0.0, native.DTYPE_CODES[d.dtype], 0)
     sums = torch.stack([x.sum(0) for x in expected.split(5)])
     torch.testing.assert_close(partial.double(), 1 + sums, rtol=1e-6, atol=1e-6)
 
@@ -94,7 +96,7 @@ def check_wrong_targets(device: str = "cpu") -> None:
         targets[2] = wrong
         with torch.no_grad():
             loss, grad, *_ = torch.ops.phi1.linear_cross_entropy(
-                *(t.to(device) for t in (*inputs, targets)), -100, True, "cuda"
+                *(t.to(device) for t in (*inputs, targets)), -100, 0.0, True, "cuda"
             )
         assert loss.isnan(), wrong
         assert grad.isnan().any(1).tolist() == [False, False, True, False], wrong
@@ -209,9 +211,9 @@ def test_tensors_that_are_not_dense_give_the_same_bits(emulator):  # noqa: F811
     odd = torch.cat([inputs[2][:1], inputs[2]])[1:]
     doubled = targets.repeat_interleave(2)[::2]
     found = torch.ops.phi1.linear_cross_entropy(
-        wide[:, 3:19], inputs[1].T.contiguous().T, odd, doubled, -100, True, "cuda"
+        wide[:, 3:19], inputs[1].T.contiguous().T, odd, doubled, -100, 0.0, True, "cuda"
     )
-    expected = torch.ops.phi1.linear_cross_entropy(*inputs, targets, -100, True, "cuda")
+    expected = torch.ops.phi1.linear_cross_entropy(*inputs, targets, -100, 0.0, True, "cuda")
     for x, y in zip(found, expected, strict=True):
         assert x.is_contiguous()
         # The product may round otherwise for another layout.
@@ -254,7 +256,7 @@ def test_the_remedy_for_columns_is_exact(emulator):  # noqa: F811
 @pytest.mark.parametrize("grads", [True, False])
 def test_opcheck(emulator, grads):  # noqa: F811
     inputs, targets = make(5, 4, 16, torch.bfloat16)
-    torch.library.opcheck(torch.ops.phi1.linear_cross_entropy.default, (*inputs, targets, -100, grads, "cuda"))
+    torch.library.opcheck(torch.ops.phi1.linear_cross_entropy.default, (*inputs, targets, -100, 1e-4, grads, "cuda"))
 
 
 def test_compiles_to_one_graph(emulator):  # noqa: F811

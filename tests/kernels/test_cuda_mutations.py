@@ -230,6 +230,8 @@ MUTATIONS = [
         ("loss: ignored rows counted", "if (target == args.ignore_index) {  // the whole block", "if (false) {"),
         ("loss: targets below 0", "target >= 0 && target <", "target <"),
         ("loss: targets past the columns", "target >= 0 && target < args.columns", "target >= 0"),
+        ("z-loss: not squared", "args.z_loss * lse * lse", "args.z_loss * lse"),
+        ("z-loss: half the gradient", "2.0f * args.z_loss * lse", "args.z_loss * lse"),
         ("dlogits: bias missing", "exp_f32(d[j] + shift[j] - stats.x)", "exp_f32(d[j] - stats.x)"),
         ("dlogits: not divided by the sum", "- stats.x) * stats.y", "- stats.x)"),
         ("dlogits: one-hot missing", "j == hot ? 1.0f", "j == hot ? 0.0f"),
@@ -349,6 +351,7 @@ def _check_loss(module: ModuleType) -> None:
     # Ignored rows, parts of a chunk; 2 parts of the rows; more columns than a block takes in a turn.
     for shape, rows in (((13, 16, 72), 7), ((40, 8, 1032), 33), ((3, 8, 4112), 7)):
         check_loss(shape, torch.bfloat16, chunk_rows=rows)
+    check_loss((13, 16, 72), torch.bfloat16, z_loss=0.1)
     check_extremes(torch.bfloat16)
     check_wrong_targets()
     check_parts(module)
