@@ -351,7 +351,7 @@ def test_two_processes_give_the_same_losses(config, tmp_path, masked_tokens):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                ROOT / "phi1" / "train.py", recipe, "--run-folder", tmp_path / "two"]  # fmt: skip
     result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     two = tmp_path / "two" / "step-000006"
     # Only the order of float32 additions differs; Adam turns that into 1e-6 of the parameters in a few steps.
     assert losses(tmp_path / "two") == pytest.approx(losses(config.train.run_folder), rel=2e-6)
