@@ -54,6 +54,8 @@ step backends 60 "$python" -c 'import kernels; print(kernels.backends())'
 pytest=("$python" -m pytest -q -o addopts=--import-mode=importlib -o timeout=0 -W ignore::pytest.PytestConfigWarning)
 cuda_tests=(tests/kernels/test_cuda_{attention,rotary,layer_norm,block,loss}.py)
 step tests 150 "${pytest[@]}" "${cuda_tests[@]}" -k gpu
+# Compiled here: each call of a new kind tries its candidate tiles first.
+step tests-triton 100 "${pytest[@]}" tests/kernels/test_triton_{norm,loss,block,attention}.py
 small="gpu and (dropout_gqa_32 or documents_unequal or packed_128 or 203x113_32 or rotary_is or layer_norm_keeps)"
 small="$small or gpu and (after_the_product or loss_keeps)"
 if command -v compute-sanitizer >/dev/null; then
@@ -67,7 +69,9 @@ else
     echo "sanitizer: not run, no compute-sanitizer on PATH" | tee -a "$out/summary.txt"
 fi
 
-step bench-rotary 60 "$python" bench/rotary.py --quick --device cuda --json "$out/rotary.json"
-step bench-attn 240 "$python" bench/attn.py --quick --device cuda --json "$out/attn.json"
+step bench-attn 150 "$python" bench/attn.py --quick --device cuda --json "$out/attn.json"
+for name in block loss train rotary; do
+    step "bench-$name" 60 "$python" "bench/$name.py" --quick --device cuda --json "$out/$name.json"
+done
 echo "all: $((SECONDS - started)) s, in $out"
 exit $failed
