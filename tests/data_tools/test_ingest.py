@@ -38,7 +38,9 @@ def test_an_installed_package_with_source_and_licence(tmp_path: pathlib.Path) ->
     rows = list(dataset.read())
     version = importlib.metadata.version("networkx")
     assert {row["source"] for row in rows} == {f"pypi:networkx=={version}"}
-    assert {tuple(row["max_stars_repo_licenses"]) for row in rows} == {("BSD-3-Clause",)}
+    # The newest networkx for Python 3.10 states its licence by a classifier only.
+    expected = "BSD License" if sys.version_info < (3, 11) else "BSD-3-Clause"
+    assert {tuple(row["max_stars_repo_licenses"]) for row in rows} == {(expected,)}
     paths = {row["max_stars_repo_path"]: row for row in rows}
     assert len(rows) > 200 and "networkx/algorithms/dag.py" in paths
     assert not any("/tests/" in path for path in paths)
