@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/kernels.cpp"
+#include "dropout.h"
 
 namespace {
 
@@ -31,25 +32,6 @@ struct Tensor {
   T& operator()(int64_t b, int64_t s, int64_t h, int64_t d) const { return data[size_t(at(b, s, h) + d)]; }
   HeadsTensor spec() const { return {data.get(), seq * heads * (dim + gap), heads * (dim + gap), dim + gap}; }
 };
-
-void words(const uint32_t (&counter)[4], uint64_t seed, uint32_t (&c)[4]) {
-  std::memcpy(c, counter, sizeof c);
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-    const uint64_t p0 = uint64_t(c[0]) * 0xD2511F53u, p2 = uint64_t(c[2]) * 0xCD9E8D57u;
-    const uint32_t next[4] = {uint32_t(p2 >> 32) ^ c[1] ^ k0, uint32_t(p2), uint32_t(p0 >> 32) ^ c[3] ^ k1,
-                              uint32_t(p0)};
-    std::memcpy(c, next, sizeof c);
-  }
-}
-
-bool kept(const AttentionArgs& args, int64_t plane, int64_t row, int64_t column) {
-  if (args.dropout_threshold == 0) return true;
-  uint32_t c[4];
-  words({uint32_t(column / 32 * 4 + column % 8 / 2), uint32_t(row), uint32_t(plane), 0}, args.seed, c);
-  const int64_t slot = column % 32 / 8 * 2 + column % 2;
-  return (c[slot / 2] >> (slot % 2 * 16) & 0xffff) >= args.dropout_threshold;
-}
 
 struct Shape {
   int64_t batch, seqlen_q, seqlen_k, heads, kv_heads, dim;
@@ -106,7 +88,10 @@ bool run(DType dtype, const Shape& s, double tolerance, double& greatest) {
           for (int64_t e = 0; e < d; ++e) score += double(load(q(bi, q0 + i, head, e))) * load(k(bi, k0 + j, kv, e));
           sum += p[size_t(j)] = std::exp(score * args.scale);
         }
-        auto keep = [&](int64_t j) { return kept(args, problem * h + head, i, j) ? double(args.dropout_scale) : 0.0; };
+        auto keep = [&](int64_t j) {
+          return kept(args.seed, args.dropout_threshold, 0, problem * h + head, i, j) ? double(args.dropout_scale)
+                                                                                      : 0.0;
+        };
         for (int64_t j = 0; j < seen; ++j)
           for (int64_t e = 0; e < d; ++e) o[size_t(e)] += p[size_t(j)] / sum * keep(j) * load(v(bi, k0 + j, kv, e));
         for (int64_t e = 0; e < d; ++e) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/kernels.cpp"
+#include "dropout.h"
 
 namespace {
 
@@ -45,20 +46,6 @@ struct Errors {
     worst = std::isnan(error) ? INFINITY : std::max(worst, error);
   }
 };
-
-// Whether the residual mask keeps an element: kernels/reference.py, dropout_keep with plane 0 and offset 1.
-bool kept(uint64_t seed, uint32_t threshold, int64_t row, int64_t column) {
-  uint32_t c[4] = {uint32_t(column / 32 * 4 + column % 8 / 2), uint32_t(row), 0, 1};
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-    const uint64_t p0 = uint64_t(c[0]) * 0xD2511F53u, p2 = uint64_t(c[2]) * 0xCD9E8D57u;
-    const uint32_t next[4] = {uint32_t(p2 >> 32) ^ c[1] ^ k0, uint32_t(p2), uint32_t(p0 >> 32) ^ c[3] ^ k1,
-                              uint32_t(p0)};
-    std::memcpy(c, next, sizeof c);
-  }
-  const int64_t slot = column % 32 / 8 * 2 + column % 2;
-  return (c[slot / 2] >> (slot % 2 * 16) & 0xffff) >= threshold;
-}
 
 // 0 if whole vectors are rounded to T as single numbers are, ties, infinities and NaN among them.
 template <typename T>
@@ -197,7 +184,7 @@ double residual_error(DType dtype, uint32_t threshold) {
   std::vector<double> sums(static_cast<size_t>(columns));
   for (int64_t i = 0; i < rows * columns; ++i) {
     double factor = 1;
-    if (threshold > 0) factor = kept(args.seed, threshold, i / columns, i % columns) ? 1.25 : 0;
+    if (threshold > 0) factor = kept(args.seed, threshold, 1, 0, i / columns, i % columns) ? 1.25 : 0;
     compare(h[i], x[i] + factor * (before[size_t(i)] + bias[i % columns]));
     if (threshold > 0) compare(dh[i], factor * grad[i]);
     sums[size_t(i % columns)] += factor * grad[i];
