@@ -176,6 +176,16 @@ void bind_cpu(py::module_& m) {
           cpu::kernels().cross_entropy(args, threads);
         });
 
+  m.def("add_product_cpu", [](uintptr_t high, uintptr_t low, uintptr_t product, int64_t count, bool first, bool last,
+                              int dtype, int threads) {
+    py::gil_scoped_release release;
+    cpu::AddProductArgs args = {};
+    args.high = address<uint16_t>(high), args.low = address<uint16_t>(low), args.product = address(product);
+    args.count = count, args.first = first, args.last = last;
+    args.dtype = static_cast<DType>(dtype);
+    cpu::kernels().add_product(args, threads);
+  });
+
   m.def("residual_keep_cpu",
         [](uintptr_t keep, int64_t rows, int64_t columns, uint32_t threshold, uint64_t seed, int threads) {
           py::gil_scoped_release release;

@@ -174,14 +174,6 @@ void bind_cuda(py::module_& m) {
           cuda::residual_backward(args, address(stream));
         });
 
-  // Adds up `partial`'s chunks, sizes: chunks, columns.
-  m.def("block_sum_cuda",
-        [](uintptr_t partial, uintptr_t sum, std::array<int64_t, 2> sizes, int dtype, uintptr_t stream) {
-          py::gil_scoped_release release;
-          cuda::block_sum({static_cast<const float*>(address(partial)), address(sum), sizes[0], sizes[1]},
-                          static_cast<DType>(dtype), address(stream));
-        });
-
   // With a null `partial` the loss only.
   m.def("cross_entropy_cuda",
         [](uintptr_t logits, uintptr_t bias, uintptr_t targets, uintptr_t loss, uintptr_t stats, uintptr_t partial,

@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from kernels import native, reference
+from kernels import chunked_loss, native, reference
 from kernels.fused_block import Dropout, Layout, Pieces, dropout_arguments, vendor_product
 from kernels.registry import register
 
@@ -208,49 +208,35 @@ def _project_out_backward(grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Ten
 
 # ------------------------------------------------------------------------------------------------- the loss
 
-# 16 Mi logits at a time, 32 MiB in bf16: at 51,200 columns 327 rows.
-_CHUNK_LOGITS = 1 << 24
-# Columns whose gradient of the weight is made by one product: bounds what that product needs beside the sum in float32.
-_WEIGHT_COLUMNS = 8192
 
-
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, z_loss: float, with_grads: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `kernels.torch.linear_cross_entropy`, with the softmax and its gradient in the product's own memory."""
-    (rows, width), columns = hidden.shape, weight.shape[0]
+def _cross_entropy(
+    logits: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    loss: Tensor,
+    bias_sums: Tensor | None,
+    ignore_index: int,
+    z_loss: float,
+) -> None:
+    rows, columns = logits.shape
     kept = targets[targets != ignore_index]
     if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < columns:
         raise IndexError(
             f"targets in [{int(kept.min())}, {int(kept.max())}]: must be in [0, {columns}) or ignore_index = {ignore_index}"
         )
-    hidden, weight, bias, targets = (x.contiguous() for x in (hidden, weight, bias, targets))
-    chunk = min(max(1, _CHUNK_LOGITS // columns), max(rows, 1))
-    logits = hidden.new_empty((chunk, columns))
-    loss = torch.empty(rows, dtype=torch.float32)
-    grad_hidden = torch.empty_like(hidden) if with_grads else hidden.new_empty(0)
-    grad_bias = torch.zeros(columns if with_grads else 0, dtype=torch.float32)
-    starts = range(0, columns if with_grads else 0, _WEIGHT_COLUMNS)
-    # float32 sums, a tensor for each run of columns so that each can be let go once it is rounded.
-    sums = [torch.zeros((min(_WEIGHT_COLUMNS, columns - at), width), dtype=torch.float32) for at in starts]
-    for start in range(0, rows, chunk):
-        h, t = hidden[start : start + chunk], targets[start : start + chunk]
-        d = torch.mm(h, weight.T, out=logits[: h.shape[0]])
-        native._native.cross_entropy_cpu(
-            d.data_ptr(), bias.data_ptr(), t.data_ptr(), loss[start:].data_ptr(),
-            grad_bias.data_ptr() if with_grads else 0, (h.shape[0], columns, ignore_index), z_loss,
-            native.DTYPE_CODES[hidden.dtype], torch.get_num_threads(),
-        )  # fmt: skip
-        if with_grads:
-            torch.mm(d, weight, out=grad_hidden[start : start + chunk])
-            for at, total in zip(starts, sums, strict=True):
-                part = d[:, at : at + _WEIGHT_COLUMNS].T
-                total.addmm_(part, h) if hidden.dtype == torch.float32 else total.add_(part @ h)
-    del logits
-    grad_weight = hidden.new_empty(weight.shape if with_grads else 0)
-    for at in reversed(starts):
-        grad_weight[at : at + _WEIGHT_COLUMNS] = sums.pop()
-    return loss.sum(dtype=torch.float64).float(), grad_hidden, grad_weight, grad_bias.to(bias.dtype)
+    native._native.cross_entropy_cpu(
+        logits.data_ptr(), bias.data_ptr(), targets.data_ptr(), loss.data_ptr(),
+        0 if bias_sums is None else bias_sums.data_ptr(), (rows, columns, ignore_index), z_loss,
+        native.DTYPE_CODES[logits.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _add_product(grad: Tensor, low: Tensor, product: Tensor, first: bool, last: bool) -> None:
+    """The sum's upper 16 bits stand in grad's memory, whatever its dtype, and the lower in `low`."""
+    native._native.add_product_cpu(
+        grad.data_ptr(), low.data_ptr(), product.data_ptr(), product.numel(), first, last,
+        native.DTYPE_CODES[grad.dtype], torch.get_num_threads(),
+    )  # fmt: skip
 
 
 register(
@@ -270,6 +256,6 @@ register(
     refuses=_attention_refuses,
 )  # fmt: skip
 register(
-    "linear_cross_entropy", "cpu", linear_cross_entropy,
+    "linear_cross_entropy", "cpu", chunked_loss.Pieces(_cross_entropy, add_product=_add_product, scratch=torch.int16),
     devices=("cpu",), missing=native.MISSING, refuses=native.refuses_dtype,
 )  # fmt: skip

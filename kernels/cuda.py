@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import native, reference
+from kernels import chunked_loss, native, reference
 from kernels.fused_block import Dropout, Layout, Pieces, dropout_arguments, vendor_product
 from kernels.registry import register
 
@@ -199,11 +199,14 @@ PARTIAL_SUMS = 2**20
 """Partial sums of a bias's gradient, all chunks of rows together; csrc/cuda/block.cuh says why."""
 
 
+def _sum_parts(rows: int, columns: int) -> int:
+    """Parts of 16 or more rows whose sums are made apart. The shape decides, so that sums repeat."""
+    return min(-(-rows // 16), max(PARTIAL_SUMS // columns, 1))
+
+
 def _partial_sums(x: Tensor) -> Tensor:
-    """Room for (chunks, columns) sums over x's rows, 16 or more a chunk. The shape decides, so that sums repeat."""
-    rows, columns = x.shape
-    chunks = min(-(-rows // 16), max(PARTIAL_SUMS // columns, 1))
-    return torch.empty((chunks, columns), dtype=torch.float32, device=x.device)
+    """Room for the sums of each part of x's rows: (parts, columns)."""
+    return torch.empty((_sum_parts(*x.shape), x.shape[1]), dtype=torch.float32, device=x.device)
 
 
 def _after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: Layout) -> tuple[object, ...]:
@@ -287,57 +290,19 @@ def loss_refuses(*, dtype: torch.dtype, columns: int, **_: object) -> str | None
     return native.refuses_dtype(dtype=dtype)
 
 
-_CHUNK_LOGITS = 1 << 24
-"""16 Mi logits at a time, 32 MiB in bf16: at 51,200 columns 327 rows; csrc/cuda/cross_entropy.cuh says why."""
-
-
-def linear_cross_entropy(
-    module: Any,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    z_loss: float,
-    with_grads: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `kernels.torch.linear_cross_entropy`, with softmax and gradient in the product's own memory, bitwise reproducible."""
-    (rows, width), columns = hidden.shape, weight.shape[0]
-    bias, targets = _dense(bias), targets.contiguous()
-    chunk = min(max(1, _CHUNK_LOGITS // columns), max(rows, 1))
-    logits = hidden.new_empty((chunk, columns))
-    loss, stats = (torch.empty(shape, dtype=torch.float32, device=hidden.device) for shape in ((rows,), (chunk, 2)))
-    if with_grads:
-        grad_hidden, grad_bias, sums = (
-            hidden.new_empty((rows, width)),
-            bias.new_empty(columns),
-            _partial_sums(logits).zero_(),
-        )
-        total = torch.zeros((columns, width), dtype=torch.float32, device=hidden.device)
-    else:
-        grad_hidden, grad_bias, total, sums = hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0), None
-    with _device(hidden):
-        for start in range(0, rows, chunk):
-            h, t = hidden[start : start + chunk], targets[start : start + chunk]
-            d = torch.mm(h, weight.T, out=logits[: h.shape[0]])
-            module.cross_entropy_cuda(
-                d.data_ptr(), bias.data_ptr(), t.data_ptr(), loss[start:].data_ptr(), stats.data_ptr(),
-                0 if sums is None else sums.data_ptr(),
-                (h.shape[0], columns, 0 if sums is None else sums.shape[0], ignore_index), z_loss,
-                native.DTYPE_CODES[hidden.dtype], _stream(hidden),
-            )  # fmt: skip
-            if with_grads:
-                torch.mm(d, weight, out=grad_hidden[start : start + chunk])
-                total.addmm_(d.T, h) if hidden.dtype == torch.float32 else total.add_(d.T @ h)
-        if sums is not None:
-            module.block_sum_cuda(
-                sums.data_ptr(),
-                grad_bias.data_ptr(),
-                tuple(sums.shape),
-                native.DTYPE_CODES[hidden.dtype],
-                _stream(hidden),
-            )
-    return loss.sum(dtype=torch.float64).float(), grad_hidden, total.to(weight.dtype), grad_bias
+def cross_entropy(
+    module: Any, logits: Tensor, bias: Tensor, targets: Tensor, loss: Tensor, bias_sums: Tensor | None,
+    ignore_index: int, z_loss: float,
+) -> None:  # fmt: skip
+    """See `kernels.chunked_loss.Pieces.cross_entropy`; bitwise reproducible."""
+    bias, stats = _dense(bias), loss.new_empty((logits.shape[0], 2))
+    parts = 0 if bias_sums is None else bias_sums.shape[0]
+    with _device(logits):
+        module.cross_entropy_cuda(
+            logits.data_ptr(), bias.data_ptr(), targets.data_ptr(), loss.data_ptr(), stats.data_ptr(),
+            0 if bias_sums is None else bias_sums.data_ptr(), (*logits.shape, parts, ignore_index), z_loss,
+            native.DTYPE_CODES[logits.dtype], _stream(logits),
+        )  # fmt: skip
 
 
 def register_kernels(module: Any, devices: tuple[str, ...], why_not: str | None = None) -> None:
@@ -368,7 +333,8 @@ def register_kernels(module: Any, devices: tuple[str, ...], why_not: str | None 
         devices=devices, missing=why_not, refuses=block_refuses,
     )  # fmt: skip
     register(
-        "linear_cross_entropy", "cuda", functools.partial(linear_cross_entropy, module),
+        "linear_cross_entropy", "cuda",
+        chunked_loss.Pieces(functools.partial(cross_entropy, module), bias_parts=_sum_parts),
         devices=devices, missing=why_not, refuses=loss_refuses,
     )  # fmt: skip
 

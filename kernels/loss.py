@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import chunked_loss, reference
 from kernels import torch as torch_backend
 from kernels.checks import check, check_device, check_dtype, check_like, check_shape
 from kernels.registry import choose, implementation, register
@@ -17,9 +17,8 @@ torch.library.define(
 
 @torch.library.impl("phi1::linear_cross_entropy", ("cpu", "cuda"))
 def _impl(hidden, weight, bias, targets, ignore_index, z_loss, with_grads, backend):  # type: ignore[no-untyped-def]
-    return implementation("linear_cross_entropy", backend)(
-        hidden, weight, bias, targets, ignore_index, z_loss, with_grads
-    )
+    pieces = implementation("linear_cross_entropy", backend)
+    return chunked_loss.linear_cross_entropy(hidden, weight, bias, targets, ignore_index, z_loss, with_grads, pieces)
 
 
 @torch.library.register_fake("phi1::linear_cross_entropy")
@@ -45,7 +44,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 register("linear_cross_entropy", "reference", reference.linear_cross_entropy)
-register("linear_cross_entropy", "torch", torch_backend.linear_cross_entropy)
+register("linear_cross_entropy", "torch", chunked_loss.Pieces(torch_backend.cross_entropy))
 
 
 def linear_cross_entropy(
@@ -65,7 +64,8 @@ def linear_cross_entropy(
     [0, columns) or ignore_index. z_loss: adds z_loss * log(sum exp logits)^2 to each term, which keeps the
     softmax's denominator near 1 (PaLM, arXiv 2204.02311, section 5: 1e-4). reduction: "sum", or "mean" over the targets that are not ignored (0 if all are).
     Returns a float32 scalar (float64 for float64 inputs). Gradients flow to hidden, weight and bias; they are
-    made during the forward pass, so a loss that is only read should be computed under torch.no_grad().
+    made during the forward pass, so a loss that is only read should be computed under torch.no_grad(). Memory beside
+    them: see kernels/chunked_loss.py. The backward pass scales them into copies.
     A target that is neither raises an error on the CPU. On a GPU, where looking at it would stop the stream, `cuda`
     makes the loss and its row's gradients NaN, and PyTorch's ops fail a device-side assertion.
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.

@@ -1,4 +1,4 @@
-"""The `torch` backend: PyTorch's own fast ops, and the chunked cross-entropy that it lacks."""
+"""The `torch` backend: PyTorch's own fast ops, and of the chunked loss the piece that it lacks."""
 
 import torch
 import torch.nn.functional as F
@@ -50,44 +50,29 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor
     return out
 
 
-# 16 Mi logits at a time, 64 MiB in float32: at 51,200 columns 327 rows, enough for the products to run at full rate.
-_CHUNK_LOGITS = 1 << 24
-
-
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, z_loss: float, with_grads: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Summed cross-entropy (with z_loss, see `kernels.linear_cross_entropy`) and, in the same pass, its gradients, a chunk of rows at a time.
-
-    hidden (rows, width), weight (columns, width), bias (columns,), targets (rows,) int64.
-    Returns (loss, grad_hidden, grad_weight, grad_bias); the gradients are empty unless with_grads. The logits
-    of one chunk only exist at a time; grad_weight adds up in float32.
-    """
-    rows, columns = hidden.shape[0], weight.shape[0]
-    accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    loss = torch.zeros((), dtype=accumulate, device=hidden.device)
-    grad_hidden = torch.empty_like(hidden) if with_grads else hidden.new_empty(0)
-    grad_weight = torch.zeros(weight.shape if with_grads else (0,), dtype=accumulate, device=hidden.device)
-    grad_bias = torch.zeros(bias.shape if with_grads else (0,), dtype=accumulate, device=hidden.device)
-    chunk = max(1, _CHUNK_LOGITS // columns)
-    for start in range(0, rows, chunk):
-        h, t = hidden[start : start + chunk], targets[start : start + chunk]
-        logits = F.linear(h, weight, bias).to(accumulate)
-        kept = t != ignore_index
-        index = torch.where(kept, t, 0)[:, None]
-        top = logits.amax(-1, keepdim=True)
-        logits.sub_(top)
-        picked = logits.gather(1, index)
-        d = logits.exp_()  # with the maximum taken off first, large logits lose nothing
-        total = d.sum(-1, keepdim=True)
-        lse = top + total.log()
-        loss += torch.where(kept, (total.log() - picked + z_loss * lse.square())[:, 0], 0.0).sum()
-        if with_grads:
-            d.mul_((1 + 2 * z_loss * lse) / total)  # softmax and z-loss's share of it, in the logits' memory
-            d.scatter_add_(1, index, torch.full_like(total, -1.0))
-            d.masked_fill_(~kept[:, None], 0.0)
-            grad_bias += d.sum(0)
-            low = d.to(hidden.dtype)
-            torch.mm(low, weight, out=grad_hidden[start : start + chunk])
-            grad_weight += low.T @ h
-    return loss, grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+def cross_entropy(
+    logits: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    loss: Tensor,
+    bias_sums: Tensor | None,
+    ignore_index: int,
+    z_loss: float,
+) -> None:
+    """See `kernels.chunked_loss.Pieces.cross_entropy`; 16-bit logits get a copy in float32."""
+    x = logits.to(loss.dtype).add_(bias)
+    kept = targets != ignore_index
+    index = torch.where(kept, targets, 0)[:, None]
+    top = x.amax(-1, keepdim=True)
+    x.sub_(top)
+    picked = x.gather(1, index)
+    d = x.exp_()  # with the maximum taken off first, large logits lose nothing
+    total = d.sum(-1, keepdim=True)
+    lse = top + total.log()
+    loss.copy_(torch.where(kept, (total.log() - picked + z_loss * lse.square())[:, 0], 0.0))
+    if bias_sums is not None:
+        d.mul_((1 + 2 * z_loss * lse) / total)  # softmax and z-loss's share of it, in the logits' memory
+        d.scatter_add_(1, index, torch.full_like(total, -1.0))
+        d.masked_fill_(~kept[:, None], 0.0)
+        bias_sums += d.sum(0)
+        logits.copy_(d)

@@ -65,4 +65,14 @@ struct CrossEntropyArgs {
   DType dtype;
 };
 
+// sum += product, over the chunks of rows whose products make a gradient. The sum has float32's bits and no more memory
+// than the gradient and as much again: its upper half stands where the gradient will.
+struct AddProductArgs {
+  uint16_t *high, *low;  // (count) each; high: in the end the sum rounded to dtype
+  const void* product;   // (count)
+  int64_t count;
+  bool first, last;  // nothing to add to; nothing to come
+  DType dtype;       // of 16 bits
+};
+
 }  // namespace phi1::cpu

@@ -31,6 +31,7 @@ namespace {
 #include "cpu/attention_forward.inl"
 #include "cpu/elementwise.inl"
 //
+#include "cpu/add_product.inl"
 #include "cpu/cross_entropy.inl"
 #include "cpu/dropout.inl"
 #include "cpu/layer_norm.inl"
@@ -40,8 +41,8 @@ namespace {
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {rotary,        attention_forward, attention_backward, layer_norm_forward, layer_norm_backward,
-                       after_in,      after_in_backward, residual,           residual_backward,  cross_entropy,
-                       residual_keep, exp2_array};
+const Kernels table = {rotary,      attention_forward, attention_backward, layer_norm_forward, layer_norm_backward,
+                       after_in,    after_in_backward, residual,           residual_backward,  cross_entropy,
+                       add_product, residual_keep,     exp2_array};
 
 }  // namespace phi1::cpu::PHI1_ISA

@@ -81,8 +81,4 @@ void residual_backward(const ResidualArgs& args, void* stream) {
   });
 }
 
-void block_sum(const BlockSumArgs& args, DType dtype, void* stream) {
-  with_type(dtype, [&](auto element) { launch_sum<decltype(element)>(args, stream); });
-}
-
 }  // namespace phi1::cuda

@@ -2,12 +2,12 @@
 //
 // Two passes, every access 16 bytes a lane (32 in float32). Pass 1: a block of 512 threads a row, each with the maximum
 // of its columns so far and the sum of exponentials to it, corrected once for 8 columns (9 ex2 for 8); 128 bytes of
-// shared memory join the 16 warps. phi-1's chunk of 327 rows x 51,200 columns is 327 blocks of 12.5 turns a thread.
-// Pass 2: a block of 128 threads takes 1,024 columns of a part of the rows (17 of those 327, 1,000 blocks) down the
+// shared memory join the 16 warps. phi-1's chunk of 256 rows x 51,200 columns is 256 blocks of 12.5 turns a thread.
+// Pass 2: a block of 128 threads takes 1,024 columns of a part of the rows (16 of those 256, 800 blocks) down the
 // rows as block.cuh does: the bias is loaded once and the sums for its gradient stay in registers, so that the gradient
-// is not read again for them. block_sum_kernel adds up the parts after the last chunk: no atomics, a fixed order.
-// Bytes moved an element, in bf16: 2 in pass 1, 4 in pass 2, 0.5 for the sums; phi-1: 100 KiB a row for the loss, 324
-// KiB with gradients. The chunk's 32 MiB are fewer than the 40 or 50 MB of an A100's or H100's L2 cache, which the
+// is not read again for them. The parts are added up after the last chunk: no atomics, a fixed order.
+// Bytes moved an element, in bf16: 2 in pass 1, 4 in pass 2, 0.5 for the sums; phi-1: 100 KiB a row for the loss, 325
+// KiB with gradients. The chunk's 25 MiB are fewer than the 40 or 50 MB of an A100's or H100's L2 cache, which the
 // product leaves them in. Registers in bench/results/ptxas.md.
 // (logit - greatest) log2(e) in this order: logits of 1,000 lose nothing.
 #pragma once

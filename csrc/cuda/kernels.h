@@ -18,7 +18,6 @@ void after_in(const AfterInArgs& args, void* stream);
 void after_in_backward(const AfterInArgs& args, void* stream);
 void residual(const ResidualArgs& args, void* stream);
 void residual_backward(const ResidualArgs& args, void* stream);
-void block_sum(const BlockSumArgs& args, DType dtype, void* stream);
 void cross_entropy(const CrossEntropyArgs& args, void* stream);
 void cross_entropy_backward(const CrossEntropyArgs& args, void* stream);
 

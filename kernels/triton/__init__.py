@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kernels import native
+from kernels import chunked_loss, native
 from kernels.fused_block import Pieces
 from kernels.registry import register
 
@@ -70,6 +70,6 @@ register(
     refuses=_attention_refuses,
 )  # fmt: skip
 register(
-    "linear_cross_entropy", "triton", _of("loss", "linear_cross_entropy"),
+    "linear_cross_entropy", "triton", chunked_loss.Pieces(_of("loss", "cross_entropy")),
     devices=_DEVICES, missing=_missing(), refuses=native.refuses_dtype,
 )  # fmt: skip

@@ -225,6 +225,29 @@ double cross_entropy_error(DType dtype, float z_loss) {
   return compare.worst;
 }
 
+// 0 if a sum of products has the bits of the same sum in float32, rounded as a single number is.
+template <typename T>
+double add_product_error(DType dtype) {
+  const int64_t count = 4096 + 27;
+  const Buffer<T> grad(count), low(count);  // nothing of what they hold may be read
+  std::vector<float> sums(count);
+  AddProductArgs args = {};
+  args.high = reinterpret_cast<uint16_t*>(grad.get()), args.low = reinterpret_cast<uint16_t*>(low.get());
+  args.count = count, args.dtype = dtype;
+  for (int chunk = 0; chunk < 5; ++chunk) {
+    const Buffer<T> product(count);
+    for (int64_t i = 0; i < count; ++i) sums[size_t(i)] += float(product[i]);
+    args.product = product.get(), args.first = chunk == 0, args.last = chunk == 4;
+    add_product(args, 2);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    T rounded;
+    store(rounded, sums[size_t(i)]);
+    if (std::memcmp(&rounded, grad.get() + i, sizeof rounded) != 0) return INFINITY;
+  }
+  return 0;
+}
+
 template <typename T>
 bool all(DType dtype, double tolerance) {
   const std::pair<const char*, std::function<double()>> kernels[] = {
@@ -234,6 +257,7 @@ bool all(DType dtype, double tolerance) {
       {"block with positions", [&] { return block_error<T>(dtype, true); }},
       {"residual", [&] { return residual_error<T>(dtype, 0); }},
       {"residual with dropout", [&] { return residual_error<T>(dtype, 13107); }},
+      {"add_product", [&] { return dtype == DType::f32 ? 0 : add_product_error<T>(dtype); }},
       {"cross_entropy", [&] { return cross_entropy_error<T>(dtype, 0); }},
       {"cross_entropy with z-loss", [&] { return cross_entropy_error<T>(dtype, 0.01f); }},
   };

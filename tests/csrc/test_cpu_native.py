@@ -129,6 +129,15 @@ MUTATIONS = [
     ("block.inl", "vload(h + i, n) + vload(bias + i, n)", "vload(h + i, n)"),
     ("dropout.inl", "offset = 1", "offset = 0"),
     ("dropout.inl", "{0.0f, args.dropout_scale}", "{0.0f, 1.0f}"),
+    ("add_product.inl", "upper(high) | upper(low) >> 16", "upper(low) | upper(high) >> 16"),
+    ("add_product.inl", "upper(high) | upper(low) >> 16", "upper(high)"),
+    ("add_product.inl", "if (!args.first) sum +=", "sum +="),
+    (
+        "add_product.inl",
+        "vstore(reinterpret_cast<T*>(args.high + i), sum, n);",
+        "split((vuint)sum, args.high + i, args.low + i, n);",
+    ),
+    ("add_product.inl", "std::memcpy(low, &lower, size_t(n)", "std::memcpy(low, &lower, size_t(n) / 2"),
     ("cross_entropy.inl", "keep_lanes((1u << n) - 1, e)", "e"),
     ("cross_entropy.inl", "row.total *= __builtin_expf(row.top - above);", ""),
     ("cross_entropy.inl", "if (target == args.ignore_index) continue;", ""),
@@ -138,7 +147,7 @@ MUTATIONS = [
     ("cross_entropy.inl", "+ args.z_loss * lse * lse", "+ args.z_loss * lse"),
     ("cross_entropy.inl", "target < first + count", "target <= first + count"),
 ]
-BLOCK_FILES = ("layer_norm.inl", "elementwise.inl", "block.inl", "dropout.inl", "cross_entropy.inl")
+BLOCK_FILES = ("add_product.inl", "layer_norm.inl", "elementwise.inl", "block.inl", "dropout.inl", "cross_entropy.inl")
 
 
 def _verdict(number: int, folder: pathlib.Path) -> str:
