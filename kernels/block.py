@@ -135,8 +135,9 @@ def parallel_block(
             with torch.no_grad():
                 y = block_forward(rows, *parameters, layout, None, eps, *dropout, pieces, kv_cache)[0]
         else:
+            with_grads = torch.is_grad_enabled() and any(t.requires_grad for t in (rows, *parameters))
             y = FusedBlock.apply(
-                rows, *parameters, cos, sin, positions, cu_seqlens, seq, heads, kv_heads, head_dim, eps,
+                rows, *parameters, with_grads, cos, sin, positions, cu_seqlens, seq, heads, kv_heads, head_dim, eps,
                 attention_dropout, residual_dropout, dropout_seed, name,
             )  # fmt: skip
         return y.view(batch, seq, hidden)

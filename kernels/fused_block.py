@@ -160,7 +160,7 @@ _OPTIONS = f"{_TABLE}, float eps, float attention_dropout, float residual_dropou
 torch.library.define(
     "phi1::parallel_block_forward",
     "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out,"
-    f" {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f" bool with_grads, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "phi1::parallel_block_backward",
@@ -177,29 +177,26 @@ def _arguments(x, w_in, cos, sin, positions, cu_seqlens, seq, heads, kv_heads, h
     return layout, cu_seqlens, eps, Dropout(p, seed), Dropout(residual_p, seed), implementation("parallel_block", name)
 
 
-def _saved_shapes(
-    x: Tensor, layout: Layout, pieces: Pieces, documents: bool
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of attention's output and lse as the forward operator returns them."""
-    if not pieces.saves_attention:
-        return (0,), (0,)
+def _saved_shapes(layout: Layout, documents: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of attention's output and lse as the forward operator returns them, if it does."""
     batch, seq = (1, layout.tokens) if documents else (layout.batch, layout.seq)
     return (batch, seq, layout.heads, layout.head_dim), (batch, layout.heads, seq)
 
 
 @torch.library.impl("phi1::parallel_block_forward", ("cpu", "cuda"))
-def _forward(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, *options):  # type: ignore[no-untyped-def]
+def _forward(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grads, *options):  # type: ignore[no-untyped-def]
     arguments = _arguments(x, w_in, *options)
     y, z, attention, lse = block_forward(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, *arguments)
-    if not arguments[-1].saves_attention:
+    if not (with_grads and arguments[-1].saves_attention):
         return y, z, x.new_empty(0), x.new_empty(0, dtype=torch.float32)
     return y, z, attention.contiguous(), lse
 
 
 @torch.library.register_fake("phi1::parallel_block_forward")
-def _forward_fake(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, *options):  # type: ignore[no-untyped-def]
+def _forward_fake(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grads, *options):  # type: ignore[no-untyped-def]
     layout, cu_seqlens, *_, pieces = _arguments(x, w_in, *options)
-    attention, lse = _saved_shapes(x, layout, pieces, cu_seqlens is not None)
+    saves = with_grads and pieces.saves_attention
+    attention, lse = _saved_shapes(layout, cu_seqlens is not None) if saves else ((0,), (0,))
     z = x.new_empty((x.shape[0], w_in.shape[0]))
     return x.new_empty(x.shape), z, x.new_empty(attention), x.new_empty(lse, dtype=torch.float32)
 
@@ -220,12 +217,13 @@ def _backward_fake(grad_y, x, z, attention, lse, norm_weight, norm_bias, w_in, b
 
 
 class FusedBlock(torch.autograd.Function):
-    """The two operators, differentiable: (x (tokens, hidden), six parameters, then the operators' options) -> y."""
+    """The two operators, differentiable: (x (tokens, hidden), six parameters, whether a backward pass may come, then
+    the operators' options) -> y."""
 
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, *options):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grads, *options):  # type: ignore[no-untyped-def]
         y, z, attention, lse = torch.ops.phi1.parallel_block_forward(
-            x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, *options
+            x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grads, *options
         )
         tensors, ctx.options = options[:4], options[4:]
         ctx.save_for_backward(x, z, attention, lse, norm_weight, norm_bias, w_in, b_in, w_out, *tensors)
@@ -234,7 +232,7 @@ class FusedBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
         grads = torch.ops.phi1.parallel_block_backward(grad_y, *ctx.saved_tensors, *ctx.options)
-        return *grads, *(None,) * (4 + len(ctx.options))
+        return *grads, *(None,) * (5 + len(ctx.options))
 
 
 def vendor_product(x: Tensor, weight: Tensor) -> Tensor:

@@ -96,16 +96,28 @@ def test_saves_x_and_z_and_what_attention_wrote() -> None:
     assert _saved_bytes(inputs, "reference") > 1.5 * 4 * tokens * (HIDDEN + width + attention)
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize(
+    ("requires_grad", "grad_enabled", "copies"), [(True, True, 1), (True, False, 0), (False, True, 0)]
+)
+def test_attention_is_copied_only_for_a_backward_pass(requires_grad: bool, grad_enabled: bool, copies: int) -> None:
+    inputs = make(batch=2, seq=64)
+    leaves = [t.clone().requires_grad_(requires_grad) for t in inputs[:7]]
+    with torch.profiler.profile() as profile, torch.set_grad_enabled(grad_enabled):
+        run([*leaves, *inputs[7:]], backend="cpu")
+    assert sum(event.name == "aten::clone" for event in profile.events()) == copies
+
+
+@pytest.mark.parametrize("with_grads", [True, False])
+def test_opcheck(with_grads: bool) -> None:
     inputs = make(batch=2, seq=9)
     x, parameters = inputs[0].view(18, HIDDEN), inputs[1:7]
     cu = torch.tensor([0, 4, 18], dtype=torch.int32)
     options = (*inputs[7:], torch.arange(18).view(2, 9), cu, 9, *OPTIONS.values(), 1e-5, 0.1, 0.2, 7, "cpu")
     utilities = ("test_schema", "test_faketensor")  # autograd is FusedBlock's, above the ops
     torch.library.opcheck(
-        torch.ops.phi1.parallel_block_forward.default, (x, *parameters, *options), test_utils=utilities
+        torch.ops.phi1.parallel_block_forward.default, (x, *parameters, with_grads, *options), test_utils=utilities
     )
-    y, *saved = torch.ops.phi1.parallel_block_forward(x, *parameters, *options)
+    y, *saved = torch.ops.phi1.parallel_block_forward(x, *parameters, True, *options)
     arguments = (torch.randn_like(y), x, *saved, *parameters[:5], *options)
     torch.library.opcheck(torch.ops.phi1.parallel_block_backward.default, arguments, test_utils=utilities)
 

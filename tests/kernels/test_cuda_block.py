@@ -169,8 +169,8 @@ def test_opcheck(emulator):  # noqa: F811
     )  # fmt: skip
     utilities = ("test_schema", "test_faketensor")  # autograd is FusedBlock's, above the ops
     forward, backward = torch.ops.phi1.parallel_block_forward.default, torch.ops.phi1.parallel_block_backward.default
-    torch.library.opcheck(forward, (x, *parameters, *operator_options), test_utils=utilities)
-    y, *saved = forward(x, *parameters, *operator_options)
+    torch.library.opcheck(forward, (x, *parameters, True, *operator_options), test_utils=utilities)
+    y, *saved = forward(x, *parameters, True, *operator_options)
     arguments = (torch.randn_like(y), x, *saved, *parameters[:5], *operator_options)
     torch.library.opcheck(backward, arguments, test_utils=utilities)
 

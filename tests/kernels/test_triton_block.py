@@ -236,9 +236,9 @@ def test_opcheck():
     options = (*inputs[7:], positions, cu, 9, *OPTIONS.values(), 1e-5, 0.1, 0.2, 7, "triton")
     utilities = ("test_schema", "test_faketensor")  # autograd is FusedBlock's, above the ops
     torch.library.opcheck(
-        torch.ops.phi1.parallel_block_forward.default, (x, *parameters, *options), test_utils=utilities
+        torch.ops.phi1.parallel_block_forward.default, (x, *parameters, True, *options), test_utils=utilities
     )
-    y, *saved = torch.ops.phi1.parallel_block_forward(x, *parameters, *options)
+    y, *saved = torch.ops.phi1.parallel_block_forward(x, *parameters, True, *options)
     arguments = (torch.randn_like(y), x, *saved, *parameters[:5], *options)
     torch.library.opcheck(torch.ops.phi1.parallel_block_backward.default, arguments, test_utils=utilities)
 
