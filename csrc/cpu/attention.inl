@@ -35,20 +35,28 @@ constexpr int kPanel = kVecs * kLanes;  // queries side by side in a register bl
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr int kGroup = 32;  // keys that share Philox counters: key blocks are multiples of it
 
-// c[m][n] += a[m][k] b[k][n], `steps` lanes of k; a's rows are LDA lanes apart, b's LDB.
-template <class Dot, int LDA, int LDB, int M, int N>
+// c[m][n] += a[m][k] b[k][n] for n >= First, `steps` lanes of k; a's rows are LDA lanes apart, b's LDB.
+template <class Dot, int LDA, int LDB, int First = 0, int M, int N>
 __attribute__((always_inline)) inline void multiply(const float* a, const float* b, int steps, vfloat (&c)[M][N]) {
   for (int k = 0; k < steps; ++k) {
     vfloat row[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) row[n] = vload(b + k * LDB + n * kLanes);
+    for (int n = First; n < N; ++n) row[n] = vload(b + k * LDB + n * kLanes);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const vfloat element = splat(a[m * LDA + k]);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) c[m][n] = Dot::add(c[m][n], element, row[n]);
+      for (int n = First; n < N; ++n) c[m][n] = Dot::add(c[m][n], element, row[n]);
     }
   }
+}
+
+// Calls f(integral_constant<int, n>) for n = 0 ... kVecs - 1.
+template <class F>
+__attribute__((always_inline)) inline void for_vectors(F&& f) {
+  [&]<int... n>(std::integer_sequence<int, n...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, n>()), ...);
+  }(std::make_integer_sequence<int, kVecs>());
 }
 
 // ------------------------------------------------------------------------------------------------ memory
@@ -109,10 +117,10 @@ inline void read_row(DType dtype, const char* from, float* to, int64_t count) {
 
 template <typename T>
 void write_row_typed(char* to, const float* from, int64_t count) {
-  T* x = reinterpret_cast<T*>(to);
-  for (int64_t i = 0; i < count; ++i) store(x[i], from[i]);
+  for (int64_t i = 0; i < count; i += kLanes) vstore(reinterpret_cast<T*>(to) + i, vload(from + i));
 }
 
+// The row's `count` numbers, a multiple of kLanes, from floats.
 inline void write_row(DType dtype, char* to, const float* from, int64_t count) {
   switch (dtype) {
     case DType::f32: std::memcpy(to, from, size_t(count) * 4); return;
@@ -121,13 +129,13 @@ inline void write_row(DType dtype, char* to, const float* from, int64_t count) {
   }
 }
 
-// to[row][d / k]: rows first .. first + count of x as lanes along d; rows from `valid` on are zeros.
+// to[row][d / k]: rows first .. first + count of x as lanes along d; rows below 0 and from `valid` on are zeros.
 template <class Dot, int D>
 void pack_rows(const Rows& x, DType dtype, int64_t first, int64_t valid, int64_t count, float* to) {
   constexpr int width = D / Dot::k;
   for (int64_t r = 0; r < count; ++r, to += width) {
     const char* row = x.data + (first + r) * x.stride;
-    if (first + r >= valid)
+    if (first + r < 0 || first + r >= valid)
       std::memset(to, 0, width * 4);
     else if constexpr (Dot::k == 2)
       std::memcpy(to, row, width * 4);

@@ -122,7 +122,7 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
       const int limit = int(key >= p.seqlen_k ? kPanel : args.causal ? larger(0, key - offset - first) : 0);
 #pragma GCC unroll 8
       for (int n = 0; n < kVecs; ++n) {
-        vfloat x = exp2(fma(s[m][n] * scale, log2e, -vload(panel.lse + n * kLanes)));
+        vfloat x = exp2<Dot::k == 2>(fma(s[m][n] * scale, log2e, -vload(panel.lse + n * kLanes)));
         if constexpr (mask) x = lane >= limit - n * kLanes ? x : vfloat{};
         vstore(tile.p + (r + m) * kPanel + n * kLanes, x);
         if constexpr (Dropout) x = keep_lanes(tile.keep[r + m][n], x);
