@@ -59,6 +59,18 @@ __attribute__((always_inline)) inline void for_vectors(F&& f) {
   }(std::make_integer_sequence<int, kVecs>());
 }
 
+// c[m][n] += a[m][k] b[k][n], each vector n up to the keys that it sees: seen[n] of KEYS. b is (keys / k, kPanel).
+template <class Dot, int KEYS, int M>
+__attribute__((always_inline)) inline void multiply_seen(const float* a, const float* b, const int* seen,
+                                                         vfloat (&c)[M][kVecs]) {
+  int done = 0;
+  for_vectors([&](auto from) __attribute__((always_inline)) {
+    const int steps = seen[from] / Dot::k - done;
+    multiply<Dot, KEYS / Dot::k, kPanel, from>(a + done, b + done * kPanel, steps, c);
+    done += steps;
+  });
+}
+
 // ------------------------------------------------------------------------------------------------ memory
 
 // Memory of one call, 64-byte aligned.
@@ -93,6 +105,19 @@ struct Problem {
   }
 };
 
+// How many of `keys` keys from `start` a vector of queries from `first` sees, which may be negative: the first so many,
+// rounded up to kRows. It grows with `first`: to the right of the diagonal and before query 0 nothing is computed.
+inline int seen_keys(const AttentionArgs& args, const Problem& p, int64_t first, int64_t start, int64_t keys) {
+  const int64_t end = first + kLanes;
+  if (end <= 0) return 0;
+  if (args.causal) keys = larger(0, smaller(keys, end + p.seqlen_k - p.seqlen_q - start));
+  return int(round_up(keys, kRows));
+}
+
+// The first query of panel i of `panels`. Where they do not come out even, the first panel begins before query 0: in
+// the causal case it sees fewest keys.
+inline int64_t first_query(const Problem& p, int64_t panels, int64_t i) { return p.seqlen_q - (panels - i) * kPanel; }
+
 inline int64_t problem_count(const AttentionArgs& args) { return args.starts_q ? args.documents : args.batch; }
 
 inline Problem problem(const AttentionArgs& args, int64_t i) {
@@ -117,10 +142,10 @@ inline void read_row(DType dtype, const char* from, float* to, int64_t count) {
 
 template <typename T>
 void write_row_typed(char* to, const float* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes) vstore(reinterpret_cast<T*>(to) + i, vload(from + i));
+  T* x = reinterpret_cast<T*>(to);
+  for (int64_t i = 0; i < count; ++i) store(x[i], from[i]);
 }
 
-// The row's `count` numbers, a multiple of kLanes, from floats.
 inline void write_row(DType dtype, char* to, const float* from, int64_t count) {
   switch (dtype) {
     case DType::f32: std::memcpy(to, from, size_t(count) * 4); return;
@@ -144,7 +169,7 @@ void pack_rows(const Rows& x, DType dtype, int64_t first, int64_t valid, int64_t
   }
 }
 
-// to[row / k][d]: lanes along the rows. `count` is a multiple of k.
+// to[row / k][d]: lanes along the rows, zeros as above. `count` is a multiple of k.
 template <class Dot, int D>
 void pack_pairs(const Rows& x, DType dtype, int64_t first, int64_t valid, int64_t count, float* to) {
   if constexpr (Dot::k == 1) {
@@ -152,8 +177,9 @@ void pack_pairs(const Rows& x, DType dtype, int64_t first, int64_t valid, int64_
   } else {
     for (int64_t r = 0; r < count; r += 2, to += D) {
       uint16_t low[D] = {}, high[D] = {};
-      if (first + r < valid) std::memcpy(low, x.data + (first + r) * x.stride, sizeof low);
-      if (first + r + 1 < valid) std::memcpy(high, x.data + (first + r + 1) * x.stride, sizeof high);
+      const auto inside = [&](int64_t row) { return row >= 0 && row < valid; };
+      if (inside(first + r)) std::memcpy(low, x.data + (first + r) * x.stride, sizeof low);
+      if (inside(first + r + 1)) std::memcpy(high, x.data + (first + r + 1) * x.stride, sizeof high);
       uint32_t pairs[D];
       for (int d = 0; d < D; ++d) pairs[d] = low[d] | uint32_t(high[d]) << 16;
       std::memcpy(to, pairs, sizeof pairs);

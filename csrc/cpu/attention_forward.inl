@@ -30,9 +30,6 @@ inline void flip_or_clear(float* lanes, int64_t count, bool clear) {
 }
 
 // A panel of kPanel queries of one head from `first`, which may be negative, against all keys that they see.
-//
-// Vector n of the panel, its queries from n * kLanes on, sees the keys below seen[n] of a block of keys, a multiple of
-// kRows that grows with n: to the right of the diagonal and before the first query nothing is computed.
 template <class Dot, int D, bool Dropout>
 void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, int64_t head, int64_t first,
                    const PackedHead& packed, ForwardScratch<Dot, D>& scratch) {
@@ -57,11 +54,7 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
     // Keys below `bare` are seen by every query, from `first` on.
     const int64_t bare = args.causal ? smaller(keys, first + offset + 1 - start) : keys;
     int seen[kVecs];
-    for (int n = 0; n < kVecs; ++n) {
-      const int64_t past = first + (n + 1) * kLanes;  // the query behind the vector's last
-      const int64_t below = past <= 0 ? 0 : args.causal ? larger(0, smaller(keys, past + offset - start)) : keys;
-      seen[n] = int(round_up(below, kRows));
-    }
+    for (int n = 0; n < kVecs; ++n) seen[n] = seen_keys(args, p, first + n * kLanes, start, keys);
     const vint lane = lane_index();
 
     auto score_rows = [&](int r, auto from, auto mask) __attribute__((always_inline)) {
@@ -122,13 +115,7 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
         for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
           for (int n = 0; n < kVecs; ++n) o[m][n] = vload(scratch.out + (d + m) * kPanel + n * kLanes) * shrink[n];
-      int lanes = 0;  // of keys, done
-      for_vectors([&](auto from) __attribute__((always_inline)) {
-        const int steps = seen[from] / Dot::k - lanes;
-        multiply<Dot, kForwardKeys / Dot::k, kPanel, from>(v + d * (kForwardKeys / Dot::k) + lanes,
-                                                           scratch.scores + lanes * kPanel, steps, o);
-        lanes += steps;
-      });
+      multiply_seen<Dot, kForwardKeys>(v + d * (kForwardKeys / Dot::k), scratch.scores, seen, o);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
@@ -246,9 +233,8 @@ void forward(const AttentionArgs& args, int threads) {
       const int64_t i = work.find(work.panel_start, panel), of_problem = panel - work.panel_start[i];
       const Problem p = problem(args, i);
       const int64_t head = of_problem / work.panels(p);
-      // Longest first within a head: in the causal case the last queries see most. Where the panels do not come out
-      // even, the first one begins before query 0.
-      const int64_t first = p.seqlen_q - (of_problem % work.panels(p) + 1) * kPanel;
+      // Longest first within a head: in the causal case the last queries see most.
+      const int64_t panels = work.panels(p), first = first_query(p, panels, panels - 1 - of_problem % panels);
       const int64_t at = (work.key_start[i] + head / group * work.padded_keys(p) - wave_key) * width;
       const PackedHead packed = {packed_k + at, packed_v + at};
       if (args.dropout_threshold > 0)

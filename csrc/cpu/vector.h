@@ -13,7 +13,6 @@ constexpr int kLanes = 4, kRows = 4, kVecs = 2;
 typedef float vfloat __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vint __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t vuint __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t vhalf __attribute__((vector_size(2 * kLanes)));
 
 inline vfloat vload(const float* p) {
   vfloat v;
@@ -22,7 +21,7 @@ inline vfloat vload(const float* p) {
 }
 
 inline vfloat vload(const bf16* p) {
-  vhalf bits;
+  uint16_t bits __attribute__((vector_size(2 * kLanes)));
   std::memcpy(&bits, p, sizeof bits);
   return (vfloat)(__builtin_convertvector(bits, vuint) << 16);
 }
@@ -38,23 +37,6 @@ inline vfloat vload(const f16* p) {
 }
 
 inline void vstore(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
-
-inline void vstore(bf16* p, vfloat v) {
-  const vuint u = (vuint)v, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet = (u >> 16) | 0x40u;
-  const vuint nan = (vuint)(v != v);
-  const vhalf bits = __builtin_convertvector((nan & quiet) | (~nan & rounded), vhalf);
-  std::memcpy(p, &bits, sizeof bits);
-}
-
-inline void vstore(f16* p, vfloat v) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__AVX2__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-#else
-  for (int i = 0; i < kLanes; ++i) store(p[i], v[i]);
-#endif
-}
 
 // Copies the bits: a lane may hold two bf16 instead of a float.
 inline vfloat splat(float x) {
