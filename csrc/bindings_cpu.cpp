@@ -193,8 +193,8 @@ void bind_cpu(py::module_& m) {
         });
 
   // For tests: 2^x as the kernels compute it, of `count` floats at `in`.
-  m.def("exp2_cpu", [](uintptr_t in, uintptr_t out, int64_t count) {
-    cpu::kernels().exp2(reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), count);
+  m.def("exp2_cpu", [](uintptr_t in, uintptr_t out, int64_t count, bool short_form) {
+    cpu::kernels().exp2(reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), count, short_form);
   });
 }
 

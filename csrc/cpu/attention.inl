@@ -35,20 +35,40 @@ constexpr int kPanel = kVecs * kLanes;  // queries side by side in a register bl
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr int kGroup = 32;  // keys that share Philox counters: key blocks are multiples of it
 
-// c[m][n] += a[m][k] b[k][n], `steps` lanes of k; a's rows are LDA lanes apart, b's LDB.
-template <class Dot, int LDA, int LDB, int M, int N>
+// c[m][n] += a[m][k] b[k][n] for n >= First, `steps` lanes of k; a's rows are LDA lanes apart, b's LDB.
+template <class Dot, int LDA, int LDB, int First = 0, int M, int N>
 __attribute__((always_inline)) inline void multiply(const float* a, const float* b, int steps, vfloat (&c)[M][N]) {
   for (int k = 0; k < steps; ++k) {
     vfloat row[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) row[n] = vload(b + k * LDB + n * kLanes);
+    for (int n = First; n < N; ++n) row[n] = vload(b + k * LDB + n * kLanes);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const vfloat element = splat(a[m * LDA + k]);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) c[m][n] = Dot::add(c[m][n], element, row[n]);
+      for (int n = First; n < N; ++n) c[m][n] = Dot::add(c[m][n], element, row[n]);
     }
   }
+}
+
+// Calls f(integral_constant<int, n>) for n = 0 ... kVecs - 1.
+template <class F>
+__attribute__((always_inline)) inline void for_vectors(F&& f) {
+  [&]<int... n>(std::integer_sequence<int, n...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, n>()), ...);
+  }(std::make_integer_sequence<int, kVecs>());
+}
+
+// c[m][n] += a[m][k] b[k][n], each vector n up to the keys that it sees: seen[n] of KEYS. b is (keys / k, kPanel).
+template <class Dot, int KEYS, int M>
+__attribute__((always_inline)) inline void multiply_seen(const float* a, const float* b, const int* seen,
+                                                         vfloat (&c)[M][kVecs]) {
+  int done = 0;
+  for_vectors([&](auto from) __attribute__((always_inline)) {
+    const int steps = seen[from] / Dot::k - done;
+    multiply<Dot, KEYS / Dot::k, kPanel, from>(a + done, b + done * kPanel, steps, c);
+    done += steps;
+  });
 }
 
 // ------------------------------------------------------------------------------------------------ memory
@@ -84,6 +104,19 @@ struct Problem {
     return {static_cast<char*>(x.data) + at * element_size(dtype), x.seq_stride * element_size(dtype)};
   }
 };
+
+// How many of `keys` keys from `start` a vector of queries from `first` sees, which may be negative: the first so many,
+// rounded up to kRows. It grows with `first`: to the right of the diagonal and before query 0 nothing is computed.
+inline int seen_keys(const AttentionArgs& args, const Problem& p, int64_t first, int64_t start, int64_t keys) {
+  const int64_t end = first + kLanes;
+  if (end <= 0) return 0;
+  if (args.causal) keys = larger(0, smaller(keys, end + p.seqlen_k - p.seqlen_q - start));
+  return int(round_up(keys, kRows));
+}
+
+// The first query of panel i of `panels`. Where they do not come out even, the first panel begins before query 0: in
+// the causal case it sees fewest keys.
+inline int64_t first_query(const Problem& p, int64_t panels, int64_t i) { return p.seqlen_q - (panels - i) * kPanel; }
 
 inline int64_t problem_count(const AttentionArgs& args) { return args.starts_q ? args.documents : args.batch; }
 
@@ -121,13 +154,13 @@ inline void write_row(DType dtype, char* to, const float* from, int64_t count) {
   }
 }
 
-// to[row][d / k]: rows first .. first + count of x as lanes along d; rows from `valid` on are zeros.
+// to[row][d / k]: rows first .. first + count of x as lanes along d; rows below 0 and from `valid` on are zeros.
 template <class Dot, int D>
 void pack_rows(const Rows& x, DType dtype, int64_t first, int64_t valid, int64_t count, float* to) {
   constexpr int width = D / Dot::k;
   for (int64_t r = 0; r < count; ++r, to += width) {
     const char* row = x.data + (first + r) * x.stride;
-    if (first + r >= valid)
+    if (first + r < 0 || first + r >= valid)
       std::memset(to, 0, width * 4);
     else if constexpr (Dot::k == 2)
       std::memcpy(to, row, width * 4);
@@ -136,7 +169,7 @@ void pack_rows(const Rows& x, DType dtype, int64_t first, int64_t valid, int64_t
   }
 }
 
-// to[row / k][d]: lanes along the rows. `count` is a multiple of k.
+// to[row / k][d]: lanes along the rows, zeros as above. `count` is a multiple of k.
 template <class Dot, int D>
 void pack_pairs(const Rows& x, DType dtype, int64_t first, int64_t valid, int64_t count, float* to) {
   if constexpr (Dot::k == 1) {
@@ -144,8 +177,9 @@ void pack_pairs(const Rows& x, DType dtype, int64_t first, int64_t valid, int64_
   } else {
     for (int64_t r = 0; r < count; r += 2, to += D) {
       uint16_t low[D] = {}, high[D] = {};
-      if (first + r < valid) std::memcpy(low, x.data + (first + r) * x.stride, sizeof low);
-      if (first + r + 1 < valid) std::memcpy(high, x.data + (first + r + 1) * x.stride, sizeof high);
+      const auto inside = [&](int64_t row) { return row >= 0 && row < valid; };
+      if (inside(first + r)) std::memcpy(low, x.data + (first + r) * x.stride, sizeof low);
+      if (inside(first + r + 1)) std::memcpy(high, x.data + (first + r + 1) * x.stride, sizeof high);
       uint32_t pairs[D];
       for (int d = 0; d < D; ++d) pairs[d] = low[d] | uint32_t(high[d]) << 16;
       std::memcpy(to, pairs, sizeof pairs);

@@ -76,18 +76,20 @@ void backward_prepare(const AttentionArgs& args, const Problem& p, int64_t head,
   const Rows grad = p.rows(args.grad_out, p.first_q, head, args.dtype);
   const Rows out = p.rows(args.out, p.first_q, head, args.dtype);
   const float* lse = args.lse + (p.batch * args.heads + head) * args.seqlen_q + p.first_q;
-  for (int64_t first = 0; first < p.seqlen_q; first += kPanel, ++panels) {
+  const int64_t panel_count = round_up(p.seqlen_q, kPanel) / kPanel;
+  for (int64_t panel = 0; panel < panel_count; ++panel, ++panels) {
+    const int64_t first = first_query(p, panel_count, panel), lanes = panel * kPanel * width;
     pack_rows<Dot, D>(q, args.dtype, first, p.seqlen_q, kPanel, rows);
     transpose(rows, width, kPanel, width, panels->q_columns, kPanel);
     pack_rows<Dot, D>(grad, args.dtype, first, p.seqlen_q, kPanel, rows);
     transpose(rows, width, kPanel, width, panels->grad_columns, kPanel);
-    pack_pairs<Dot, D>(q, args.dtype, first, p.seqlen_q, kPanel, q_lanes + first * width);
-    pack_pairs<Dot, D>(grad, args.dtype, first, p.seqlen_q, kPanel, grad_lanes + first * width);
+    pack_pairs<Dot, D>(q, args.dtype, first, p.seqlen_q, kPanel, q_lanes + lanes);
+    pack_pairs<Dot, D>(grad, args.dtype, first, p.seqlen_q, kPanel, grad_lanes + lanes);
     std::memset(panels->grad_q, 0, sizeof panels->grad_q);
     for (int64_t i = 0; i < kPanel; ++i) {
       panels->lse[i] = __builtin_inff();
       panels->delta[i] = 0;
-      if (first + i >= p.seqlen_q) continue;
+      if (first + i < 0) continue;
       if (lse[first + i] != -__builtin_inff()) panels->lse[i] = lse[first + i] * kLog2e;
       float a[D], b[D];
       read_row(args.dtype, grad.data + (first + i) * grad.stride, a, D);
@@ -99,30 +101,31 @@ void backward_prepare(const AttentionArgs& args, const Problem& p, int64_t head,
   }
 }
 
-// The part of a tile that one panel makes: dropped, ds (columns from `column`) and dQ^T += K^T dS^T.
+// The part of a tile that one panel makes: dropped, ds (columns from `column`) and dQ^T += K^T dS^T. seen: see
+// seen_keys, of the panel's vectors; dropped and ds are written where a vector sees the key.
 template <class Dot, int D, bool Dropout>
 void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, int64_t first, int64_t start,
-                    const BackwardScratch<Dot, D>& scratch, BackwardPanel<Dot, D>& panel, int column) {
+                    const BackwardScratch<Dot, D>& scratch, BackwardPanel<Dot, D>& panel, int column, const int* seen) {
   constexpr int width = D / Dot::k, columns = BackwardTile<Dot, D>::columns;
   BackwardTile<Dot, D>& tile = *scratch.tile;
   const int64_t keys = smaller(kBackwardKeys, p.seqlen_k - start), offset = p.seqlen_k - p.seqlen_q;
-  const int rows = int(round_up(keys, kRows));
-  const bool masked = rows != keys || (args.causal && start + keys - 1 - offset > first);
+  // Keys below `bare` are seen by every query, from `first` on.
+  const int64_t bare = args.causal ? smaller(keys, first + offset + 1 - start) : keys;
   const vfloat scale = splat(args.scale), log2e = splat(kLog2e), dropout_scale = splat(args.dropout_scale);
   const vint lane = lane_index();
 
   if constexpr (Dropout) dropout_bits(args, plane, first, start, round_up(keys, kGroup), tile.keep);
 
-  auto probability_rows = [&](int r, auto mask) __attribute__((always_inline)) {
+  auto probability_rows = [&](int r, auto from, auto mask) __attribute__((always_inline)) {
     vfloat s[kRows][kVecs] = {};
-    multiply<Dot, width, kPanel>(scratch.k + (start + r) * width, panel.q_columns, width, s);
+    multiply<Dot, width, kPanel, from>(scratch.k + (start + r) * width, panel.q_columns, width, s);
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
       const int64_t key = start + r + m;
       const int limit = int(key >= p.seqlen_k ? kPanel : args.causal ? larger(0, key - offset - first) : 0);
 #pragma GCC unroll 8
-      for (int n = 0; n < kVecs; ++n) {
-        vfloat x = exp2(fma(s[m][n] * scale, log2e, -vload(panel.lse + n * kLanes)));
+      for (int n = from; n < kVecs; ++n) {
+        vfloat x = exp2<Dot::k == 2>(fma(s[m][n] * scale, log2e, -vload(panel.lse + n * kLanes)));
         if constexpr (mask) x = lane >= limit - n * kLanes ? x : vfloat{};
         vstore(tile.p + (r + m) * kPanel + n * kLanes, x);
         if constexpr (Dropout) x = keep_lanes(tile.keep[r + m][n], x);
@@ -130,16 +133,11 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
       }
     }
   };
-  if (masked)
-    for (int r = 0; r < rows; r += kRows) probability_rows(r, std::true_type());
-  else
-    for (int r = 0; r < rows; r += kRows) probability_rows(r, std::false_type());
-
-  for (int r = 0; r < rows; r += kRows) {
+  auto ds_rows = [&](int r, auto from) __attribute__((always_inline)) {
     vfloat ds[kRows][kVecs] = {};
-    multiply<Dot, width, kPanel>(scratch.v + (start + r) * width, panel.grad_columns, width, ds);
+    multiply<Dot, width, kPanel, from>(scratch.v + (start + r) * width, panel.grad_columns, width, ds);
 #pragma GCC unroll 8
-    for (int n = 0; n < kVecs; ++n) {
+    for (int n = from; n < kVecs; ++n) {
       const vfloat delta = vload(panel.delta + n * kLanes);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; m += Dot::k) {
@@ -154,7 +152,17 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
         Dot::store_rows(tile.ds_columns + (r + m) / Dot::k * kPanel + n * kLanes, x);
       }
     }
-  }
+  };
+  int r = 0;
+  for_vectors([&](auto from) __attribute__((always_inline)) {
+    if constexpr (from == 0)
+      for (; r < seen[0] && r + kRows <= bare; r += kRows) probability_rows(r, from, std::false_type());
+    for (; r < seen[from]; r += kRows) probability_rows(r, from, std::true_type());
+  });
+  r = 0;
+  for_vectors([&](auto from) __attribute__((always_inline)) {
+    for (; r < seen[from]; r += kRows) ds_rows(r, from);
+  });
 
   const float* k = scratch.k_columns + start * width;
   for (int d = 0; d < D; d += kRows) {
@@ -164,8 +172,7 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
       for (int n = 0; n < kVecs; ++n) sum[m][n] = vload(to + m * kPanel + n * kLanes);
-    multiply<Dot, kBackwardKeys / Dot::k, kPanel>(k + d * (kBackwardKeys / Dot::k), tile.ds_columns, rows / Dot::k,
-                                                  sum);
+    multiply_seen<Dot, kBackwardKeys>(k + d * (kBackwardKeys / Dot::k), tile.ds_columns, seen, sum);
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
@@ -173,17 +180,21 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
   }
 }
 
-// to (keys, D) += a (keys, queries / k) b (queries / k, D), `steps` of them.
+// to (keys, D) += a (keys, queries / k) b (queries / k, D) over `vectors` vectors of queries, without those at the
+// start that see nothing of a row. seen: see seen_keys.
 template <class Dot, int D>
-void backward_sum(const float* a, const float* b, int rows, int steps, float* to) {
+void backward_sum(const float* a, const float* b, int rows, const int* seen, int vectors, float* to) {
+  constexpr int lanes = kLanes / Dot::k;
   for (int d = 0; d < D; d += kSumVecs * kLanes)
-    for (int r = 0; r < rows; r += kRows) {
+    for (int r = 0, blind = 0; r < rows; r += kRows) {
+      while (blind < vectors && seen[blind] <= r) ++blind;
       vfloat sum[kRows][kSumVecs];
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
         for (int n = 0; n < kSumVecs; ++n) sum[m][n] = vload(to + (r + m) * D + d + n * kLanes);
-      multiply<Dot, BackwardTile<Dot, D>::columns, D>(a + r * BackwardTile<Dot, D>::columns, b + d, steps, sum);
+      multiply<Dot, BackwardTile<Dot, D>::columns, D>(a + r * BackwardTile<Dot, D>::columns + blind * lanes,
+                                                      b + blind * lanes * D + d, (vectors - blind) * lanes, sum);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
@@ -224,18 +235,21 @@ void backward_head(const AttentionArgs& args, int64_t index, int64_t kv_head, co
     std::memset(tile.grad_k, 0, sizeof tile.grad_k);
     std::memset(tile.grad_v, 0, sizeof tile.grad_v);
     // The first panel with a query that sees a key of this block.
-    const int64_t first_panel = args.causal ? larger(0, start - offset) / kPanel : 0;
+    const int64_t first_panel = args.causal ? larger(0, start - offset - first_query(p, panels, 0)) / kPanel : 0;
     for (int64_t g = 0; g < group; ++g) {
       const int64_t head = kv_head * group + g;
       for (int64_t from = first_panel / kBackwardPanels * kBackwardPanels; from < panels; from += kBackwardPanels) {
-        const int64_t begin = larger(from, first_panel), end = smaller(from + kBackwardPanels, panels);
-        for (int64_t i = begin; i < end; ++i)
-          backward_panel<Dot, D, Dropout>(args, p, index * args.heads + head, i * kPanel, start, scratch,
-                                          scratch.panels[g * panels + i], int(i - from) * kPanel);
-        const int column = int(begin - from) * kPanel / Dot::k, steps = int(end - begin) * kPanel / Dot::k;
-        const int64_t lanes = (g * panels + begin) * kPanel * width;
-        backward_sum<Dot, D>(tile.dropped + column, scratch.grad + lanes, rows, steps, tile.grad_v);
-        backward_sum<Dot, D>(tile.ds + column, scratch.q + lanes, rows, steps, tile.grad_k);
+        const int64_t end = smaller(from + kBackwardPanels, panels), first = first_query(p, panels, from);
+        const int vectors = int(end - from) * kVecs;
+        int seen[kBackwardPanels * kVecs];
+        for (int n = 0; n < vectors; ++n) seen[n] = seen_keys(args, p, first + n * kLanes, start, keys);
+        for (int64_t i = larger(from, first_panel); i < end; ++i)
+          backward_panel<Dot, D, Dropout>(args, p, index * args.heads + head, first_query(p, panels, i), start, scratch,
+                                          scratch.panels[g * panels + i], int(i - from) * kPanel,
+                                          seen + (i - from) * kVecs);
+        const int64_t lanes = (g * panels + from) * kPanel * width;
+        backward_sum<Dot, D>(tile.dropped, scratch.grad + lanes, rows, seen, vectors, tile.grad_v);
+        backward_sum<Dot, D>(tile.ds, scratch.q + lanes, rows, seen, vectors, tile.grad_k);
       }
     }
     write_rows<D>(p.rows(args.grad_k, p.first_k, kv_head, args.dtype), args.dtype, start, keys, tile.grad_k,
@@ -248,7 +262,8 @@ void backward_head(const AttentionArgs& args, int64_t index, int64_t kv_head, co
     const Rows grad_q = p.rows(args.grad_q, p.first_q, kv_head * group + g, args.dtype);
     for (int64_t i = 0; i < panels; ++i) {
       transpose(scratch.panels[g * panels + i].grad_q, kPanel, D, kPanel, tile.rows, D);
-      write_rows<D>(grad_q, args.dtype, i * kPanel, smaller(kPanel, p.seqlen_q - i * kPanel), tile.rows, args.scale);
+      const int64_t first = first_query(p, panels, i), dead = larger(0, -first);
+      write_rows<D>(grad_q, args.dtype, first + dead, kPanel - dead, tile.rows + dead * D, args.scale);
     }
   }
 }

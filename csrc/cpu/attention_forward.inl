@@ -4,6 +4,7 @@
 // is one piece of work, which a thread does alone: results do not depend on the number of threads.
 
 constexpr int kForwardKeys = 128;  // keys per block: 24 KB of scores with AVX-512, in L1 while they are used
+constexpr int kWavePanels = 16;    // of each thread, between two barriers
 
 // One thread's memory.
 template <class Dot, int D>
@@ -28,13 +29,13 @@ inline void flip_or_clear(float* lanes, int64_t count, bool clear) {
     vstore(lanes + i, clear ? vfloat{} : (vfloat)((vuint)vload(lanes + i) ^ sign));
 }
 
-// A panel of up to kPanel queries of one head against all keys that it sees.
+// A panel of kPanel queries of one head from `first`, which may be negative, against all keys that they see.
 template <class Dot, int D, bool Dropout>
 void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, int64_t head, int64_t first,
                    const PackedHead& packed, ForwardScratch<Dot, D>& scratch) {
   constexpr int width = D / Dot::k;
-  const int64_t queries = smaller(kPanel, p.seqlen_q - first), offset = p.seqlen_k - p.seqlen_q;
-  const int64_t visible = args.causal ? larger(0, smaller(p.seqlen_k, first + queries + offset)) : p.seqlen_k;
+  const int64_t offset = p.seqlen_k - p.seqlen_q, end = first + kPanel;
+  const int64_t visible = args.causal ? larger(0, smaller(p.seqlen_k, end + offset)) : p.seqlen_k;
 
   pack_rows<Dot, D>(p.rows(args.q, p.first_q, head, args.dtype), args.dtype, first, p.seqlen_q, kPanel, scratch.rows);
   transpose(scratch.rows, width, kPanel, width, scratch.q, kPanel);
@@ -50,30 +51,34 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
 
   for (int64_t start = 0; start < visible; start += kForwardKeys) {
     const int64_t keys = smaller(kForwardKeys, visible - start);
-    const int rows = int(round_up(keys, kRows));
-    // Lanes of the panel below this see nothing of a key: key j is seen by queries from j - offset on.
-    const bool masked = rows != keys || (args.causal && start + keys - 1 - offset > first);
+    // Keys below `bare` are seen by every query, from `first` on.
+    const int64_t bare = args.causal ? smaller(keys, first + offset + 1 - start) : keys;
+    int seen[kVecs];
+    for (int n = 0; n < kVecs; ++n) seen[n] = seen_keys(args, p, first + n * kLanes, start, keys);
     const vint lane = lane_index();
 
-    auto score_rows = [&](int r, auto mask) __attribute__((always_inline)) {
+    auto score_rows = [&](int r, auto from, auto mask) __attribute__((always_inline)) {
       vfloat s[kRows][kVecs] = {};
-      multiply<Dot, width, kPanel>(packed.k + (start + r) * width, scratch.q, width, s);
+      multiply<Dot, width, kPanel, from>(packed.k + (start + r) * width, scratch.q, width, s);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m) {
+        // Lanes of the panel below this see nothing of the key: key j is seen by queries from j - offset on.
         const int64_t key = start + r + m;
         const int limit = int(key >= visible ? kPanel : args.causal ? larger(0, key - offset - first) : 0);
 #pragma GCC unroll 8
-        for (int n = 0; n < kVecs; ++n) {
+        for (int n = from; n < kVecs; ++n) {
           if constexpr (mask) s[m][n] = lane >= limit - n * kLanes ? s[m][n] : hidden;
           greatest[n] = vmax(s[m][n], greatest[n]);
           vstore(scratch.scores + (r + m) * kPanel + n * kLanes, s[m][n]);
         }
       }
     };
-    if (masked)
-      for (int r = 0; r < rows; r += kRows) score_rows(r, std::true_type());
-    else
-      for (int r = 0; r < rows; r += kRows) score_rows(r, std::false_type());
+    int r = 0;
+    for_vectors([&](auto from) __attribute__((always_inline)) {
+      if constexpr (from == 0)
+        for (; r < seen[0] && r + kRows <= bare; r += kRows) score_rows(r, from, std::false_type());
+      for (; r < seen[from]; r += kRows) score_rows(r, from, std::true_type());
+    });
 
     if constexpr (Dropout) dropout_bits(args, plane, first, start, round_up(keys, kGroup), scratch.keep);
 
@@ -85,18 +90,21 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
       base[n] = next;
     }
     // P^T in place: a lane's k rows are read before the lane is written, at or below them.
-    for (int r = 0; r < rows; r += Dot::k)
+    r = 0;
+    for_vectors([&](auto from) __attribute__((always_inline)) {
+      for (; r < seen[from]; r += Dot::k)
 #pragma GCC unroll 8
-      for (int n = 0; n < kVecs; ++n) {
-        vfloat x[Dot::k];
+        for (int n = from; n < kVecs; ++n) {
+          vfloat x[Dot::k];
 #pragma GCC unroll 2
-        for (int i = 0; i < Dot::k; ++i) {
-          x[i] = exp2(fma(vload(scratch.scores + (r + i) * kPanel + n * kLanes), scale, -base[n]));
-          sum[n] += x[i];
-          if constexpr (Dropout) x[i] = keep_lanes(scratch.keep[r + i][n], x[i]);
+          for (int i = 0; i < Dot::k; ++i) {
+            x[i] = exp2<Dot::k == 2>(fma(vload(scratch.scores + (r + i) * kPanel + n * kLanes), scale, -base[n]));
+            sum[n] += x[i];
+            if constexpr (Dropout) x[i] = keep_lanes(scratch.keep[r + i][n], x[i]);
+          }
+          Dot::store_rows(scratch.scores + r / Dot::k * kPanel + n * kLanes, x);
         }
-        Dot::store_rows(scratch.scores + r / Dot::k * kPanel + n * kLanes, x);
-      }
+    });
 
     // O^T = O^T shrink + V^T P^T
     const float* v = packed.v + start * width;
@@ -107,7 +115,7 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
         for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
           for (int n = 0; n < kVecs; ++n) o[m][n] = vload(scratch.out + (d + m) * kPanel + n * kLanes) * shrink[n];
-      multiply<Dot, kForwardKeys / Dot::k, kPanel>(v + d * (kForwardKeys / Dot::k), scratch.scores, rows / Dot::k, o);
+      multiply_seen<Dot, kForwardKeys>(v + d * (kForwardKeys / Dot::k), scratch.scores, seen, o);
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 8
@@ -125,7 +133,7 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
 
   float* lse = args.lse + (p.batch * args.heads + head) * args.seqlen_q + p.first_q + first;
   const Rows out = p.rows(args.out, p.first_q, head, args.dtype);
-  for (int64_t i = 0; i < queries; ++i) {
+  for (int64_t i = larger(0, -first); i < kPanel; ++i) {
     float* row = scratch.rows + i * D;
     for (int d = 0; d < D; ++d) row[d] *= factor[i];
     write_row(args.dtype, out.data + (first + i) * out.stride, row, D);
@@ -133,21 +141,37 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
   }
 }
 
-template <class Dot, int D>
-void forward(const AttentionArgs& args, int threads) {
-  constexpr int width = D / Dot::k;
-  const int64_t problems = problem_count(args), group = args.heads / args.kv_heads;
-  // Where each problem's keys and panels begin: all heads of the problems before it.
-  Workspace tables(size_t(problems + 1) * 2 * sizeof(int64_t));
-  int64_t* key_start = reinterpret_cast<int64_t*>(tables.data);
-  int64_t* item_start = key_start + problems + 1;
-  key_start[0] = item_start[0] = 0;
-  for (int64_t i = 0; i < problems; ++i) {
-    const Problem p = problem(args, i);
-    key_start[i + 1] = key_start[i] + round_up(p.seqlen_k, kForwardKeys) * args.kv_heads;
-    item_start[i + 1] = item_start[i] + round_up(p.seqlen_q, kPanel) / kPanel * args.heads;
+// The keys and panels of all problems, counted through: those of a (problem, key/value head) lie side by side.
+struct ForwardWork {
+  const AttentionArgs& args;
+  int64_t problems;
+  Workspace tables;
+  int64_t *key_start, *panel_start;  // of each problem, and at last how many there are
+
+  explicit ForwardWork(const AttentionArgs& args)
+      : args(args), problems(problem_count(args)), tables(size_t(problems + 1) * 2 * sizeof(int64_t)) {
+    key_start = reinterpret_cast<int64_t*>(tables.data);
+    panel_start = key_start + problems + 1;
+    key_start[0] = panel_start[0] = 0;
+    for (int64_t i = 0; i < problems; ++i) {
+      const Problem p = problem(args, i);
+      key_start[i + 1] = key_start[i] + padded_keys(p) * args.kv_heads;
+      panel_start[i + 1] = panel_start[i] + panels(p) * args.heads;
+    }
   }
-  auto find = [&](const int64_t* start, int64_t at) {  // the problem that `at` falls into
+
+  static int64_t padded_keys(const Problem& p) { return round_up(p.seqlen_k, kForwardKeys); }
+  static int64_t panels(const Problem& p) { return round_up(p.seqlen_q, kPanel) / kPanel; }
+  int64_t heads() const { return problems * args.kv_heads; }
+
+  // The first of the numbers of key/value head `head` of all problems, in key_start or panel_start.
+  int64_t begin(const int64_t* start, int64_t head) const {
+    const int64_t i = head / args.kv_heads;
+    return i == problems ? start[i] : start[i] + (start[i + 1] - start[i]) / args.kv_heads * (head % args.kv_heads);
+  }
+
+  // The problem that `at` falls into.
+  int64_t find(const int64_t* start, int64_t at) const {
     int64_t low = 0, high = problems;
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
@@ -155,41 +179,63 @@ void forward(const AttentionArgs& args, int threads) {
     }
     while (start[low + 1] <= at) ++low;  // skips empty problems
     return low;
-  };
+  }
 
-  const int64_t all_keys = key_start[problems], items = item_start[problems];
-  const size_t packed_bytes = size_t(all_keys) * width * 4;
+  // Where the wave of key/value heads that begins with `head` ends: at kWavePanels for each thread.
+  int64_t wave_end(int64_t head, int threads) const {
+    const int64_t enough = begin(panel_start, head) + kWavePanels * threads;
+    do ++head;
+    while (head < heads() && begin(panel_start, head) < enough);
+    return head;
+  }
+};
+
+// Keys and values are packed a wave of heads at a time, and the wave's panels follow: what a thread reads again and
+// again was written just before, and lies in its caches.
+template <class Dot, int D>
+void forward(const AttentionArgs& args, int threads) {
+  constexpr int width = D / Dot::k;
+  const ForwardWork work(args);
+  const int64_t heads = work.heads(), group = args.heads / args.kv_heads;
+  int64_t most_keys = 0;
+  for (int64_t head = 0, end; head < heads; head = end) {
+    end = work.wave_end(head, threads);
+    most_keys = larger(most_keys, work.begin(work.key_start, end) - work.begin(work.key_start, head));
+  }
+  const size_t packed_bytes = size_t(most_keys) * width * 4;
   Workspace workspace(2 * packed_bytes + size_t(threads) * sizeof(ForwardScratch<Dot, D>));
   float* packed_k = reinterpret_cast<float*>(workspace.data);
   float* packed_v = reinterpret_cast<float*>(workspace.data + packed_bytes);
   auto* scratches = reinterpret_cast<ForwardScratch<Dot, D>*>(workspace.data + 2 * packed_bytes);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  for (int64_t wave = 0, wave_end; wave < heads; wave = wave_end) {
     ForwardScratch<Dot, D>& scratch = scratches[omp_get_thread_num()];
+    wave_end = work.wave_end(wave, threads);
+    const int64_t wave_key = work.begin(work.key_start, wave), end_key = work.begin(work.key_start, wave_end);
 #pragma omp for schedule(dynamic)
-    for (int64_t block = 0; block < all_keys / kForwardKeys; ++block) {
-      const int64_t at = block * kForwardKeys, i = find(key_start, at);
+    for (int64_t key = wave_key; key < end_key; key += kForwardKeys) {
+      const int64_t i = work.find(work.key_start, key);
       const Problem p = problem(args, i);
-      const int64_t per_head = round_up(p.seqlen_k, kForwardKeys);
-      const int64_t head = (at - key_start[i]) / per_head, first = (at - key_start[i]) % per_head;
+      const int64_t per_head = work.padded_keys(p), at = (key - wave_key) * width;
+      const int64_t head = (key - work.key_start[i]) / per_head, first = (key - work.key_start[i]) % per_head;
       pack_rows<Dot, D>(p.rows(args.k, p.first_k, head, args.dtype), args.dtype, first, p.seqlen_k, kForwardKeys,
-                        packed_k + at * width);
+                        packed_k + at);
       // V^T of the block: (D, keys / k)
       float pairs[kForwardKeys / Dot::k * D];
       pack_pairs<Dot, D>(p.rows(args.v, p.first_k, head, args.dtype), args.dtype, first, p.seqlen_k, kForwardKeys,
                          pairs);
-      transpose(pairs, D, kForwardKeys / Dot::k, D, packed_v + at * width, kForwardKeys / Dot::k);
+      transpose(pairs, D, kForwardKeys / Dot::k, D, packed_v + at, kForwardKeys / Dot::k);
     }
+    const int64_t first_panel = work.begin(work.panel_start, wave), end_panel = work.begin(work.panel_start, wave_end);
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < items; ++item) {
-      const int64_t i = find(item_start, item);
+    for (int64_t panel = first_panel; panel < end_panel; ++panel) {
+      const int64_t i = work.find(work.panel_start, panel), of_problem = panel - work.panel_start[i];
       const Problem p = problem(args, i);
-      const int64_t panels = round_up(p.seqlen_q, kPanel) / kPanel;
-      const int64_t head = (item - item_start[i]) / panels;
+      const int64_t head = of_problem / work.panels(p);
       // Longest first within a head: in the causal case the last queries see most.
-      const int64_t first = (panels - 1 - (item - item_start[i]) % panels) * kPanel;
-      const int64_t at = (key_start[i] + head / group * round_up(p.seqlen_k, kForwardKeys)) * width;
+      const int64_t panels = work.panels(p), first = first_query(p, panels, panels - 1 - of_problem % panels);
+      const int64_t at = (work.key_start[i] + head / group * work.padded_keys(p) - wave_key) * width;
       const PackedHead packed = {packed_k + at, packed_v + at};
       if (args.dropout_threshold > 0)
         forward_panel<Dot, D, true>(args, p, i * args.heads + head, head, first, packed, scratch);

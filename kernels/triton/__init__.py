@@ -14,11 +14,13 @@ from kernels.registry import register
 HEAD_DIMS = (32, 64, 128)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-CHOICES = {"block_product": "vendor"}
+CHOICES = {"block_product": "vendor", "loads": "either"}
 """How a kernel does its work where there are two ways; the table that measurements on a GPU decide.
 
 block_product, of the parallel block's two products: "vendor" (cuBLASLt and one elementwise kernel after it) or "triton"
 (one persistent GEMM with all of it in its epilogue). The default is unmeasured; bench/block.py measures both.
+loads, of attention's and the products' tiles: "either" (pointers, or on Hopper tensor descriptors where a call can have
+them, whichever the first call of a kind finds faster; the interpreter takes descriptors) or "pointers".
 """
 
 

@@ -63,7 +63,7 @@ def _races(test: str, csrc: pathlib.Path, program: pathlib.Path) -> int:
 @pytest.mark.parametrize(
     ("test", "file", "barrier"),
     [
-        ("attention_test", "attention_forward.inl", "#pragma omp for schedule(dynamic)\n    for (int64_t block"),
+        ("attention_test", "attention_forward.inl", "#pragma omp for schedule(dynamic)\n    for (int64_t key"),
         ("block_test", "block.inl", "#pragma omp for schedule(static)\n    for (int64_t chunk"),
     ],
 )
@@ -87,7 +87,16 @@ def _copy(to: pathlib.Path) -> pathlib.Path:
 MUTATIONS = [
     ("attention_forward.inl", "lane >= limit", "lane > limit"),
     ("attention_forward.inl", "key >= visible ? kPanel", "key > visible ? kPanel"),
-    ("attention_forward.inl", "start + keys - 1 - offset > first", "start + keys - 1 - offset > first + 1"),
+    ("attention_forward.inl", "first + offset + 1 - start", "first + offset + 2 - start"),
+    ("attention_forward.inl", "r < seen[from]; r += Dot::k", "r < seen[0]; r += Dot::k"),
+    ("attention_forward.inl", "padded_keys(p) - wave_key)", "padded_keys(p))"),
+    ("attention_forward.inl", "panels - 1 - of_problem % panels", "of_problem % (panels - 1)"),
+    ("attention.inl", "end = first + kLanes;", "end = first + kLanes - 1;"),
+    ("attention.inl", "(a + done, b", "(a, b"),
+    ("attention.inl", "(panels - i) * kPanel", "(panels - i) * kPanel - 1"),
+    ("attention_backward.inl", "first + offset + 1 - start", "first + offset + 2 - start"),
+    ("attention_backward.inl", "seen[blind] <= r", "seen[blind] < r"),
+    ("attention_backward.inl", "seen + (i - from) * kVecs", "seen"),
     ("attention_forward.inl", "sum[n] *= shrink[n];", ""),
     ("attention_forward.inl", "kPanel + n * kLanes) * shrink[n];", "kPanel + n * kLanes);"),
     ("attention_forward.inl", "head / group *", "head % args.kv_heads *"),
@@ -97,13 +106,12 @@ MUTATIONS = [
     ("attention_backward.inl", "lane >= limit", "lane > limit"),
     ("attention_backward.inl", "(x[i] - delta)", "x[i]"),
     ("attention_backward.inl", "keep_lanes(tile.keep[r + m + i][n], x[i]) * dropout_scale", "x[i]"),
-    ("attention_backward.inl", "begin = larger(from, first_panel)", "begin = larger(from, first_panel + 1)"),
+    ("attention_backward.inl", "i = larger(from, first_panel)", "i = larger(from, first_panel + 1)"),
     (
         "attention_backward.inl",
         "g < group; ++g) {\n      const int64_t head",
         "g < 1; ++g) {\n      const int64_t head",
     ),
-    ("attention.inl", "first + r >= valid", "first + r > valid"),
     ("attention.inl", "/ kGroup * 4 + pair", "/ kGroup * 4 + pair + 1"),
     ("attention.inl", "at_least(slot % 2 ? word >> 16", "at_least(slot % 2 ? word >> 15"),
     ("vector.h", "12582912.0f + 127.0f", "12582912.0f + 126.0f"),
