@@ -3,17 +3,12 @@
 A launch has a fixed number of programs, each of which takes every n-th output tile. Tiles are numbered so that
 neighbours share GROUP rows of tiles: what they load of both operands stays in L2.
 
-Rotary in the epilogue needs the two dims that one angle turns, HALF columns apart, in one thread. There are two ways:
-
-- Loaded by pointers, the columns of a tile of q and k are numbered by pairs (`pair_columns`): the rows of W_in are
-  loaded in that order, which costs nothing (a row is contiguous along the summed dim whatever its number), so that a
-  pair's products are neighbours in the accumulator. Any tile width, any rotary width.
-- Loaded by descriptors, rows come in their own order. Where `splits_in_blocks`, a tile is whole blocks of 2 HALF
-  columns, and the halves of a block are taken apart; a thread holds both, as they are a multiple of 8 columns apart.
-
-tl.reshape and tl.split take pairs apart inside a thread, in the layouts of mma.sync and of wgmma (the compiled TTGIR
-has no layout conversion before or between the two, for sm_80 by pointers and for sm_90 either way), and each half is
-stored in its own columns, runs of HALF. No tl.gather, no reload.
+Rotary in the epilogue needs the two dims that one angle turns, HALF columns apart, in one thread. The columns of a
+tile of q and k are therefore numbered by pairs (`pair_columns`): the rows of W_in are loaded in that order, which
+costs nothing (a row is contiguous along the summed dim whatever its number), so that a pair's products are neighbours in
+the accumulator. tl.reshape and tl.split take them apart inside a thread, in the layouts of mma.sync and of wgmma (the
+compiled TTGIR for sm_80 and sm_90 has no layout conversion before or between the two), and each half is stored in its
+own columns, runs of HALF. No tl.gather, no reload, any tile width, any rotary width.
 """
 
 import triton
@@ -21,11 +16,6 @@ import triton.language as tl
 
 from kernels.triton.block_elementwise import find_region, load_angles, pair_columns, region_tiles, turn
 from kernels.triton.numeric import RESIDUAL_OFFSET, dot, gelu, keep, round_to
-
-
-def splits_in_blocks(head_dim: int, half: int) -> bool:
-    """Whether a tile can be taken apart in blocks of 2 half columns: phi-1's 64 and 16 do."""
-    return half in (8, 16, 32) and head_dim % (2 * half) == 0
 
 
 @triton.jit
