@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from kernels.measured import device_kind
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -127,6 +129,7 @@ def environment(device: str) -> dict[str, Any]:
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": f"python bench/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
         "device": device_name(device),
+        "kind": device_kind(torch.device(device)),  # bench/choose.py: whose choice the figures decide
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "load": os.getloadavg()[0],
@@ -374,7 +377,7 @@ def our_backends(op: str, device: str, **options: Any) -> list[tuple[str, str | 
     found: list[tuple[str, str | None]] = []
     for backend in BACKENDS[1:]:
         try:
-            choose(op, device, backend, **options)
+            choose(op, torch.device(device), backend, **options)
         except BackendError as error:
             found.append((backend, str(error).split("cannot serve this call: ")[-1].split("; able:")[0]))
         else:

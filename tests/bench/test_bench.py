@@ -40,6 +40,7 @@ def test_script_measures_ours_and_peers(script, shape, works, peers, unit, tmp_p
     assert document["unit"] == unit
     assert document["environment"]["threads"] == 1
     assert document["environment"]["torch"] == torch.__version__
+    assert document["environment"]["kind"] == "cpu"
     assert len(document["environment"]["commit"]) == 40
     assert document["formula"] in done.stdout
     rows = document["rows"]
