@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kernels.triton
-from bench.harness import DTYPES
+from bench.suite import DTYPES
 from kernels import measured
 from kernels.measured import BACKENDS, Cell
 

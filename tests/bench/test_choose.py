@@ -101,7 +101,9 @@ def test_the_block_counts_the_form_that_would_run(tmp_path, monkeypatch):
 def test_backends_that_share_no_case_are_an_error(tmp_path):
     work = "both"
     path = result(
-        tmp_path / "a.json", ("1x8x2x64 fp32 full", work, "phi1 cpu", 1.0), ("1x8x2x64 fp32 causal", work, "phi1 torch", 1.0)
+        tmp_path / "a.json",
+        ("1x8x2x64 fp32 full", work, "phi1 cpu", 1.0),
+        ("1x8x2x64 fp32 causal", work, "phi1 torch", 1.0),
     )
     with pytest.raises(SystemExit, match="no case measures all of cpu, torch: measure one"):
         table(tmp_path, path)

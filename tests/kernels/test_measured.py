@@ -60,7 +60,9 @@ def test_the_table_in_the_package_is_of_ops_and_backends_that_exist():
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU of compute capability 9.0: torch's query of it, replaced where torch asks the driver."""
-    properties = object.__new__(torch.cuda._CudaDeviceProperties)  # a stand-in in a build for CPUs, of the type that torch.compile knows
+    properties = object.__new__(
+        torch.cuda._CudaDeviceProperties
+    )  # a stand-in in a build for CPUs, of the type that torch.compile knows
     properties.major, properties.minor = 9, 0
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

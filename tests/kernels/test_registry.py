@@ -196,7 +196,9 @@ def test_the_table_says_what_automatic_choice_takes_and_whether_it_was_measured(
     assert choices()[0] == ["op", "device", "dtype", "head_dim", "automatic", "why"]
     unmeasured = [row for row in choices() if row[1] == "cpu"]
     assert [row[0] for row in unmeasured] == list(registry._IMPLEMENTATIONS)
-    assert all(row[2:] == ["other", "other", "cpu", "unmeasured: the first that can serve the call"] for row in unmeasured)
+    assert all(
+        row[2:] == ["other", "other", "cpu", "unmeasured: the first that can serve the call"] for row in unmeasured
+    )
     measure(monkeypatch, "cuda", "torch", op="flash_attention", head_dim=64)
     found = [row for row in choices() if row[0] == "flash_attention" and row[1] == "cpu"]
     assert found[0][2:] == ["float32", "64", "torch", "measured: cuda 1.00, torch 0.50 (here 2026-01-01)"]
