@@ -40,8 +40,8 @@ def lines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     program = tmp_path_factory.mktemp("rules") / "rules"
     command = [
         request.param, "-std=c++20", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-DPHI1_EMULATOR",
-        f"-I{CSRC}", str(pathlib.Path(__file__).parent / "rules.cpp"), str(CSRC / "emulator" / "emulator.cpp"),
-        "-o", str(program),
+        f"-I{CSRC}", str(pathlib.Path(__file__).parent / "rules.cpp"),
+        str(CSRC / "emulator" / "emulator.cpp"), str(CSRC / "emulator" / "block.cpp"), "-o", str(program),
     ]  # fmt: skip
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
