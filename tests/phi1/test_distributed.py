@@ -62,6 +62,29 @@ def test_two_processes_give_the_same_losses(config, tmp_path, masked_tokens):
     assert result.stdout.count("step 6/6") == 1  # one process speaks
 
 
+def test_no_thread_outlives_the_process_group(tmp_path):
+    """One that runs on into the interpreter's exit may find it half gone: "terminate called without an active exception"."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import pathlib, torch\n"
+        "from phi1.distributed import World\n"
+        "def threads():\n"
+        "    names = [path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "    return sum('gloo' in name for name in names)\n"
+        "def run():\n"
+        "    with World('cpu'):\n"
+        "        torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))\n"
+        "        print('within', threads())\n"
+        "run()\n"
+        "print('after', threads())\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", script]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    words = result.stdout.split()
+    assert words[0] == "within" and int(words[1]) > 0, result.stderr
+    assert words[2:] == ["after", "0"]
+
+
 def test_stop_signals():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as signals:
