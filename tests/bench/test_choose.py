@@ -50,6 +50,7 @@ def test_a_cell_is_the_geometric_mean_of_its_training_cases(tmp_path):
         (case.format(64, "full"), "both", "SDPA", 0.1),  # a peer
         (case.format(64, "causal"), "forward", "phi1 cpu", 0.001),  # not training
         (case.format(64, "causal"), "forward", "phi1 torch", 9.0),
+        (case.format(64, "causal"), "forward", "phi1 triton", 0.001),  # its backward could not run
         (case.format(64, "causal dropout 0.1"), "both", "phi1 cpu", 0.001),  # torch cannot serve it
         (case.format(64, "causal dropout 0.1"), "both", "phi1 torch", None),
         (case.format(32, "causal"), "forward", "phi1 cpu", 1.0),  # another cell, and all that it has

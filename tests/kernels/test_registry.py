@@ -85,12 +85,15 @@ def test_a_fastest_backend_that_cannot_serve_the_call_is_passed_over(rotary_call
     assert rotary_calls == ["reference", "cpu", "cpu"]
 
 
-def test_head_dim_decides(monkeypatch):
+def test_dtype_and_head_dim_decide(monkeypatch):
     monkeypatch.setattr(registry, "_overrides", [])
     measure(monkeypatch, "reference", op="flash_attention", head_dim=64)
-    cpu = torch.device("cpu")
-    chosen = [registry.choose("flash_attention", cpu, None, dtype=torch.float32, head_dim=d) for d in (64, 32)]
-    assert chosen == ["reference", "cpu"]
+
+    def chosen(dtype, head_dim):
+        return registry.choose("flash_attention", torch.device("cpu"), None, dtype=dtype, head_dim=head_dim)
+
+    assert chosen(torch.float32, 64) == "reference"
+    assert chosen(torch.float32, 32) == chosen(torch.bfloat16, 64) == "cpu"
 
 
 def test_the_choice_needs_no_guess_under_compile(monkeypatch):
