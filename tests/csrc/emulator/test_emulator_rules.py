@@ -21,6 +21,7 @@ EXPECTED = {
     "copy_alignment": "is not a multiple of 16",
     "race_write_read": "race: ",
     "race_read_write": "race: ",
+    "race_of_a_pair": "reads 1, writes 1",
     "barrier_orders": "ok",
     "warp_barrier_orders_a_warp": "ok",
     "warp_barrier_does_not_order_a_block": "race: ",
