@@ -7,7 +7,8 @@ both forms of its matrix products, the vendor's and its own.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 import kernels.triton
-from bench import harness
+from bench import suite
 from bench.harness import Candidate, Unavailable
+from bench.suite import Case, Shape
 from kernels import parallel_block, reference
 
 FORMULA = (
@@ -26,10 +28,6 @@ FORMULA = (
     "backward: twice the products, 2.5 times attention"
 )
 FORM = "batch x seq x hidden x heads x head_dim x inner"
-
-_GPU = [(8, 2048, 2048, 32, 64, 8192), (8, 2048, 1024, 16, 64, 4096)]
-_CPU = [(2, 1024, 512, 8, 64, 2048)]
-_QUICK = {"cuda": _GPU[:1], "cpu": [(1, 512, 512, 8, 64, 2048)]}
 
 Layer = Callable[[Tensor], Tensor]
 """x (batch, seq, hidden) -> y, with the parameters that it was made with."""
@@ -48,17 +46,20 @@ def make_parameters(shape: Sequence[int], dtype: torch.dtype, device: str) -> li
     return [(0.02 * torch.randn(size, device=device)).to(dtype).requires_grad_() for size in sizes]
 
 
-def ours(backend: str, shape: Sequence[int], parameters: Sequence[Tensor], product: str | None = None) -> Layer:
-    """product: the form of Triton's matrix products (`kernels.triton.CHOICES`)."""
+def ours(
+    backend: str, shape: Sequence[int], parameters: Sequence[Tensor], product: str | None = None
+) -> tuple[Layer, list[Tensor]]:
+    """Our layer and its parameters. product: the form of Triton's matrix products (`kernels.triton.CHOICES`)."""
     _, seq, _, heads, head_dim, _ = shape
     cos, sin = reference.rotary_table(seq, rotary_dim(head_dim), device=parameters[0].device)
 
     def layer(x: Tensor) -> Tensor:
         if product is not None:
             kernels.triton.CHOICES["block_product"] = product
-        return parallel_block(x, *parameters, cos, sin, heads=heads, kv_heads=heads, head_dim=head_dim, backend=backend)
+        tensors: Any = (*parameters, cos, sin)
+        return parallel_block(x, *tensors, heads=heads, kv_heads=heads, head_dim=head_dim, backend=backend)
 
-    return layer
+    return layer, list(parameters)
 
 
 def hugging_face(shape: Sequence[int], parameters: Sequence[Tensor]) -> tuple[Layer, list[Tensor]]:
@@ -101,90 +102,59 @@ def hugging_face(shape: Sequence[int], parameters: Sequence[Tensor]) -> tuple[La
     return run, list(layer.parameters())
 
 
-def implementations(
-    shape: Sequence[int], dtype: torch.dtype, device: str, parameters: list[Tensor]
-) -> list[tuple[str, bool, Callable[[], tuple[Layer, list[Tensor]]]]]:
-    """(name, ours?, maker of the layer and its parameters) of all that take part."""
-    found: list[tuple[str, bool, Callable[[], tuple[Layer, list[Tensor]]]]] = []
+def candidates(device: str, shape: Shape, parameters: list[Tensor], x: Tensor, grad: Tensor) -> list[Candidate]:
+    """All that take part."""
+    found: list[Candidate] = []
 
-    def add(name: str, mine: bool, reason: str | None, make: Callable[[], tuple[Layer, list[Tensor]]]) -> None:
-        def made() -> tuple[Layer, list[Tensor]]:
-            if reason is not None:
-                raise Unavailable(reason)
-            return make()
+    def add(
+        name: str,
+        make: Callable[[], tuple[Layer, list[Tensor]]],
+        compiled: bool = False,
+        mine: bool = False,
+        unavailable: str | None = None,
+    ) -> None:
+        def made(work: str) -> Callable[[], Any]:
+            layer, own = make()
+            return suite.timed(torch.compile(layer, dynamic=False) if compiled else layer, [x], grad, work, own)
 
-        found.append((name, mine, made))
+        found.append(Candidate(name, mine, made, unavailable))
 
-    options = {"dtype": dtype, "head_dim": shape[4], "hidden": shape[2], "inner": shape[5]}
-    for backend, reason in harness.our_backends("parallel_block", device, **options):
+    options = {"dtype": x.dtype, "head_dim": shape[4], "hidden": shape[2], "inner": shape[5]}
+    for backend, reason in suite.our_backends("parallel_block", device, **options):
         if backend == "torch":
             continue  # plain PyTorch is a peer here, below
         for product in ("vendor", "triton") if backend == "triton" else (None,):
             name = f"phi1 {backend}" + (f", {product} product" if product else "")
-            add(name, True, reason, lambda b=backend, p=product: (ours(b, shape, parameters, p), parameters))
-    plain = lambda: ours("torch", shape, parameters)  # noqa: E731
-    add("plain PyTorch", False, None, lambda: (plain(), parameters))
-    add("plain PyTorch compiled", False, None, lambda: (torch.compile(plain(), dynamic=False), parameters))
-    add("Hugging Face", False, None, lambda: hugging_face(shape, parameters))
-
-    def compiled() -> tuple[Layer, list[Tensor]]:
-        layer, own = hugging_face(shape, parameters)
-        return torch.compile(layer, dynamic=False), own
-
-    add("Hugging Face compiled", False, None, compiled)
+            add(name, partial(ours, backend, shape, parameters, product), mine=True, unavailable=reason)
+    for compiled in (False, True):
+        add("plain PyTorch" + " compiled" * compiled, partial(ours, "torch", shape, parameters), compiled)
+    for compiled in (False, True):
+        add("Hugging Face" + " compiled" * compiled, partial(hugging_face, shape, parameters), compiled)
     return found
 
 
-def timed(make: Callable[[], tuple[Layer, list[Tensor]]], work: str, x: Tensor, grad: Tensor) -> Callable[[], Any]:
-    """The call to time: the forward pass without a graph, or forward and backward to x and every parameter."""
-    layer, parameters = make()
-    if work == "forward":
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return layer(x)
-
-        return forward
-    leaf = x.detach().requires_grad_()
-    return lambda: torch.autograd.grad(layer(leaf), [leaf, *parameters], grad)
+def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
+    batch, seq, hidden, heads, head_dim, inner = shape
+    x, grad = (torch.randn(batch, seq, hidden, device=device).to(suite.DTYPES[dtype]) for _ in range(2))
+    parameters = make_parameters(shape, suite.DTYPES[dtype], device)
+    weights = hidden * (3 * heads * head_dim + inner) + (heads * head_dim + inner) * hidden
+    products = 2 * batch * seq * weights
+    attention = 2 * batch * seq**2 * heads * head_dim
+    works = {"forward": products + attention, "forward + backward": 3 * products + 3.5 * attention}
+    yield Case("", works, candidates(device, shape, parameters, x, grad))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = harness.arguments(__doc__ or "", shapes=f"comma-separated, each {FORM}, e.g. 2x1024x512x8x64x2048")
-    options = harness.parse(parser, argv)
-    device, gpu = options.device, options.device == "cuda"
-    shapes = _QUICK[device] if options.quick else {"cuda": _GPU, "cpu": _CPU}[device]
-    if options.shapes:
-        shapes = [harness.parse_integers(parser, text, FORM) for text in options.shapes.split(",")]
-    dtypes = harness.parse_dtypes(parser, options.dtypes, ["bf16"] if gpu else ["fp32", "bf16"])
-    scale = 1e12 if gpu else 1e9
-    bench = harness.Benchmark(
-        "block", device, unit="TFLOP/s" if gpu else "GFLOP/s", formula=FORMULA,
-        seconds=0.3 if options.quick else 2.0, rounds=10 if gpu else 3,
-    )  # fmt: skip
-    for name in dtypes:
-        dtype = harness.DTYPES[name]
-        peak = harness.matrix_peak(device, dtype) / scale
-        bench.notes.append(f"matrix product in {name}, measured in this run: {peak:.4g} {bench.unit}")
-        for shape in shapes:
-            batch, seq, hidden, heads, head_dim, inner = shape
-            x, grad = (torch.randn(batch, seq, hidden, device=device).to(dtype) for _ in range(2))
-            parameters = make_parameters(shape, dtype, device)
-            weights = hidden * (3 * heads * head_dim + inner) + (heads * head_dim + inner) * hidden
-            products = 2 * batch * seq * weights / scale
-            attention = 2 * batch * seq**2 * heads * head_dim / scale
-            makers = implementations(shape, dtype, device, parameters)
-            for work, flops in (
-                ("forward", products + attention),
-                ("forward + backward", 3 * products + 3.5 * attention),
-            ):
-                candidates = [
-                    Candidate(label, mine, lambda make=make, work=work, x=x, grad=grad: timed(make, work, x, grad))
-                    for label, mine, make in makers
-                ]
-                bench.group(f"{'x'.join(map(str, shape))} {name}", work, flops, candidates, peak)
-    bench.finish(options)
-
+_GPU: list[Shape] = [(8, 2048, 2048, 32, 64, 8192), (8, 2048, 1024, 16, 64, 4096)]
+SUITE = suite.Suite(
+    name="block",
+    description=__doc__ or "",
+    form=FORM,
+    formula=FORMULA,
+    shapes={"cuda": _GPU, "cpu": [(2, 1024, 512, 8, 64, 2048)]},
+    quick_shapes={"cuda": _GPU[:1], "cpu": [(1, 512, 512, 8, 64, 2048)]},
+    dtypes={"cuda": ["bf16"], "cpu": ["fp32", "bf16"]},
+    cases=cases,
+)
 
 if __name__ == "__main__":
-    main()
+    suite.main(SUITE)

@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 
+from kernels.measured import device_kind
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Unavailable(Exception):
@@ -35,12 +36,14 @@ class Unavailable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One implementation of a group's work."""
+    """One implementation of a case's work."""
 
     name: str
     ours: bool
-    make: Callable[[], Callable[[], Any]]
-    """Prepares (inputs, graph, compilation) and returns the call to time; raises Unavailable."""
+    make: Callable[[str], Callable[[], Any]]
+    """Given the work, prepares (graph, compilation) and returns the call to time; raises Unavailable."""
+    unavailable: str | None = None
+    """Why it is not even made, if that is known."""
 
 
 @dataclasses.dataclass
@@ -67,52 +70,6 @@ class Row:
     unavailable: str | None = None
 
 
-def arguments(description: str, *, shapes: str) -> argparse.ArgumentParser:
-    """The options that all benchmarks share. shapes: help text of --shapes."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer cases, fewer rounds")
-    parser.add_argument("--shapes", help=shapes)
-    parser.add_argument("--dtypes", help="comma-separated, of fp32, bf16, fp16")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one"
-    )  # fmt: skip
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
-    parser.add_argument("--json", type=Path, help="write the measurements to this file")
-    parser.add_argument(
-        "--save", action="store_true", help="write bench/results/<name>-<device>.json, .md and .png"
-    )  # fmt: skip
-    return parser
-
-
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses, checks the device and sets the threads."""
-    options = parser.parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch.cuda.is_available() is False; use --device cpu")
-    if options.threads is not None:
-        if options.threads < 1:
-            parser.error(f"--threads {options.threads}: must be at least 1")
-        torch.set_num_threads(options.threads)
-    return options
-
-
-def parse_dtypes(parser: argparse.ArgumentParser, names: str | None, default: Sequence[str]) -> list[str]:
-    """Checked names of dtypes."""
-    chosen = list(default) if names is None else names.split(",")
-    for name in chosen:
-        if name not in DTYPES:
-            parser.error(f"--dtypes {name}: must be of {', '.join(DTYPES)}")
-    return chosen
-
-
-def parse_integers(parser: argparse.ArgumentParser, text: str, form: str) -> tuple[int, ...]:
-    """ "1x512x32x64" -> (1, 512, 32, 64), as many as `form` ("batch x seq x heads x head_dim") names."""
-    parts = text.split("x")
-    if len(parts) != len(form.split(" x ")) or not all(p.isdigit() and int(p) > 0 for p in parts):
-        parser.error(f"--shapes {text}: must be {form}, positive whole numbers joined by 'x'")
-    return tuple(int(p) for p in parts)
-
-
 def environment(device: str) -> dict[str, Any]:
     """Everything one needs to know to read a figure: machine, driver, versions, commit."""
 
@@ -127,6 +84,7 @@ def environment(device: str) -> dict[str, Any]:
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": f"python bench/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
         "device": device_name(device),
+        "kind": device_kind(torch.device(device)),  # bench/choose.py: whose choice the figures decide
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "load": os.getloadavg()[0],
@@ -232,7 +190,9 @@ class Benchmark:
             row = Row(case, work, candidate.name, candidate.ours)
             self.rows.append(row)
             try:
-                call = candidate.make()
+                if candidate.unavailable is not None:
+                    raise Unavailable(candidate.unavailable)
+                call = candidate.make(work)
                 call()  # compiles, autotunes, fills caches
                 row.peak_bytes = self._peak(call)
             except Unavailable as reason:
@@ -364,23 +324,6 @@ class Benchmark:
         figure.set_layout_engine("constrained")
         figure.savefig(path, dpi=110)
         plt.close(figure)
-
-
-def our_backends(op: str, device: str, **options: Any) -> list[tuple[str, str | None]]:
-    """(backend, why it cannot be measured here or None) for every backend of `op` but the reference."""
-    import kernels.triton
-    from kernels.registry import BACKENDS, BackendError, choose
-
-    found: list[tuple[str, str | None]] = []
-    for backend in BACKENDS[1:]:
-        try:
-            choose(op, device, backend, **options)
-        except BackendError as error:
-            found.append((backend, str(error).split("cannot serve this call: ")[-1].split("; able:")[0]))
-        else:
-            interpreted = backend == "triton" and kernels.triton.INTERPRETED
-            found.append((backend, "it runs in Triton's interpreter, for correctness only" if interpreted else None))
-    return found
 
 
 def matrix_peak(device: str, dtype: torch.dtype) -> float:

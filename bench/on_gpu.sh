@@ -4,7 +4,8 @@
 #
 #   bench/on_gpu.sh [folder]      default: $OUT, else bench/results/gpu
 #
-# The folder gets summary.txt (a line a step: seconds, exit status), a log for each step and the benchmarks' tables.
+# The folder gets summary.txt (a line a step: seconds, exit status), a log for each step, the benchmarks' tables and
+# measured.json, the rows of kernels/measured.json for this GPU.
 # A step that fails or runs out of time does not stop the next; the exit status is 1 if any did.
 set -u
 cd "$(dirname "$0")/.."
@@ -73,5 +74,10 @@ step bench-attn 150 "$python" bench/attn.py --quick --device cuda --json "$out/a
 for name in block loss train rotary; do
     step "bench-$name" 60 "$python" "bench/$name.py" --quick --device cuda --json "$out/$name.json"
 done
+results=() # of those that ran
+for name in attn block loss rotary; do
+    [ -f "$out/$name.json" ] && results+=("$out/$name.json")
+done
+step choose 60 "$python" bench/choose.py "${results[@]}" --out "$out/measured.json"
 echo "all: $((SECONDS - started)) s, in $out"
 exit $failed

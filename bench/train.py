@@ -6,7 +6,7 @@ Same shapes, weights in the benchmark's dtype, dropout off, `torch.optim.AdamW(f
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from bench import harness
+from bench import suite
 from bench.harness import Candidate, Unavailable
+from bench.suite import Case, Shape
 from kernels import use_backend
 from phi1.config import ModelConfig
 from phi1.model import Phi1
 
-FORM = "batch x seq x hidden x layers x vocabulary"
 FORMULA = "FLOP per token = 6 x (parameters - input embedding) + 12 x layers x attention width x sequence / 2 (causal)"
 HEAD_DIM = 64
-
-_SHAPES = {
-    "cuda": [(8, 2048, 2048, 24, 51200), (16, 2048, 1024, 20, 51200)],
-    "cpu": [(2, 1024, 512, 8, 51200), (2, 1024, 512, 8, 4096)],
-}
-_QUICK = {"cuda": [(4, 2048, 1024, 20, 51200)], "cpu": [(2, 256, 512, 2, 4096)]}
 
 
 def model_config(shape: Sequence[int]) -> ModelConfig:
@@ -81,48 +75,43 @@ def hugging_face(shape: Sequence[int], tokens: Tensor, dtype: torch.dtype, compi
     return step_of(model, lambda: run(input_ids=tokens, labels=tokens).loss)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = harness.arguments(__doc__ or "", shapes=f"comma-separated, each {FORM}, e.g. 2x1024x512x8x51200")
-    options = harness.parse(parser, argv)
-    device = options.device
-    shapes = (_QUICK if options.quick else _SHAPES)[device]
-    if options.shapes:
-        shapes = [harness.parse_integers(parser, text, FORM) for text in options.shapes.split(",")]
-    bench = harness.Benchmark(
-        "train", device, unit="GFLOP/s", formula=FORMULA, seconds=1.0 if options.quick else 30.0, rounds=3
-    )
-    for name in harness.parse_dtypes(parser, options.dtypes, ["bf16"]):
-        dtype = harness.DTYPES[name]
-        peak = harness.matrix_peak(device, dtype)
-        for shape in shapes:
-            batch, seq, hidden, layers, vocabulary = shape
-            if hidden % HEAD_DIM:
-                parser.error(f"--shapes: hidden {hidden} must be a multiple of {HEAD_DIM}, the head's width")
-            tokens = torch.randint(vocabulary, (batch, seq), device=device)
-            with torch.device("meta"):
-                model = Phi1(model_config(shape))
-            parameters = sum(p.numel() for p in model.parameters()) - model.embedding.numel()
-            flops = batch * seq * (6 * parameters + 6 * layers * hidden * seq)
-            candidates = [
-                Candidate("phi1", True, lambda shape=shape, tokens=tokens, dtype=dtype: ours(shape, tokens, dtype, None)),
-                Candidate(
-                    "phi1 on torch ops", True,
-                    lambda shape=shape, tokens=tokens, dtype=dtype: ours(shape, tokens, dtype, "torch"),
-                ),
-                *(
-                    Candidate(
-                        f"Hugging Face {kind}", False,
-                        lambda shape=shape, tokens=tokens, dtype=dtype, kind=kind: hugging_face(
-                            shape, tokens, dtype, kind == "compiled"
-                        ),
-                    )
-                    for kind in ("eager", "compiled")
-                ),
-            ]  # fmt: skip
-            case = f"{'x'.join(map(str, shape))} {name}"
-            bench.group(case, "step", flops / 1e9, candidates, peak / 1e9)
-    bench.finish(options)
+def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
+    batch, seq, hidden, layers, vocabulary = shape
+    precision = suite.DTYPES[dtype]
+    tokens = torch.randint(vocabulary, (batch, seq), device=device)
+    with torch.device("meta"):
+        model = Phi1(model_config(shape))
+    parameters = sum(p.numel() for p in model.parameters()) - model.embedding.numel()
+    flops = batch * seq * (6 * parameters + 6 * layers * hidden * seq)
+    candidates = [
+        Candidate("phi1", True, lambda _: ours(shape, tokens, precision, None)),
+        Candidate("phi1 on torch ops", True, lambda _: ours(shape, tokens, precision, "torch")),
+        Candidate("Hugging Face eager", False, lambda _: hugging_face(shape, tokens, precision, compiled=False)),
+        Candidate("Hugging Face compiled", False, lambda _: hugging_face(shape, tokens, precision, compiled=True)),
+    ]
+    yield Case("", {"step": flops}, candidates)
 
+
+def check(shape: Shape) -> str | None:
+    return f"hidden must be a multiple of {HEAD_DIM}, the head's width" if shape[2] % HEAD_DIM else None
+
+
+SUITE = suite.Suite(
+    name="train",
+    description=__doc__ or "",
+    form="batch x seq x hidden x layers x vocabulary",
+    formula=FORMULA,
+    shapes={
+        "cuda": [(8, 2048, 2048, 24, 51200), (16, 2048, 1024, 20, 51200)],
+        "cpu": [(2, 1024, 512, 8, 51200), (2, 1024, 512, 8, 4096)],
+    },
+    quick_shapes={"cuda": [(4, 2048, 1024, 20, 51200)], "cpu": [(2, 256, 512, 2, 4096)]},
+    dtypes={"cuda": ["bf16"], "cpu": ["bf16"]},
+    cases=cases,
+    check=check,
+    seconds=(1.0, 30.0),
+    rounds={"cuda": 3, "cpu": 3},
+)
 
 if __name__ == "__main__":
-    main()
+    suite.main(SUITE)

@@ -31,8 +31,7 @@ _POINTERS = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "cos_ptr": "*fp32", "sin_
 _POINTERS |= {"cu_q_ptr": "*i32", "cu_k_ptr": "*i32", "stats_ptr": "*fp32", "partial_ptr": "*fp32", "loss_ptr": "*fp32"}
 _POINTERS |= {"target_ptr": "*i64", "sum_ptr": "*fp32"}
 # Multiples of 16 in phi-1: pointers, strides, widths.
-_ALIGNED = ("_ptr", "_batch", "_seq", "_head", "_stride")
-_ALIGNED += ("hidden", "width", "columns", "summed", "turned", "first_u")
+_ALIGNED = ("_ptr", "_batch", "_seq", "_head", "_stride", "hidden", "width", "columns", "summed", "turned", "first_u")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +135,8 @@ def _block_jobs(arch: int, dtype: str, quick: bool) -> list[Job]:
         _job("block_elementwise", "after_out_backward_kernel", arch, dtype, {"DROPOUT": True, **chunk, **tile}, 4, 3),
     ]
     tiles = block.PRODUCT_TILES[:1] if quick else block.PRODUCT_TILES
-    for (kernel, constants), even in itertools.product(
-        (("project_in", heads), ("project_out", {"DROPOUT": True})), (True,) if quick else (True, False)
-    ):
+    products: list[tuple[str, dict[str, Any]]] = [("project_in", heads), ("project_out", {"DROPOUT": True})]
+    for (kernel, constants), even in itertools.product(products, (True,) if quick else (True, False)):
         for m, n, k, warps, stages in tiles:
             blocks = {"EVEN": even, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
             found.append(_job("block_product", f"{kernel}_kernel", arch, dtype, {**constants, **blocks}, warps, stages))

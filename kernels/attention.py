@@ -174,7 +174,7 @@ def flash_attention(
         "dropout_p": dropout_p, "return_lse": return_lse, "dtype": q.dtype, "head_dim": head_dim,
         "packed": cu_seqlens_q is not None,
     }  # fmt: skip
-    name = choose("flash_attention", q.device.type, backend, **options)
+    name = choose("flash_attention", q.device, backend, **options)
     if name == "torch":  # refuses return_lse
         result = torch_backend.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
         return result if out is None else out.copy_(result)

@@ -116,7 +116,7 @@ def parallel_block(
     )
     check_table(x, batch, seq, head_dim, cos, sin, positions)
     name = choose(
-        "parallel_block", x.device.type, backend,
+        "parallel_block", x.device, backend,
         dtype=x.dtype, head_dim=head_dim, hidden=hidden, inner=inner, rotary_dim=2 * cos.shape[-1],
     )  # fmt: skip
     pieces = implementation("parallel_block", name)

@@ -84,7 +84,7 @@ def linear_cross_entropy(
     check_device("targets", targets, "hidden", hidden)
     check(z_loss >= 0, lambda: f"z_loss = {z_loss}: must be at least 0")
     check(reduction in ("mean", "sum"), lambda: f"reduction = {reduction!r}: must be 'mean' or 'sum'")
-    name = choose("linear_cross_entropy", hidden.device.type, backend, dtype=hidden.dtype, columns=weight.shape[0])
+    name = choose("linear_cross_entropy", hidden.device, backend, dtype=hidden.dtype, columns=weight.shape[0])
     flat, flat_targets = hidden.reshape(-1, width), targets.reshape(-1)
     if name == "reference":
         loss = reference.linear_cross_entropy(flat, weight, bias, flat_targets, ignore_index, z_loss)

@@ -75,7 +75,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, ba
         check_shape(name, parameter, (x.shape[-1],), "(hidden,), x's last dim")
         check_like(name, parameter, "x", x)
         check_device(name, parameter, "x", x)
-    name = choose("layer_norm", x.device.type, backend, dtype=x.dtype)
+    name = choose("layer_norm", x.device, backend, dtype=x.dtype)
     if name in ("reference", "torch"):
         return implementation("layer_norm", name)(x, weight, bias, eps)
     return _LayerNorm.apply(x, weight, bias, eps, name)

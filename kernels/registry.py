@@ -2,7 +2,8 @@
 
 A backend is one way to run an op: `reference` (plain PyTorch, the ground truth), `torch` (PyTorch's own
 fast ops), `cpu` (csrc/cpu), `triton` (kernels/triton), `cuda` (csrc/cuda). The choice, first that is given:
-the call's `backend=`, the innermost `use_backend` block, the environment variable PHI1_KERNELS, automatic.
+the call's `backend=`, the innermost `use_backend` block, the environment variable PHI1_KERNELS, automatic: what was
+measured fastest for this op, device, dtype and head_dim (kernels/measured.json), a fixed order where nothing was.
 A backend that is asked for by name and cannot serve the call is an error, never replaced by another.
 """
 
@@ -12,11 +13,15 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
+import torch
 
-# Automatic choice tries these in order. `cpu` first: bench/rotary.py measures it ahead of torch there.
-# On a GPU PyTorch's own ops come first until our kernels have been measured on one.
+from kernels import measured
+from kernels.measured import BACKENDS, Cell
+
+# Automatic choice takes the fastest that was measured for such a call and can serve it, else the first of these that can.
+# That order is for calls without a row: on a GPU ours come after PyTorch's own ops until measurements put them first.
 _ORDER = {"cpu": ("cpu", "torch", "reference"), "cuda": ("torch", "cuda", "triton", "reference")}
+_MEASURED = measured.read()
 
 
 class BackendError(ValueError):
@@ -93,23 +98,24 @@ def _why_not(op: str, backend: str, device: str, options: dict[str, Any]) -> str
     return implementation.refuses(**options)
 
 
-def choose(op: str, device: str, requested: str | None, **options: Any) -> str:
-    """The backend for this call of `op` on tensors of type `device` ("cpu", "cuda").
+def choose(op: str, device: torch.device, requested: str | None, **options: Any) -> str:
+    """The backend for this call of `op` on tensors on `device`.
 
-    options: what an implementation's `refuses` may look at (dropout_p, dtype, ...).
+    options: `dtype`, `head_dim` where the op has one, and what else an implementation's `refuses` may look at.
     Raises BackendError if the backend asked for cannot serve the call.
     """
     forced = forced_backend(requested)
     if forced is not None:
-        reason = _why_not(op, forced, device, options)
+        reason = _why_not(op, forced, device.type, options)
         if reason is not None:
-            able = [b for b in BACKENDS if _why_not(op, b, device, options) is None]
+            able = [b for b in BACKENDS if _why_not(op, b, device.type, options) is None]
             raise BackendError(f"{op}: backend {forced!r} cannot serve this call: {reason}; able: {', '.join(able)}")
         return forced
-    for backend in _ORDER.get(device, ("torch", "reference")):
-        if _why_not(op, backend, device, options) is None:
+    row = _MEASURED.get(Cell(op, measured.device_kind(device), options["dtype"], options.get("head_dim")))
+    for backend in (*(row.speed if row is not None else ()), *_ORDER.get(device.type, ("torch", "reference"))):
+        if _why_not(op, backend, device.type, options) is None:
             return backend
-    raise BackendError(f"{op}: no backend serves tensors on {device!r}; move them to cpu or cuda")
+    raise BackendError(f"{op}: no backend serves tensors on {device.type!r}; move them to cpu or cuda")
 
 
 def implementation(op: str, backend: str) -> Any:
@@ -118,7 +124,7 @@ def implementation(op: str, backend: str) -> Any:
 
 
 def backends() -> str:
-    """A table, one line per op and backend: is it available here, and why not."""
+    """Two tables: of op and backend, is it available here, and why not; of each measured kind of call, what automatic choice takes."""
     lines = [f"{'op':<22}{'backend':<11}{'here':<6}devices / why not"]
     for op, table in _IMPLEMENTATIONS.items():
         for backend in BACKENDS:
@@ -126,4 +132,27 @@ def backends() -> str:
             reason = f"{op} has no {backend} backend" if found is None else found.missing
             detail = reason if reason is not None else ", ".join(found.devices) if found else ""
             lines.append(f"{op:<22}{backend:<11}{'no' if reason else 'yes':<6}{detail}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_choices()])
+
+
+def _choices() -> list[str]:
+    """The second table of `backends`: the cells of this machine's devices."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    kinds = {measured.device_kind(device): device.type for device in devices}
+    lines = [f"{'op':<22}{'device':<8}{'dtype':<10}{'head_dim':<10}{'automatic':<11}why"]
+
+    def add(op: str, kind: str, dtype: str, head_dim: str, order: tuple[str, ...], why: str) -> None:
+        table, device = _IMPLEMENTATIONS[op], kinds[kind]
+        usable = [b for b in order if b in table and table[b].missing is None and device in table[b].devices]
+        lines.append(f"{op:<22}{kind:<8}{dtype:<10}{head_dim:<10}{usable[0]:<11}{why}")
+
+    for kind, device in kinds.items():
+        for op in _IMPLEMENTATIONS:
+            for cell, row in _MEASURED.items():
+                if (cell.op, cell.device) == (op, kind):
+                    speeds = ", ".join(f"{backend} {speed:.2f}" for backend, speed in row.speed.items())
+                    dtype, head_dim = str(cell.dtype).removeprefix("torch."), str(cell.head_dim or "any")
+                    why = f"measured: {speeds} ({'; '.join(row.results)})"
+                    add(op, kind, dtype, head_dim, (*row.speed, *_ORDER[device]), why)
+            add(op, kind, "other", "other", _ORDER[device], "unmeasured: the first that can serve the call")
+    return lines

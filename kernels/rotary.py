@@ -108,7 +108,7 @@ def apply_rotary(
         lambda: f"k.shape = {tuple(k.shape)}: must be ({batch}, {seq}, kv_heads, {head_dim}), q being {tuple(q.shape)}",
     )
     check_table(q, batch, seq, head_dim, cos, sin, positions)
-    name = choose("apply_rotary", q.device.type, backend, dtype=q.dtype)
+    name = choose("apply_rotary", q.device, backend, dtype=q.dtype)
     if name == "torch":
         return reference.rotary(q, k, cos, sin, positions, False)
     return _Rotary.apply(q, k, cos, sin, positions, name)

@@ -36,14 +36,18 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor
     m, n = q.shape[1], k.shape[1]
     if m == 0 or n == 0:
         return q * 0
-    mask = None
+    mask, is_causal = None, False
     hidden_rows = max(m - n, 0) if causal else 0
-    if causal and m != n and m > 1:  # is_causal aligns top-left; ours is bottom-right. One query sees every key.
+    if (
+        causal and m == n
+    ):  # a branch: of lengths that vary torch.compile makes an expression, which the op does not take
+        is_causal = True
+    elif causal and m > 1:  # is_causal aligns top-left; ours is bottom-right. One query sees every key.
         mask = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m)
         mask[:hidden_rows] = True  # a row without a visible key would be NaN: zeroed below
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        attn_mask=mask, is_causal=causal and m == n, scale=scale, enable_gqa=q.shape[2] != k.shape[2],
+        attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[2] != k.shape[2],
     ).transpose(1, 2)  # fmt: skip
     if hidden_rows:
         out = torch.cat([torch.zeros_like(out[:, :hidden_rows]), out[:, hidden_rows:]], dim=1)

@@ -1,5 +1,6 @@
 """The processes that train together, their devices, and the signals that tell them to stop."""
 
+import importlib
 import os
 import pathlib
 import signal
@@ -41,6 +42,9 @@ class World:
 
     def __enter__(self) -> "World":
         if self.distributed:
+            # DistributedDataParallel imports this module. Imported while there is a process group, it keeps it, as a default
+            # argument, and gloo's threads would run on after destroy_process_group, into the interpreter's exit.
+            importlib.import_module("torch.distributed.nn.functional")
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         return self
 

@@ -89,6 +89,19 @@ def test_no_native_source_includes_torch() -> None:
             assert not re.search(r"#include\s*[<\"](torch|ATen|c10)", path.read_text(encoding="utf-8")), path
 
 
+def test_the_package_brings_the_table_of_what_was_measured(tmp_path: pathlib.Path) -> None:
+    source = tmp_path / "source"
+    for name in ("kernels", "phi1", "data_tools"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "built")]
+    subprocess.run(command, cwd=source, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""})
+    assert (tmp_path / "built" / "kernels" / "measured.json").read_bytes() == (
+        ROOT / "kernels" / "measured.json"
+    ).read_bytes()
+
+
 def test_another_package_named_kernels_is_named(tmp_path: pathlib.Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("")

@@ -17,12 +17,13 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+// Weak: every object that includes this header brings one.
 extern "C" void phi1_switch_stack(void** save, void* load);
 
 #if defined(__x86_64__)
 asm(R"(
 .text
-.globl phi1_switch_stack
+.weak phi1_switch_stack
 .type phi1_switch_stack, @function
 phi1_switch_stack:
   pushq %rbp
@@ -45,7 +46,7 @@ phi1_switch_stack:
 #elif defined(__aarch64__)
 asm(R"(
 .text
-.globl phi1_switch_stack
+.weak phi1_switch_stack
 .type phi1_switch_stack, %function
 phi1_switch_stack:
   sub sp, sp, #160

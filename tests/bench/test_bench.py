@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attn, block, harness
+from bench import attn, block, harness, suite
 
 ROOT = Path(__file__).resolve().parents[2]
 BOTH = {"forward", "forward + backward"}
@@ -40,6 +40,7 @@ def test_script_measures_ours_and_peers(script, shape, works, peers, unit, tmp_p
     assert document["unit"] == unit
     assert document["environment"]["threads"] == 1
     assert document["environment"]["torch"] == torch.__version__
+    assert document["environment"]["kind"] == "cpu"
     assert len(document["environment"]["commit"]) == 40
     assert document["formula"] in done.stdout
     rows = document["rows"]
@@ -81,7 +82,7 @@ def test_the_peers_of_the_block_compute_the_same():
     x, grad = torch.randn(2, 2, 9, 64, dtype=torch.float64)
     theirs, own = block.hugging_face(shape, parameters)
     results = []
-    for layer in (theirs, block.ours("torch", shape, parameters)):
+    for layer in (theirs, block.ours("torch", shape, parameters)[0]):
         leaf = x.clone().requires_grad_()
         y = layer(leaf)
         results.append((y.detach(), *torch.autograd.grad(y, leaf, grad)))
@@ -96,14 +97,16 @@ def test_the_peers_of_the_block_compute_the_same():
     ("arguments", "message"),
     [
         (["--shapes", "1x2"], "--shapes 1x2: must be batch x seq x heads x head_dim"),
+        (["--shapes", "1x2x3x4x5x6"], "must be batch x seq x heads x head_dim [x kv_heads]"),
         (["--shapes", "0x2x2x2"], "positive whole numbers"),
+        (["--shapes", "1x2x3x4x2"], "--shapes 1x2x3x4x2: 2 kv_heads must divide 3 heads"),
         (["--dtypes", "fp8"], "--dtypes fp8: must be of fp32, bf16, fp16"),
         (["--threads", "0"], "--threads 0: must be at least 1"),
     ],
 )
 def test_bad_options(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        attn.main(["--device", "cpu", *arguments])
+        suite.main(attn.SUITE, ["--device", "cpu", *arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -111,7 +114,7 @@ def test_bad_options(arguments, message, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_device_cuda_without_a_gpu(capsys):
     with pytest.raises(SystemExit):
-        attn.main(["--device", "cuda"])
+        suite.main(attn.SUITE, ["--device", "cuda"])
     assert "use --device cpu" in capsys.readouterr().err
 
 
@@ -122,13 +125,13 @@ def test_save_writes_table_and_plot_with_the_device_in_the_name(tmp_path, monkey
     bench.group(
         "case", "work", 1.0,
         [
-            harness.Candidate("mine", True, lambda: lambda: sum(range(10))),
-            harness.Candidate("theirs", False, lambda: lambda: sum(range(100000))),
-            harness.Candidate("absent", False, lambda: _unavailable("not installed")),
+            harness.Candidate("mine", True, lambda work: lambda: sum(range(10))),
+            harness.Candidate("theirs", False, lambda work: lambda: sum(range(100000))),
+            harness.Candidate("absent", False, lambda work: _unavailable("not installed")),
         ],
         peak=1.0,
     )  # fmt: skip
-    bench.finish(harness.parse(harness.arguments("", shapes=""), ["--save", "--device", "cpu"]))
+    bench.finish(suite.parse(suite.arguments("", ""), ["--save", "--device", "cpu"]))
     stems = {path.suffix: path for path in (tmp_path / "results").iterdir()}
     assert set(stems) == {".json", ".md", ".png"}
     assert stems[".png"].read_bytes()[:4] == b"\x89PNG"

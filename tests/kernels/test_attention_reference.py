@@ -131,6 +131,13 @@ def test_torch_backend(case: Case, dtype: torch.dtype) -> None:
     check_case(case, dtype, "torch", lse=False)
 
 
+def test_torch_backend_compiles_for_lengths_that_vary() -> None:
+    compiled = torch.compile(lambda q: flash_attention(q, q, q, backend="torch"), fullgraph=True, backend="aot_eager")
+    for length in (5, 9, 33):
+        q = torch.randn(1, length, 2, 32)
+        torch.testing.assert_close(compiled(q), flash_attention(q, q, q, backend="torch"))
+
+
 @pytest.mark.parametrize(
     ("dtype", "field", "value"),
     [

@@ -10,7 +10,7 @@ from cpu_isa import CPU_BACKENDS, ISAS, chosen, use_threads
 from error_rule import check
 from torch import Tensor
 
-from kernels import chunked_loss, linear_cross_entropy, reference
+from kernels import chunked_loss, linear_cross_entropy, native, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FLOAT64_BACKENDS = ["reference", "torch"]
@@ -227,7 +227,7 @@ def test_bitwise_equal_for_any_thread_count(name):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.skipif(not CPU_BACKENDS, reason="no native kernels")
+@pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
 def test_a_target_outside_the_columns_is_an_error_on_the_cpu():
     inputs, targets = make(5, 4, 6, torch.float32)
     targets[2] = 6

@@ -18,7 +18,8 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     empty = [request.param, "-fsanitize=address", "-xc++", "-", "-o", path]
     if subprocess.run(empty, input="int main() {}", capture_output=True, text=True).returncode:
         pytest.skip(f"{request.param} has no AddressSanitizer (Debian: libclang-rt-14-dev, libasan8)")
-    sources = [pathlib.Path(__file__).parent / "address.cpp", CSRC / "emulator" / "emulator.cpp"]
+    emulator = CSRC / "emulator"
+    sources = [pathlib.Path(__file__).parent / "address.cpp", emulator / "emulator.cpp", emulator / "block.cpp"]
     command = [
         request.param, "-std=c++20", "-O1", "-g1", "-fsanitize=address", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
         "-Werror", "-DPHI1_EMULATOR", "-DPHI1_ONE_INSTANCE", f"-I{CSRC}", *sources,

@@ -21,6 +21,7 @@ EXPECTED = {
     "copy_alignment": "is not a multiple of 16",
     "race_write_read": "race: ",
     "race_read_write": "race: ",
+    "race_of_a_pair": "reads 1, writes 1",
     "barrier_orders": "ok",
     "warp_barrier_orders_a_warp": "ok",
     "warp_barrier_does_not_order_a_block": "race: ",
@@ -40,8 +41,8 @@ def lines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     program = tmp_path_factory.mktemp("rules") / "rules"
     command = [
         request.param, "-std=c++20", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-DPHI1_EMULATOR",
-        f"-I{CSRC}", str(pathlib.Path(__file__).parent / "rules.cpp"), str(CSRC / "emulator" / "emulator.cpp"),
-        "-o", str(program),
+        f"-I{CSRC}", str(pathlib.Path(__file__).parent / "rules.cpp"),
+        str(CSRC / "emulator" / "emulator.cpp"), str(CSRC / "emulator" / "block.cpp"), "-o", str(program),
     ]  # fmt: skip
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr

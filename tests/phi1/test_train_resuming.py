@@ -1,0 +1,130 @@
+"""Trainings that stop and go on."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from training import DROPOUT, ROOT, TINY, change, content, environment, losses, records, write, write_recipe
+
+from phi1 import checkpoint
+from phi1.distributed import World
+from phi1.errors import UserError
+from phi1.tokenizer import train_tokenizer
+from phi1.train import Trainer, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_a_crashed_run_goes_on_as_if_it_had_not_crashed(config, tmp_path, monkeypatch):
+    config = change(config, **DROPOUT, document_masking=True)
+    whole = train(config)
+    crashed = change(config, run_folder=tmp_path / "crashed", device="auto" if not torch.cuda.is_available() else "cpu")
+    real = Trainer.update
+
+    def update(self, stop):
+        if self.step == 5:
+            raise RuntimeError("power cut")
+        return real(self, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", update)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(crashed)
+    assert checkpoint.newest(crashed.train.run_folder).name == "step-000003"
+    with open(crashed.train.run_folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # a torn line
+    (crashed.train.run_folder / "step-000006.tmp-1").mkdir()  # a torn checkpoint
+    resumed = train(crashed)
+    assert content(resumed) == content(whole)
+    assert [r["step"] for r in records(crashed.train.run_folder)] == list(range(1, 9))
+    assert losses(crashed.train.run_folder) == losses(config.train.run_folder)
+    assert not list(crashed.train.run_folder.glob("*.tmp*"))
+
+
+def test_interrupted_by_ctrl_c_then_resumed(config, tmp_path):
+    """Through the real command line: exit status 130, then the same bits as a run that was left alone."""
+    config = change(config, steps=60, checkpoint_every=1000, **TINY, **DROPOUT)
+    recipe = write_recipe(tmp_path, change(config, run_folder=tmp_path / "interrupted"))
+    run = tmp_path / "interrupted"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "phi1" / "train.py", recipe], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not ((run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "stopping after this step" in errors and "Traceback" not in errors
+    stopped = checkpoint.newest(run)
+    assert 3 <= checkpoint.read_facts(stopped)["step"] < 60
+    assert len(losses(run)) == checkpoint.read_facts(stopped)["step"]
+    resumed = subprocess.run([sys.executable, ROOT / "phi1" / "train.py", recipe], cwd=tmp_path, env=environment(),
+                             capture_output=True, text=True)  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"going on from {stopped}" in resumed.stdout
+    assert content(run / "step-000060") == content(train(config))
+    assert losses(run) == losses(config.train.run_folder)
+
+
+def test_a_changed_setting_is_said_or_refused(config, tokens, masked_tokens, capsys):
+    train(change(config, steps=3))
+    train(change(config, steps=4, lr=1e-3))
+    out = capsys.readouterr().out
+    assert (
+        "changed since then: train.steps = 3 -> 4" in out and "changed since then: optimizer.lr = 0.003 -> 0.001" in out
+    )
+    with pytest.raises(UserError, match=r"run: holds a run made otherwise \(train\.seed = 0 there, 1 here\)"):
+        train(change(config, seed=1))
+    with pytest.raises(UserError, match=r"made otherwise \(other token shards\)"):
+        train(change(config, tokens=masked_tokens))
+    with pytest.raises(UserError, match=r"step-000004: past --steps 2"):
+        train(change(config, steps=2))
+    with pytest.raises(UserError, match=r"another model \(hidden_size = 32 there, 64 in the recipe\)"):
+        train(change(config, hidden_size=64))
+
+
+def test_a_corrupt_checkpoint_stops_the_run(config):
+    final = train(change(config, steps=3))
+    (final / "optimizer.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"optimizer\.safetensors: corrupt"):
+        train(config)
+
+
+def test_the_loss_scale_is_resumed(config, tmp_path):
+    config = change(config, precision="fp16", loss_scale=2.0**30, steps=12, checkpoint_every=4, **TINY)
+    whole = train(config)
+    scale = checkpoint.read_facts(config.train.run_folder / "step-000004")["scaler"]["scale"]
+    assert 2.0**26 <= scale < 2.0**30  # steps were skipped, and the others are still to come
+    assert sum(record["skipped"] for record in records(config.train.run_folder)) > 4
+    for step in (8, 12):
+        (config.train.run_folder / f"step-{step:06d}").rename(tmp_path / f"step-{step:06d}")
+    assert content(train(config)) == content(tmp_path / whole.name)
+
+
+def test_finetuning_starts_from_a_checkpoint(config, tmp_path, tokenizer, texts, capsys):
+    base = train(change(config, steps=3))
+    tuned = change(config, run_folder=tmp_path / "tuned", init_from=config.train.run_folder, **DROPOUT)
+    with World("cpu") as world:
+        trainer = Trainer(tuned, world)
+    for name, value in checkpoint.load_model(base)[0].state_dict().items():
+        assert torch.equal(trainer.model.state_dict()[name], value)
+    assert not trainer.optimizer.state and trainer.step == 0
+    final = train(tuned)
+    assert checkpoint.read_facts(final)["init_from"] == {
+        "folder": str(base),
+        "step": 3,
+        "hash": checkpoint.digest(base),
+    }
+    assert losses(tmp_path / "tuned")[0] < 5.5 < losses(config.train.run_folder)[0]
+    other = write(tmp_path / "other", train_tokenizer(["while True:\n\tpass\n" * 9], 310), texts)
+    with pytest.raises(UserError, match=r"has another tokenizer than .*other"):
+        train(change(tuned, run_folder=tmp_path / "x", tokens=other))
+    with pytest.raises(UserError, match=r"none: no such folder"):
+        train(change(tuned, run_folder=tmp_path / "y", init_from=tmp_path / "none"))
+    with pytest.raises(UserError, match=r"another model \(num_layers = 2 there, 3 in the recipe\)"):
+        train(change(tuned, run_folder=tmp_path / "z", num_layers=3))

@@ -1,0 +1,65 @@
+"""A training of seconds for the tests of the trainer, and what it wrote."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+from phi1.config import ModelConfig
+from phi1.tokens import TokenWriter
+
+ROOT = pathlib.Path(__file__).parents[2]
+MODEL = ModelConfig(
+    vocab_size=320, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16,
+    rotary_dim=8, max_positions=64,
+)  # fmt: skip
+TINY = {"sequence_length": 8, "sequences_per_step": 4, "micro_batch": 2}
+"""For what is slow on a CPU: fp16, and whole processes."""
+DROPOUT = {"attention_dropout": 0.1, "residual_dropout": 0.1}
+
+
+def write(folder, tokenizer, texts, masked=False):
+    writer = TokenWriter(folder, tokenizer, masked=masked, identity={})
+    encoded = tokenizer.encode_batch(texts)
+    # With a mask, every document counts a different share of its tokens, some nothing but the end token.
+    masks = [[int(j >= len(ids) - i % 6) for j in range(len(ids))] if masked else None for i, ids in enumerate(encoded)]
+    writer.write(0, zip(encoded, masks, strict=True))
+    return writer.finish(1).folder
+
+
+def change(config, **changes):
+    """config with fields changed by their flat names, as on the command line."""
+    for table in dataclasses.fields(config):
+        mine = {f.name: changes.pop(f.name) for f in dataclasses.fields(table.type) if f.name in changes}
+        config = dataclasses.replace(config, **{table.name: dataclasses.replace(getattr(config, table.name), **mine)})
+    assert not changes, changes
+    return config
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    return [record["loss"] for record in records(run) if "loss" in record]
+
+
+def content(folder):
+    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def write_recipe(folder, config):
+    lines = []
+    for table in dataclasses.fields(config):
+        lines.append(f"[{table.name}]")
+        for field in dataclasses.fields(table.type):
+            value = getattr(getattr(config, table.name), field.name)
+            if value is not None:
+                lines.append(f"{field.name} = {json.dumps(str(value) if isinstance(value, pathlib.Path) else value)}")
+    path = folder / "recipe.toml"
+    path.write_text("\n".join(lines))
+    return path
