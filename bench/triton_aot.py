@@ -1,9 +1,9 @@
-"""What Triton makes of our kernels: registers, spills, shared memory, tensor core instructions. Needs no GPU.
+"""What Triton makes of our kernels: registers, spills, shared memory, tensor core and TMA instructions. Needs no GPU.
 
     python bench/triton_aot.py            writes bench/results/triton-aot.md
     python bench/triton_aot.py --quick    phi-1's case only (bfloat16, head_dim 64, causal), prints
 
-Every kernel and autotune candidate is compiled for sm_80 and sm_90. Exit status 1 if one for 16-bit inputs spills;
+Every kernel and autotune candidate is compiled for sm_80 and sm_90, those with tensor descriptors for sm_90. Exit status 1 if one for 16-bit inputs spills;
 attention in float32, which runs in the interpreter only, would spill, and the table says how much.
 """
 
@@ -49,6 +49,8 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
+    warps: int
+    """A program; three times the candidate's where they are specialised."""
     registers: int
     """A thread."""
     stack: int
@@ -59,6 +61,12 @@ class Result:
     """`wgmma.mma_async` instructions in the PTX (Hopper's tensor cores)."""
     mma: int
     """`mma.sync` instructions in the PTX."""
+    tma: int
+    """`cp.async.bulk.tensor` instructions in the PTX: tiles copied by descriptor."""
+    hgmma: int
+    """HGMMA instructions in the SASS: wgmma as assembled."""
+    utmaldg: int
+    """UTMALDG instructions in the SASS: TMA loads as assembled."""
 
 
 def jobs(quick: bool) -> list[Job]:
@@ -75,21 +83,23 @@ def jobs(quick: bool) -> list[Job]:
 def _attention_jobs(arch: int, dtype: str, quick: bool) -> list[Job]:
     import torch
 
-    from kernels.triton import HEAD_DIMS, attention
+    from kernels.triton import HEAD_DIMS, attention_tuning
 
-    # phi-1's call; in float16 also the one that is not causal; in bfloat16 all eight.
+    # phi-1's call; in 16 bits all eight.
     variants = [{"CAUSAL": True, "DROPOUT": True, "DOCUMENTS": False}]
-    if not quick and dtype == "fp16":
-        variants.append({**variants[0], "CAUSAL": False})
-    if not quick and dtype == "bf16":
+    if not quick and dtype != "fp32":
         options = itertools.product((True, False), repeat=3)
         variants = [dict(zip(("CAUSAL", "DROPOUT", "DOCUMENTS"), values, strict=True)) for values in options]
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     found = []
-    for kernel, head_dim, variant in itertools.product(attention.TILES, (64,) if quick else HEAD_DIMS, variants):
-        for m, n, warps, stages in attention.tiles(kernel, head_dim, kind, *variant.values()):
-            constants = {"HEAD_DIM": head_dim, **variant, "BLOCK_M": m, "BLOCK_N": n}
-            found.append(_job("attention", f"{kernel}_kernel", arch, dtype, constants, warps, stages))
+    heads = (64,) if quick else HEAD_DIMS
+    for kernel, head_dim, variant in itertools.product(attention_tuning.TILES, heads, variants):
+        by_descriptors = arch >= 90 and not variant["DOCUMENTS"]
+        call = (kernel, head_dim, kind, *variant.values(), by_descriptors)
+        for (m, n, warps, stages), tma in attention_tuning.candidates(*call):
+            constants = {"HEAD_DIM": head_dim, **variant, "DESCRIPTORS": tma, "BLOCK_M": m, "BLOCK_N": n, "TMA": tma}
+            module = "attention_forward" if kernel == "forward" else "attention_backward"
+            found.append(_job(module, f"{kernel}_kernel", arch, dtype, constants, warps, stages))
     return found
 
 
@@ -134,12 +144,16 @@ def _block_jobs(arch: int, dtype: str, quick: bool) -> list[Job]:
         _job("block_elementwise", "after_out_kernel", arch, dtype, {"DROPOUT": True, **tile}, 4, 3),
         _job("block_elementwise", "after_out_backward_kernel", arch, dtype, {"DROPOUT": True, **chunk, **tile}, 4, 3),
     ]
-    tiles = block.PRODUCT_TILES[:1] if quick else block.PRODUCT_TILES
     products: list[tuple[str, dict[str, Any]]] = [("project_in", heads), ("project_out", {"DROPOUT": True})]
     for (kernel, constants), even in itertools.product(products, (True,) if quick else (True, False)):
-        for m, n, k, warps, stages in tiles:
-            blocks = {"EVEN": even, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
-            found.append(_job("block_product", f"{kernel}_kernel", arch, dtype, {**constants, **blocks}, warps, stages))
+        seen = set()
+        for config in block.candidates(specialized=kernel == "project_out"):
+            form = config.kwargs["TMA"], config.kwargs.get("WARP_SPECIALIZE")
+            if (config.kwargs["TMA"] and arch < 90) or (quick and form in seen):
+                continue
+            seen.add(form)
+            options = {**constants, "EVEN": even, "DESCRIPTORS": config.kwargs["TMA"], **config.kwargs}
+            found.append(_job("block_product", f"{kernel}_kernel", arch, dtype, options, config.num_warps, config.num_stages))  # fmt: skip
     return found
 
 
@@ -151,19 +165,26 @@ def compile_job(job: Job) -> Result:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from kernels.triton import attention_tuning
+
     kernel = getattr(importlib.import_module(f"kernels.triton.{job.module}"), job.kernel)
-    signature, attributes = {}, {}
+    constants, signature, attributes = dict(job.constants), {}, {}
     for i, name in enumerate(kernel.arg_names):
-        if name in dict(job.constants):
+        if name.endswith("_rows") and constants["TMA"]:
+            rows = constants[attention_tuning.ROWS[name.removesuffix("_rows")]]
+            signature[name] = f"tensordesc<{job.dtype}{[1, 1, rows, constants['HEAD_DIM']]}>"
+        elif name.endswith("_rows"):
+            constants[name], signature[name] = None, "constexpr"
+        elif name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = _POINTERS.get(name, f"*{job.dtype}")
         else:
             signature[name] = "fp32" if name in _FLOATS else "i32"
-        if name.endswith(_ALIGNED) and name not in dict(job.constants):
+        if name.endswith(_ALIGNED) and name not in constants:
             attributes[(i,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
-        ASTSource(fn=kernel, signature=signature, constexprs=dict(job.constants), attrs=attributes),
+        ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", job.arch, 32),
         options={"num_warps": job.warps, "num_stages": job.stages},
     )
@@ -171,13 +192,16 @@ def compile_job(job: Job) -> Result:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage, sass = (
+            subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+            for what in ("-res-usage", "-sass")
+        )
     match = re.search(rf"Function {job.kernel}:\s+REG:(\d+) STACK:(\d+)", usage)
     assert match, usage
-    ptx = compiled.asm["ptx"]
-    return Result(
-        int(match[1]), int(match[2]), compiled.metadata.shared, ptx.count("wgmma.mma_async"), ptx.count("mma.sync")
-    )
+    ptx, metadata = compiled.asm["ptx"], compiled.metadata
+    instructions = [ptx.count(name) for name in ("wgmma.mma_async", "mma.sync", "cp.async.bulk.tensor")]
+    assembled = [sass.count(name) for name in ("HGMMA", "UTMALDG")]
+    return Result(metadata.num_warps, int(match[1]), int(match[2]), metadata.shared, *instructions, *assembled)
 
 
 def compile_all(quick: bool, processes: int = 2) -> dict[Job, Result]:
@@ -194,20 +218,21 @@ def table(results: dict[Job, Result]) -> str:
     lines = [
         "# Triton kernels, compiled ahead of time\n",
         f"triton {triton.__version__}; `python bench/triton_aot.py`. Registers and stack are a thread's, stack is spills; "
-        "shared memory a block's; instructions are counted in the PTX. Attention in float32 spills, and is refused outside "
+        "shared memory a block's; wgmma, mma.sync and TMA (`cp.async.bulk.tensor`) are counted in the PTX, HGMMA and UTMALDG in the SASS. Attention in float32 spills, and is refused outside "
         "the interpreter.\n",
-        "| kernel | arch | dtype | constants | warps | stages | registers | spilled B | shared KiB | wgmma | mma.sync |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | arch | dtype | constants | warps | stages | registers | spilled B | shared KiB "
+        "| wgmma | mma.sync | TMA | HGMMA | UTMALDG |",
+        "|" + "---|" * 14,
     ]
     for job, r in results.items():
         constants = " ".join(
             name.lower() if value is True else f"{name.lower()}={value}"
             for name, value in job.constants
-            if value is not False
+            if value is not False and name != "DESCRIPTORS"  # as TMA
         )
         lines.append(
-            f"| {job.kernel.strip('_')} | sm_{job.arch} | {job.dtype} | {constants} | {job.warps} | {job.stages} "
-            f"| {r.registers} | {r.stack} | {r.shared / 1024:.0f} | {r.wgmma} | {r.mma} |"
+            f"| {job.kernel.strip('_')} | sm_{job.arch} | {job.dtype} | {constants} | {r.warps} | {job.stages} "
+            f"| {r.registers} | {r.stack} | {r.shared / 1024:.0f} | {r.wgmma} | {r.mma} | {r.tma} | {r.hgmma} | {r.utmaldg} |"
         )
     return "\n".join(lines) + "\n"
 

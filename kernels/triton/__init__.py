@@ -7,18 +7,20 @@ from typing import Any
 
 import torch
 
-from kernels import native
+from kernels import chunked_loss, native
 from kernels.fused_block import Pieces
 from kernels.registry import register
 
 HEAD_DIMS = (32, 64, 128)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-CHOICES = {"block_product": "vendor"}
+CHOICES = {"block_product": "vendor", "loads": "either"}
 """How a kernel does its work where there are two ways; the table that measurements on a GPU decide.
 
 block_product, of the parallel block's two products: "vendor" (cuBLASLt and one elementwise kernel after it) or "triton"
 (one persistent GEMM with all of it in its epilogue). The default is unmeasured; bench/block.py measures both.
+loads, of attention's and the products' tiles: "either" (pointers, or on Hopper tensor descriptors where a call can have
+them, whichever the first call of a kind finds faster; the interpreter takes descriptors) or "pointers".
 """
 
 
@@ -70,6 +72,6 @@ register(
     refuses=_attention_refuses,
 )  # fmt: skip
 register(
-    "linear_cross_entropy", "triton", _of("loss", "linear_cross_entropy"),
+    "linear_cross_entropy", "triton", chunked_loss.Pieces(_of("loss", "cross_entropy")),
     devices=_DEVICES, missing=_missing(), refuses=native.refuses_dtype,
 )  # fmt: skip

@@ -3,19 +3,19 @@
 import triton
 import triton.language as tl
 
-from kernels.triton.attention_tiles import find_problem, key_range, load_rows, store_rows, visible
+from kernels.triton.attention_tiles import find_problem, key_range, load_rows, matrix_of, store_rows, visible
 from kernels.triton.numeric import ATTENTION_OFFSET, LN2, LOG2E, dot, keep, round_to
 
 
 @triton.jit
 def _forward_loop(
-    accumulated, total, maximum, q, k_ptr, v_ptr, k_seq, v_seq, first_row, begin, end, seqlen_q, seqlen_k, scale,
+    accumulated, total, maximum, q, keys, values, first_row, begin, end, seqlen_q, seqlen_k, scale,
     plane, threshold, seed_low, seed_high,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     for first_column in range(begin, end, BLOCK_N):
-        k = load_rows(k_ptr, first_column, k_seq, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
+        k = load_rows(keys, first_column, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
         scores = dot(q, tl.trans(k))
         if MASKED:
             row, column = first_row + tl.arange(0, BLOCK_M)[:, None], first_column + tl.arange(0, BLOCK_N)[None, :]
@@ -36,7 +36,7 @@ def _forward_loop(
                 seed_low, seed_high, ATTENTION_OFFSET, plane, first_row, first_column, threshold, BLOCK_M, BLOCK_N, False
             )  # fmt: skip
             p = tl.where(kept, p, 0.0)
-        v = load_rows(v_ptr, first_column, v_seq, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
+        v = load_rows(values, first_column, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
         accumulated = dot(round_to(p, v.dtype), v, accumulated)
         maximum = new
     return accumulated, total, maximum
@@ -48,7 +48,8 @@ def forward_kernel(
     q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, out_batch, out_seq, out_head,
     documents, seqlen_q, seqlen_k, heads, group, scale, keep_scale, threshold, seed_low, seed_high, length_class,
     HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    q_rows, k_rows, v_rows,
 ):  # fmt: skip
     tile = tl.program_id(1)
     if CAUSAL:
@@ -59,30 +60,29 @@ def forward_kernel(
     )
     if first_row >= seqlen_q:
         return
-    batch, head, start_q, start_k = tl.cast(batch, tl.int64), tl.cast(head, tl.int64), tl.cast(start_q, tl.int64), tl.cast(start_k, tl.int64)  # fmt: skip
-    q_ptr += batch * q_batch + start_q * q_seq + head * q_head
-    k_ptr += batch * k_batch + start_k * k_seq + head // group * k_head
-    v_ptr += batch * v_batch + start_k * v_seq + head // group * v_head
-    out_ptr += batch * out_batch + start_q * out_seq + head * out_head
-    lse_ptr += (batch * heads + head) * rows + start_q
+    queries = matrix_of(q_ptr, q_rows, batch, head, start_q, q_batch, q_seq, q_head)
+    keys = matrix_of(k_ptr, k_rows, batch, head // group, start_k, k_batch, k_seq, k_head)
+    values = matrix_of(v_ptr, v_rows, batch, head // group, start_k, v_batch, v_seq, v_head)
+    result = matrix_of(out_ptr, None, batch, head, start_q, out_batch, out_seq, out_head)
+    lse_ptr += (tl.cast(batch, tl.int64) * heads + head) * rows + start_q
 
-    q = load_rows(q_ptr, first_row, q_seq, seqlen_q, BLOCK_M, HEAD_DIM, True)
+    q = load_rows(queries, first_row, seqlen_q, BLOCK_M, HEAD_DIM, True)
     accumulated = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    plane = problem * heads + tl.cast(head, tl.int32)
+    plane = problem * heads + head
     whole, end = key_range(first_row, seqlen_q, seqlen_k, CAUSAL, BLOCK_M, BLOCK_N)
     accumulated, total, maximum = _forward_loop(
-        accumulated, total, maximum, q, k_ptr, v_ptr, k_seq, v_seq, first_row, 0, whole, seqlen_q, seqlen_k,
+        accumulated, total, maximum, q, keys, values, first_row, 0, whole, seqlen_q, seqlen_k,
         scale * LOG2E, plane, threshold, seed_low, seed_high, HEAD_DIM, CAUSAL, DROPOUT, False, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     accumulated, total, maximum = _forward_loop(
-        accumulated, total, maximum, q, k_ptr, v_ptr, k_seq, v_seq, first_row, whole, end, seqlen_q, seqlen_k,
+        accumulated, total, maximum, q, keys, values, first_row, whole, end, seqlen_q, seqlen_k,
         scale * LOG2E, plane, threshold, seed_low, seed_high, HEAD_DIM, CAUSAL, DROPOUT, True, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     # A row without a visible key has total 0: zeros, and lse = -inf.
     accumulated = accumulated * (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
-    store_rows(out_ptr, accumulated, first_row, out_seq, seqlen_q, BLOCK_M, HEAD_DIM)
+    store_rows(result, accumulated, first_row, seqlen_q, BLOCK_M, HEAD_DIM)
     row = first_row + tl.arange(0, BLOCK_M)
     lse = tl.where(total == 0.0, float("-inf"), maximum * LN2 + tl.log(tl.where(total == 0.0, 1.0, total)))
     tl.store(lse_ptr + row, lse, mask=row < seqlen_q)

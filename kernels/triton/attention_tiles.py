@@ -35,20 +35,38 @@ def find_problem(
 
 
 @triton.jit
-def load_rows(ptr, first, stride, limit, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
-    """Rows [first, first + BLOCK) of a (limit, HEAD_DIM) matrix; MASKED: rows from `limit` on are zeros."""
-    row = first + tl.arange(0, BLOCK)
-    address = ptr + row.to(tl.int64)[:, None] * stride + tl.arange(0, HEAD_DIM)[None, :]
-    if MASKED:
-        return tl.load(address, mask=row[:, None] < limit, other=0.0)
-    return tl.load(address)
+def matrix_of(ptr, descriptor, batch, head, start, batch_stride, seq_stride, head_stride):
+    """One head's (seq, head_dim) matrix, from row `start` on, as `load_rows` takes it: (pointer, stride of a row), or,
+    where there is a descriptor (`descriptors.of_rows`; start is 0 then), (descriptor, batch, head)."""
+    if descriptor is None:
+        at = tl.cast(batch, tl.int64) * batch_stride + tl.cast(start, tl.int64) * seq_stride
+        return ptr + at + tl.cast(head, tl.int64) * head_stride, seq_stride
+    else:
+        return descriptor, batch, head
 
 
 @triton.jit
-def store_rows(ptr, value, first, stride, limit, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+def load_rows(matrix, first, limit, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
+    """Rows [first, first + BLOCK) of a (limit, HEAD_DIM) matrix; MASKED: rows from `limit` on are zeros.
+
+    A descriptor, which knows the limit, gives zeros in any case.
+    """
+    if len(matrix) == 3:
+        return tl.reshape(matrix[0].load([matrix[1], matrix[2], first, 0]), (BLOCK, HEAD_DIM))
+    else:
+        row = first + tl.arange(0, BLOCK)
+        address = matrix[0] + row.to(tl.int64)[:, None] * matrix[1] + tl.arange(0, HEAD_DIM)[None, :]
+        if MASKED:
+            return tl.load(address, mask=row[:, None] < limit, other=0.0)
+        else:
+            return tl.load(address)
+
+
+@triton.jit
+def store_rows(matrix, value, first, limit, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
     row = first + tl.arange(0, BLOCK)
-    address = ptr + row.to(tl.int64)[:, None] * stride + tl.arange(0, HEAD_DIM)[None, :]
-    tl.store(address, round_to(value, ptr.dtype.element_ty), mask=row[:, None] < limit)
+    address = matrix[0] + row.to(tl.int64)[:, None] * matrix[1] + tl.arange(0, HEAD_DIM)[None, :]
+    tl.store(address, round_to(value, matrix[0].dtype.element_ty), mask=row[:, None] < limit)
 
 
 @triton.jit

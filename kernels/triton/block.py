@@ -11,37 +11,53 @@ from torch import Tensor
 from kernels import triton as choices
 from kernels.fused_block import Dropout, Layout, vendor_product
 from kernels.reference import dropout_scale, dropout_threshold
-from kernels.triton import INTERPRETED
+from kernels.triton import INTERPRETED, descriptors
 from kernels.triton.block_elementwise import (
     after_in_backward_kernel,
     after_in_kernel,
     after_out_backward_kernel,
     after_out_kernel,
 )
-from kernels.triton.block_product import project_in_kernel, project_out_kernel
+from kernels.triton.block_product import BLOCK_HALVES, project_in_kernel, project_out_kernel
 from kernels.triton.column_sums import CHUNK_ROWS, column_sums, partial_sums
 from kernels.triton.numeric import on_device, seed_words
 
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of the products. bench/triton_aot.py compiles each for sm_80 and sm_90;
-# one that spills registers on either is left out.
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of the products. bench/triton_aot.py compiles each for sm_80 and sm_90, those
+# with descriptors for sm_90; one that spills registers on either is left out.
 PRODUCT_TILES = [(128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 64, 64, 8, 3), (64, 128, 64, 4, 3)]
+DESCRIPTOR_TILES = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4)]
+# Of project_out: one warp group loads, two multiply, each half of the rows (triton counts the first one's warps).
+SPECIALIZED_TILES = [(128, 128, 64, 4, 3), (128, 128, 64, 4, 4)]
 # The interpreter runs one program after another: few tiles, but enough for the tests to cross their borders.
 _INTERPRETER_TILE = (32, 64, 32, 4, 1)
 # Tiles of the elementwise kernels, (rows, columns); unmeasured on a GPU.
 ELEMENTWISE_TILE = (16, 64) if not INTERPRETED else (16, 128)
 
 
-def _tuned(function, key: list[str]):
+def candidates(specialized: bool) -> list[triton.Config]:
+    """Of project_in, or, with those whose warps are specialised, of project_out."""
+    forms = [(PRODUCT_TILES, False, False), (DESCRIPTOR_TILES, True, False), (SPECIALIZED_TILES if specialized else [], True, True)]  # fmt: skip
+    found = []
+    for tiles, tma, special in [([_INTERPRETER_TILE], True, False)] if INTERPRETED else forms:
+        for m, n, k, warps, stages in tiles:
+            constants = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "TMA": tma}
+            constants |= {"WARP_SPECIALIZE": special} if specialized else {}
+            found.append(triton.Config(constants, num_warps=warps, num_stages=stages))
+    return found
+
+
+def _tuned(function, key: list[str], specialized: bool):
     """Times the candidates at the first call of each kind and keeps the winner on disk, beside Triton's other files."""
-    configs = [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
-        for m, n, k, warps, stages in ([_INTERPRETER_TILE] if INTERPRETED else PRODUCT_TILES)
-    ]
-    return triton.autotune(configs, key=key, cache_results=True)(function)
+    return triton.autotune(
+        candidates(specialized),
+        key=[*key, "row_class", "DESCRIPTORS"],
+        prune_configs_by={"early_config_prune": descriptors.prune},
+        cache_results=True,
+    )(function)
 
 
-_project_in_kernel = _tuned(project_in_kernel, ["hidden", "width", "row_class"])
-_project_out_kernel = _tuned(project_out_kernel, ["summed", "columns", "row_class", "DROPOUT"])
+_project_in_kernel = _tuned(project_in_kernel, ["hidden", "width"], specialized=False)
+_project_out_kernel = _tuned(project_out_kernel, ["summed", "columns", "DROPOUT"], specialized=True)
 _MOST_BLOCK_K = 64
 
 
@@ -83,13 +99,16 @@ def project_in(n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout:
     width, b_in = w_in.shape[0], b_in.contiguous()
     tables, sizes, constants = _in_arguments(layout, width, activated)
     if choices.CHOICES["block_product"] == "triton":
-        z = n.new_empty((tokens, width))
+        n, w_in, z = n.contiguous(), w_in.contiguous(), n.new_empty((tokens, width))
+        by_descriptors = constants["HALF"] in BLOCK_HALVES and descriptors.allowed(n, w_in)
+        if by_descriptors:
+            descriptors.provide_scratch()
         with on_device(n.device):
             _project_in_kernel[
                 lambda meta: _programs(n, triton.cdiv(tokens, meta["BLOCK_M"]) * _region_tiles(layout, meta["BLOCK_N"]))
             ](
-                n.contiguous(), w_in.contiguous(), b_in, z, activated, *tables, tokens, hidden, *sizes,
-                _row_class(tokens), **constants, EVEN=hidden % _MOST_BLOCK_K == 0,
+                n, w_in, b_in, z, activated, *tables, tokens, hidden, *sizes, _row_class(tokens),
+                **constants, EVEN=hidden % _MOST_BLOCK_K == 0, DESCRIPTORS=by_descriptors,
             )  # fmt: skip
         return z
     z = vendor_product(n, w_in)
@@ -125,15 +144,18 @@ def project_out(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dro
     (tokens, summed), columns = g.shape, w_out.shape[0]
     arguments = _dropout_arguments(dropout)
     if choices.CHOICES["block_product"] == "triton":
-        y = torch.empty_like(x)
+        w_out, y = w_out.contiguous(), torch.empty_like(x)
+        by_descriptors = descriptors.allowed(g, w_out)
+        if by_descriptors:
+            descriptors.provide_scratch()
         with on_device(g.device):
             _project_out_kernel[
                 lambda meta: _programs(
                     g, triton.cdiv(tokens, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"])
                 )
             ](
-                g, w_out.contiguous(), b_out, x, y, tokens, summed, columns, _row_class(tokens), *arguments,
-                DROPOUT=arguments[1] > 0, EVEN=summed % _MOST_BLOCK_K == 0,
+                g, w_out, b_out, x, y, tokens, summed, columns, _row_class(tokens), *arguments,
+                DROPOUT=arguments[1] > 0, EVEN=summed % _MOST_BLOCK_K == 0, DESCRIPTORS=by_descriptors,
             )  # fmt: skip
         return y
     y = vendor_product(g, w_out)

@@ -1,4 +1,4 @@
-"""Triton's kernels compile for sm_80 and sm_90 without a GPU, use tensor cores, and do not spill."""
+"""Triton's kernels compile for sm_80 and sm_90 without a GPU, use tensor cores and TMA, and do not spill."""
 
 import importlib.util
 import subprocess
@@ -31,3 +31,11 @@ def test_phi1_kernels_do_not_spill():
             # dk/dv's 32 x 32 tiles are too small for wgmma, which takes 64 rows.
             wide = row["arch"] == "sm_90" and row["kernel"] != "dkv_kernel"
             assert int(row["wgmma"]) > 0 if wide else int(row["wgmma"]) + int(row["mma.sync"]) > 0, row
+        tma, loads, assembled = ("tma" in row["constants"].split(), *(int(row[name]) for name in ("TMA", "UTMALDG")))
+        assert (loads > 0, assembled > 0) == (tma, tma) and (int(row["wgmma"]) > 0) == (int(row["HGMMA"]) > 0), row
+        if tma:
+            assert row["arch"] == "sm_90" and int(row["HGMMA"]) > 0, row
+    assert {row["kernel"] for row in rows if "tma" in row["constants"].split()} == products
+    # Specialised warps: one group loads, two multiply.
+    specialised = [row for row in rows if "warp_specialize" in row["constants"]]
+    assert [(row["kernel"], row["warps"]) for row in specialised] == [("project_out_kernel", "12")]

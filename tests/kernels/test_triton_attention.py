@@ -4,20 +4,32 @@ import functools
 
 import pytest
 import torch
+import triton
 from attention_cases import CASES, SEED, Case, check_case, check_results, make_inputs, run_case
+from triton_mutation import mutate
 
+import kernels.triton
 import kernels.triton.attention as triton_attention
 from kernels import BackendError, flash_attention, reference
+from kernels.triton.attention_tuning import candidates
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
-# On a GPU every case in every dtype. The interpreter takes milliseconds an operation: there, each case in one dtype.
-RUNS = [(case, dtype) for i, case in enumerate(CASES) for j, dtype in enumerate(DTYPES) if GPU or j == i % 3]
+# On a GPU every case in every dtype, with what is faster. The interpreter takes milliseconds an operation: there, each
+# case in one dtype with descriptors, where it can have them, and the shorter of these in another with pointers.
+RUNS = [(case, dtype, "either") for i, case in enumerate(CASES) for j, dtype in enumerate(DTYPES) if GPU or j == i % 3]
+RUNS += [
+    (case, dtype, "pointers")
+    for i, case in enumerate(CASES)
+    for j, dtype in enumerate(DTYPES)
+    if (GPU or j == (i + 1) % 3) and not case.documents and case.strided != "misaligned" and case.seqlen_q < 150
+]
 
 
-@pytest.mark.parametrize(("case", "dtype"), RUNS, ids=lambda x: x.name if isinstance(x, Case) else str(x))
-def test_case(case, dtype):
+@pytest.mark.parametrize(("case", "dtype", "loads"), RUNS, ids=lambda x: x.name if isinstance(x, Case) else str(x))
+def test_case(case, dtype, loads, monkeypatch):
+    monkeypatch.setitem(kernels.triton.CHOICES, "loads", loads)
     check_case(case, dtype, "triton", DEVICE)
 
 
@@ -126,6 +138,40 @@ def test_mutations_fail(mutation, monkeypatch):
     results = run_case(case, torch.bfloat16, "triton", DEVICE)
     with pytest.raises(AssertionError, match="error of"):
         check_results(results, case, torch.bfloat16)
+
+
+TALL = Case("tall", batch=2, seqlen_q=70, seqlen_k=100, heads=2, kv_heads=1, head_dim=32, dropout_p=0.2)
+PACKED = Case("packed", batch=1, heads=2, head_dim=32, documents=((33, 33), (37, 37)))
+
+
+@pytest.mark.skipif(GPU, reason="a GPU may choose pointers")
+@pytest.mark.parametrize(
+    ("case", "module", "old", "new"),
+    [
+        (TALL, "attention_tiles", "matrix[2], first, 0]", "matrix[2], 0, 0]"),
+        (TALL, "attention_tiles", "return descriptor, batch, head", "return descriptor, 0, head"),
+        (TALL, "attention_tiles", "return descriptor, batch, head", "return descriptor, batch, 0"),
+        (PACKED, "attention", "cu_q is None and descriptors", "descriptors"),
+    ],
+)
+def test_mutations_of_descriptors_fail(case, module, old, new, monkeypatch, tmp_path):
+    mutate(monkeypatch, tmp_path, module, old, new)
+    with pytest.raises(AssertionError, match="error of"):
+        check_case(case, torch.bfloat16, "triton", DEVICE)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU: the interpreter has one candidate")
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dkv"])
+def test_every_candidate_of_phi1(kernel, monkeypatch):
+    """The first call takes the fastest, right or wrong: here each gets its turn."""
+    case = Case("candidates", batch=1, seqlen_q=300, seqlen_k=300, heads=4, kv_heads=2, dropout_p=0.1)
+    tuner = getattr(triton_attention, f"_{kernel}")
+    call = (kernel, 64, torch.bfloat16, True, True, False, torch.cuda.get_device_capability()[0] == 9)
+    for (m, n, warps, stages), tma in candidates(*call):
+        config = triton.Config({"BLOCK_M": m, "BLOCK_N": n, "TMA": tma}, num_warps=warps, num_stages=stages)
+        monkeypatch.setattr(tuner, "early_config_prune", lambda *_, config=config, **__: [config])
+        monkeypatch.setattr(tuner, "cache", {})
+        check_case(case, torch.bfloat16, "triton", DEVICE)
 
 
 def test_opcheck():

@@ -1,4 +1,4 @@
-"""Triton's parallel block, with both forms of its products: on a GPU compiled, elsewhere in Triton's interpreter."""
+"""Triton's parallel block, with all forms of its products: on a GPU compiled, elsewhere in Triton's interpreter."""
 
 import importlib
 import itertools
@@ -19,14 +19,20 @@ from kernels.triton import attention as triton_attention
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-PRODUCTS = ("vendor", "triton")
+# The choices "block_product" and "loads". Where a call may have descriptors the interpreter uses them, a GPU what is faster.
+PRODUCTS = {"vendor": ("vendor", "either"), "pointers": ("triton", "pointers"), "descriptors": ("triton", "either")}
 # Attention refuses float32 on a GPU.
 DTYPES = [torch.bfloat16, torch.float16] if GPU else [torch.bfloat16, torch.float16, torch.float32]
 
 
+def choose(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, choice in zip(("block_product", "loads"), PRODUCTS[product], strict=True):
+        monkeypatch.setitem(kernels.triton.CHOICES, name, choice)
+
+
 @pytest.fixture(params=PRODUCTS)
 def product(request, monkeypatch):
-    monkeypatch.setitem(kernels.triton.CHOICES, "block_product", request.param)
+    choose(request.param, monkeypatch)
     return request.param
 
 
@@ -61,7 +67,7 @@ def check_run(found: list[Tensor], inputs: list[Tensor]) -> None:
         check(what, a, b, c, inputs[0].dtype)
 
 
-# On a GPU everything; the interpreter takes its time: there each shape with both products, in one dtype each.
+# On a GPU everything; the interpreter takes its time: there each shape with each product, in one dtype each.
 RUNS = [
     (product, shape, dtype)
     for i, product in enumerate(PRODUCTS)
@@ -77,9 +83,10 @@ def test_obeys_the_error_rule(product, shape, dtype):
     check_run(run_with_grads(inputs), inputs)
 
 
-def test_widths_that_fill_no_tile(product, monkeypatch):
-    """Also a rotary width of 6: three pairs of a head turn, thirteen do not."""
-    for name, value in (("HIDDEN", 37), ("INNER", 51), ("ROTARY", 6)):
+@pytest.mark.parametrize("widths", [(37, 51, 6), (40, 56, 16)], ids=["odd", "aligned"])
+def test_widths_that_fill_no_tile(product, widths, monkeypatch):
+    """Also a rotary width of 6: three pairs of a head turn, thirteen do not. The aligned may have descriptors."""
+    for name, value in zip(("HIDDEN", "INNER", "ROTARY"), widths, strict=True):
         monkeypatch.setattr(test_block, name, value)
     inputs = make(dtype=torch.bfloat16)
     check_run(run_with_grads(inputs), inputs)
@@ -87,7 +94,7 @@ def test_widths_that_fill_no_tile(product, monkeypatch):
 
 def test_dropout_and_documents_equal_the_reference(product):
     """Both masks: for tokens of a batch with one product, for packed documents with positions with the other."""
-    documents = product == "triton"
+    documents = product == "descriptors"
     dtype = torch.bfloat16 if GPU else torch.float32
     inputs = make(batch=2, seq=35)
     ends = [0, 3, 30, 50, 70]
@@ -178,16 +185,23 @@ ONE = [
     ("vendor", "block_elementwise", "                total += d\n", "                total = d\n"),
     ("vendor", "numeric", "3 * 0.044715", "0.044715"),
     ("vendor", "norm", "dx += tl.load(residual", "dx -= tl.load(residual"),
-    ("triton", "block_product", "weight_row % 2 == 0", "weight_row % 2 == 1"),
-    ("triton", "block_product", "weight_row = tl.where(first < turned, ", "weight_row = tl.where(first < 0, "),
-    ("triton", "block_product", "k < summed - start", "k < summed"),
-    ("triton", "block_product", "        b += BLOCK_K\n", ""),
-    ("triton", "block_product", "b += tl.load(bias_ptr + b_column", "b += 0 * tl.load(bias_ptr + b_column"),
-    ("triton", "block_product", "round_to(x + bias, ", "round_to(x, "),
-    ("triton", "block_product", "gelu(u.to(tl.float32) + bias)", "gelu(u.to(tl.float32))"),
-    ("triton", "block_product", "h += tl.load(bias_ptr", "h -= tl.load(bias_ptr"),
-    ("triton", "block_product", "within // rows", "within // GROUP"),
-    ("triton", "block_product", "tl.num_programs(0)):\n        row_tile, column_tile = _grouped(tile, row_tiles, column_tiles)\n        first, end", "2 * tl.num_programs(0)):\n        row_tile, column_tile = _grouped(tile, row_tiles, column_tiles)\n        first, end"),
+    ("pointers", "block_product", "weight_row % 2 == 0", "weight_row % 2 == 1"),
+    ("pointers", "block_product", "weight_row = tl.where(first < turned, ", "weight_row = tl.where(first < 0, "),
+    ("pointers", "block_product", "k < summed - start", "k < summed"),
+    ("pointers", "block_product", "            b += BLOCK_K\n", ""),
+    ("descriptors", "block_product", "a_tiles.load([first_a, start])", "a_tiles.load([first_a + 1, start])"),
+    ("descriptors", "block_product", "b_tiles.load([first_b, start])", "b_tiles.load([first_b, 0])"),
+    ("descriptors", "block_product", "(tokens, hidden), (hidden, 1)", "(tokens - 1, hidden), (hidden, 1)"),
+    ("descriptors", "block_product", "(columns, summed), (summed, 1)", "(columns, summed - 8), (summed, 1)"),
+    ("descriptors", "block_product", "== 0, pair % HALF, HALF)", ">= 0, pair % HALF, HALF)"),
+    ("descriptors", "block_product", "return first, first + HALF, angle", "return first + HALF, first, angle"),
+    ("descriptors", "block_product", "first = pair + block * HALF", "first = pair"),
+    ("descriptors", "block_product", "b += tl.load(bias_ptr + b_column", "b += 0 * tl.load(bias_ptr + b_column"),
+    ("pointers", "block_product", "round_to(x + bias, ", "round_to(x, "),
+    ("descriptors", "block_product", "gelu(u.to(tl.float32) + bias)", "gelu(u.to(tl.float32))"),
+    ("descriptors", "block_product", "h += tl.load(bias_ptr", "h -= tl.load(bias_ptr"),
+    ("descriptors", "block_product", "within // rows", "within // GROUP"),
+    ("descriptors", "block_product", "tl.num_programs(0)):\n        row_tile, column_tile = _grouped(tile, row_tiles, column_tiles)\n        first, end", "2 * tl.num_programs(0)):\n        row_tile, column_tile = _grouped(tile, row_tiles, column_tiles)\n        first, end"),
 ]  # fmt: skip
 
 
@@ -199,11 +213,11 @@ def test_without_a_mutation_they_pass(product):
 
 @pytest.mark.usefixtures("reference_attention")
 @pytest.mark.parametrize(
-    ("product_", "module", "old", "new"), [*((PRODUCTS[i % 2], *row) for i, row in enumerate(BOTH)), *ONE]
+    ("product_", "module", "old", "new"), [*((list(PRODUCTS)[i % 3], *row) for i, row in enumerate(BOTH)), *ONE]
 )
 def test_mutations_fail(product_, module, old, new, monkeypatch, tmp_path):
     """In bfloat16, whose bounds are the widest; 34 tokens are two chunks of rows and two tiles."""
-    monkeypatch.setitem(kernels.triton.CHOICES, "block_product", product_)
+    choose(product_, monkeypatch)
     inputs = make(2, 17, dtype=torch.bfloat16)
     mutate(monkeypatch, tmp_path, module, old, new)
     with pytest.raises(AssertionError, match="error"):
@@ -216,13 +230,13 @@ def test_mutations_fail(product_, module, old, new, monkeypatch, tmp_path):
         ("vendor", "numeric", "zero + offset, low, high", "zero, low, high"),
         ("vendor", "block_elementwise", "h *= tl.where(kept, keep_scale, 0.0)", "h *= tl.where(kept, 1.0, 0.0)"),
         ("vendor", "block_elementwise", "d *= tl.where(kept, keep_scale, 0.0)", "d *= tl.where(kept, 0.0, keep_scale)"),
-        ("triton", "block_product", "RESIDUAL_OFFSET, 0, first_row, first_column", "RESIDUAL_OFFSET, 1, first_row, first_column"),
-        ("triton", "block_product", "h *= tl.where(kept, keep_scale, 0.0)", "h *= tl.where(kept, keep_scale, 1.0)"),
+        ("descriptors", "block_product", "RESIDUAL_OFFSET, 0, first_row, first_column", "RESIDUAL_OFFSET, 1, first_row, first_column"),
+        ("descriptors", "block_product", "h *= tl.where(kept, keep_scale, 0.0)", "h *= tl.where(kept, keep_scale, 1.0)"),
     ],
 )  # fmt: skip
 def test_mutations_of_the_mask_fail(product_, module, old, new, monkeypatch, tmp_path):
     mutate(monkeypatch, tmp_path, module, old, new)
-    monkeypatch.setitem(kernels.triton.CHOICES, "block_product", product_)
+    choose(product_, monkeypatch)
     with pytest.raises(AssertionError):
         test_residual_mask_is_the_reference_bit_for_bit(product_)
 

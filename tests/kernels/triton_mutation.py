@@ -10,7 +10,10 @@ import kernels.triton
 
 SOURCE = pathlib.Path(kernels.triton.__file__).parent
 # A module after those that it imports.
-MODULES = ("numeric", "column_sums", "norm", "block_elementwise", "block_product", "block", "loss")
+MODULES = (
+    "numeric", "column_sums", "norm", "block_elementwise", "block_product", "block", "loss",
+    "attention_tiles", "attention_forward", "attention_backward", "attention_tuning", "attention",
+)  # fmt: skip
 
 
 def mutate(monkeypatch: pytest.MonkeyPatch, folder: pathlib.Path, module: str, old: str, new: str) -> None:

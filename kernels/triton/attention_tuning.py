@@ -1,0 +1,110 @@
+"""Attention's candidates: among those of a kind of call its first call on a GPU chooses."""
+
+import itertools
+
+import torch
+import triton
+
+from kernels.triton import INTERPRETED, descriptors
+
+Tile = tuple[int, int, int, int]
+"""(BLOCK_M, BLOCK_N, warps, stages)."""
+
+# By kernel and head_dim, for 16-bit inputs. bench/triton_aot.py compiles each for sm_80 and sm_90; one that spills
+# registers on either is left out.
+TILES: dict[str, dict[int, list[Tile]]] = {
+    "forward": {
+        32: [(128, 64, 8, 3), (128, 32, 8, 3)],
+        64: [(128, 64, 8, 3), (64, 64, 4, 3)],
+        128: [(64, 64, 8, 3), (64, 32, 4, 2)],
+    },
+    "dq": {
+        32: [(128, 64, 8, 2), (64, 32, 4, 3)],
+        64: [(128, 64, 8, 2), (64, 32, 4, 3)],
+        128: [(64, 32, 4, 2)],
+    },
+    "dkv": {
+        32: [(32, 128, 8, 1), (32, 64, 4, 1)],
+        64: [(32, 128, 8, 1), (32, 64, 4, 1), (32, 32, 4, 2)],
+        128: [(32, 32, 4, 1), (32, 64, 8, 1)],
+    },
+}
+# These spill in some kinds of calls only (8 to 272 bytes a thread, with triton 3.7.1 or 3.9.0), "full" being not causal.
+# Finding a program's document takes registers, and so does dropout; without the diagonal's loop the compiler spends them
+# elsewhere.
+_NOT_WITH = {
+    ("forward", 32): {(128, 64, 8, 3): {"full"}},
+    ("forward", 64): {(64, 64, 4, 3): {"full", "documents"}},
+    ("dq", 32): {(128, 64, 8, 2): {"full"}},
+    ("dq", 64): {(128, 64, 8, 2): {"dropout"}},
+    ("dkv", 64): {(32, 128, 8, 1): {"documents"}, (32, 64, 4, 1): {"documents", "dropout"}},
+    ("dkv", 128): {(32, 32, 4, 1): {"full"}, (32, 64, 8, 1): {"causal"}},
+}
+# Loading by tensor descriptors, on sm_90 only: 30 registers fewer in dq, so that larger tiles fit.
+DESCRIPTOR_TILES: dict[str, dict[int, list[Tile]]] = {
+    "forward": {
+        32: [(128, 64, 8, 3), (128, 128, 8, 2)],
+        64: [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)],
+        128: [(128, 64, 8, 2), (64, 64, 4, 2)],
+    },
+    "dq": {
+        32: [(128, 64, 8, 2)],
+        64: [(128, 64, 8, 2), (64, 64, 4, 2)],
+        128: [(128, 64, 8, 2), (64, 32, 4, 2)],
+    },
+    "dkv": {
+        32: [(32, 128, 8, 2)],
+        64: [(32, 128, 8, 2), (64, 128, 8, 1)],
+        128: [(32, 64, 8, 2)],
+    },
+}
+# The constant that says how many rows of each tensor a descriptor loads.
+ROWS = {"q": "BLOCK_M", "grad": "BLOCK_M", "k": "BLOCK_N", "v": "BLOCK_N"}
+# float32 inputs: full precision without tensor cores, for checks rather than for speed.
+FLOAT32_TILE = (32, 32, 4, 1)
+# The interpreter runs one program after another: few tiles, but enough for the tests to cross their borders.
+_INTERPRETER_TILE = (64, 64, 4, 1)
+
+
+def candidates(
+    kernel: str, head_dim: int, dtype: torch.dtype, causal: bool, dropout: bool, documents: bool, by_descriptors: bool
+) -> list[tuple[Tile, bool]]:
+    """(tile, whether it loads by tensor descriptors) for a call; by_descriptors: it may have them."""
+    if INTERPRETED:
+        return [(_INTERPRETER_TILE, True)]
+    if dtype == torch.float32:
+        return [(FLOAT32_TILE, False)]
+    kinds = (
+        {"causal" if causal else "full"} | ({"dropout"} if dropout else set()) | ({"documents"} if documents else set())
+    )
+    spills_with = _NOT_WITH.get((kernel, head_dim), {})
+    found = [(tile, False) for tile in TILES[kernel][head_dim] if not kinds & spills_with.get(tile, set())]
+    return found + [(tile, True) for tile in DESCRIPTOR_TILES[kernel][head_dim] if by_descriptors]
+
+
+def tuned(function, kernel: str):
+    """Times the candidates at the first call of each kind and keeps the winner on disk, beside Triton's other files."""
+    every = [(tile, False) for tile in [FLOAT32_TILE, *itertools.chain(*TILES[kernel].values())]]
+    every += [(tile, True) for tile in itertools.chain(*DESCRIPTOR_TILES[kernel].values())]
+    configs = {
+        (tile, tma): triton.Config(
+            {"BLOCK_M": tile[0], "BLOCK_N": tile[1], "TMA": tma}, num_warps=tile[2], num_stages=tile[3]
+        )
+        for tile, tma in ([(_INTERPRETER_TILE, True)] if INTERPRETED else every)
+    }
+
+    def prune(_, named, **options):
+        arguments = {**named, **options}
+        call = (
+            arguments["HEAD_DIM"],
+            arguments["q_ptr"].dtype,
+            *(arguments[name] for name in ("CAUSAL", "DROPOUT", "DOCUMENTS", "DESCRIPTORS")),
+        )
+        return [configs[candidate] for candidate in candidates(kernel, *call)]
+
+    return triton.autotune(
+        list(configs.values()),
+        key=["HEAD_DIM", "CAUSAL", "DROPOUT", "DOCUMENTS", "DESCRIPTORS", "length_class"],
+        prune_configs_by={"early_config_prune": prune},
+        cache_results=True,
+    )(descriptors.head_rows(**ROWS)(function))
