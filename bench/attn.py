@@ -4,12 +4,15 @@
 
 Layout (batch, seq, heads, head_dim) for all: peers that want heads first get the transposed view, as a model
 would pass it. Dropout masks differ between libraries; their cost does not depend on the values.
+Triton's is measured twice: with tensor descriptors among its candidates, on a GPU that has them, and by pointers alone.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -18,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import kernels.triton
 from bench import suite
-from bench.harness import Unavailable
+from bench.harness import Candidate, Unavailable
 from bench.suite import Case, Shape
 from kernels import flash_attention
 
@@ -136,6 +140,24 @@ def peers(device: str, causal: bool, dropout: float, shape: Shape) -> dict[str, 
     return found
 
 
+def forms(candidate: Candidate) -> list[Candidate]:
+    """The candidate; of Triton's also, as another, the form that loads by pointers alone (`kernels.triton.CHOICES`)."""
+    if candidate.name != "phi1 triton":
+        return [candidate]
+
+    def make(loads: str, work: str) -> Callable[[], Any]:
+        call = candidate.make(work)
+
+        def run() -> Any:
+            kernels.triton.CHOICES["loads"] = loads
+            return call()
+
+        return run
+
+    names = {"either": candidate.name, "pointers": f"{candidate.name}, pointers"}
+    return [dataclasses.replace(candidate, name=name, make=partial(make, loads)) for loads, name in names.items()]
+
+
 def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
     batch, seq, heads, head_dim, *rest = shape
     kv_heads = rest[0] if rest else heads
@@ -150,6 +172,7 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
             "flash_attention", device, ours, peers(device, causal, dropout, (*shape[:4], kv_heads)), inputs, grad,
             head_dim=head_dim, dropout_p=dropout, return_lse=False,
         )  # fmt: skip
+        candidates = [form for candidate in candidates for form in forms(candidate)]
         name = ("causal" if causal else "full") + (f" dropout {dropout}" if dropout else "")
         yield Case(name, {"forward": flops, "backward": 2.5 * flops, "both": 3.5 * flops}, candidates)
 

@@ -3,7 +3,7 @@
     python bench/block.py --quick
 
 The same weights and inputs for all, no dropout (Hugging Face's masks are PyTorch's own). Triton's layer is measured with
-both forms of its matrix products, the vendor's and its own.
+each form of its matrix products: the vendor's, its own, and its own by pointers alone, as is its attention then.
 """
 
 import sys
@@ -46,16 +46,23 @@ def make_parameters(shape: Sequence[int], dtype: torch.dtype, device: str) -> li
     return [(0.02 * torch.randn(size, device=device)).to(dtype).requires_grad_() for size in sizes]
 
 
+_PRODUCTS = {
+    "vendor product": {"block_product": "vendor", "loads": "either"},
+    "triton product": {"block_product": "triton", "loads": "either"},
+    "triton product by pointers": {"block_product": "triton", "loads": "pointers"},
+}
+
+
 def ours(
     backend: str, shape: Sequence[int], parameters: Sequence[Tensor], product: str | None = None
 ) -> tuple[Layer, list[Tensor]]:
-    """Our layer and its parameters. product: the form of Triton's matrix products (`kernels.triton.CHOICES`)."""
+    """Our layer and its parameters. product: of _PRODUCTS, the choices of Triton's backend (`kernels.triton.CHOICES`)."""
     _, seq, _, heads, head_dim, _ = shape
     cos, sin = reference.rotary_table(seq, rotary_dim(head_dim), device=parameters[0].device)
 
     def layer(x: Tensor) -> Tensor:
         if product is not None:
-            kernels.triton.CHOICES["block_product"] = product
+            kernels.triton.CHOICES.update(_PRODUCTS[product])
         tensors: Any = (*parameters, cos, sin)
         return parallel_block(x, *tensors, heads=heads, kv_heads=heads, head_dim=head_dim, backend=backend)
 
@@ -123,8 +130,8 @@ def candidates(device: str, shape: Shape, parameters: list[Tensor], x: Tensor, g
     for backend, reason in suite.our_backends("parallel_block", device, **options):
         if backend == "torch":
             continue  # plain PyTorch is a peer here, below
-        for product in ("vendor", "triton") if backend == "triton" else (None,):
-            name = f"phi1 {backend}" + (f", {product} product" if product else "")
+        for product in _PRODUCTS if backend == "triton" else (None,):
+            name = f"phi1 {backend}" + (f", {product}" if product else "")
             add(name, partial(ours, backend, shape, parameters, product), mine=True, unavailable=reason)
     for compiled in (False, True):
         add("plain PyTorch" + " compiled" * compiled, partial(ours, "torch", shape, parameters), compiled)

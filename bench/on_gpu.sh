@@ -56,7 +56,7 @@ pytest=("$python" -m pytest -q -o addopts=--import-mode=importlib -o timeout=0 -
 cuda_tests=(tests/kernels/test_cuda_{attention,rotary,layer_norm,block,loss}.py)
 step tests 150 "${pytest[@]}" "${cuda_tests[@]}" -k gpu
 # Compiled here: each call of a new kind tries its candidate tiles first.
-step tests-triton 100 "${pytest[@]}" tests/kernels/test_triton_{norm,loss,block,attention}.py
+step tests-triton 150 "${pytest[@]}" tests/kernels/test_triton_{norm,loss,descriptors,block,attention}.py
 small="gpu and (dropout_gqa_32 or documents_unequal or packed_128 or 203x113_32 or rotary_is or layer_norm_keeps)"
 small="$small or gpu and (after_the_product or loss_keeps)"
 if command -v compute-sanitizer >/dev/null; then
@@ -70,6 +70,7 @@ else
     echo "sanitizer: not run, no compute-sanitizer on PATH" | tee -a "$out/summary.txt"
 fi
 
+export TRITON_PRINT_AUTOTUNING=1 # the logs say which candidate Triton's kernels run with
 step bench-attn 150 "$python" bench/attn.py --quick --device cuda --json "$out/attn.json"
 for name in block loss train rotary; do
     step "bench-$name" 60 "$python" "bench/$name.py" --quick --device cuda --json "$out/$name.json"

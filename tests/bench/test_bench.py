@@ -62,14 +62,14 @@ def test_script_measures_ours_and_peers(script, shape, works, peers, unit, tmp_p
         if row["unavailable"]:
             assert f"Not measured: {row['implementation']}" in done.stdout and row["unavailable"] in done.stdout
     if script == "block.py":
-        assert {"phi1 triton, vendor product", "phi1 triton, triton product"} <= {row["implementation"] for row in rows}
+        assert {f"phi1 triton, {product}" for product in block._PRODUCTS} <= {row["implementation"] for row in rows}
         assert all(row["ours"] == row["implementation"].startswith("phi1") for row in rows)
     if script == "loss.py":
         assert all(row["peak_bytes"] is not None for row in rows if row["seconds"]) and "peak MiB" in done.stdout
     if script == "attn.py":
         reasons = {row["implementation"]: row["unavailable"] for row in rows if row["unavailable"]}
         assert "scaled_dot_product_attention cannot draw" in reasons["phi1 torch"]  # with dropout
-        assert "FlexAttention" in reasons
+        assert {"FlexAttention", "phi1 triton", "phi1 triton, pointers"} <= set(reasons)
 
 
 def test_the_peers_of_the_block_compute_the_same():

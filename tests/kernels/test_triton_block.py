@@ -16,6 +16,7 @@ import kernels.triton
 from kernels import BackendError, reference
 from kernels.fused_block import Dropout, Layout
 from kernels.triton import attention as triton_attention
+from kernels.triton import descriptors
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -239,6 +240,18 @@ def test_mutations_of_the_mask_fail(product_, module, old, new, monkeypatch, tmp
     choose(product_, monkeypatch)
     with pytest.raises(AssertionError):
         test_residual_mask_is_the_reference_bit_for_bit(product_)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU: the interpreter has one candidate")
+@pytest.mark.parametrize("kernel", ["project_in", "project_out"])
+def test_every_candidate(kernel, monkeypatch):
+    """The first call takes the fastest, right or wrong: here each gets its turn."""
+    choose("descriptors", monkeypatch)
+    tuner, inputs = getattr(block(), f"_{kernel}_kernel"), make(2, 69, dtype=torch.bfloat16)
+    for config in descriptors.prune(tuner.configs, {}, DESCRIPTORS=torch.cuda.get_device_capability()[0] == 9):
+        monkeypatch.setattr(tuner, "early_config_prune", lambda *_, config=config, **__: [config])
+        monkeypatch.setattr(tuner, "cache", {})
+        check_run(run_with_grads(inputs), inputs)
 
 
 @pytest.mark.usefixtures("reference_attention")
