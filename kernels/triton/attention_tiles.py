@@ -36,8 +36,10 @@ def find_problem(
 
 @triton.jit
 def matrix_of(ptr, descriptor, batch, head, start, batch_stride, seq_stride, head_stride):
-    """One head's (seq, head_dim) matrix, from row `start` on, as `load_rows` takes it: (pointer, stride of a row), or,
-    where there is a descriptor (`descriptors.of_rows`; start is 0 then), (descriptor, batch, head)."""
+    """One head's (seq, head_dim) matrix, from row `start` on, as `load_rows` takes it.
+
+    (pointer, stride of a row), or, of a descriptor (`descriptors.head_rows`; start is 0 then), (descriptor, batch, head).
+    """
     if descriptor is None:
         at = tl.cast(batch, tl.int64) * batch_stride + tl.cast(start, tl.int64) * seq_stride
         return ptr + at + tl.cast(head, tl.int64) * head_stride, seq_stride

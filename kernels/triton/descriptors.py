@@ -2,7 +2,7 @@
 
 One thread asks for the whole tile, so no registers go to addresses, and what lies outside the tensor arrives as zeros.
 A kernel that can load by them has two constants: DESCRIPTORS, whether this call's tensors may have them, and TMA,
-whether this candidate uses them where they may be. Attention's are made by the host at each launch (`given`); the
+whether this candidate uses them where they may be. Attention's are made by the host at each launch (`head_rows`); the
 persistent products make their own, once a program, because warp specialisation wants them so.
 """
 
