@@ -29,7 +29,8 @@ TILES: dict[str, dict[int, list[Tile]]] = {
         128: [(32, 32, 4, 1), (32, 64, 8, 1)],
     },
 }
-# These spill in some kinds of calls only (8 to 272 bytes a thread, with triton 3.7.1 or 3.9.0), "full" being not causal.
+# These spill in some kinds of calls only (8 to 272 bytes a thread, with triton 3.7.1 or 3.9.0), "full" being not causal
+# and "batch" without documents; of several words a call must be all.
 # Finding a program's document takes registers, and so does dropout; without the diagonal's loop the compiler spends them
 # elsewhere.
 _NOT_WITH = {
@@ -37,7 +38,11 @@ _NOT_WITH = {
     ("forward", 64): {(64, 64, 4, 3): {"full", "documents"}},
     ("dq", 32): {(128, 64, 8, 2): {"full"}},
     ("dq", 64): {(128, 64, 8, 2): {"dropout"}},
-    ("dkv", 64): {(32, 128, 8, 1): {"documents"}, (32, 64, 4, 1): {"documents", "dropout"}},
+    ("dkv", 64): {
+        (32, 128, 8, 1): {"documents"},
+        (32, 64, 4, 1): {"documents", "dropout"},
+        (32, 32, 4, 2): {"full batch dropout"},
+    },
     ("dkv", 128): {(32, 32, 4, 1): {"full"}, (32, 64, 8, 1): {"causal"}},
 }
 # Loading by tensor descriptors, on sm_90 only. They take fewer registers (dq's (128, 64) at head_dim 64, causal: 122 a
@@ -75,11 +80,13 @@ def candidates(
         return [(_INTERPRETER_TILE, True)]
     if dtype == torch.float32:
         return [(FLOAT32_TILE, False)]
-    kinds = (
-        {"causal" if causal else "full"} | ({"dropout"} if dropout else set()) | ({"documents"} if documents else set())
-    )
+    kinds = {"causal" if causal else "full", "documents" if documents else "batch", *(("dropout",) if dropout else ())}
     spills_with = _NOT_WITH.get((kernel, head_dim), {})
-    found = [(tile, False) for tile in TILES[kernel][head_dim] if not kinds & spills_with.get(tile, set())]
+    found = [
+        (tile, False)
+        for tile in TILES[kernel][head_dim]
+        if not any(kinds.issuperset(kind.split()) for kind in spills_with.get(tile, ()))
+    ]
     return found + [(tile, True) for tile in DESCRIPTOR_TILES[kernel][head_dim] if by_descriptors]
 
 
