@@ -95,8 +95,10 @@ def _attention_jobs(arch: int, dtype: str, quick: bool) -> list[Job]:
     heads = (64,) if quick else HEAD_DIMS
     for kernel, head_dim, variant in itertools.product(attention_tuning.TILES, heads, variants):
         by_descriptors = arch >= 90 and not variant["DOCUMENTS"]
-        call = (kernel, head_dim, kind, *variant.values(), by_descriptors)
-        for (m, n, warps, stages), tma in attention_tuning.candidates(*call):
+        tiles = attention_tuning.candidates(
+            kernel, head_dim, kind, variant["CAUSAL"], variant["DROPOUT"], variant["DOCUMENTS"], by_descriptors
+        )
+        for (m, n, warps, stages), tma in tiles:
             constants = {"HEAD_DIM": head_dim, **variant, "DESCRIPTORS": tma, "BLOCK_M": m, "BLOCK_N": n, "TMA": tma}
             module = "attention_forward" if kernel == "forward" else "attention_backward"
             found.append(_job(module, f"{kernel}_kernel", arch, dtype, constants, warps, stages))
