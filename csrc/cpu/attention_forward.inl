@@ -1,10 +1,10 @@
 // Flash attention, forward (FlashAttention-2, arXiv 2307.08691, algorithm 1).
 //
-// K is packed once into rows of lanes and V into V^T, blocked by keys; then each (problem, head, panel of queries)
-// is one piece of work, which a thread does alone: results do not depend on the number of threads.
+// K is packed once into rows of lanes and V into V^T, blocked by keys; each (problem, head, panel of queries) is one
+// piece of work, which a thread does alone: results do not depend on the number of threads.
 
 constexpr int kForwardKeys = 128;  // keys per block: 24 KB of scores with AVX-512, in L1 while they are used
-constexpr int kWavePanels = 16;    // of each thread, between two barriers
+constexpr int kHeadsAlone = 8;     // for each thread, that come out even enough without sharing a head
 
 // One thread's memory.
 template <class Dot, int D>
@@ -16,9 +16,9 @@ struct ForwardScratch {
   uint32_t keep[kForwardKeys][kVecs];
 };
 
-// Keys and values of one (problem, key/value head).
+// Keys and values, packed, of one (problem, key/value head) or of several in order.
 struct PackedHead {
-  const float *k, *v;
+  float *k, *v;
 };
 
 // Changes the sign of every number in `count` lanes, or makes them zeros.
@@ -180,67 +180,72 @@ struct ForwardWork {
     while (start[low + 1] <= at) ++low;  // skips empty problems
     return low;
   }
-
-  // Where the wave of key/value heads that begins with `head` ends: at kWavePanels for each thread.
-  int64_t wave_end(int64_t head, int threads) const {
-    const int64_t enough = begin(panel_start, head) + kWavePanels * threads;
-    do ++head;
-    while (head < heads() && begin(panel_start, head) < enough);
-    return head;
-  }
 };
 
-// Keys and values are packed a wave of heads at a time, and the wave's panels follow: what a thread reads again and
-// again was written just before, and lies in its caches.
+// With heads enough a thread packs a key/value head and does its panels: what it reads again and again lies in its own
+// caches, and no thread waits for another. Otherwise all heads are packed first and their panels shared out.
 template <class Dot, int D>
 void forward(const AttentionArgs& args, int threads) {
   constexpr int width = D / Dot::k;
   const ForwardWork work(args);
   const int64_t heads = work.heads(), group = args.heads / args.kv_heads;
-  int64_t most_keys = 0;
-  for (int64_t head = 0, end; head < heads; head = end) {
-    end = work.wave_end(head, threads);
-    most_keys = larger(most_keys, work.begin(work.key_start, end) - work.begin(work.key_start, head));
-  }
-  const size_t packed_bytes = size_t(most_keys) * width * 4;
-  Workspace workspace(2 * packed_bytes + size_t(threads) * sizeof(ForwardScratch<Dot, D>));
-  float* packed_k = reinterpret_cast<float*>(workspace.data);
-  float* packed_v = reinterpret_cast<float*>(workspace.data + packed_bytes);
-  auto* scratches = reinterpret_cast<ForwardScratch<Dot, D>*>(workspace.data + 2 * packed_bytes);
+  const bool alone = heads % threads == 0 || heads >= kHeadsAlone * threads;
+  int64_t most_keys = 0;  // packed at a time
+  for (int64_t i = 0; i < work.problems; ++i) most_keys = larger(most_keys, work.padded_keys(problem(args, i)));
+  if (!alone) most_keys = work.key_start[work.problems];
+  const int64_t lanes = most_keys * width;
+  Workspace workspace(size_t(alone ? threads : 1) * 2 * size_t(lanes) * 4 +
+                      size_t(threads) * sizeof(ForwardScratch<Dot, D>));
+  auto* scratches = reinterpret_cast<ForwardScratch<Dot, D>*>(workspace.data);
+  float* packed_lanes = reinterpret_cast<float*>(scratches + threads);
+
+  // `packed` holds the keys from number `from` on.
+  const auto pack_block = [&](int64_t key, const PackedHead& packed, int64_t from) {
+    const int64_t i = work.find(work.key_start, key);
+    const Problem p = problem(args, i);
+    const int64_t per_head = work.padded_keys(p), at = (key - from) * width;
+    const int64_t head = (key - work.key_start[i]) / per_head, first = (key - work.key_start[i]) % per_head;
+    pack_rows<Dot, D>(p.rows(args.k, p.first_k, head, args.dtype), args.dtype, first, p.seqlen_k, kForwardKeys,
+                      packed.k + at);
+    // V^T of the block: (D, keys / k)
+    float pairs[kForwardKeys / Dot::k * D];
+    pack_pairs<Dot, D>(p.rows(args.v, p.first_k, head, args.dtype), args.dtype, first, p.seqlen_k, kForwardKeys, pairs);
+    transpose(pairs, D, kForwardKeys / Dot::k, D, packed.v + at, kForwardKeys / Dot::k);
+  };
+  const auto panel_of = [&](int64_t panel, const PackedHead& packed, int64_t from, ForwardScratch<Dot, D>& scratch) {
+    const int64_t i = work.find(work.panel_start, panel), of_problem = panel - work.panel_start[i];
+    const Problem p = problem(args, i);
+    // Longest first within a head: in the causal case the last queries see most.
+    const int64_t head = of_problem / work.panels(p), panels = work.panels(p);
+    const int64_t first = first_query(p, panels, panels - 1 - of_problem % panels);
+    const int64_t at = (work.key_start[i] + head / group * work.padded_keys(p) - from) * width;
+    const PackedHead own = {packed.k + at, packed.v + at};
+    if (args.dropout_threshold > 0)
+      forward_panel<Dot, D, true>(args, p, i * args.heads + head, head, first, own, scratch);
+    else
+      forward_panel<Dot, D, false>(args, p, i * args.heads + head, head, first, own, scratch);
+  };
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  for (int64_t wave = 0, wave_end; wave < heads; wave = wave_end) {
-    ForwardScratch<Dot, D>& scratch = scratches[omp_get_thread_num()];
-    wave_end = work.wave_end(wave, threads);
-    const int64_t wave_key = work.begin(work.key_start, wave), end_key = work.begin(work.key_start, wave_end);
+  {
+    const int thread = omp_get_thread_num();
+    if (alone) {
+      const PackedHead packed = {packed_lanes + 2 * thread * lanes, packed_lanes + (2 * thread + 1) * lanes};
 #pragma omp for schedule(dynamic)
-    for (int64_t key = wave_key; key < end_key; key += kForwardKeys) {
-      const int64_t i = work.find(work.key_start, key);
-      const Problem p = problem(args, i);
-      const int64_t per_head = work.padded_keys(p), at = (key - wave_key) * width;
-      const int64_t head = (key - work.key_start[i]) / per_head, first = (key - work.key_start[i]) % per_head;
-      pack_rows<Dot, D>(p.rows(args.k, p.first_k, head, args.dtype), args.dtype, first, p.seqlen_k, kForwardKeys,
-                        packed_k + at);
-      // V^T of the block: (D, keys / k)
-      float pairs[kForwardKeys / Dot::k * D];
-      pack_pairs<Dot, D>(p.rows(args.v, p.first_k, head, args.dtype), args.dtype, first, p.seqlen_k, kForwardKeys,
-                         pairs);
-      transpose(pairs, D, kForwardKeys / Dot::k, D, packed_v + at, kForwardKeys / Dot::k);
-    }
-    const int64_t first_panel = work.begin(work.panel_start, wave), end_panel = work.begin(work.panel_start, wave_end);
+      for (int64_t head = 0; head < heads; ++head) {
+        const int64_t from = work.begin(work.key_start, head), end = work.begin(work.key_start, head + 1);
+        for (int64_t key = from; key < end; key += kForwardKeys) pack_block(key, packed, from);
+        const int64_t last = work.begin(work.panel_start, head + 1);
+        for (int64_t panel = work.begin(work.panel_start, head); panel < last; ++panel)
+          panel_of(panel, packed, from, scratches[thread]);
+      }
+    } else {
+      const PackedHead packed = {packed_lanes, packed_lanes + lanes};
 #pragma omp for schedule(dynamic)
-    for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-      const int64_t i = work.find(work.panel_start, panel), of_problem = panel - work.panel_start[i];
-      const Problem p = problem(args, i);
-      const int64_t head = of_problem / work.panels(p);
-      // Longest first within a head: in the causal case the last queries see most.
-      const int64_t panels = work.panels(p), first = first_query(p, panels, panels - 1 - of_problem % panels);
-      const int64_t at = (work.key_start[i] + head / group * work.padded_keys(p) - wave_key) * width;
-      const PackedHead packed = {packed_k + at, packed_v + at};
-      if (args.dropout_threshold > 0)
-        forward_panel<Dot, D, true>(args, p, i * args.heads + head, head, first, packed, scratch);
-      else
-        forward_panel<Dot, D, false>(args, p, i * args.heads + head, head, first, packed, scratch);
+      for (int64_t key = 0; key < most_keys; key += kForwardKeys) pack_block(key, packed, 0);
+#pragma omp for schedule(dynamic)
+      for (int64_t panel = 0; panel < work.panel_start[work.problems]; ++panel)
+        panel_of(panel, packed, 0, scratches[thread]);
     }
   }
 }

@@ -63,7 +63,7 @@ def _races(test: str, csrc: pathlib.Path, program: pathlib.Path) -> int:
 @pytest.mark.parametrize(
     ("test", "file", "barrier"),
     [
-        ("attention_test", "attention_forward.inl", "#pragma omp for schedule(dynamic)\n    for (int64_t key"),
+        ("attention_test", "attention_forward.inl", "#pragma omp for schedule(dynamic)\n      for (int64_t key"),
         ("block_test", "block.inl", "#pragma omp for schedule(static)\n    for (int64_t chunk"),
     ],
 )
@@ -89,7 +89,7 @@ MUTATIONS = [
     ("attention_forward.inl", "key >= visible ? kPanel", "key > visible ? kPanel"),
     ("attention_forward.inl", "first + offset + 1 - start", "first + offset + 2 - start"),
     ("attention_forward.inl", "r < seen[from]; r += Dot::k", "r < seen[0]; r += Dot::k"),
-    ("attention_forward.inl", "padded_keys(p) - wave_key)", "padded_keys(p))"),
+    ("attention_forward.inl", "padded_keys(p) - from)", "padded_keys(p))"),
     ("attention_forward.inl", "panels - 1 - of_problem % panels", "of_problem % (panels - 1)"),
     ("attention.inl", "end = first + kLanes;", "end = first + kLanes - 1;"),
     ("attention.inl", "(a + done, b", "(a, b"),
