@@ -38,9 +38,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor
         return q * 0
     mask, is_causal = None, False
     hidden_rows = max(m - n, 0) if causal else 0
-    if (
-        causal and m == n
-    ):  # a branch: of lengths that vary torch.compile makes an expression, which the op does not take
+    # A branch: of lengths that vary torch.compile would make an expression, which the op does not take.
+    if causal and m == n:
         is_causal = True
     elif causal and m > 1:  # is_causal aligns top-left; ours is bottom-right. One query sees every key.
         mask = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m)

@@ -34,9 +34,15 @@ def test_the_committed_table_is_what_the_committed_results_say(tmp_path):
     choose.main([*map(str, sorted(RESULTS.glob("*.json"))), "--out", str(out)])
     assert out.read_text() == measured.PATH.read_text()
     rows = json.loads(out.read_text())
-    # One figure by hand: the fp32 loss, 4860 against 3950 ms in loss-amd-epyc.md.
+    # One figure from the table that people read: the fp32 loss, one case.
+    milliseconds = {
+        cells[2].strip(" *"): float(cells[3].split()[0])
+        for cells in (line.strip("|\n").split("|") for line in (RESULTS / "loss-amd-epyc.md").open())
+        if len(cells) > 3 and "fp32" in cells[0] and cells[1].strip() == "forward + backward"
+    }
+    expected = milliseconds["phi1 cpu"] / milliseconds["phi1 torch"]
     loss = next(r for r in rows if (r["op"], r["dtype"]) == ("linear_cross_entropy", "float32"))
-    assert loss["speed"] == {"cpu": 1.0, "torch": pytest.approx(3950 / 4860, abs=6e-4)}
+    assert loss["speed"] == {"cpu": 1.0, "torch": pytest.approx(expected, abs=1e-3)}
 
 
 def test_a_cell_is_the_geometric_mean_of_its_training_cases(tmp_path):
