@@ -250,7 +250,7 @@ void forward(const AttentionArgs& args, int threads) {
 
 void attention_forward(const AttentionArgs& args, int threads) {
   with_kernel(args, [&](auto dot, auto dim) {
-    if (few_queries(args))
+    if (few_queries<decltype(dot)>(args))
       decode<decltype(dim)::value>(args, threads);
     else
       forward<decltype(dot), decltype(dim)::value>(args, threads);

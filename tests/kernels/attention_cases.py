@@ -48,6 +48,7 @@ CASES = [
     Case("decode", seqlen_q=1, seqlen_k=301, heads=4, kv_heads=2),
     Case("decode_three", batch=3, seqlen_q=3, seqlen_k=77, heads=3, kv_heads=1, head_dim=128),
     Case("decode_four_32", batch=5, seqlen_q=4, seqlen_k=19, heads=6, kv_heads=2, head_dim=32, strided="packed"),
+    Case("few", batch=2, seqlen_q=8, seqlen_k=301, heads=6, kv_heads=2),
     Case("few_full", seqlen_q=2, seqlen_k=45, causal=False, strided="misaligned"),
     Case("few_blind", batch=9, seqlen_q=4, seqlen_k=3, heads=4, kv_heads=4),
     Case("239x1", seqlen_q=239, seqlen_k=1),
