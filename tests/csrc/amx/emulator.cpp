@@ -1,6 +1,6 @@
 // Intel's AMX tile instructions on a CPU that has none. There each of them raises SIGILL; the handler installed here
 // decodes the machine code, executes it as Intel's manual defines it (SDM, volume 2: the instructions and exception
-// classes AMX-E1 to AMX-E6) and goes on behind it. Linked into a program, it is all that the program needs.
+// classes AMX-E1 to AMX-E6) and goes on behind it. Linked into a program or preloaded, it is all that is needed.
 //
 // What would fault on a CPU with AMX aborts with one line that names the instruction.
 #include <immintrin.h>
@@ -244,3 +244,6 @@ extern "C" __attribute__((visibility("default"))) long amx_executed(const char* 
     if (std::strcmp(kNames[i], name) == 0) return executed[i];
   return -1;
 }
+
+// What csrc/cpu/amx.cpp asks.
+extern "C" __attribute__((visibility("default"))) bool phi1_amx_is_emulated() { return true; }
