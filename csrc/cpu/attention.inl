@@ -8,7 +8,8 @@
 // Rows x N vectors of C in registers, with A's elements broadcast and B's rows loaded.
 template <class Dot, int N>
 struct VectorBlock {
-  vfloat c[kRows][N];
+  using Vectors = vfloat[kRows][N];
+  Vectors c;
 
   // The vectors from First on, as everywhere.
   template <int First = 0>
@@ -47,7 +48,9 @@ struct VectorBlock {
 
   // C, to be worked on.
   template <int First>
-  __attribute__((always_inline)) vfloat (&vectors()) [kRows][N] { return c; }
+  __attribute__((always_inline)) Vectors& vectors() {
+    return c;
+  }
 
   // c[m][n] += a[m][k] b[k][n], `steps` lanes of k; a's rows are LDA lanes apart, b's LDB.
   template <int LDA, int LDB, int First = 0>
@@ -104,6 +107,10 @@ struct DotBf16 {
 #include "cpu/attention_tiles.inl"
 #endif
 
+// Rows of C times N vectors, on their way through a product: Dot::rows of them.
+template <class Dot, int N>
+using Block = typename Dot::template Block<N>;
+
 constexpr int kPanel = kVecs * kLanes;  // queries side by side in a register block
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr int kGroup = 32;  // keys that share Philox counters: key blocks are multiples of it
@@ -117,8 +124,9 @@ __attribute__((always_inline)) inline void for_vectors(F&& f) {
 }
 
 // c[m][n] += a[m][k] b[k][n], each vector n up to the keys that it sees: seen[n] of KEYS. b is (keys / k, kPanel).
-template <class Dot, int KEYS, class Block>
-__attribute__((always_inline)) inline void multiply_seen(const float* a, const float* b, const int* seen, Block& c) {
+template <class Dot, int KEYS>
+__attribute__((always_inline)) inline void multiply_seen(const float* a, const float* b, const int* seen,
+                                                         Block<Dot, kVecs>& c) {
   int done = 0;
   for_vectors([&](auto from) __attribute__((always_inline)) {
     const int steps = seen[from] / Dot::k - done;

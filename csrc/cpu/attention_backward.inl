@@ -116,7 +116,7 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
   if constexpr (Dropout) dropout_bits(args, plane, first, start, round_up(keys, kGroup), tile.keep);
 
   auto probability_rows = [&](int r, auto from, auto mask) __attribute__((always_inline)) {
-    typename Dot::template Block<kVecs> block;
+    Block<Dot, kVecs> block;
     block.template clear<from>();
     block.template multiply<width, kPanel, from>(scratch.k + (start + r) * width, panel.q_columns, width);
     auto& s = block.template vectors<from>();
@@ -135,7 +135,7 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
     }
   };
   auto ds_rows = [&](int r, auto from) __attribute__((always_inline)) {
-    typename Dot::template Block<kVecs> block;
+    Block<Dot, kVecs> block;
     block.template clear<from>();
     block.template multiply<width, kPanel, from>(scratch.v + (start + r) * width, panel.grad_columns, width);
     auto& ds = block.template vectors<from>();
@@ -169,7 +169,7 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
 
   const float* k = scratch.k_columns + start * width;
   for (int d = 0; d < D; d += Dot::rows) {
-    typename Dot::template Block<kVecs> sum;
+    Block<Dot, kVecs> sum;
     float* to = panel.grad_q + d * kPanel;
     sum.template load<kPanel>(to);
     multiply_seen<Dot, kBackwardKeys>(k + d * (kBackwardKeys / Dot::k), tile.ds_columns, seen, sum);
@@ -187,7 +187,7 @@ void backward_sum(const float* a, const float* b, int rows, const int* seen, int
   for (int d = 0; d < D; d += vecs * kLanes)
     for (int r = 0, blind = 0; r < rows; r += Dot::rows) {
       while (blind < vectors && seen[blind] <= r) ++blind;
-      typename Dot::template Block<vecs> sum;
+      Block<Dot, vecs> sum;
       sum.template load<D>(to + r * D + d);
       sum.template multiply<columns, D>(a + r * columns + blind * lanes, b + blind * lanes * D + d,
                                         (vectors - blind) * lanes);

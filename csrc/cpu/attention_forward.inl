@@ -58,7 +58,7 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
     const vint lane = lane_index();
 
     auto score_rows = [&](int r, auto from, auto mask) __attribute__((always_inline)) {
-      typename Dot::template Block<kVecs> block;
+      Block<Dot, kVecs> block;
       block.template clear<from>();
       block.template multiply<width, kPanel, from>(packed.k + (start + r) * width, scratch.q, width);
       auto& s = block.template vectors<from>();
@@ -111,7 +111,7 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
     // O^T = O^T shrink + V^T P^T
     const float* v = packed.v + start * width;
     for (int d = 0; d < D; d += Dot::rows) {
-      typename Dot::template Block<kVecs> o;
+      Block<Dot, kVecs> o;
       float* out = scratch.out + d * kPanel;
       o.clear();
       if (start > 0) o.template load<kPanel>(out, shrink);

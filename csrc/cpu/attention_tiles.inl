@@ -1,10 +1,11 @@
 // Attention's products of bf16 in AMX tiles: registers of 16 rows of 64 bytes, that is 16 lanes, eight to a thread.
 //
-// The operands lie in memory as tiles want them: 16 rows of A, lanes along k, and 16 rows of B of a lane a column are
-// what TDPBF16PS multiplies to a 16 x 16 tile of C, 32 products of bf16 an element. What is left of a sum of 16 more
-// goes through tiles of half as many lanes of A and rows of B.
+// The operands lie in memory as tiles want them: TDPBF16PS multiplies 16 rows of A, 16 lanes along k, with 16 rows of
+// B, a lane a column, and adds to 16 x 16 numbers of C. Sums over keys and queries are multiples of 16 numbers, that is
+// 8 lanes: what is over goes through tiles of half as many lanes of A and rows of B, and no lane is read that no one
+// wrote.
 //
-// By asm, with tiles by number: GCC's intrinsics do not say which memory they read, and a tile is never spilled so.
+// By asm with numbers of tiles, so that none is ever spilled. GCC 12's intrinsics do not say that they read memory.
 
 constexpr int kTileLanes = 16;  // and rows
 static_assert(kLanes == kTileLanes);
@@ -60,7 +61,8 @@ inline void tile_multiply() {
 template <int N>
 struct TileBlock {
   static_assert(N <= kWhole.a);
-  vfloat c[kTileLanes][N];
+  using Vectors = vfloat[kTileLanes][N];
+  Vectors c;  // where vectors() finds them
 
   // Calls f(integral_constant<int, n>) for n = First ... N - 1.
   template <int First, class F>
@@ -97,7 +99,7 @@ struct TileBlock {
   }
 
   template <int First>
-  __attribute__((always_inline)) vfloat (&vectors()) [kTileLanes][N] {
+  __attribute__((always_inline)) Vectors& vectors() {
     for_tiles<First>([&](auto n) { tile_store<n, N * kLanes>(reinterpret_cast<float*>(&c[0][n])); });
     return c;
   }
