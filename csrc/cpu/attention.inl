@@ -179,9 +179,14 @@ inline int seen_keys(const AttentionArgs& args, const Problem& p, int64_t first,
   return int(round_up(keys, Dot::rows));
 }
 
+inline int64_t query_panels(const Problem& p) { return round_up(p.seqlen_q, kPanel) / kPanel; }
+
 // The first query of panel i of `panels`. Where they do not come out even, the first panel begins before query 0: in
 // the causal case it sees fewest keys.
 inline int64_t first_query(const Problem& p, int64_t panels, int64_t i) { return p.seqlen_q - (panels - i) * kPanel; }
+
+// Whether heads come out even enough over the threads without sharing a head.
+inline bool heads_alone(int64_t heads, int threads) { return heads % threads == 0 || heads >= 8 * threads; }
 
 inline int64_t problem_count(const AttentionArgs& args) { return args.starts_q ? args.documents : args.batch; }
 

@@ -3,9 +3,10 @@
 //   S^T = K Q^T, P^T = exp(scale S^T - lse), dP^T = V dO^T, dS^T = P^T (dP^T - delta), delta = rowsum(dO O)
 //   dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T
 //
-// A (problem, key/value head) is one piece of work, which a thread does alone with all its query heads: no two
-// threads add to the same number, and results do not depend on how many there are. dK and dV of a block of keys
-// stay in L1 while the queries pass; dQ^T is summed in float32 over the blocks of keys, in order.
+// A block of keys of one (problem, key/value head) is one piece of work: its dK and dV stay in a thread's cache while
+// the queries of all its query heads pass. Blocks of one head may be under way in several threads; each adds its part
+// of dQ^T to a panel of queries when the block before it has, a panel behind it. So every number is summed in one
+// order, and results do not depend on the number of threads.
 
 constexpr int kBackwardKeys = 64;   // keys per block
 constexpr int kBackwardPanels = 2;  // panels of queries per pass, a longer sum for dV and dK
@@ -20,12 +21,16 @@ struct BackwardPanel {
   alignas(64) float grad_q[D * kPanel];            // dQ^T / scale: (D, queries)
   alignas(64) float lse[kPanel];                   // log2(e) lse; +inf where the query sees no key or is none: P = 0
   alignas(64) float delta[kPanel];
+  alignas(64) int64_t summed;  // the keys below it are in grad_q; through std::atomic_ref
 };
 
-// One thread's tile.
+// One thread's block of keys.
 template <class Dot, int D>
 struct BackwardTile {
-  static constexpr int columns = kBackwardPanels * kPanel / Dot::k;
+  static constexpr int width = D / Dot::k, columns = kBackwardPanels * kPanel / Dot::k;
+  alignas(64) float k[kBackwardKeys * width];                     // K: (keys, D / k)
+  alignas(64) float v[kBackwardKeys * width];                     // V
+  alignas(64) float k_columns[kBackwardKeys * width];             // K^T: (D, keys / k)
   alignas(64) float p[kBackwardKeys * kPanel];                    // P^T of a panel, before dropout
   alignas(64) float dropped[kBackwardKeys * columns];             // P^T after dropout, as A: (keys, queries / k)
   alignas(64) float ds[kBackwardKeys * columns];                  // dS^T, as A
@@ -37,76 +42,66 @@ struct BackwardTile {
   uint32_t keep[kBackwardKeys][kVecs];
 };
 
-// The memory of one thread, cut for the longest problem.
+// The memory of one (problem, key/value head) with all its query heads, cut for the longest problem.
 template <class Dot, int D>
-struct BackwardScratch {
-  static constexpr int width = D / Dot::k;
-  BackwardTile<Dot, D>* tile;
-  BackwardPanel<Dot, D>* panels;  // (group, panels)
-  float *q, *grad;                // (group, queries / k, D)
-  float *k, *v, *k_columns;       // K, V: (keys, D / k); K^T of a block of keys: (D, keys / k)
+struct BackwardHead {
+  BackwardPanel<Dot, D>* panels;  // (group, panels of the longest)
+  float *q, *grad;                // Q, dO as B: (group, queries / k, D)
 
-  // Cuts the scratch of thread `thread` out of `data`, or with null only counts the bytes of one thread.
-  BackwardScratch(char* data, int64_t thread, int64_t group, int64_t panel_count, int64_t keys, size_t& bytes) {
-    size_t at = 0;
-    auto take = [&](size_t size) { return std::exchange(at, at + (size + 63) / 64 * 64); };
-    const size_t tile_at = take(sizeof *tile), panels_at = take(size_t(group * panel_count) * sizeof *panels);
-    const size_t rows = size_t(group * panel_count * kPanel * width) * 4, lanes = size_t(keys * width) * 4;
-    const size_t q_at = take(rows), grad_at = take(rows), k_at = take(lanes), v_at = take(lanes), t_at = take(lanes);
-    bytes = at;
-    if (data == nullptr) return;
-    data += size_t(thread) * at;
-    tile = reinterpret_cast<BackwardTile<Dot, D>*>(data + tile_at);
-    panels = reinterpret_cast<BackwardPanel<Dot, D>*>(data + panels_at);
-    q = reinterpret_cast<float*>(data + q_at);
-    grad = reinterpret_cast<float*>(data + grad_at);
-    k = reinterpret_cast<float*>(data + k_at);
-    v = reinterpret_cast<float*>(data + v_at);
-    k_columns = reinterpret_cast<float*>(data + t_at);
-  }
+  static size_t bytes(int64_t panels) { return size_t(panels) * (sizeof(BackwardPanel<Dot, D>) + 2 * lanes(1) * 4); }
+  static size_t lanes(int64_t panels) { return size_t(panels) * kPanel * (D / Dot::k); }
+
+  // `panel_count`: of all its query heads together.
+  BackwardHead(char* data, int64_t panel_count)
+      : panels(reinterpret_cast<BackwardPanel<Dot, D>*>(data)),
+        q(reinterpret_cast<float*>(panels + panel_count)),
+        grad(q + lanes(panel_count)) {}
 };
 
-// Everything of a query head that the tiles need, and dQ^T = 0. q, grad: its (queries / k, D) lanes.
+// Everything of a panel of queries from `first` that the tiles need, and dQ^T = 0. q_lanes, grad_lanes: its rows as B.
 template <class Dot, int D>
-void backward_prepare(const AttentionArgs& args, const Problem& p, int64_t head, BackwardPanel<Dot, D>* panels,
-                      float* q_lanes, float* grad_lanes, float* rows) {
+void backward_prepare(const AttentionArgs& args, const Problem& p, int64_t head, int64_t first,
+                      BackwardPanel<Dot, D>& panel, float* q_lanes, float* grad_lanes, float* rows) {
   constexpr int width = D / Dot::k;
   const Rows q = p.rows(args.q, p.first_q, head, args.dtype);
   const Rows grad = p.rows(args.grad_out, p.first_q, head, args.dtype);
   const Rows out = p.rows(args.out, p.first_q, head, args.dtype);
   const float* lse = args.lse + (p.batch * args.heads + head) * args.seqlen_q + p.first_q;
-  const int64_t panel_count = round_up(p.seqlen_q, kPanel) / kPanel;
-  for (int64_t panel = 0; panel < panel_count; ++panel, ++panels) {
-    const int64_t first = first_query(p, panel_count, panel), lanes = panel * kPanel * width;
-    pack_rows<Dot, D>(q, args.dtype, first, p.seqlen_q, kPanel, rows);
-    transpose(rows, width, kPanel, width, panels->q_columns, kPanel);
-    pack_rows<Dot, D>(grad, args.dtype, first, p.seqlen_q, kPanel, rows);
-    transpose(rows, width, kPanel, width, panels->grad_columns, kPanel);
-    pack_pairs<Dot, D>(q, args.dtype, first, p.seqlen_q, kPanel, q_lanes + lanes);
-    pack_pairs<Dot, D>(grad, args.dtype, first, p.seqlen_q, kPanel, grad_lanes + lanes);
-    std::memset(panels->grad_q, 0, sizeof panels->grad_q);
-    for (int64_t i = 0; i < kPanel; ++i) {
-      panels->lse[i] = __builtin_inff();
-      panels->delta[i] = 0;
-      if (first + i < 0) continue;
-      if (lse[first + i] != -__builtin_inff()) panels->lse[i] = lse[first + i] * kLog2e;
-      float a[D], b[D];
-      read_row(args.dtype, grad.data + (first + i) * grad.stride, a, D);
-      read_row(args.dtype, out.data + (first + i) * out.stride, b, D);
-      vfloat sum = {};
-      for (int d = 0; d < D; d += kLanes) sum = fma(vload(a + d), vload(b + d), sum);
-      for (int lane = 0; lane < kLanes; ++lane) panels->delta[i] += sum[lane];
-    }
+  pack_rows<Dot, D>(q, args.dtype, first, p.seqlen_q, kPanel, rows);
+  transpose(rows, width, kPanel, width, panel.q_columns, kPanel);
+  pack_rows<Dot, D>(grad, args.dtype, first, p.seqlen_q, kPanel, rows);
+  transpose(rows, width, kPanel, width, panel.grad_columns, kPanel);
+  pack_pairs<Dot, D>(q, args.dtype, first, p.seqlen_q, kPanel, q_lanes);
+  pack_pairs<Dot, D>(grad, args.dtype, first, p.seqlen_q, kPanel, grad_lanes);
+  std::memset(panel.grad_q, 0, sizeof panel.grad_q);
+  panel.summed = 0;
+  for (int64_t i = 0; i < kPanel; ++i) {
+    panel.lse[i] = __builtin_inff();
+    panel.delta[i] = 0;
+    if (first + i < 0) continue;
+    if (lse[first + i] != -__builtin_inff()) panel.lse[i] = lse[first + i] * kLog2e;
+    float a[D], b[D];
+    read_row(args.dtype, grad.data + (first + i) * grad.stride, a, D);
+    read_row(args.dtype, out.data + (first + i) * out.stride, b, D);
+    vfloat sum = {};
+    for (int d = 0; d < D; d += kLanes) sum = fma(vload(a + d), vload(b + d), sum);
+    for (int lane = 0; lane < kLanes; ++lane) panel.delta[i] += sum[lane];
   }
 }
 
-// The part of a tile that one panel makes: dropped, ds (columns from `column`) and dQ^T += K^T dS^T. seen: see
+// A turn of a loop that waits for another thread.
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+// What one panel makes with the keys from `start`: dropped, ds (columns from `column`) and dQ^T += K^T dS^T. seen: see
 // seen_keys, of the panel's vectors; dropped and ds are written where a vector sees the key.
 template <class Dot, int D, bool Dropout>
 void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, int64_t first, int64_t start,
-                    const BackwardScratch<Dot, D>& scratch, BackwardPanel<Dot, D>& panel, int column, const int* seen) {
+                    BackwardTile<Dot, D>& tile, BackwardPanel<Dot, D>& panel, int column, const int* seen) {
   constexpr int width = D / Dot::k, columns = BackwardTile<Dot, D>::columns;
-  BackwardTile<Dot, D>& tile = *scratch.tile;
   const int64_t keys = smaller(kBackwardKeys, p.seqlen_k - start), offset = p.seqlen_k - p.seqlen_q;
   // Keys below `bare` are seen by every query, from `first` on.
   const int64_t bare = args.causal ? smaller(keys, first + offset + 1 - start) : keys;
@@ -118,7 +113,7 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
   auto probability_rows = [&](int r, auto from, auto mask) __attribute__((always_inline)) {
     Block<Dot, kVecs> block;
     block.template clear<from>();
-    block.template multiply<width, kPanel, from>(scratch.k + (start + r) * width, panel.q_columns, width);
+    block.template multiply<width, kPanel, from>(tile.k + r * width, panel.q_columns, width);
     auto& s = block.template vectors<from>();
 #pragma GCC unroll 8
     for (int m = 0; m < Dot::rows; ++m) {
@@ -137,7 +132,7 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
   auto ds_rows = [&](int r, auto from) __attribute__((always_inline)) {
     Block<Dot, kVecs> block;
     block.template clear<from>();
-    block.template multiply<width, kPanel, from>(scratch.v + (start + r) * width, panel.grad_columns, width);
+    block.template multiply<width, kPanel, from>(tile.v + r * width, panel.grad_columns, width);
     auto& ds = block.template vectors<from>();
 #pragma GCC unroll 8
     for (int n = from; n < kVecs; ++n) {
@@ -167,14 +162,18 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
     for (; r < seen[from]; r += Dot::rows) ds_rows(r, from);
   });
 
-  const float* k = scratch.k_columns + start * width;
+  const std::atomic_ref<int64_t> summed(panel.summed);
+  // Spins for 25 microseconds, a panel takes 10; a core that is given up may be gone for milliseconds.
+  for (int64_t spins = 0; summed.load(std::memory_order_acquire) < start; ++spins)
+    spins < 1000 ? pause() : std::this_thread::yield();
   for (int d = 0; d < D; d += Dot::rows) {
     Block<Dot, kVecs> sum;
     float* to = panel.grad_q + d * kPanel;
     sum.template load<kPanel>(to);
-    multiply_seen<Dot, kBackwardKeys>(k + d * (kBackwardKeys / Dot::k), tile.ds_columns, seen, sum);
+    multiply_seen<Dot, kBackwardKeys>(tile.k_columns + d * (kBackwardKeys / Dot::k), tile.ds_columns, seen, sum);
     sum.template store<kPanel>(to);
   }
+  summed.store(start + kBackwardKeys, std::memory_order_release);
 }
 
 // to (keys, D) += a (keys, queries / k) b (queries / k, D) over `vectors` vectors of queries, without those at the
@@ -204,88 +203,118 @@ void write_rows(const Rows& to, DType dtype, int64_t first, int64_t count, float
   }
 }
 
+// dK and dV of the block of keys from `start`, and its part of dQ^T.
 template <class Dot, int D, bool Dropout>
-void backward_head(const AttentionArgs& args, int64_t index, int64_t kv_head, const BackwardScratch<Dot, D>& scratch) {
+void backward_keys(const AttentionArgs& args, int64_t index, int64_t kv_head, int64_t start,
+                   const BackwardHead<Dot, D>& shared, BackwardTile<Dot, D>& tile) {
   constexpr int width = D / Dot::k;
-  BackwardTile<Dot, D>& tile = *scratch.tile;
   const Problem p = problem(args, index);
   const int64_t group = args.heads / args.kv_heads, offset = p.seqlen_k - p.seqlen_q;
-  const int64_t panels = round_up(p.seqlen_q, kPanel) / kPanel;
+  const int64_t panels = query_panels(p), keys = smaller(kBackwardKeys, p.seqlen_k - start);
+  const int rows = int(round_up(keys, Dot::rows));
 
-  for (int64_t g = 0; g < group; ++g)
-    backward_prepare<Dot, D>(args, p, kv_head * group + g, scratch.panels + g * panels,
-                             scratch.q + g * panels * kPanel * width, scratch.grad + g * panels * kPanel * width,
-                             tile.rows);
   const Rows k = p.rows(args.k, p.first_k, kv_head, args.dtype), v = p.rows(args.v, p.first_k, kv_head, args.dtype);
-  for (int64_t start = 0; start < p.seqlen_k; start += kBackwardKeys) {
-    pack_rows<Dot, D>(k, args.dtype, start, p.seqlen_k, kBackwardKeys, scratch.k + start * width);
-    pack_rows<Dot, D>(v, args.dtype, start, p.seqlen_k, kBackwardKeys, scratch.v + start * width);
-    pack_pairs<Dot, D>(k, args.dtype, start, p.seqlen_k, kBackwardKeys, tile.pairs);
-    transpose(tile.pairs, D, kBackwardKeys / Dot::k, D, scratch.k_columns + start * width, kBackwardKeys / Dot::k);
-
-    const int64_t keys = smaller(kBackwardKeys, p.seqlen_k - start);
-    const int rows = int(round_up(keys, Dot::rows));
-    std::memset(tile.grad_k, 0, sizeof tile.grad_k);
-    std::memset(tile.grad_v, 0, sizeof tile.grad_v);
-    // The first panel with a query that sees a key of this block.
-    const int64_t first_panel = args.causal ? larger(0, start - offset - first_query(p, panels, 0)) / kPanel : 0;
-    for (int64_t g = 0; g < group; ++g) {
-      const int64_t head = kv_head * group + g;
-      for (int64_t from = first_panel / kBackwardPanels * kBackwardPanels; from < panels; from += kBackwardPanels) {
-        const int64_t end = smaller(from + kBackwardPanels, panels), first = first_query(p, panels, from);
-        const int vectors = int(end - from) * kVecs;
-        int seen[kBackwardPanels * kVecs];
-        for (int n = 0; n < vectors; ++n) seen[n] = seen_keys<Dot>(args, p, first + n * kLanes, start, keys);
-        for (int64_t i = larger(from, first_panel); i < end; ++i)
-          backward_panel<Dot, D, Dropout>(args, p, index * args.heads + head, first_query(p, panels, i), start, scratch,
-                                          scratch.panels[g * panels + i], int(i - from) * kPanel,
-                                          seen + (i - from) * kVecs);
-        const int64_t lanes = (g * panels + from) * kPanel * width;
-        backward_sum<Dot, D>(tile.dropped, scratch.grad + lanes, rows, seen, vectors, tile.grad_v);
-        backward_sum<Dot, D>(tile.ds, scratch.q + lanes, rows, seen, vectors, tile.grad_k);
-      }
-    }
-    write_rows<D>(p.rows(args.grad_k, p.first_k, kv_head, args.dtype), args.dtype, start, keys, tile.grad_k,
-                  args.scale);
-    write_rows<D>(p.rows(args.grad_v, p.first_k, kv_head, args.dtype), args.dtype, start, keys, tile.grad_v,
-                  args.dropout_scale);
-  }
-
+  pack_rows<Dot, D>(k, args.dtype, start, p.seqlen_k, kBackwardKeys, tile.k);
+  pack_rows<Dot, D>(v, args.dtype, start, p.seqlen_k, kBackwardKeys, tile.v);
+  pack_pairs<Dot, D>(k, args.dtype, start, p.seqlen_k, kBackwardKeys, tile.pairs);
+  transpose(tile.pairs, D, kBackwardKeys / Dot::k, D, tile.k_columns, kBackwardKeys / Dot::k);
+  std::memset(tile.grad_k, 0, sizeof tile.grad_k);
+  std::memset(tile.grad_v, 0, sizeof tile.grad_v);
+  // The first panel with a query that sees a key of this block.
+  const int64_t first_panel = args.causal ? larger(0, start - offset - first_query(p, panels, 0)) / kPanel : 0;
   for (int64_t g = 0; g < group; ++g) {
-    const Rows grad_q = p.rows(args.grad_q, p.first_q, kv_head * group + g, args.dtype);
-    for (int64_t i = 0; i < panels; ++i) {
-      transpose(scratch.panels[g * panels + i].grad_q, kPanel, D, kPanel, tile.rows, D);
-      const int64_t first = first_query(p, panels, i), dead = larger(0, -first);
-      write_rows<D>(grad_q, args.dtype, first + dead, kPanel - dead, tile.rows + dead * D, args.scale);
+    const int64_t plane = index * args.heads + kv_head * group + g;
+    for (int64_t from = first_panel / kBackwardPanels * kBackwardPanels; from < panels; from += kBackwardPanels) {
+      const int64_t end = smaller(from + kBackwardPanels, panels), first = first_query(p, panels, from);
+      const int vectors = int(end - from) * kVecs;
+      int seen[kBackwardPanels * kVecs];
+      for (int n = 0; n < vectors; ++n) seen[n] = seen_keys<Dot>(args, p, first + n * kLanes, start, keys);
+      for (int64_t i = larger(from, first_panel); i < end; ++i)
+        backward_panel<Dot, D, Dropout>(args, p, plane, first_query(p, panels, i), start, tile,
+                                        shared.panels[g * panels + i], int(i - from) * kPanel,
+                                        seen + (i - from) * kVecs);
+      const int64_t lanes = (g * panels + from) * kPanel * width;
+      backward_sum<Dot, D>(tile.dropped, shared.grad + lanes, rows, seen, vectors, tile.grad_v);
+      backward_sum<Dot, D>(tile.ds, shared.q + lanes, rows, seen, vectors, tile.grad_k);
     }
   }
+  write_rows<D>(p.rows(args.grad_k, p.first_k, kv_head, args.dtype), args.dtype, start, keys, tile.grad_k, args.scale);
+  write_rows<D>(p.rows(args.grad_v, p.first_k, kv_head, args.dtype), args.dtype, start, keys, tile.grad_v,
+                args.dropout_scale);
 }
 
+// With heads enough a thread does a head after the other, by itself. Otherwise as many heads as there are threads are
+// prepared, their blocks of keys shared out, and dQ written, by all threads together.
 template <class Dot, int D>
 void backward(const AttentionArgs& args, int threads) {
-  const int64_t problems = problem_count(args);
-  int64_t panels = 0, keys = 0;
+  const int64_t problems = problem_count(args), heads = problems * args.kv_heads, group = args.heads / args.kv_heads;
+  int64_t panels = 0, keys = 0;  // of the longest problem
   for (int64_t i = 0; i < problems; ++i) {
-    const Problem p = problem(args, i);
-    panels = larger(panels, round_up(p.seqlen_q, kPanel) / kPanel);
-    keys = larger(keys, round_up(p.seqlen_k, kBackwardKeys));
+    panels = larger(panels, query_panels(problem(args, i)));
+    keys = larger(keys, problem(args, i).seqlen_k);
   }
-  const int64_t items = problems * args.kv_heads, group = args.heads / args.kv_heads;
-  threads = int(smaller(threads, items));
-  size_t bytes = 0;
-  BackwardScratch<Dot, D>(nullptr, 0, group, panels, keys, bytes);
-  Workspace workspace(bytes * size_t(threads));
+  const int64_t blocks = round_up(keys, kBackwardKeys) / kBackwardKeys;
+  threads = int(larger(1, smaller(threads, heads * blocks)));
+  const bool alone = heads_alone(heads, threads);
+  const int64_t slots = smaller(heads, threads);
+  const size_t head_bytes = BackwardHead<Dot, D>::bytes(group * panels);
+  Workspace workspace(size_t(threads) * sizeof(BackwardTile<Dot, D>) + size_t(slots) * head_bytes);
+  auto* tiles = reinterpret_cast<BackwardTile<Dot, D>*>(workspace.data);
+  const auto memory = [&](int64_t slot) {
+    return BackwardHead<Dot, D>(reinterpret_cast<char*>(tiles + threads) + size_t(slot) * head_bytes, group * panels);
+  };
+
+  // Steps of head `head` of all problems, which has memory `slot`; those that a shorter problem has not do nothing.
+  const auto prepare = [&](int64_t head, int64_t slot, int64_t step, BackwardTile<Dot, D>& tile) {
+    const Problem p = problem(args, head / args.kv_heads);
+    const int64_t count = query_panels(p), lanes = step * kPanel * (D / Dot::k);
+    if (step >= group * count) return;
+    const BackwardHead<Dot, D> shared = memory(slot);
+    backward_prepare<Dot, D>(args, p, head % args.kv_heads * group + step / count, first_query(p, count, step % count),
+                             shared.panels[step], shared.q + lanes, shared.grad + lanes, tile.rows);
+  };
+  const auto block = [&](int64_t head, int64_t slot, int64_t step, BackwardTile<Dot, D>& tile) {
+    const int64_t index = head / args.kv_heads, start = step * kBackwardKeys;
+    if (start >= problem(args, index).seqlen_k) return;
+    if (args.dropout_threshold > 0)
+      backward_keys<Dot, D, true>(args, index, head % args.kv_heads, start, memory(slot), tile);
+    else
+      backward_keys<Dot, D, false>(args, index, head % args.kv_heads, start, memory(slot), tile);
+  };
+  const auto write = [&](int64_t head, int64_t slot, int64_t step, BackwardTile<Dot, D>& tile) {
+    const Problem p = problem(args, head / args.kv_heads);
+    const int64_t count = query_panels(p);
+    if (step >= group * count) return;
+    const Rows grad_q = p.rows(args.grad_q, p.first_q, head % args.kv_heads * group + step / count, args.dtype);
+    transpose(memory(slot).panels[step].grad_q, kPanel, D, kPanel, tile.rows, D);
+    const int64_t first = first_query(p, count, step % count), dead = larger(0, -first);
+    write_rows<D>(grad_q, args.dtype, first + dead, kPanel - dead, tile.rows + dead * D, args.scale);
+  };
+
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    size_t own;
+    const int thread = omp_get_thread_num();
+    BackwardTile<Dot, D>& tile = tiles[thread];
     [[maybe_unused]] const typename Dot::Setup setup;
-    const BackwardScratch<Dot, D> scratch(workspace.data, omp_get_thread_num(), group, panels, keys, own);
+    if (alone) {
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < items; ++item) {
-      if (args.dropout_threshold > 0)
-        backward_head<Dot, D, true>(args, item / args.kv_heads, item % args.kv_heads, scratch);
-      else
-        backward_head<Dot, D, false>(args, item / args.kv_heads, item % args.kv_heads, scratch);
+      for (int64_t head = 0; head < heads; ++head) {
+        for (int64_t step = 0; step < group * panels; ++step) prepare(head, thread, step, tile);
+        for (int64_t step = 0; step < blocks; ++step) block(head, thread, step, tile);
+        for (int64_t step = 0; step < group * panels; ++step) write(head, thread, step, tile);
+      }
+    } else {
+      for (int64_t from = 0; from < heads; from += slots) {
+        const int64_t count = smaller(slots, heads - from);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < count * group * panels; ++i) prepare(from + i % count, i % count, i / count, tile);
+        // In order: a block waits for the ones before it, which are done or in the hands of other threads. With a
+        // head for each thread, they tend to stay with the same one.
+#pragma omp for schedule(monotonic : dynamic)
+        for (int64_t i = 0; i < count * blocks; ++i) block(from + i % count, i % count, i / count, tile);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < count * group * panels; ++i) write(from + i % count, i % count, i / count, tile);
+      }
     }
   }
 }

@@ -4,7 +4,6 @@
 // piece of work, which a thread does alone: results do not depend on the number of threads.
 
 constexpr int kForwardKeys = 128;  // keys per block: 24 KB of scores with AVX-512, in L1 while they are used
-constexpr int kHeadsAlone = 8;     // for each thread, that come out even enough without sharing a head
 
 // One thread's memory.
 template <class Dot, int D>
@@ -153,12 +152,11 @@ struct ForwardWork {
     for (int64_t i = 0; i < problems; ++i) {
       const Problem p = problem(args, i);
       key_start[i + 1] = key_start[i] + padded_keys(p) * args.kv_heads;
-      panel_start[i + 1] = panel_start[i] + panels(p) * args.heads;
+      panel_start[i + 1] = panel_start[i] + query_panels(p) * args.heads;
     }
   }
 
   static int64_t padded_keys(const Problem& p) { return round_up(p.seqlen_k, kForwardKeys); }
-  static int64_t panels(const Problem& p) { return round_up(p.seqlen_q, kPanel) / kPanel; }
   int64_t heads() const { return problems * args.kv_heads; }
 
   // The first of the numbers of key/value head `head` of all problems, in key_start or panel_start.
@@ -186,7 +184,7 @@ void forward(const AttentionArgs& args, int threads) {
   constexpr int width = D / Dot::k;
   const ForwardWork work(args);
   const int64_t heads = work.heads(), group = args.heads / args.kv_heads;
-  const bool alone = heads % threads == 0 || heads >= kHeadsAlone * threads;
+  const bool alone = heads_alone(heads, threads);
   int64_t most_keys = 0;  // packed at a time
   for (int64_t i = 0; i < work.problems; ++i) most_keys = larger(most_keys, work.padded_keys(problem(args, i)));
   if (!alone) most_keys = work.key_start[work.problems];
@@ -213,7 +211,7 @@ void forward(const AttentionArgs& args, int threads) {
     const int64_t i = work.find(work.panel_start, panel), of_problem = panel - work.panel_start[i];
     const Problem p = problem(args, i);
     // Longest first within a head: in the causal case the last queries see most.
-    const int64_t head = of_problem / work.panels(p), panels = work.panels(p);
+    const int64_t panels = query_panels(p), head = of_problem / panels;
     const int64_t first = first_query(p, panels, panels - 1 - of_problem % panels);
     const int64_t at = (work.key_start[i] + head / group * work.padded_keys(p) - from) * width;
     const PackedHead own = {packed.k + at, packed.v + at};

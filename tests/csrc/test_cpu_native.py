@@ -84,20 +84,36 @@ def _races(test: str, csrc: pathlib.Path, program: pathlib.Path) -> int:
 
 @clang
 @pytest.mark.parametrize(
-    ("test", "file", "barrier"),
+    ("test", "file", "order", "none"),
     [
-        ("attention_test", "attention_forward.inl", "#pragma omp for schedule(dynamic)\n      for (int64_t key"),
-        ("block_test", "block.inl", "#pragma omp for schedule(static)\n    for (int64_t chunk"),
+        (
+            "attention_test",
+            "attention_forward.inl",
+            "schedule(dynamic)\n      for (int64_t key",
+            "schedule(dynamic) nowait\n      for (int64_t key",
+        ),
+        (
+            "attention_test",
+            "attention_backward.inl",
+            "summed.load(std::memory_order_acquire) < start",
+            "summed.load(std::memory_order_relaxed) < start",
+        ),
+        (
+            "block_test",
+            "block.inl",
+            "schedule(static)\n    for (int64_t chunk",
+            "schedule(static) nowait\n    for (int64_t chunk",
+        ),
     ],
 )
-def test_threads_do_not_race(test: str, file: str, barrier: str, tmp_path: pathlib.Path) -> None:
-    """And without the barrier after the first loop they do: the check sees it."""
+def test_threads_do_not_race(test: str, file: str, order: str, none: str, tmp_path: pathlib.Path) -> None:
+    """And without the barrier after the first loop, or the order between two blocks, they do: the check sees it."""
     assert _races(test, ROOT / "csrc", tmp_path / "program") == 0
     csrc = _copy(tmp_path / "csrc")
     path = csrc / "cpu" / file
     text = path.read_text()
-    assert barrier in text
-    path.write_text(text.replace(barrier, barrier.replace(")\n", ") nowait\n", 1)))
+    assert order in text
+    path.write_text(text.replace(order, none))
     assert _races(test, csrc, tmp_path / "racing") > 0
 
 
@@ -123,7 +139,7 @@ MUTATIONS = [
     ("attention_forward.inl", "sum[n] *= shrink[n];", ""),
     ("attention.inl", "n * kLanes) * factor[n];", "n * kLanes);"),
     ("attention_forward.inl", "head / group *", "head % args.kv_heads *"),
-    ("attention_backward.inl", "index * args.heads + head", "index * args.kv_heads + head"),
+    ("attention_backward.inl", "index * args.heads + kv_head", "index * args.kv_heads + kv_head"),
     ("attention_decode.inl", "query + 1 + p.seqlen_k", "query + p.seqlen_k"),
     ("attention_decode.inl", "sums += e;", "sums = e;"),
     ("attention_backward.inl", "lane >= limit", "lane > limit"),
@@ -132,9 +148,13 @@ MUTATIONS = [
     ("attention_backward.inl", "i = larger(from, first_panel)", "i = larger(from, first_panel + 1)"),
     (
         "attention_backward.inl",
-        "g < group; ++g) {\n      const int64_t head",
-        "g < 1; ++g) {\n      const int64_t head",
+        "g < group; ++g) {\n    const int64_t plane",
+        "g < 1; ++g) {\n    const int64_t plane",
     ),
+    ("attention_backward.inl", "prepare(from + i % count", "prepare(i % count"),
+    ("attention_backward.inl", "block(from + i % count", "block(i % count"),
+    ("attention_backward.inl", "write(from + i % count, i % count, i / count", "write(from + i % count, i % count, 0"),
+    ("attention_backward.inl", "(panel.summed);", "(panel.summed); if (start > 0) return;"),
     ("attention.inl", "/ kGroup * 4 + pair", "/ kGroup * 4 + pair + 1"),
     ("attention.inl", "at_least(slot % 2 ? word >> 16", "at_least(slot % 2 ? word >> 15"),
     ("vector.h", "12582912.0f + 127.0f", "12582912.0f + 126.0f"),
