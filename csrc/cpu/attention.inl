@@ -2,11 +2,80 @@
 //
 // Everything is computed transposed, queries along the lanes: scores S^T = K Q^T (keys x queries), so that maxima,
 // sums and exponentials of a query run down a column without a horizontal step, and O^T = V^T P^T.
-// All products are C[m][n] += A[m][k] B[k][n] with A's elements broadcast and B's rows loaded. An element is one
-// 32-bit lane: a float, or, where the CPU multiplies bf16, two bf16 that are neighbours along k.
+// All products are C[m][n] += A[m][k] B[k][n], a block of C at a time. An element is one 32-bit lane: a float, or,
+// where the CPU multiplies bf16, two bf16 that are neighbours along k.
+
+// Rows x N vectors of C in registers, with A's elements broadcast and B's rows loaded.
+template <class Dot, int N>
+struct VectorBlock {
+  using Vectors = vfloat[kRows][N];
+  Vectors c;
+
+  // The vectors from First on, as everywhere.
+  template <int First = 0>
+  __attribute__((always_inline)) void clear() {
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+      for (int n = First; n < N; ++n) c[m][n] = vfloat{};
+  }
+
+  // C = rows in memory, LDC lanes apart.
+  template <int LDC>
+  __attribute__((always_inline)) void load(const float* from) {
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) c[m][n] = vload(from + m * LDC + n * kLanes);
+  }
+
+  // ... each column times its factor. A block may make the products in memory.
+  template <int LDC>
+  __attribute__((always_inline)) void load(float* from, const vfloat (&factor)[N]) {
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) c[m][n] = vload(from + m * LDC + n * kLanes) * factor[n];
+  }
+
+  template <int LDC>
+  __attribute__((always_inline)) void store(float* to) const {
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) vstore(to + m * LDC + n * kLanes, c[m][n]);
+  }
+
+  // C, to be worked on.
+  template <int First>
+  __attribute__((always_inline)) Vectors& vectors() {
+    return c;
+  }
+
+  // c[m][n] += a[m][k] b[k][n], `steps` lanes of k; a's rows are LDA lanes apart, b's LDB.
+  template <int LDA, int LDB, int First = 0>
+  __attribute__((always_inline)) void multiply(const float* a, const float* b, int steps) {
+    for (int k = 0; k < steps; ++k) {
+      vfloat row[N];
+#pragma GCC unroll 8
+      for (int n = First; n < N; ++n) row[n] = vload(b + k * LDB + n * kLanes);
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) {
+        const vfloat element = splat(a[m * LDA + k]);
+#pragma GCC unroll 8
+        for (int n = First; n < N; ++n) c[m][n] = Dot::add(c[m][n], element, row[n]);
+      }
+    }
+  }
+};
 
 struct DotF32 {
-  static constexpr int k = 1;  // elements of the sum in a lane
+  static constexpr int k = 1;         // elements of the sum in a lane
+  static constexpr int rows = kRows;  // of a block
+  static constexpr int sum_vecs = 2;  // vectors of head_dim in a block of the backward pass's sums over queries
+  template <int N>
+  using Block = VectorBlock<DotF32, N>;
+  struct Setup {};  // what a thread holds while it multiplies
   static vfloat add(vfloat c, vfloat a, vfloat b) { return fma(a, b, c); }
   // Writes kLanes neighbours of one row.
   static void store_row(float* to, vfloat x) { vstore(to, x); }
@@ -16,7 +85,10 @@ struct DotF32 {
 
 #if defined(__AVX512BF16__)
 struct DotBf16 {
-  static constexpr int k = 2;
+  static constexpr int k = 2, rows = kRows, sum_vecs = 2;
+  template <int N>
+  using Block = VectorBlock<DotBf16, N>;
+  struct Setup {};
   static vfloat add(vfloat c, vfloat a, vfloat b) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
   static void store_row(float* to, vfloat x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
@@ -31,25 +103,17 @@ struct DotBf16 {
 };
 #endif
 
+#if defined(__AMX_BF16__)
+#include "cpu/attention_tiles.inl"
+#endif
+
+// Rows of C times N vectors, on their way through a product: Dot::rows of them.
+template <class Dot, int N>
+using Block = typename Dot::template Block<N>;
+
 constexpr int kPanel = kVecs * kLanes;  // queries side by side in a register block
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr int kGroup = 32;  // keys that share Philox counters: key blocks are multiples of it
-
-// c[m][n] += a[m][k] b[k][n] for n >= First, `steps` lanes of k; a's rows are LDA lanes apart, b's LDB.
-template <class Dot, int LDA, int LDB, int First = 0, int M, int N>
-__attribute__((always_inline)) inline void multiply(const float* a, const float* b, int steps, vfloat (&c)[M][N]) {
-  for (int k = 0; k < steps; ++k) {
-    vfloat row[N];
-#pragma GCC unroll 8
-    for (int n = First; n < N; ++n) row[n] = vload(b + k * LDB + n * kLanes);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const vfloat element = splat(a[m * LDA + k]);
-#pragma GCC unroll 8
-      for (int n = First; n < N; ++n) c[m][n] = Dot::add(c[m][n], element, row[n]);
-    }
-  }
-}
 
 // Calls f(integral_constant<int, n>) for n = 0 ... kVecs - 1.
 template <class F>
@@ -60,13 +124,13 @@ __attribute__((always_inline)) inline void for_vectors(F&& f) {
 }
 
 // c[m][n] += a[m][k] b[k][n], each vector n up to the keys that it sees: seen[n] of KEYS. b is (keys / k, kPanel).
-template <class Dot, int KEYS, int M>
+template <class Dot, int KEYS>
 __attribute__((always_inline)) inline void multiply_seen(const float* a, const float* b, const int* seen,
-                                                         vfloat (&c)[M][kVecs]) {
+                                                         Block<Dot, kVecs>& c) {
   int done = 0;
   for_vectors([&](auto from) __attribute__((always_inline)) {
     const int steps = seen[from] / Dot::k - done;
-    multiply<Dot, KEYS / Dot::k, kPanel, from>(a + done, b + done * kPanel, steps, c);
+    c.template multiply<KEYS / Dot::k, kPanel, from>(a + done, b + done * kPanel, steps);
     done += steps;
   });
 }
@@ -106,12 +170,13 @@ struct Problem {
 };
 
 // How many of `keys` keys from `start` a vector of queries from `first` sees, which may be negative: the first so many,
-// rounded up to kRows. It grows with `first`: to the right of the diagonal and before query 0 nothing is computed.
+// rounded up to Dot::rows. It grows with `first`: to the right of the diagonal and before query 0 nothing is computed.
+template <class Dot>
 inline int seen_keys(const AttentionArgs& args, const Problem& p, int64_t first, int64_t start, int64_t keys) {
   const int64_t end = first + kLanes;
   if (end <= 0) return 0;
   if (args.causal) keys = larger(0, smaller(keys, end + p.seqlen_k - p.seqlen_q - start));
-  return int(round_up(keys, kRows));
+  return int(round_up(keys, Dot::rows));
 }
 
 inline int64_t query_panels(const Problem& p) { return round_up(p.seqlen_q, kPanel) / kPanel; }
@@ -225,7 +290,9 @@ void with_kernel(const AttentionArgs& args, Run run) {
       default: throw std::invalid_argument("head_dim: must be 32, 64 or 128");
     }
   };
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+  if (args.dtype == DType::bf16) return with_dim(DotTiles());
+#elif defined(__AVX512BF16__)
   if (args.dtype == DType::bf16) return with_dim(DotBf16());
 #endif
   with_dim(DotF32());

@@ -10,8 +10,7 @@
 
 constexpr int kBackwardKeys = 64;   // keys per block
 constexpr int kBackwardPanels = 2;  // panels of queries per pass, a longer sum for dV and dK
-constexpr int kSumVecs = 2;         // vectors of head_dim in a register block of dV and dK
-static_assert(32 % (kSumVecs * kLanes) == 0 && kBackwardKeys % kGroup == 0);
+static_assert(kBackwardKeys % kGroup == 0);
 
 // What is kept of a query head while the keys pass: a panel after the other.
 template <class Dot, int D>
@@ -112,10 +111,12 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
   if constexpr (Dropout) dropout_bits(args, plane, first, start, round_up(keys, kGroup), tile.keep);
 
   auto probability_rows = [&](int r, auto from, auto mask) __attribute__((always_inline)) {
-    vfloat s[kRows][kVecs] = {};
-    multiply<Dot, width, kPanel, from>(tile.k + r * width, panel.q_columns, width, s);
+    Block<Dot, kVecs> block;
+    block.template clear<from>();
+    block.template multiply<width, kPanel, from>(tile.k + r * width, panel.q_columns, width);
+    auto& s = block.template vectors<from>();
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
+    for (int m = 0; m < Dot::rows; ++m) {
       const int64_t key = start + r + m;
       const int limit = int(key >= p.seqlen_k ? kPanel : args.causal ? larger(0, key - offset - first) : 0);
 #pragma GCC unroll 8
@@ -129,13 +130,15 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
     }
   };
   auto ds_rows = [&](int r, auto from) __attribute__((always_inline)) {
-    vfloat ds[kRows][kVecs] = {};
-    multiply<Dot, width, kPanel, from>(tile.v + r * width, panel.grad_columns, width, ds);
+    Block<Dot, kVecs> block;
+    block.template clear<from>();
+    block.template multiply<width, kPanel, from>(tile.v + r * width, panel.grad_columns, width);
+    auto& ds = block.template vectors<from>();
 #pragma GCC unroll 8
     for (int n = from; n < kVecs; ++n) {
       const vfloat delta = vload(panel.delta + n * kLanes);
 #pragma GCC unroll 8
-      for (int m = 0; m < kRows; m += Dot::k) {
+      for (int m = 0; m < Dot::rows; m += Dot::k) {
         vfloat x[Dot::k];
 #pragma GCC unroll 2
         for (int i = 0; i < Dot::k; ++i) {
@@ -151,30 +154,24 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
   int r = 0;
   for_vectors([&](auto from) __attribute__((always_inline)) {
     if constexpr (from == 0)
-      for (; r < seen[0] && r + kRows <= bare; r += kRows) probability_rows(r, from, std::false_type());
-    for (; r < seen[from]; r += kRows) probability_rows(r, from, std::true_type());
+      for (; r < seen[0] && r + Dot::rows <= bare; r += Dot::rows) probability_rows(r, from, std::false_type());
+    for (; r < seen[from]; r += Dot::rows) probability_rows(r, from, std::true_type());
   });
   r = 0;
   for_vectors([&](auto from) __attribute__((always_inline)) {
-    for (; r < seen[from]; r += kRows) ds_rows(r, from);
+    for (; r < seen[from]; r += Dot::rows) ds_rows(r, from);
   });
 
   const std::atomic_ref<int64_t> summed(panel.summed);
   // Spins for 25 microseconds, a panel takes 10; a core that is given up may be gone for milliseconds.
   for (int64_t spins = 0; summed.load(std::memory_order_acquire) < start; ++spins)
     spins < 1000 ? pause() : std::this_thread::yield();
-  for (int d = 0; d < D; d += kRows) {
-    vfloat sum[kRows][kVecs];
+  for (int d = 0; d < D; d += Dot::rows) {
+    Block<Dot, kVecs> sum;
     float* to = panel.grad_q + d * kPanel;
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 8
-      for (int n = 0; n < kVecs; ++n) sum[m][n] = vload(to + m * kPanel + n * kLanes);
+    sum.template load<kPanel>(to);
     multiply_seen<Dot, kBackwardKeys>(tile.k_columns + d * (kBackwardKeys / Dot::k), tile.ds_columns, seen, sum);
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 8
-      for (int n = 0; n < kVecs; ++n) vstore(to + m * kPanel + n * kLanes, sum[m][n]);
+    sum.template store<kPanel>(to);
   }
   summed.store(start + kBackwardKeys, std::memory_order_release);
 }
@@ -183,21 +180,17 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
 // start that see nothing of a row. seen: see seen_keys.
 template <class Dot, int D>
 void backward_sum(const float* a, const float* b, int rows, const int* seen, int vectors, float* to) {
-  constexpr int lanes = kLanes / Dot::k;
-  for (int d = 0; d < D; d += kSumVecs * kLanes)
-    for (int r = 0, blind = 0; r < rows; r += kRows) {
+  constexpr int columns = BackwardTile<Dot, D>::columns, lanes = kLanes / Dot::k;
+  constexpr int vecs = D < Dot::sum_vecs * kLanes ? D / kLanes : Dot::sum_vecs;
+  static_assert(D % (vecs * kLanes) == 0);
+  for (int d = 0; d < D; d += vecs * kLanes)
+    for (int r = 0, blind = 0; r < rows; r += Dot::rows) {
       while (blind < vectors && seen[blind] <= r) ++blind;
-      vfloat sum[kRows][kSumVecs];
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 8
-        for (int n = 0; n < kSumVecs; ++n) sum[m][n] = vload(to + (r + m) * D + d + n * kLanes);
-      multiply<Dot, BackwardTile<Dot, D>::columns, D>(a + r * BackwardTile<Dot, D>::columns + blind * lanes,
-                                                      b + blind * lanes * D + d, (vectors - blind) * lanes, sum);
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 8
-        for (int n = 0; n < kSumVecs; ++n) vstore(to + (r + m) * D + d + n * kLanes, sum[m][n]);
+      Block<Dot, vecs> sum;
+      sum.template load<D>(to + r * D + d);
+      sum.template multiply<columns, D>(a + r * columns + blind * lanes, b + blind * lanes * D + d,
+                                        (vectors - blind) * lanes);
+      sum.template store<D>(to + r * D + d);
     }
 }
 
@@ -218,7 +211,7 @@ void backward_keys(const AttentionArgs& args, int64_t index, int64_t kv_head, in
   const Problem p = problem(args, index);
   const int64_t group = args.heads / args.kv_heads, offset = p.seqlen_k - p.seqlen_q;
   const int64_t panels = query_panels(p), keys = smaller(kBackwardKeys, p.seqlen_k - start);
-  const int rows = int(round_up(keys, kRows));
+  const int rows = int(round_up(keys, Dot::rows));
 
   const Rows k = p.rows(args.k, p.first_k, kv_head, args.dtype), v = p.rows(args.v, p.first_k, kv_head, args.dtype);
   pack_rows<Dot, D>(k, args.dtype, start, p.seqlen_k, kBackwardKeys, tile.k);
@@ -235,7 +228,7 @@ void backward_keys(const AttentionArgs& args, int64_t index, int64_t kv_head, in
       const int64_t end = smaller(from + kBackwardPanels, panels), first = first_query(p, panels, from);
       const int vectors = int(end - from) * kVecs;
       int seen[kBackwardPanels * kVecs];
-      for (int n = 0; n < vectors; ++n) seen[n] = seen_keys(args, p, first + n * kLanes, start, keys);
+      for (int n = 0; n < vectors; ++n) seen[n] = seen_keys<Dot>(args, p, first + n * kLanes, start, keys);
       for (int64_t i = larger(from, first_panel); i < end; ++i)
         backward_panel<Dot, D, Dropout>(args, p, plane, first_query(p, panels, i), start, tile,
                                         shared.panels[g * panels + i], int(i - from) * kPanel,
@@ -302,6 +295,7 @@ void backward(const AttentionArgs& args, int threads) {
   {
     const int thread = omp_get_thread_num();
     BackwardTile<Dot, D>& tile = tiles[thread];
+    [[maybe_unused]] const typename Dot::Setup setup;
     if (alone) {
 #pragma omp for schedule(dynamic)
       for (int64_t head = 0; head < heads; ++head) {

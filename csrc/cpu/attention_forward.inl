@@ -53,14 +53,16 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
     // Keys below `bare` are seen by every query, from `first` on.
     const int64_t bare = args.causal ? smaller(keys, first + offset + 1 - start) : keys;
     int seen[kVecs];
-    for (int n = 0; n < kVecs; ++n) seen[n] = seen_keys(args, p, first + n * kLanes, start, keys);
+    for (int n = 0; n < kVecs; ++n) seen[n] = seen_keys<Dot>(args, p, first + n * kLanes, start, keys);
     const vint lane = lane_index();
 
     auto score_rows = [&](int r, auto from, auto mask) __attribute__((always_inline)) {
-      vfloat s[kRows][kVecs] = {};
-      multiply<Dot, width, kPanel, from>(packed.k + (start + r) * width, scratch.q, width, s);
+      Block<Dot, kVecs> block;
+      block.template clear<from>();
+      block.template multiply<width, kPanel, from>(packed.k + (start + r) * width, scratch.q, width);
+      auto& s = block.template vectors<from>();
 #pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
+      for (int m = 0; m < Dot::rows; ++m) {
         // Lanes of the panel below this see nothing of the key: key j is seen by queries from j - offset on.
         const int64_t key = start + r + m;
         const int limit = int(key >= visible ? kPanel : args.causal ? larger(0, key - offset - first) : 0);
@@ -75,8 +77,8 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
     int r = 0;
     for_vectors([&](auto from) __attribute__((always_inline)) {
       if constexpr (from == 0)
-        for (; r < seen[0] && r + kRows <= bare; r += kRows) score_rows(r, from, std::false_type());
-      for (; r < seen[from]; r += kRows) score_rows(r, from, std::true_type());
+        for (; r < seen[0] && r + Dot::rows <= bare; r += Dot::rows) score_rows(r, from, std::false_type());
+      for (; r < seen[from]; r += Dot::rows) score_rows(r, from, std::true_type());
     });
 
     if constexpr (Dropout) dropout_bits(args, plane, first, start, round_up(keys, kGroup), scratch.keep);
@@ -107,18 +109,13 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
 
     // O^T = O^T shrink + V^T P^T
     const float* v = packed.v + start * width;
-    for (int d = 0; d < D; d += kRows) {
-      vfloat o[kRows][kVecs] = {};
-      if (start > 0)
-#pragma GCC unroll 8
-        for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 8
-          for (int n = 0; n < kVecs; ++n) o[m][n] = vload(scratch.out + (d + m) * kPanel + n * kLanes) * shrink[n];
+    for (int d = 0; d < D; d += Dot::rows) {
+      Block<Dot, kVecs> o;
+      float* out = scratch.out + d * kPanel;
+      o.clear();
+      if (start > 0) o.template load<kPanel>(out, shrink);
       multiply_seen<Dot, kForwardKeys>(v + d * (kForwardKeys / Dot::k), scratch.scores, seen, o);
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m)
-#pragma GCC unroll 8
-        for (int n = 0; n < kVecs; ++n) vstore(scratch.out + (d + m) * kPanel + n * kLanes, o[m][n]);
+      o.template store<kPanel>(out);
     }
   }
 
@@ -227,6 +224,7 @@ void forward(const AttentionArgs& args, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     const int thread = omp_get_thread_num();
+    [[maybe_unused]] const typename Dot::Setup setup;
     if (alone) {
       const PackedHead packed = {packed_lanes + 2 * thread * lanes, packed_lanes + (2 * thread + 1) * lanes};
 #pragma omp for schedule(dynamic)

@@ -17,50 +17,56 @@ PHI1_DECLARE(portable)
 PHI1_DECLARE(avx2)
 PHI1_DECLARE(avx512)
 PHI1_DECLARE(avx512_bf16)
+PHI1_DECLARE(amx_bf16)
 #endif
 
 namespace {
 
+#if defined(PHI1_HAS_avx2)
+bool has_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
 struct Isa {
   const char* name;
   const Kernels* table;
-  bool supported;
+  bool (*supported)();
 };
 
-// Best first.
-const Isa* begin() {
+// Best first. Behind `portable`, which every CPU runs, stands what is used only where PHI1_ISA asks for it: AMX, which
+// has not been measured on a CPU that has it. Only then is the operating system asked for its registers, too.
+constexpr Isa kIsas[] = {
 #if defined(PHI1_HAS_avx2)
-  __builtin_cpu_init();
-  static const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+    {"avx512_bf16", &avx512_bf16::table, has_avx512_bf16},
+    {"avx512", &avx512::table, has_avx512},
+    {"avx2", &avx2::table, has_avx2},
 #endif
-  static const Isa all[] = {
+    {"portable", &portable::table, [] { return true; }},
 #if defined(PHI1_HAS_avx2)
-      {"avx512_bf16", &avx512_bf16::table, has_bf16},
-      {"avx512", &avx512::table, has_avx512},
-      {"avx2", &avx2::table, has_avx2},
+    {"amx_bf16", &amx_bf16::table, [] { return has_avx512_bf16() && has_amx_bf16(); }},
 #endif
-      {"portable", &portable::table, true},
-      {nullptr, nullptr, false},
-  };
-  return all;
-}
+};
 
 const Isa* find(const std::string& name) {
   std::string message = "instruction set '" + name + "' (PHI1_ISA): this CPU runs";
-  for (const Isa* isa = begin(); isa->name; ++isa) {
-    if (isa->supported && name == isa->name) return isa;
-    if (isa->supported) message.append(" ").append(isa->name);
+  for (const Isa& isa : kIsas) {
+    if (!isa.supported()) continue;
+    if (name == isa.name) return &isa;
+    message.append(" ").append(isa.name);
   }
   throw std::invalid_argument(message);
 }
 
 const Isa* best() {
-  const Isa* isa = begin();
-  while (!isa->supported) ++isa;
+  const Isa* isa = kIsas;
+  while (!isa->supported()) ++isa;
   return isa;
 }
 

@@ -27,10 +27,13 @@ struct Kernels {
 // The table of the instruction set in use: the best that this CPU has, or PHI1_ISA's.
 const Kernels& kernels();
 
-// Its name: portable, avx2, avx512 or avx512_bf16.
+// Its name: portable, avx2, avx512, avx512_bf16 or amx_bf16.
 const char* isa_name();
 
 // Uses another one; throws std::invalid_argument if it is unknown, not built, or this CPU lacks it.
 void use_isa(const char* name);
+
+// Whether this process may use AMX's tiles and their products of bf16; asks the operating system for them.
+bool has_amx_bf16();
 
 }  // namespace phi1::cpu

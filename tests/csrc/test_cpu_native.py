@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import subprocess
 
+import amx_emulator
 import pytest
 from cpu_isa import ISAS
 
@@ -14,7 +15,13 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ (Deb
 
 
 AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-FLAGS = {"portable": "", "avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
+FLAGS = {
+    "portable": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": AVX512,
+    "avx512_bf16": f"{AVX512} -mavx512bf16",
+    "amx_bf16": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+}
 """As CMakeLists.txt's add_isa."""
 clang = pytest.mark.skipif(
     shutil.which("clang++") is None, reason="no clang++ (Debian: apt-get install clang libomp-dev)"
@@ -28,11 +35,14 @@ def _build(test: str, csrc: pathlib.Path, program: pathlib.Path, *flags: str, co
     subprocess.run([*command, "-o", program], check=True)
 
 
-def _run(program: pathlib.Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([program], capture_output=True, text=True, env={**os.environ, **environment})
+def _run(program: pathlib.Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([program, *arguments], capture_output=True, text=True, env={**os.environ, **environment})
 
 
-@pytest.mark.parametrize("isa", [pytest.param(isa, marks=() if isa == "portable" else clang) for isa in ISAS])
+VECTOR_ISAS = [isa for isa in ISAS if isa != "amx_bf16"]
+
+
+@pytest.mark.parametrize("isa", [pytest.param(isa, marks=() if isa == "portable" else clang) for isa in VECTOR_ISAS])
 @pytest.mark.parametrize("test", ["attention_test", "block_test"])
 def test_under_address_and_undefined_behaviour_sanitizers(test: str, isa: str, tmp_path: pathlib.Path) -> None:
     """Every tensor ends where its heap block ends, so a lane too many is an error.
@@ -44,6 +54,19 @@ def test_under_address_and_undefined_behaviour_sanitizers(test: str, isa: str, t
     program = tmp_path / "sanitized"
     _build(test, ROOT / "csrc", program, *flags, compiler="g++" if isa == "portable" else "clang++")
     done = _run(program)
+    assert done.returncode == 0 and done.stdout.endswith("ok\n"), done.stdout + done.stderr[-2000:]
+
+
+@clang
+@amx_emulator.needs_emulator
+def test_tiles_under_sanitizers(tmp_path: pathlib.Path) -> None:
+    """Attention in bf16, the emulator's accesses checked like the kernels'; fresh memory holds NaN."""
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    emulator = amx_emulator.build(tmp_path / "emulator.o", *flags, compiler="clang++")
+    program = tmp_path / "sanitized"
+    flags = (*flags, *FLAGS["amx_bf16"].split(), str(emulator))
+    _build("attention_test", ROOT / "csrc", program, *flags, compiler="clang++")
+    done = _run(program, "bf16", ASAN_OPTIONS="max_malloc_fill_size=100000000:malloc_fill_byte=255")
     assert done.returncode == 0 and done.stdout.endswith("ok\n"), done.stdout + done.stderr[-2000:]
 
 
@@ -114,7 +137,7 @@ MUTATIONS = [
     ("attention_backward.inl", "seen[blind] <= r", "seen[blind] < r"),
     ("attention_backward.inl", "seen + (i - from) * kVecs", "seen"),
     ("attention_forward.inl", "sum[n] *= shrink[n];", ""),
-    ("attention_forward.inl", "kPanel + n * kLanes) * shrink[n];", "kPanel + n * kLanes);"),
+    ("attention.inl", "n * kLanes) * factor[n];", "n * kLanes);"),
     ("attention_forward.inl", "head / group *", "head % args.kv_heads *"),
     ("attention_backward.inl", "index * args.heads + kv_head", "index * args.kv_heads + kv_head"),
     ("attention_decode.inl", "query[r] + 1 + p.seqlen_k", "query[r] + p.seqlen_k"),
@@ -180,12 +203,26 @@ MUTATIONS = [
     ("cross_entropy.inl", "+ args.z_loss * lse * lse", "+ args.z_loss * lse"),
     ("cross_entropy.inl", "target < first + count", "target <= first + count"),
 ]
+TILE_MUTATIONS = [
+    ("attention_tiles.inl", "tile_zero<n>();", ""),
+    ("attention_tiles.inl", "tile_load<n, LDC>(from + n * kLanes)", "tile_load<n, LDC>(from)"),
+    ("attention_tiles.inl", "tile_load<Pair.b, LDB>(b + n * kLanes)", "tile_load<Pair.b, LDB>(b)"),
+    ("attention_tiles.inl", "vload(at) * factor[n]", "vload(at)"),
+    ("attention_tiles.inl", "    load<LDC>(from);", ""),
+    ("attention_tiles.inl", "if (k < steps) step", "if (false) step"),
+    ("attention_tiles.inl", "k + kWhole.lanes <= steps", "k < steps"),
+    ("attention_tiles.inl", "tile_multiply<n, Pair.a, Pair.b>", "tile_multiply<n, Pair.b, Pair.a>"),
+    ("attention_tiles.inl", "First + n>()", "n>()"),
+    ("attention_tiles.inl", "rows = kTileLanes, sum_vecs", "rows = kRows, sum_vecs"),
+    ("attention_tiles.inl", "set(pair.b, pair.lanes, kTileLanes)", "set(pair.b, kTileLanes, kTileLanes)"),
+    ("attention_tiles.inl", '__asm__ volatile("ldtilecfg %0" ::"m"(shapes));', ""),
+]
 BLOCK_FILES = ("add_product.inl", "layer_norm.inl", "elementwise.inl", "block.inl", "dropout.inl", "cross_entropy.inl")
 
 
-def _verdict(number: int, folder: pathlib.Path) -> str:
-    """ "killed" if the program notices mutation `number`."""
-    file, old, new = MUTATIONS[number]
+def _verdict(number: int, mutation: tuple[str, str, str], folder: pathlib.Path, *flags: str) -> str:
+    """ "killed" if the program, built with `flags`, notices the mutation; `number` is its folder's name."""
+    file, old, new = mutation
     csrc = _copy(folder / str(number) / "csrc")
     path = csrc / "cpu" / file
     text = path.read_text()
@@ -193,14 +230,23 @@ def _verdict(number: int, folder: pathlib.Path) -> str:
     path.write_text(text.replace(old, new))
     test = "block_test" if file in BLOCK_FILES else "attention_test"
     program = folder / str(number) / "program"
-    _build(test, csrc, program)
-    return "killed" if _run(program).returncode != 0 else f"survived: {file}: {old!r} -> {new!r}"
+    _build(test, csrc, program, *flags)
+    done = _run(program, *(("bf16",) if flags else ()))
+    return "killed" if done.returncode != 0 else f"survived: {file}: {old!r} -> {new!r}"
 
 
 @pytest.mark.timeout(3000)
-def test_mutations_are_noticed(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    ("isa", "mutations"),
+    [("portable", MUTATIONS), pytest.param("amx_bf16", TILE_MUTATIONS, marks=amx_emulator.needs_emulator)],
+    ids=["portable", "amx_bf16"],
+)
+def test_mutations_are_noticed(isa: str, mutations: list[tuple[str, str, str]], tmp_path: pathlib.Path) -> None:
+    flags = FLAGS[isa].split()
+    if isa == "amx_bf16":
+        flags.append(str(amx_emulator.build(tmp_path / "emulator.o")))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        verdicts = list(pool.map(lambda number: _verdict(number, tmp_path), range(len(MUTATIONS))))
+        verdicts = list(pool.map(lambda item: _verdict(*item, tmp_path, *flags), enumerate(mutations)))
     survived = [verdict for verdict in verdicts if verdict != "killed"]
     print(f"killed {len(verdicts) - len(survived)} of {len(verdicts)}")
     assert not survived, "\n".join(survived)
