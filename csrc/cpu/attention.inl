@@ -5,17 +5,17 @@
 // All products are C[m][n] += A[m][k] B[k][n], a block of C at a time. An element is one 32-bit lane: a float, or,
 // where the CPU multiplies bf16, two bf16 that are neighbours along k.
 
-// Rows x N vectors of C in registers, with A's elements broadcast and B's rows loaded.
-template <class Dot, int N>
+// M rows x N vectors of C in registers, with A's elements broadcast and B's rows loaded.
+template <class Dot, int N, int M = kRows>
 struct VectorBlock {
-  using Vectors = vfloat[kRows][N];
+  using Vectors = vfloat[M][N];
   Vectors c;
 
   // The vectors from First on, as everywhere.
   template <int First = 0>
   __attribute__((always_inline)) void clear() {
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m)
+    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
       for (int n = First; n < N; ++n) c[m][n] = vfloat{};
   }
@@ -24,7 +24,7 @@ struct VectorBlock {
   template <int LDC>
   __attribute__((always_inline)) void load(const float* from) {
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m)
+    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) c[m][n] = vload(from + m * LDC + n * kLanes);
   }
@@ -33,7 +33,7 @@ struct VectorBlock {
   template <int LDC>
   __attribute__((always_inline)) void load(float* from, const vfloat (&factor)[N]) {
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m)
+    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) c[m][n] = vload(from + m * LDC + n * kLanes) * factor[n];
   }
@@ -41,7 +41,7 @@ struct VectorBlock {
   template <int LDC>
   __attribute__((always_inline)) void store(float* to) const {
 #pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m)
+    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) vstore(to + m * LDC + n * kLanes, c[m][n]);
   }
@@ -60,7 +60,7 @@ struct VectorBlock {
 #pragma GCC unroll 8
       for (int n = First; n < N; ++n) row[n] = vload(b + k * LDB + n * kLanes);
 #pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
+      for (int m = 0; m < M; ++m) {
         const vfloat element = splat(a[m * LDA + k]);
 #pragma GCC unroll 8
         for (int n = First; n < N; ++n) c[m][n] = Dot::add(c[m][n], element, row[n]);

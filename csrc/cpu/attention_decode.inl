@@ -70,17 +70,17 @@ void decode_rows(const AttentionArgs& args, const Problem& p, int64_t kv_head, i
     }
     for (int64_t row = 0; row < count; row += kBlock) {
       if (start >= most[row / kBlock]) continue;
-      vfloat s[kBlock][kFewVecs] = {};
+      VectorBlock<DotF32, kFewVecs, kBlock> s;
       if constexpr (kBlock > 1)
-        multiply<DotF32, D, kFewKeys>(scratch.q + row * D, scratch.columns, D, s);
+        s.clear(), s.template multiply<D, kFewKeys>(scratch.q + row * D, scratch.columns, D);
       else
-        for (int n = 0; n < kFewVecs; ++n) s[0][n] = scores_of_keys<T, D>(scratch.q, n * kLanes, key);
+        for (int n = 0; n < kFewVecs; ++n) s.c[0][n] = scores_of_keys<T, D>(scratch.q, n * kLanes, key);
 #pragma GCC unroll 4
       for (int m = 0; m < kBlock; ++m)
 #pragma GCC unroll 4
         for (int n = 0; n < kFewVecs; ++n) {
           const int64_t seen = visible[row + m] - start - n * kLanes;
-          const vfloat x = lane < int(larger(0, smaller(seen, kLanes))) ? s[m][n] * scale : hidden;
+          const vfloat x = lane < int(larger(0, smaller(seen, kLanes))) ? s.c[m][n] * scale : hidden;
           greatest[row + m] = vmax(x, greatest[row + m]);
           vstore(scores + (row + m) * length + start + n * kLanes, x);
         }
