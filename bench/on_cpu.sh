@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 
 "$python" bench/attn.py --dtypes bf16,fp32 --save \
-    --shapes 1x2048x8x64,4x1024x16x64,1x2048x8x32,1x2048x8x128,1x2048x8x64x2,1x257x8x64
+    --shapes 1x2048x8x64,4x1024x16x64,1x2048x8x32,1x2048x8x128,1x2048x8x64x2,1x2048x8x64x1,1x257x8x64
 "$python" bench/block.py --save
 "$python" bench/loss.py --save
 "$python" bench/train.py --save
