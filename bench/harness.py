@@ -171,6 +171,8 @@ class Benchmark:
         self.seconds, self.rounds = seconds, rounds
         self.rows: list[Row] = []
         self.notes: list[str] = []
+        self.failed = False
+        self.json: Path | None = None
         self.environment = environment(device)
         self._clock = _Clock(device)
         print(f"{name} on {self.environment['device']}, {self.environment['threads']} threads; {formula}")
@@ -199,9 +201,8 @@ class Benchmark:
                 row.unavailable = str(reason)
             except torch.OutOfMemoryError:
                 row.unavailable = "out of device memory"
-            except Exception as error:  # a peer's bug (a compiler that fails, say) is a result; ours is a failure
-                if candidate.ours:
-                    raise
+            except Exception as error:  # a bug (a compiler that fails, say) is a result; ours ends in a failure
+                self.failed |= candidate.ours
                 row.unavailable = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             else:
                 calls.append((row, call, []))
@@ -222,6 +223,8 @@ class Benchmark:
                 row.ratio = min(peers) / row.seconds
         shown = [f"{row.implementation} {row.rate:.4g}" for row in measured]
         print(f"  {case}, {work}: {', '.join(shown) if shown else 'no candidate can run'}", flush=True)
+        if self.json is not None:  # after each group: a run that is cut off keeps what it measured
+            self.json.write_text(self.document())
         del calls
         gc.collect()  # graphs and their tensors, before the next group allocates
 
@@ -263,26 +266,28 @@ class Benchmark:
             lines.append(f"\nNot measured: {implementation} ({places}): {reason}")
         return "\n".join(lines)
 
+    def document(self) -> str:
+        """Everything so far, as JSON."""
+        facts = {
+            "benchmark": self.name, "unit": self.unit, "formula": self.formula, "environment": self.environment,
+            "notes": self.notes, "rows": [dataclasses.asdict(row) for row in self.rows],
+        }  # fmt: skip
+        return json.dumps(facts, indent=1) + "\n"
+
     def finish(self, options: argparse.Namespace) -> None:
         """Prints the table and writes what the options ask for."""
         header = f"{self.formula}. Ours in bold. Median of interleaved rounds."
         print(f"\n{header}\n\n{self.table()}")
         for note in self.notes:
             print(note)
-        document = json.dumps(
-            {
-                "benchmark": self.name, "unit": self.unit, "formula": self.formula, "environment": self.environment,
-                "notes": self.notes, "rows": [dataclasses.asdict(row) for row in self.rows],
-            },
-            indent=1,
-        )  # fmt: skip
+        document = self.document()
         if options.json is not None:
-            options.json.write_text(document + "\n")
+            options.json.write_text(document)
         if options.save:
             slug = re.sub(r"[^a-z0-9]+", "-", self.environment["device"].lower()).strip("-")
             stem = RESULTS / f"{self.name}-{slug}"
             RESULTS.mkdir(parents=True, exist_ok=True)
-            stem.with_suffix(".json").write_text(document + "\n")
+            stem.with_suffix(".json").write_text(document)
             facts = "\n".join(f"- {key}: {value}" for key, value in self.environment.items())
             notes = "".join(f"\n{note}\n" for note in self.notes)
             stem.with_suffix(".md").write_text(
