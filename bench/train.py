@@ -95,7 +95,9 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
     for dropout in (0.0, 0.1):
         mine = partial(ours, shape, tokens, precision, dropout)
         theirs = partial(hugging_face, shape, tokens, precision, dropout)
-        backends = suite.our_backends("parallel_block", device, dtype=precision, head_dim=HEAD_DIM)
+        backends = suite.our_backends(
+            "parallel_block", device, dtype=precision, head_dim=HEAD_DIM, hidden=hidden, inner=4 * hidden, rotary_dim=32
+        )
         candidates = [
             Candidate("phi1", True, lambda _, mine=mine: mine(None)),
             *(
