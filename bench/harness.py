@@ -274,27 +274,43 @@ class Benchmark:
         }  # fmt: skip
         return json.dumps(facts, indent=1) + "\n"
 
+    @property
+    def header(self) -> str:
+        """What stands above the table."""
+        return f"{self.formula}. Ours in bold. Median of interleaved rounds."
+
     def finish(self, options: argparse.Namespace) -> None:
         """Prints the table and writes what the options ask for."""
-        header = f"{self.formula}. Ours in bold. Median of interleaved rounds."
-        print(f"\n{header}\n\n{self.table()}")
+        print(f"\n{self.header}\n\n{self.table()}")
         for note in self.notes:
             print(note)
-        document = self.document()
         if options.json is not None:
-            options.json.write_text(document)
+            options.json.write_text(self.document())
         if options.save:
             slug = re.sub(r"[^a-z0-9]+", "-", self.environment["device"].lower()).strip("-")
-            stem = RESULTS / f"{self.name}-{slug}"
-            RESULTS.mkdir(parents=True, exist_ok=True)
-            stem.with_suffix(".json").write_text(document)
-            facts = "\n".join(f"- {key}: {value}" for key, value in self.environment.items())
-            notes = "".join(f"\n{note}\n" for note in self.notes)
-            stem.with_suffix(".md").write_text(
-                f"# {self.name}, {self.environment['device']}\n\n{header}\n\n{self.table()}\n{notes}\n{facts}\n"
-            )
-            self.plot(stem.with_suffix(".png"))
-            print(f"wrote {stem.relative_to(ROOT)}.json, .md, .png")
+            self.save(RESULTS / f"{self.name}-{slug}")
+
+    def save(self, stem: Path) -> None:
+        """Writes stem.json, .md and .png."""
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        stem.with_suffix(".json").write_text(self.document())
+        facts = "\n".join(f"- {key}: {value}" for key, value in self.environment.items())
+        notes = "".join(f"\n{note}\n" for note in self.notes)
+        stem.with_suffix(".md").write_text(
+            f"# {self.name}, {self.environment['device']}\n\n{self.header}\n\n{self.table()}\n{notes}\n{facts}\n"
+        )
+        self.plot(stem.with_suffix(".png"))
+        print(f"wrote {stem}.json, .md, .png")
+
+    @classmethod
+    def read(cls, path: Path) -> "Benchmark":
+        """A run that another machine wrote as JSON, to be drawn here."""
+        document = json.loads(path.read_text())
+        bench = cls.__new__(cls)  # without a clock: nothing is timed
+        bench.name, bench.unit, bench.formula = document["benchmark"], document["unit"], document["formula"]
+        bench.environment, bench.notes, bench.device = document["environment"], document["notes"], "none"
+        bench.rows = [Row(**row) for row in document["rows"]]
+        return bench
 
     def plot(self, path: Path) -> None:
         """Bars of the rate: one panel per work, one cluster per case, one colour per implementation."""
@@ -338,3 +354,10 @@ def matrix_peak(device: str, dtype: torch.dtype) -> float:
     clock = _Clock(device)
     a @ b
     return 2 * size**3 / min(clock(lambda: a @ b) for _ in range(10))
+
+
+if __name__ == "__main__":
+    # python bench/harness.py STEM=FILE.json ...: tables and plots of what another machine measured.
+    for argument in sys.argv[1:]:
+        stem, file = argument.split("=", 1)
+        Benchmark.read(Path(file)).save(Path(stem))

@@ -329,7 +329,7 @@ def register_kernels(module: Any, devices: tuple[str, ...], why_not: str | None 
         )
     ]  # fmt: skip
     register(
-        "parallel_block", "cuda", Pieces(*pieces),
+        "parallel_block", "cuda", Pieces(*pieces, saves_attention=True),
         devices=devices, missing=why_not, refuses=block_refuses,
     )  # fmt: skip
     register(

@@ -17,6 +17,7 @@
 #include "cuda/dropout.cuh"
 #include "cuda/eight.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/rotary.cuh"
 
 namespace phi1::cuda {
 
@@ -57,19 +58,6 @@ PHI1_DEVICE HeadRuns head_runs(const AfterInArgs& args, int index) {
 PHI1_DEVICE int64_t table_offset(const AfterInArgs& args, int token) {
   const int b = token / int(args.seq), t = token % int(args.seq);
   return (args.position ? ld_global(args.position + b * args.position_batch_stride + t) : t) * args.half;
-}
-
-// Turns the pairs (a, b) by the angles of cos and sin, with sign -1 back.
-PHI1_DEVICE void turn(float (&a)[8], float (&b)[8], const float* cos, const float* sin, float sign) {
-  float c[8], s[8];
-  ld_global_8(c, cos);
-  ld_global_8(s, sin);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const float x = a[j], y = b[j], z = sign * s[j];
-    a[j] = x * c[j] - y * z;
-    b[j] = y * c[j] + x * z;
-  }
 }
 
 // The strips of a row: a block's threads take q, k and v by 16 columns each, or u by 8.
