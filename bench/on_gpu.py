@@ -59,7 +59,12 @@ class Mode:
 
     @property
     def rehearsal(self) -> bool:
+        """Without a GPU, under the emulator."""
         return self.device == "cpu"
+
+    def script(self, name: str) -> list[str]:
+        """The command that runs a script of this folder."""
+        return [self.python, *(["bench/rehearse.py"] if self.rehearsal else []), f"bench/{name}.py"]
 
 
 # ------------------------------------------------------------------------------------------------------- the steps
@@ -108,7 +113,7 @@ def right(mode: Mode) -> Step:
 def bench(mode: Mode, name: str, script: str, limit: int, *arguments: str, shapes: str, toy: str) -> Step:
     """One of bench's scripts; its table is in the log, its JSON written after each group."""
     command = [
-        mode.python, f"bench/{script}.py", "--quick", "--device", mode.device, "--shapes", toy if mode.rehearsal else shapes,
+        *mode.script(script), "--quick", "--device", mode.device, "--shapes", toy if mode.rehearsal else shapes,
         "--json", str(mode.out / f"{name}.json"), *arguments,
     ]  # fmt: skip
     return Step(name, limit, {name: command}, digest=digest_rates)
@@ -117,7 +122,7 @@ def bench(mode: Mode, name: str, script: str, limit: int, *arguments: str, shape
 def probe(mode: Mode, program: str, limit: int, *, under: tuple[str, ...] = (), **environment: str) -> Step:
     """A program of bench/gpu_probe.py, on a GPU under a tool."""
     name = f"{program}-{Path(under[0]).name}-{under[-1]}".replace("=", "-") if under else program
-    run = [mode.python, "bench/gpu_probe.py", program, "--device", mode.device]
+    run = [*mode.script("gpu_probe"), program, "--device", mode.device]
     return Step(name, limit, {name: [*(() if mode.rehearsal else under), *run]}, environment, digest_marked)
 
 

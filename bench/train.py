@@ -101,7 +101,7 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
         candidates = [
             Candidate("phi1", True, lambda _, mine=mine: mine(None)),
             *(
-                Candidate(f"phi1 on {backend}", True, lambda _, mine=mine, backend=backend: mine(backend), reason)
+                Candidate(f"phi1 on {backend}", True, partial(_step, mine, backend), reason)
                 for backend, reason in backends
             ),
             Candidate("Hugging Face eager", False, lambda _, theirs=theirs: theirs(compiled=False)),
