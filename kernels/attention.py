@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels import torch as torch_backend
+from kernels.autograd import once_differentiable
 from kernels.checks import check, check_device, check_dtype, check_int32, check_like, check_rank
 from kernels.registry import choose, implementation, register
 
@@ -65,8 +66,9 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx, grad_out, _):  # type: ignore[no-untyped-def]
-        q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
+    @once_differentiable("flash_attention")
+    def backward(ctx, saved, grad_out, _):  # type: ignore[no-untyped-def]
+        q, k, v, out, lse, cu_q, cu_k = saved
         grads = torch.ops.phi1.attention_backward(grad_out, q, k, v, out, lse, cu_q, cu_k, *ctx.options)
         return *grads, None, None, None, None, None, None, None
 

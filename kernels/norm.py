@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
+from kernels.autograd import once_differentiable
 from kernels.checks import check_device, check_dtype, check_like, check_shape
 from kernels.registry import choose, implementation, register
 
@@ -48,8 +49,9 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return *torch.ops.phi1.layer_norm_backward(grad, *ctx.saved_tensors, ctx.backend), None, None
+    @once_differentiable("layer_norm")
+    def backward(ctx, saved, grad):  # type: ignore[no-untyped-def]
+        return *torch.ops.phi1.layer_norm_backward(grad, *saved, ctx.backend), None, None
 
 
 def _torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
