@@ -63,7 +63,7 @@ def _attention_arguments(
     threshold = reference.dropout_threshold(dropout_p)
     return (
         (batch, seqlen_q, k.shape[1], heads, k.shape[2], head_dim),
-        (0, 0, 0) if cu_q is None or cu_k is None else (cu_q.data_ptr(), cu_k.data_ptr(), cu_q.shape[0] - 1),
+        (None, None, 0) if cu_q is None or cu_k is None else (cu_q, cu_k, cu_q.shape[0] - 1),
         causal, scale, (threshold, reference.dropout_scale(dropout_p), dropout_seed & (1 << 64) - 1),
         native.DTYPE_CODES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -80,8 +80,7 @@ def attention_forward(
     result = q.new_empty(q.shape) if out is None or out.stride(-1) != 1 else out
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     native._native.attention_forward_cpu(
-        *(native.heads_spec(x) for x in (q, k, v, result)), lse.data_ptr(),
-        *_attention_arguments(q, k, cu_q, cu_k, causal, scale, dropout_p, dropout_seed),
+        q, k, v, result, lse, *_attention_arguments(q, k, cu_q, cu_k, causal, scale, dropout_p, dropout_seed),
     )  # fmt: skip
     return result if out is None or out is result else out.copy_(result), lse
 
@@ -98,7 +97,7 @@ def attention_backward(
     grads = grads or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     lse = lse.contiguous()
     native._native.attention_backward_cpu(
-        *(native.heads_spec(x) for x in (grad_out, q, k, v, out, *grads)), lse.data_ptr(),
+        grad_out, q, k, v, out, *grads, lse,
         *_attention_arguments(q, k, cu_q, cu_k, causal, scale, dropout_p, dropout_seed),
     )  # fmt: skip
     return grads
@@ -108,7 +107,7 @@ def residual_keep(seed: int, rows: int, columns: int, p: float) -> Tensor:
     """`kernels.reference.residual_keep` on the CPU, the same bits."""
     keep = torch.empty(rows, columns, dtype=torch.bool)
     native._native.residual_keep_cpu(
-        keep.data_ptr(), rows, columns, reference.dropout_threshold(p), seed & (1 << 64) - 1, torch.get_num_threads()
+        keep, rows, columns, reference.dropout_threshold(p), seed & (1 << 64) - 1, torch.get_num_threads()
     )
     return keep
 
@@ -133,8 +132,7 @@ def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> t
     stats = torch.empty((rows.shape[0], 2), dtype=torch.float32)
     weight, bias = weight.contiguous(), bias.contiguous()
     native._native.layer_norm_forward_cpu(
-        rows.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), stats.data_ptr(),
-        (*rows.shape, rows.stride(0)), eps, native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+        rows, weight, bias, y, stats, (*rows.shape, rows.stride(0)), eps, native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y, stats
 
@@ -147,9 +145,7 @@ def layer_norm_backward(
     residual, stats = None if residual is None else residual.contiguous(), stats.contiguous()
     grads = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(weight), torch.empty_like(weight)
     native._native.layer_norm_backward_cpu(
-        grad.data_ptr(), rows.data_ptr(), weight.data_ptr(), stats.data_ptr(),
-        0 if residual is None else residual.data_ptr(), *(g.data_ptr() for g in grads),
-        (*rows.shape, rows.stride(0)), native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+        grad, rows, weight, stats, residual, *grads, (*rows.shape, rows.stride(0)), native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return grads
 
@@ -162,13 +158,11 @@ def _after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: Layo
         layout.batch, layout.seq, layout.heads + layout.kv_heads, layout.head_dim, cos.shape[1], z.shape[1], layout.inner,
         activated.stride(0),
     )  # fmt: skip
-    arguments = (
-        z.data_ptr(), bias.data_ptr(), activated.data_ptr(), sizes, cos.data_ptr(), sin.data_ptr(),
-        0 if positions is None else positions.data_ptr(),
+    return (
+        z, bias, activated, sizes, cos, sin, positions,
         positions.stride(0) if positions is not None and positions.dim() == 2 else 0,
         native.DTYPE_CODES[z.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    return arguments
 
 
 def _project_in(n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
@@ -180,16 +174,14 @@ def _project_in(n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout
 def _project_in_backward(grad_z: Tensor, z: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
     b_in = b_in.contiguous()
     grad_bias = torch.empty_like(b_in)
-    native._native.after_in_backward_cpu(
-        grad_z.data_ptr(), grad_bias.data_ptr(), *_after_in_arguments(z, b_in, activated, layout)
-    )
+    native._native.after_in_backward_cpu(grad_z, grad_bias, *_after_in_arguments(z, b_in, activated, layout))
     return grad_bias
 
 
 def _project_out(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
     y, b_out, x = vendor_product(g, w_out), b_out.contiguous(), x.contiguous()
     native._native.residual_cpu(
-        y.data_ptr(), b_out.data_ptr(), x.data_ptr(), *y.shape, dropout_arguments(dropout),
+        y, b_out, x, *y.shape, dropout_arguments(dropout),
         native.DTYPE_CODES[y.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -200,7 +192,7 @@ def _project_out_backward(grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Ten
     grad_h = grad_y if threshold == 0 else torch.empty_like(grad_y)
     grad_bias = grad_y.new_empty(grad_y.shape[1])
     native._native.residual_backward_cpu(
-        grad_y.data_ptr(), grad_h.data_ptr(), grad_bias.data_ptr(), *grad_y.shape, (threshold, *rest),
+        grad_y, grad_h, grad_bias, *grad_y.shape, (threshold, *rest),
         native.DTYPE_CODES[grad_y.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return grad_h, grad_bias
@@ -225,8 +217,7 @@ def _cross_entropy(
             f"targets in [{int(kept.min())}, {int(kept.max())}]: must be in [0, {columns}) or ignore_index = {ignore_index}"
         )
     native._native.cross_entropy_cpu(
-        logits.data_ptr(), bias.data_ptr(), targets.data_ptr(), loss.data_ptr(),
-        0 if bias_sums is None else bias_sums.data_ptr(), (rows, columns, ignore_index), z_loss,
+        logits, bias, targets, loss, bias_sums, (rows, columns, ignore_index), z_loss,
         native.DTYPE_CODES[logits.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
@@ -234,7 +225,7 @@ def _cross_entropy(
 def _add_product(grad: Tensor, low: Tensor, product: Tensor, first: bool, last: bool) -> None:
     """The sum's upper 16 bits stand in grad's memory, whatever its dtype, and the lower in `low`."""
     native._native.add_product_cpu(
-        grad.data_ptr(), low.data_ptr(), product.data_ptr(), product.numel(), first, last,
+        grad, low, product, product.numel(), first, last,
         native.DTYPE_CODES[grad.dtype], torch.get_num_threads(),
     )  # fmt: skip
 

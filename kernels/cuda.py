@@ -90,11 +90,9 @@ def _attention_arguments(
             raise ValueError(f"{name} = {size}: the cuda backend counts rows up to {2**30 - 1}; split the sequence")
     if q.shape[0] * q.shape[2] >= 2**31:
         raise ValueError(f"batch * heads = {q.shape[0] * q.shape[2]}: must be below {2**31}; split the batch")
-    cu = tuple(0 if x is None else x.data_ptr() for x in (cu_q, cu_k))
     return (
-        *(native.heads_spec(x) for x in (q, k, v, out)), lse.data_ptr(),
-        (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]),
-        cu, 0 if cu_q is None else cu_q.shape[0] - 1, causal, scale,
+        q, k, v, out, lse, (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]),
+        (cu_q, cu_k), 0 if cu_q is None else cu_q.shape[0] - 1, causal, scale,
         reference.dropout_threshold(dropout_p), reference.dropout_scale(dropout_p), dropout_seed % 2**64,
         native.DTYPE_CODES[q.dtype], _stream(q),
     )  # fmt: skip
@@ -129,8 +127,8 @@ def attention_backward(
     if q.numel():
         with _device(q):
             module.attention_backward_cuda(
-                [native.heads_spec(x) for x in (grad_out, *grads)],
-                row_stats.data_ptr(),
+                (grad_out, *grads),
+                row_stats,
                 *_attention_arguments(q, k, v, out, lse, cu_q, cu_k, *options),
             )
     return grads
@@ -151,7 +149,7 @@ def layer_norm_forward(module: Any, x: Tensor, weight: Tensor, bias: Tensor, eps
     if x.numel():
         with _device(x):
             module.layer_norm_forward_cuda(
-                rows.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), stats.data_ptr(),
+                rows, weight, bias, y, stats,
                 (*rows.shape, rows.stride(0)), eps, native.DTYPE_CODES[x.dtype], _stream(x),
             )  # fmt: skip
     return y, stats
@@ -175,9 +173,7 @@ def layer_norm_backward(
     if x.numel():
         with _device(x):
             module.layer_norm_backward_cuda(
-                grad.data_ptr(), rows.data_ptr(), weight.data_ptr(), stats.data_ptr(), grad_x.data_ptr(),
-                grad_weight.data_ptr(), grad_bias.data_ptr(), partial.data_ptr(),
-                0 if residual is None else residual.data_ptr(),
+                grad, rows, weight, stats, grad_x, grad_weight, grad_bias, partial, residual,
                 (*rows.shape, rows.stride(0), chunks), native.DTYPE_CODES[x.dtype], _stream(x),
             )  # fmt: skip
     return grad_x, grad_weight, grad_bias
@@ -221,8 +217,7 @@ def _after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: Layo
         activated.stride(0),
     )  # fmt: skip
     return (
-        z.data_ptr(), bias.data_ptr(), activated.data_ptr(), sizes, (cos.data_ptr(), sin.data_ptr()), cos.shape[0],
-        0 if positions is None else positions.data_ptr(),
+        z, bias, activated, sizes, (cos, sin), cos.shape[0], positions,
         positions.stride(0) if positions is not None and positions.dim() == 2 else 0,
         native.DTYPE_CODES[z.dtype], _stream(z),
     )  # fmt: skip
@@ -249,7 +244,7 @@ def project_in_backward(
     grad_bias, partial = torch.empty_like(b_in), _partial_sums(z)
     with _device(z):
         module.after_in_backward_cuda(
-            grad_z.data_ptr(), grad_bias.data_ptr(), partial.data_ptr(), partial.shape[0],
+            grad_z, grad_bias, partial, partial.shape[0],
             *_after_in_arguments(z, b_in, activated, layout),
         )  # fmt: skip
     return grad_bias
@@ -260,8 +255,7 @@ def project_out(module: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor,
     y, b_out, x = vendor_product(g, w_out), _dense(b_out), _dense(x)
     with _device(y):
         module.residual_cuda(
-            y.data_ptr(), b_out.data_ptr(), x.data_ptr(), tuple(y.shape), dropout_arguments(dropout),
-            native.DTYPE_CODES[y.dtype], _stream(y),
+            y, b_out, x, tuple(y.shape), dropout_arguments(dropout), native.DTYPE_CODES[y.dtype], _stream(y),
         )  # fmt: skip
     return y
 
@@ -274,7 +268,7 @@ def project_out_backward(module: Any, grad_y: Tensor, dropout: Dropout) -> tuple
     grad_bias, partial = grad_y.new_empty(grad_y.shape[1]), _partial_sums(grad_y)
     with _device(grad_y):
         module.residual_backward_cuda(
-            grad_y.data_ptr(), grad_h.data_ptr(), grad_bias.data_ptr(), partial.data_ptr(), partial.shape[0],
+            grad_y, grad_h, grad_bias, partial, partial.shape[0],
             tuple(grad_y.shape), (threshold, *rest), native.DTYPE_CODES[grad_y.dtype], _stream(grad_y),
         )  # fmt: skip
     return grad_h, grad_bias
@@ -299,8 +293,7 @@ def cross_entropy(
     parts = 0 if bias_sums is None else bias_sums.shape[0]
     with _device(logits):
         module.cross_entropy_cuda(
-            logits.data_ptr(), bias.data_ptr(), targets.data_ptr(), loss.data_ptr(), stats.data_ptr(),
-            0 if bias_sums is None else bias_sums.data_ptr(), (*logits.shape, parts, ignore_index), z_loss,
+            logits, bias, targets, loss, stats, bias_sums, (*logits.shape, parts, ignore_index), z_loss,
             native.DTYPE_CODES[logits.dtype], _stream(logits),
         )  # fmt: skip
 

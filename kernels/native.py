@@ -1,4 +1,8 @@
-"""What the native backends share: how a tensor is handed to kernels._native."""
+"""What the native backends share: how tensors are handed to kernels._native.
+
+A binding takes tensors, never addresses, so that what a kernel reads and writes lives as long as the call: a copy made in
+the argument list too.
+"""
 
 import importlib
 from typing import Any
@@ -27,11 +31,6 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def heads_spec(x: Tensor) -> tuple[int, int, int, int]:
-    """(address, batch, seq and head strides in elements) of a (batch, seq, heads, head_dim) tensor."""
-    return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
-
-
 def rotary_arguments(
     q: Tensor,
     k: Tensor,
@@ -46,7 +45,6 @@ def rotary_arguments(
     batch, seq, heads, head_dim = q.shape
     position_stride = positions.stride(0) if positions is not None and positions.dim() == 2 else 0
     return (
-        heads_spec(q), heads_spec(k), heads_spec(q_out), heads_spec(k_out), (batch, seq, heads, k.shape[2], head_dim),
-        cos.data_ptr(), sin.data_ptr(), cos.shape[1], 0 if positions is None else positions.data_ptr(), position_stride,
-        inverse, DTYPE_CODES[q.dtype],
+        q, k, q_out, k_out, (batch, seq, heads, k.shape[2], head_dim),
+        cos, sin, cos.shape[1], positions, position_stride, inverse, DTYPE_CODES[q.dtype],
     )  # fmt: skip

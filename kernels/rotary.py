@@ -29,17 +29,18 @@ def _rotary_fake(
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin, positions, backend):  # type: ignore[no-untyped-def]
+    def forward(ctx, q, k, cos, sin, positions, inverse, backend):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin, positions)
-        ctx.backend = backend
-        return torch.ops.phi1.rotary(q, k, cos, sin, positions, False, backend)
+        ctx.inverse, ctx.backend = inverse, backend
+        return torch.ops.phi1.rotary(q, k, cos, sin, positions, inverse, backend)
 
     @staticmethod
     def backward(ctx, grad_q, grad_k):  # type: ignore[no-untyped-def]
-        # A rotation's transpose is the rotation by the negative angle.
+        # A rotation's transpose is the rotation by the negative angle; being linear, it has derivatives of any order.
         cos, sin, positions = ctx.saved_tensors
-        grad_q, grad_k = torch.ops.phi1.rotary(grad_q, grad_k, cos, sin, positions, True, ctx.backend)
-        return grad_q, grad_k, None, None, None, None
+        further = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        turn = _Rotary.apply if further else torch.ops.phi1.rotary
+        return *turn(grad_q, grad_k, cos, sin, positions, not ctx.inverse, ctx.backend), None, None, None, None, None
 
 
 register("apply_rotary", "reference", reference.rotary)
@@ -111,4 +112,4 @@ def apply_rotary(
     name = choose("apply_rotary", q.device, backend, dtype=q.dtype)
     if name == "torch":
         return reference.rotary(q, k, cos, sin, positions, False)
-    return _Rotary.apply(q, k, cos, sin, positions, name)
+    return _Rotary.apply(q, k, cos, sin, positions, False, name)
