@@ -1,29 +1,19 @@
 """The `cpu` backend: C++ kernels (csrc/cpu), chosen at run time by the CPU's instruction sets (PHI1_ISA overrides)."""
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from kernels import chunked_loss, native, reference
+from kernels.checks import check_offsets
 from kernels.fused_block import Dropout, Layout, Pieces, dropout_arguments, vendor_product
 from kernels.registry import register
-
-
-def _checked_positions(positions: Tensor | None, table_rows: int) -> Tensor | None:
-    if positions is None:
-        return None
-    low, high = (int(x) for x in torch.aminmax(positions)) if positions.numel() else (0, 0)
-    if low < 0 or high >= table_rows:
-        raise IndexError(f"positions in [{low}, {high}]: the rotary table has rows 0..{table_rows - 1}")
-    return positions.contiguous()
 
 
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """q and k rotated into new contiguous tensors; see `kernels.apply_rotary`."""
-    positions = _checked_positions(positions, cos.shape[0])
+    positions = None if positions is None else positions.contiguous()
     q, k = native.rows_contiguous(q), native.rows_contiguous(k)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     native._native.rotary_cpu(
@@ -44,14 +34,6 @@ def _attention_refuses(*, dtype: torch.dtype, head_dim: int, **_: object) -> str
     if head_dim not in HEAD_DIMS:
         return f"head_dim = {head_dim}: the kernels are compiled for {', '.join(map(str, HEAD_DIMS))}"
     return native.refuses_dtype(dtype=dtype)
-
-
-def _check_starts(name: str, starts: Tensor, length: int) -> Tensor:
-    """`starts`, contiguous; raises ValueError unless it runs from 0 to length without a step back."""
-    values = starts.tolist()
-    if values[0] != 0 or values[-1] != length or any(a > b for a, b in itertools.pairwise(values)):
-        raise ValueError(f"{name} = {values}: must rise from 0 to the sequence length, {length}")
-    return starts.contiguous()
 
 
 def _attention_arguments(
@@ -76,7 +58,9 @@ def attention_forward(
     """out (a new tensor, or the one given) and the log-sum-exp; see `kernels.flash_attention`."""
     q, k, v = (native.rows_contiguous(x) for x in (q, k, v))
     if cu_q is not None and cu_k is not None:
-        cu_q, cu_k = _check_starts("cu_seqlens_q", cu_q, q.shape[1]), _check_starts("cu_seqlens_k", cu_k, k.shape[1])
+        check_offsets("cu_seqlens_q", cu_q, q.shape[1])
+        check_offsets("cu_seqlens_k", cu_k, k.shape[1])
+        cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     result = q.new_empty(q.shape) if out is None or out.stride(-1) != 1 else out
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     native._native.attention_forward_cpu(
@@ -105,7 +89,7 @@ def attention_backward(
 
 def residual_keep(seed: int, rows: int, columns: int, p: float) -> Tensor:
     """`kernels.reference.residual_keep` on the CPU, the same bits."""
-    keep = torch.empty(rows, columns, dtype=torch.bool)
+    keep = torch.empty((rows, columns), dtype=torch.bool, device="cpu")
     native._native.residual_keep_cpu(
         keep, rows, columns, reference.dropout_threshold(p), seed & (1 << 64) - 1, torch.get_num_threads()
     )
@@ -128,8 +112,8 @@ register(
 def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y (contiguous) and (mean, 1 / sqrt(variance + eps)) of each row; see `kernels.layer_norm`."""
     rows = native.rows_contiguous(x.reshape(-1, weight.numel()))
-    y = torch.empty(x.shape, dtype=x.dtype)
-    stats = torch.empty((rows.shape[0], 2), dtype=torch.float32)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    stats = torch.empty((rows.shape[0], 2), dtype=torch.float32, device=x.device)
     weight, bias = weight.contiguous(), bias.contiguous()
     native._native.layer_norm_forward_cpu(
         rows, weight, bias, y, stats, (*rows.shape, rows.stride(0)), eps, native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
@@ -143,7 +127,7 @@ def layer_norm_backward(
     """Gradients of x (plus `residual`), weight and bias."""
     rows, grad, weight = native.rows_contiguous(x.reshape(-1, weight.numel())), grad.contiguous(), weight.contiguous()
     residual, stats = None if residual is None else residual.contiguous(), stats.contiguous()
-    grads = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(weight), torch.empty_like(weight)
+    grads = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight), torch.empty_like(weight)
     native._native.layer_norm_backward_cpu(
         grad, rows, weight, stats, residual, *grads, (*rows.shape, rows.stride(0)), native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -152,7 +136,7 @@ def layer_norm_backward(
 
 def _after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: Layout) -> tuple[object, ...]:
     """The arguments of `_native.after_in_cpu`, and the last of `_native.after_in_backward_cpu`."""
-    positions = _checked_positions(layout.positions, layout.cos.shape[0])
+    positions = None if layout.positions is None else layout.positions.contiguous()
     cos, sin = layout.cos.contiguous(), layout.sin.contiguous()
     sizes = (
         layout.batch, layout.seq, layout.heads + layout.kv_heads, layout.head_dim, cos.shape[1], z.shape[1], layout.inner,

@@ -6,12 +6,14 @@ The functions take the module that launches: kernels._native on a GPU; the tests
 
 import contextlib
 import functools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import chunked_loss, native, reference
+from kernels.checks import check_offsets
 from kernels.fused_block import Dropout, Layout, Pieces, dropout_arguments, vendor_product
 from kernels.registry import register
 
@@ -83,8 +85,6 @@ def _attention_arguments(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
     causal: bool, scale: float, dropout_p: float, dropout_seed: int,
 ) -> tuple[object, ...]:  # fmt: skip
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale = {scale}: the cuda backend takes a positive number; negate q for a negative one")
     for name, size in (("seqlen_q", q.shape[1]), ("seqlen_k", k.shape[1])):
         if size >= 2**30:
             raise ValueError(f"{name} = {size}: the cuda backend counts rows up to {2**30 - 1}; split the sequence")
@@ -99,38 +99,52 @@ def _attention_arguments(
 
 
 def attention_forward(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, *options: Any,
-    out: Tensor | None = None,
+    module: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    causal: bool, scale: float, *dropout: Any, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) float32; see `kernels.flash_attention`."""
+    q, scale, _ = native.positive_scale(q, scale)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    cu_q, cu_k = (None if x is None else x.contiguous() for x in (cu_q, cu_k))
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None or not _is_aligned(out) else out
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
+    if cu_q is not None and cu_k is not None:
+        check_offsets("cu_seqlens_q", cu_q, q.shape[1])
+        check_offsets("cu_seqlens_k", cu_k, k.shape[1])
+        cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
+        result.zero_(), lse.fill_(-math.inf)  # rows that no document holds
     if q.numel():
         with _device(q):
-            module.attention_forward_cuda(*_attention_arguments(q, k, v, result, lse, cu_q, cu_k, *options))
+            module.attention_forward_cuda(
+                *_attention_arguments(q, k, v, result, lse, cu_q, cu_k, causal, scale, *dropout)
+            )
     return result if out is None or out is result else out.copy_(result), lse
 
 
 def attention_backward(
     module: Any, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_q: Tensor | None, cu_k: Tensor | None, *options: Any, grads: tuple[Tensor, Tensor, Tensor] | None = None,
+    cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, scale: float, *dropout: Any,
+    grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, in new tensors or in `grads` (rows as `_is_aligned` asks), bitwise reproducible."""
+    q, scale, sign = native.positive_scale(q, scale)
     grad_out, q, k, v, out = (_aligned(x) for x in (grad_out, q, k, v, out))
     cu_q, cu_k = (None if x is None else x.contiguous() for x in (cu_q, cu_k))
     lse = lse.contiguous()
     if grads is None:
         grads = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape)
+    if cu_q is not None:
+        for grad in grads:
+            grad.zero_()  # rows that no document holds
     row_stats = torch.empty((*lse.shape, 2), dtype=torch.float32, device=q.device)
     if q.numel():
         with _device(q):
             module.attention_backward_cuda(
                 (grad_out, *grads),
                 row_stats,
-                *_attention_arguments(q, k, v, out, lse, cu_q, cu_k, *options),
+                *_attention_arguments(q, k, v, out, lse, cu_q, cu_k, causal, scale, *dropout),
             )
+    if sign != 1:
+        grads[0].mul_(sign)
     return grads
 
 

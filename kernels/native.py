@@ -31,6 +31,13 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """(s q, t, s) with the same scores, t > 0 and s of -1, 0 and 1, for kernels whose running maximum grows with scale."""
+    if scale > 0:
+        return q, scale, 1.0
+    return (-q, -scale, -1.0) if scale < 0 else (q * 0.0, 1.0, 0.0)
+
+
 def rotary_arguments(
     q: Tensor,
     k: Tensor,

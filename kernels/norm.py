@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.autograd import once_differentiable
-from kernels.checks import check_device, check_dtype, check_like, check_shape
+from kernels.checks import check, check_device, check_dtype, check_like, check_shape
 from kernels.registry import choose, implementation, register
 
 torch.library.define(
@@ -73,6 +73,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, ba
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
     """
     check_dtype("x", x)
+    check(
+        x.dim() > 0 and x.shape[-1] > 0, lambda: f"x.shape = {tuple(x.shape)}: must be (..., hidden), hidden at least 1"
+    )
     for name, parameter in (("weight", weight), ("bias", bias)):
         check_shape(name, parameter, (x.shape[-1],), "(hidden,), x's last dim")
         check_like(name, parameter, "x", x)
