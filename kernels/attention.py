@@ -175,8 +175,8 @@ def flash_attention(
     out: write the result here (q's shape and dtype, may be a strided view, not in the memory of q, k or v); only where
         no gradient is needed.
 
-    Returns out (q's shape and dtype), or (out, lse). Gradients flow to q, k, v; on `reference` and `torch` they can be
-    differentiated again, on native backends that is an error.
+    Returns out (q's shape and dtype), or (out, lse). Gradients flow to q, k, v; on `reference` they can be differentiated
+    again, elsewhere that is an error (of PyTorch's on `torch`, where its kernel has no second derivative).
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):

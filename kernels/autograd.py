@@ -19,8 +19,7 @@ class _Refusal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         raise NotImplementedError(
-            f"{ctx.op}: a second derivative was asked for, and native backends have the first only; "
-            "use backend='torch' or backend='reference'"
+            f"{ctx.op}: a second derivative was asked for, and this backend has the first only; use backend='reference'"
         )
 
 

@@ -83,7 +83,10 @@ def _block(dtype: torch.dtype) -> dict[str, Tensor]:
         "x": (BATCH, SEQ, HIDDEN), "norm_weight": (HIDDEN,), "norm_bias": (HIDDEN,), "w_in": (width, HIDDEN), "b_in": (width,),
         "w_out": (HIDDEN, HEADS * HEAD_DIM + INNER), "b_out": (HIDDEN,),
     }  # fmt: skip
-    return {**{x: numbers(*shape, seed=i, dtype=dtype) for i, (x, shape) in enumerate(shapes.items())}, **_table()}
+    tensors = {x: numbers(*shape, seed=i, dtype=dtype) for i, (x, shape) in enumerate(shapes.items())}
+    for name in ("w_in", "w_out"):  # products of order one
+        tensors[name] = tensors[name] / tensors[name].shape[1] ** 0.5
+    return {**tensors, **_table()}
 
 
 def _loss(dtype: torch.dtype) -> dict[str, Tensor]:

@@ -35,9 +35,9 @@ def layouts(name: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
                 yield f"expanded along {dim}", x.narrow(dim, 0, 1).expand(x.shape)
     if x.dim() > 1:
         yield "transposed", x.transpose(0, -1).contiguous().transpose(0, -1)
-    wide = x.new_zeros((*x.shape[:-1], 2 * x.shape[-1] + 3))
-    yield "a slice at an odd offset", wide[..., 1 : 1 + x.shape[-1]].copy_(x)
-    yield "every other element", wide[..., 2 : 2 + 2 * x.shape[-1] : 2].copy_(x)
+    width = x.shape[-1]
+    yield "a slice at an odd offset", x.new_zeros((*x.shape[:-1], width + 3))[..., 1 : 1 + width].copy_(x)
+    yield "every other element", x.new_zeros((*x.shape[:-1], 2 * width))[..., ::2].copy_(x)
 
 
 NAMES = [(call, name) for call in CALLS for name in call.tensors(DTYPE)]
@@ -54,11 +54,13 @@ def greatest_error(call: Call, name: str, backend: str, expected: Tensor, found:
 
 
 BOUND = 2**-4
-"""16 roundings to bfloat16: a library may add in another order for other strides. Measured: 2^-5, of PyTorch's block."""
+"""16 roundings to bfloat16: a library may add in another order for other strides."""
 
 
 @pytest.mark.parametrize(("call", "name"), NAMES, ids=[f"{call.name}-{name}" for call, name in NAMES])
 def test_a_tensor_that_is_not_contiguous_gives_the_same(backend: str, call: Call, name: str) -> None:
+    if backend == "triton" and call.op == "parallel_block" and call.name != "parallel_block, positions":
+        pytest.skip("seconds in Triton's interpreter")
     kinds = list(layouts(name, call.tensors(DTYPE)[name]))
     for layout, view in kinds[-1:] if backend in INTERPRETED else kinds:
         error = greatest_error(call, name, backend, view.clone(memory_format=torch.contiguous_format), view)
@@ -94,4 +96,7 @@ def test_every_tensor_argument_is_tried() -> None:
         x = call.tensors(DTYPE).get(name)
         if x is not None:
             kinds = dict(layouts(name, x))
-            assert not any(view.is_contiguous() for view in kinds.values()) and len(kinds) == x.dim() + 3, call.name
+            assert (
+                not any(view.is_contiguous() for view in kinds.values())
+                and len(kinds) == sum(n > 1 for n in x.shape) + 3
+            ), call.name
