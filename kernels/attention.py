@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels import torch as torch_backend
-from kernels.autograd import once_differentiable
+from kernels.autograd import distinct, once_differentiable
 from kernels.checks import (
     check,
     check_device,
@@ -227,11 +227,11 @@ def flash_attention(
             q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p, dropout_seed
         )
         return (result, lse.detach()) if return_lse else result
-    if cu_seqlens_k is not None and cu_seqlens_k is cu_seqlens_q:
-        cu_seqlens_k = cu_seqlens_k.view(-1)  # torch.compile refuses one tensor given twice
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        cu_seqlens_q, cu_seqlens_k = distinct(cu_seqlens_q, cu_seqlens_k)
     arguments = (cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p, dropout_seed, name)
     if out is None:
-        result, lse = _Attention.apply(q, k, v, *arguments)
+        result, lse = _Attention.apply(*distinct(q, k, v), *arguments)
     else:
         result, lse = out, torch.ops.phi1.attention_forward_out(q, k, v, out, *arguments)
     return (result, lse) if return_lse else result

@@ -23,6 +23,13 @@ class _Refusal(torch.autograd.Function):
         )
 
 
+def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, a view for one that came before: torch.compile refuses an autograd.Function a tensor given twice."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(x.view_as(x) if any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors))
+
+
 def once_differentiable(op: str) -> Callable[[Callable[..., tuple[Any, ...]]], Callable[..., tuple[Any, ...]]]:
     """Decorates the `backward(ctx, saved, *grads)` of the autograd.Function of `op`; saved: `ctx.saved_tensors`.
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from kernels.autograd import once_differentiable
+from kernels.autograd import distinct, once_differentiable
 from kernels.checks import check, check_device, check_dtype, check_like, check_shape
 from kernels.registry import choose, implementation, register
 
@@ -83,4 +83,4 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, ba
     name = choose("layer_norm", x.device, backend, dtype=x.dtype)
     if name in ("reference", "torch"):
         return implementation("layer_norm", name)(x, weight, bias, eps)
-    return _LayerNorm.apply(x, weight, bias, eps, name)
+    return _LayerNorm.apply(*distinct(x, weight, bias), eps, name)

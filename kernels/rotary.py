@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.autograd import distinct
 from kernels.checks import check, check_device, check_dtype, check_float32, check_like, check_positions, check_rank
 from kernels.registry import choose, implementation, register
 
@@ -106,6 +107,7 @@ def apply_rotary(
     check_dtype("q", q)
     check_like("k", k, "q", q)
     batch, seq, _, head_dim = q.shape
+    check(head_dim > 0, lambda: f"q.shape = {tuple(q.shape)}: head_dim must be at least 1")
     check(
         k.shape[0] == batch and k.shape[1] == seq and k.shape[3] == head_dim,
         lambda: f"k.shape = {tuple(k.shape)}: must be ({batch}, {seq}, kv_heads, {head_dim}), q being {tuple(q.shape)}",
@@ -115,4 +117,4 @@ def apply_rotary(
     if name == "torch" or (name == "reference" and not torch.compiler.is_compiling()):
         check_positions(positions, cos.shape[0])
         return reference.rotary(q, k, cos, sin, positions, False)
-    return _Rotary.apply(q, k, cos, sin, positions, False, name)
+    return _Rotary.apply(*distinct(q, k, cos, sin), positions, False, name)

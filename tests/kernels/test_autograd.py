@@ -29,7 +29,7 @@ def test_gradients_of_gradients_are_those_of_finite_differences(backend: str, ca
         return call.outputs(backend, {**tensors, **dict(zip(call.differentiable, leaves, strict=True))})
 
     if backend == "torch" and call.op == "flash_attention":
-        with pytest.raises(RuntimeError, match="derivative for aten::_scaled_dot_product.* is not implemented"):
+        with pytest.raises(RuntimeError, match=r"derivative for aten::_scaled_dot_product.* is not implemented"):
             torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
         return
     assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
