@@ -210,7 +210,7 @@ def flash_attention(
         check_documents(cu_seqlens_q, cu_seqlens_k, q)
         check(batch == 1, lambda: f"q.shape[0] = {batch} with cu_seqlens_q: fold the batch into the sequence (batch 1)")
     scale = head_dim**-0.5 if scale is None else scale
-    check(math.isfinite(scale), lambda: f"scale = {scale}: must be finite")
+    check(-math.inf < scale < math.inf, lambda: f"scale = {scale}: must be finite")
     dropout_seed = seed_bits("dropout_seed", dropout_seed)
     if out is not None:
         _check_out(out, q, k, v)

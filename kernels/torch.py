@@ -29,24 +29,25 @@ def attention(
         return _sdpa(q, k, v, causal, scale)
     starts_q = document_starts("cu_seqlens_q", cu_q, q.shape[1])
     starts_k = document_starts("cu_seqlens_k", cu_k, k.shape[1])
-    parts = [_zeros(q[:, : starts_q[0]])]
+    parts = [_zeros(q[:, : starts_q[0]], k, v)]
     for i in range(len(starts_q) - 1):
         documents = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
         parts.append(_sdpa(q[:, documents[0]], k[:, documents[1]], v[:, documents[1]], causal, scale))
-    return torch.cat([*parts, _zeros(q[:, starts_q[-1] :])], dim=1)
+    return torch.cat([*parts, _zeros(q[:, starts_q[-1] :], k, v)], dim=1)
 
 
-def _zeros(q: Tensor) -> Tensor:
-    """Zeros like q, whatever its numbers, and in its graph: its gradient is zero."""
-    return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
+def _zeros(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Zeros like q, whatever its numbers, and in the graph of all three: their gradients are zeros."""
+    zeros = q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
+    return zeros + k[:, :0].sum() + v[:, :0].sum()
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     m, n = q.shape[1], k.shape[1]
     if m == 0 or n == 0:
-        return _zeros(q)
+        return _zeros(q, k, v)
     if causal and m > n:  # queries that see no key: SDPA would make them NaN
-        return torch.cat([_zeros(q[:, : m - n]), _sdpa(q[:, m - n :], k, v, causal, scale)], dim=1)
+        return torch.cat([_zeros(q[:, : m - n], k, v), _sdpa(q[:, m - n :], k, v, causal, scale)], dim=1)
     # Causal with a scale that is not positive, PyTorch's CPU kernel gives NaN.
     q, scale, _ = positive_scale(q, scale)
     mask, is_causal = None, False
