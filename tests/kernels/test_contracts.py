@@ -164,7 +164,7 @@ def test_out_that_cannot_be_written_is_refused(backend: str) -> None:
     ):
         a, b, c = q, k, v
         if out is None:
-            a, b, c, out = packed[:, :, 1:2], packed[:, :, 2:4], packed[:, :, 4:6], packed[:, :, 3:4]
+            a, b, c, out = packed[:, :, 1:2], packed[:, :, 2:3], packed[:, :, 4:5], packed[:, :, 2:3]
         with torch.no_grad(), pytest.raises(ValueError, match=message):
             flash_attention(a, b, c, out=out, backend=backend)
     # Interleaved, but apart.
