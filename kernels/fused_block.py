@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.checks import check_positions
 from kernels.registry import implementation
 
 
@@ -104,6 +105,7 @@ def block_forward(
     pieces: Pieces, kv_cache: tuple[Tensor, Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y (tokens, hidden), z, attention's part of g, lse) for x (tokens, hidden)."""
+    check_positions(layout.positions, layout.cos.shape[0])
     documents = cu_seqlens is not None
     g = x.new_empty((layout.tokens, layout.attention_width + layout.inner))
     normed = pieces.norm_forward(x, norm_weight, norm_bias, eps)[0]

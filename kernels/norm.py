@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from kernels.checks import check_device, check_dtype, check_like, check_shape
+from kernels.autograd import distinct, once_differentiable
+from kernels.checks import check, check_device, check_dtype, check_like, check_shape
 from kernels.registry import choose, implementation, register
 
 torch.library.define(
@@ -48,8 +49,9 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return *torch.ops.phi1.layer_norm_backward(grad, *ctx.saved_tensors, ctx.backend), None, None
+    @once_differentiable("layer_norm")
+    def backward(ctx, saved, grad):  # type: ignore[no-untyped-def]
+        return *torch.ops.phi1.layer_norm_backward(grad, *saved, ctx.backend), None, None
 
 
 def _torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -71,6 +73,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, ba
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
     """
     check_dtype("x", x)
+    check(
+        x.dim() > 0 and x.shape[-1] > 0, lambda: f"x.shape = {tuple(x.shape)}: must be (..., hidden), hidden at least 1"
+    )
     for name, parameter in (("weight", weight), ("bias", bias)):
         check_shape(name, parameter, (x.shape[-1],), "(hidden,), x's last dim")
         check_like(name, parameter, "x", x)
@@ -78,4 +83,4 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, ba
     name = choose("layer_norm", x.device, backend, dtype=x.dtype)
     if name in ("reference", "torch"):
         return implementation("layer_norm", name)(x, weight, bias, eps)
-    return _LayerNorm.apply(x, weight, bias, eps, name)
+    return _LayerNorm.apply(*distinct(x, weight, bias), eps, name)

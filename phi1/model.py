@@ -84,6 +84,11 @@ class Block(nn.Module):
         )
 
 
+def _fill_rotary_again(model: "Phi1", _: object) -> None:
+    """What `Phi1` does after load_state_dict; a function, not a lambda, so that a model can be pickled."""
+    model._fill_rotary()
+
+
 class Phi1(nn.Module):
     """The whole network.
 
@@ -108,7 +113,7 @@ class Phi1(nn.Module):
         self.norm_bias = nn.Parameter(torch.empty(config.hidden_size))
         self.head_weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.head_bias = nn.Parameter(torch.empty(config.vocab_size))
-        self.register_load_state_dict_post_hook(lambda model, _: model._fill_rotary())
+        self.register_load_state_dict_post_hook(_fill_rotary_again)
         self._fill_rotary()
         self.reset_parameters()
 
