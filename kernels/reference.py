@@ -218,8 +218,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Summed cross-entropy of softmax(hidden W^T + b) plus z_loss times the squared log-sum-exp, logits in full."""
     dtype = working_dtype(hidden.dtype)
-    logits = hidden.to(dtype) @ weight.to(dtype).T + bias.to(dtype)
     kept = targets != ignore_index
+    hidden = torch.where(kept[:, None], hidden, 0.0)  # a NaN in an ignored row times the gradient's 0 would be NaN
+    logits = hidden.to(dtype) @ weight.to(dtype).T + bias.to(dtype)
     picked = logits.gather(-1, torch.where(kept, targets, 0)[:, None])[:, 0]
     lse = torch.logsumexp(logits, -1)
     return torch.where(kept, lse - picked + z_loss * lse.square(), 0.0).sum()
