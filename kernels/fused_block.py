@@ -256,10 +256,14 @@ class FusedBlock(torch.autograd.Function):
         ctx.save_for_backward(x, z, attention, lse, norm_weight, norm_bias, w_in, b_in, w_out, *tables)
 
     @staticmethod
-    @once_differentiable("parallel_block")
-    def backward(ctx, saved, grad_y, *_):  # type: ignore[no-untyped-def]
-        grads = torch.ops.phi1.parallel_block_backward(grad_y, *saved, *ctx.options)
+    def backward(ctx, grad_y, *_):  # type: ignore[no-untyped-def]
+        grads = (None,) * 7 if grad_y is None else _gradients(ctx, grad_y)
         return *grads, *(None,) * (5 + len(ctx.options))
+
+
+@once_differentiable("parallel_block")
+def _gradients(ctx, saved, grad_y):  # type: ignore[no-untyped-def]
+    return torch.ops.phi1.parallel_block_backward(grad_y, *saved, *ctx.options)
 
 
 def vendor_product(x: Tensor, weight: Tensor) -> Tensor:

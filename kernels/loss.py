@@ -74,6 +74,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
         ignore_index, z_loss, _, backend = ctx.options
+        if grad is None:
+            return (None,) * 8
         if backend == "torch" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _differentiable_gradients(ctx, grad, ignore_index, z_loss)
         else:
