@@ -5,7 +5,7 @@ In an autocast region of the tensors' device type the ops that are matrix produc
 called and differentiably, as PyTorch casts for `F.linear`; results have the dtype that these inputs give without
 autocast. float64 is left alone, as PyTorch leaves it. Within an op there is no autocast, in the backward pass neither: a
 product between two pieces would be cast behind the kernels' back. `apply_rotary` and `layer_norm`, which compute in
-float32 whatever they are given, keep their inputs' dtype.
+float32 whatever they are given, keep the dtype of q and k and of x; layer_norm's weight and bias are cast to it.
 """
 
 import functools
@@ -26,6 +26,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
+def cast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a matrix product's input of floating `dtype` on `device` is cast to here: by autocast, or left alone."""
+    return dtype if dtype == torch.float64 else autocast_dtype(device) or dtype
+
+
 def cast_inputs(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates an op whose first parameters are `names`: applies the rule above to those, and runs it without autocast."""
 
@@ -33,15 +38,13 @@ def cast_inputs(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         @functools.wraps(op)
         def call(*args: P.args, **options: P.kwargs) -> R:
             first = args[0] if args else options.get(names[0])
-            dtype = autocast_dtype(first.device) if isinstance(first, Tensor) else None
-            if dtype is None:
+            if not isinstance(first, Tensor) or autocast_dtype(first.device) is None:
                 return op(*args, **options)
-            assert isinstance(first, Tensor)
             kind = first.device.type
 
             def cast(x: Any) -> Any:
-                eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-                return x.to(dtype) if eligible and x.device.type == kind else x
+                eligible = isinstance(x, Tensor) and x.is_floating_point() and x.device.type == kind
+                return x.to(cast_dtype(x.dtype, x.device)) if eligible else x
 
             positional: tuple[Any, ...] = (*map(cast, args[: len(names)]), *args[len(names) :])
             named: dict[str, Any] = {name: cast(x) if name in names else x for name, x in options.items()}

@@ -1,5 +1,7 @@
 """The language-model loss: lm_head and cross-entropy in one op, logits never all at once."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -86,10 +88,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _differentiable_gradients(ctx, grad, ignore_index, z_loss):  # type: ignore[no-untyped-def]
     """For create_graph=True, by PyTorch: with the logits in full."""
     *inputs, targets = ctx.saved_tensors[:4]
-    wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-    loss = reference.linear_cross_entropy(*inputs, targets, ignore_index, z_loss)
-    grads = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
-    return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad[:3])
+    loss = functools.partial(reference.linear_cross_entropy, targets=targets, ignore_index=ignore_index, z_loss=z_loss)
+    return torch.func.vjp(loss, *inputs)[1](grad)
 
 
 register("linear_cross_entropy", "reference", reference.linear_cross_entropy)
