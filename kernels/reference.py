@@ -7,6 +7,8 @@ inputs' type. Every other backend is tested against this file.
 import torch
 from torch import Tensor
 
+from kernels.autocast import without_autocast
+
 ATTENTION_OFFSET = 0
 """Philox offset of the attention mask."""
 RESIDUAL_OFFSET = 1
@@ -100,6 +102,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, invers
     return torch.cat([(first * c - second * s).to(x.dtype), (second * c + first * s).to(x.dtype), rest], dim=-1)
 
 
+@without_autocast  # in a region of bfloat16 PyTorch's cat refuses float16
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
