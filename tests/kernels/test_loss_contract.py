@@ -47,7 +47,7 @@ def scaled_grads(backend: str, inputs: list[Tensor], targets: Tensor, scale: flo
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("chunk_rows", [4096, 40])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_mean_whose_sum_overflows_float16(backend, dtype, chunk_rows, reduction, monkeypatch):
     """4,096 rows of one target: the weight's gradient is 19.7, of the sum 80,870. Sums go on to be scaled, too.
 
@@ -64,21 +64,20 @@ def test_a_mean_whose_sum_overflows_float16(backend, dtype, chunk_rows, reductio
         assert ((a.double() - b).abs() <= 2 * torch.finfo(dtype).eps * b.abs().max()).all(), what
 
 
-@pytest.mark.parametrize("scale", [65536.0, 2.0**-12, 1.2345e-3, 0.0])
+@pytest.mark.parametrize("scale", [65536.0, 2.0**22, 2.0**-12, 1.2345e-3, 0.0])
 def test_the_upstream_factor_is_in_before_float16s_rounding(backend, scale):
     """A GradScaler's 65,536, or a small one. Infinite only where the truth does not fit."""
     inputs, targets = make(40, 16, 24, torch.float16)
     truth = with_grads(lambda *a: scale * plain(*a, targets), inputs, torch.float64)
-    low = with_grads(lambda *a: scale * plain(*a, targets), inputs, torch.float32)
     found = scaled_grads(backend, inputs, targets, scale)
-    for what, a, b, c in zip(RESULTS[1:], found[1:], low[1:], truth[1:], strict=True):
+    for what, a, c in zip(RESULTS[1:], found[1:], truth[1:], strict=True):
         wide = a.double()
-        over = c.abs() > 65520
-        assert torch.equal(wide.isinf(), over), what
-        # The softmax is rounded to 16 bits, and the result: 2^-24 at the least.
-        error = (wide - c)[~over].abs()
-        assert (error <= 2e-3 * c.abs().max() + 2.0**-24).all(), (what, float(error.max()), b.dtype)
-    if scale == 65536.0:
+        # The softmax is rounded to 16 bits, and the result: 2^-24 at the least. At 65,520 numbers begin to round to inf.
+        bound = 2e-3 * c.abs() + 1e-3 * scale / 40 + 2.0**-24
+        over = c.abs() - bound > 65520
+        assert wide[over].isinf().all(), what
+        assert ((wide - c).abs() <= bound)[c.abs() + bound < 65520].all(), what
+    if scale == 2.0**22:
         assert any(bool(a.isinf().any()) for a in found[1:]), "some of these do overflow"
 
 
@@ -189,7 +188,7 @@ def test_twice_differentiable(name, monkeypatch):
     leaves = [t.requires_grad_() for t in inputs]
     loss = lambda *a: linear_cross_entropy(*a, targets, z_loss=0.3, backend=name)  # noqa: E731
     assert torch.autograd.gradgradcheck(loss, leaves)
-    hessian = torch.func.hessian(lambda h: loss(h, *inputs[1:]))(inputs[0].detach())
+    hessian = torch.func.jacrev(torch.func.jacrev(lambda h: loss(h, *inputs[1:])))(inputs[0].detach())
     assert hessian.shape == (5, 3, 5, 3) and hessian[2].abs().max() == 0
 
 
