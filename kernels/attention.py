@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels import torch as torch_backend
+from kernels.autocast import cast_inputs, without_autocast
 from kernels.autograd import distinct, once_differentiable
 from kernels.checks import (
     check,
@@ -30,6 +31,7 @@ torch.library.define(
 
 
 @torch.library.impl("phi1::attention_forward", ("cpu", "cuda"))
+@without_autocast
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     return implementation("flash_attention", options[-1])[0](q, k, v, *options[:-1])
 
@@ -41,6 +43,7 @@ torch.library.define(
 
 
 @torch.library.impl("phi1::attention_forward_out", ("cpu", "cuda"))
+@without_autocast
 def _forward_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options) -> Tensor:  # type: ignore[no-untyped-def]
     torch.autograd.graph.increment_version(out)  # a native kernel's writing PyTorch does not see
     return implementation("flash_attention", options[-1])[0](q, k, v, *options[:-1], out=out)[1]
@@ -52,6 +55,7 @@ def _forward_out_fake(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options) ->
 
 
 @torch.library.impl("phi1::attention_backward", ("cpu", "cuda"))
+@without_autocast
 def _backward(grad_out, q, k, v, out, lse, *options) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
     return implementation("flash_attention", options[-1])[1](grad_out, q, k, v, out, lse, *options[:-1])
 
@@ -141,6 +145,7 @@ def check_documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, x: Tensor) -> No
     )
 
 
+@cast_inputs("q", "k", "v")
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -175,6 +180,7 @@ def flash_attention(
     out: write the result here (q's shape and dtype, may be a strided view, not in the memory of q, k or v); only where
         no gradient is needed.
 
+    Under torch.autocast q, k and v are cast to its dtype (kernels/autocast.py).
     Returns out (q's shape and dtype), or (out, lse). Gradients flow to q, k, v; on `reference` they can be differentiated
     again, elsewhere that is an error (of PyTorch's on `torch`, where its kernel has no second derivative).
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.

@@ -12,9 +12,12 @@ class _Refusal(torch.autograd.Function):
     """Gives the first `count` tensors on; to differentiate them with respect to what any of the tensors depends on raises."""
 
     @staticmethod
-    def forward(ctx: Any, op: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.op = op
+    def forward(op: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors[:count]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.op = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:

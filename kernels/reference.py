@@ -9,6 +9,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from kernels.autocast import without_autocast
 from kernels.checks import check_offsets
 
 ATTENTION_OFFSET = 0
@@ -104,6 +105,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, invers
     return torch.cat([(first * c - second * s).to(x.dtype), (second * c + first * s).to(x.dtype), rest], dim=-1)
 
 
+@without_autocast  # in a region of bfloat16 PyTorch's cat refuses float16
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -232,8 +234,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Summed cross-entropy of softmax(hidden W^T + b) plus z_loss times the squared log-sum-exp, logits in full."""
     dtype = working_dtype(hidden.dtype)
-    logits = hidden.to(dtype) @ weight.to(dtype).T + bias.to(dtype)
     kept = targets != ignore_index
+    hidden = torch.where(kept[:, None], hidden, 0.0)  # a NaN in an ignored row times the gradient's 0 would be NaN
+    logits = hidden.to(dtype) @ weight.to(dtype).T + bias.to(dtype)
     picked = logits.gather(-1, torch.where(kept, targets, 0)[:, None])[:, 0]
     lse = torch.logsumexp(logits, -1)
     return torch.where(kept, lse - picked + z_loss * lse.square(), 0.0).sum()
