@@ -57,7 +57,9 @@ def _offsets(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor) -> tuple[Tenso
 
 
 def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """(q, scale) with the same products and scale >= 0, by which the kernel may scale a row's maximum."""
+    """(q, scale) with the same products and scale > 0: the kernel takes the maximum before it scales."""
+    if scale == 0:
+        return q * 0, 1.0
     return (-q, -scale) if scale < 0 else (q, scale)
 
 
