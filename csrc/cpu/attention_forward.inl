@@ -20,12 +20,25 @@ struct PackedHead {
   float *k, *v;
 };
 
-// Changes the sign of every number in `count` lanes, or makes them zeros.
+// Changes the sign of every number in `count` lanes.
 template <class Dot>
-inline void flip_or_clear(float* lanes, int64_t count, bool clear) {
+inline void flip(float* lanes, int64_t count) {
   const vuint sign = splat_bits(Dot::k == 2 ? 0x80008000u : 0x80000000u);
-  for (int64_t i = 0; i < count; i += kLanes)
-    vstore(lanes + i, clear ? vfloat{} : (vfloat)((vuint)vload(lanes + i) ^ sign));
+  for (int64_t i = 0; i < count; i += kLanes) vstore(lanes + i, (vfloat)((vuint)vload(lanes + i) ^ sign));
+}
+
+// Multiplies every number in `count` lanes by 0: NaN stays, and infinities become it.
+template <class Dot>
+inline void times_zero(float* lanes, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const vfloat x = vload(lanes + i);
+    if constexpr (Dot::k == 2) {
+      const vfloat low = (vfloat)((vuint)x << 16) * 0.0f, high = (vfloat)((vuint)x & 0xffff0000u) * 0.0f;
+      vstore(lanes + i, (vfloat)((vuint)low >> 16 | ((vuint)high & 0xffff0000u)));
+    } else {
+      vstore(lanes + i, x * 0.0f);
+    }
+  }
 }
 
 // A panel of kPanel queries of one head from `first`, which may be negative, against all keys that they see.
@@ -40,7 +53,8 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
   transpose(scratch.rows, width, kPanel, width, scratch.q, kPanel);
 
   // Scores stay unscaled, exp2's argument takes the scale up: it must be positive for that. Q takes over the sign.
-  if (args.scale <= 0) flip_or_clear<Dot>(scratch.q, width * kPanel, args.scale == 0);
+  if (args.scale < 0) flip<Dot>(scratch.q, width * kPanel);
+  if (args.scale == 0) times_zero<Dot>(scratch.q, width * kPanel);
   const float positive = args.scale == 0 ? 1.0f : __builtin_fabsf(args.scale);
   const vfloat scale = splat(kLog2e * positive), hidden = splat(-__builtin_inff());
   // P = exp2(scale (S - greatest)). With the greatest taken off first it has P = 1 however large it is; after a product

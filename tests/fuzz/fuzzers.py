@@ -181,17 +181,17 @@ def check_attention(backend: str, c: AttentionCall) -> None:
     arguments = (*cu, c.causal, c.scale, c.dropout_p, c.dropout_seed)
     truth, limits = bounds.attention(plain_q, k, v, plain_grad, *arguments)
     blind = truth["lse"] == -math.inf
-    for name, value in (("out", math.nan), ("lse", math.nan), ("dq", math.nan)) if c.special == "nan" else ():
-        rows = truth[name].transpose(1, 2) if name == "lse" else truth[name]
-        rows[:, special_rows] = torch.where(blind.transpose(1, 2)[:, special_rows, :, None].expand_as(rows[:, special_rows])
-                                            if name != "lse" else blind.transpose(1, 2)[:, special_rows], rows[:, special_rows], value)  # fmt: skip
-    if c.special == "minus_inf" and c.scale != 0:
-        signed = 0.0 if c.scale > 0 else math.nan  # a negative scale makes them +inf
-        truth["out"][:, special_rows] = torch.where(blind.transpose(1, 2)[:, special_rows, :, None], 0.0, signed)
-        truth["lse"][..., special_rows] = torch.where(
-            blind[..., special_rows], -math.inf, math.copysign(math.inf, -c.scale)
+    if c.special:  # what rows that see a key give
+        signed = -math.inf if c.scale > 0 else math.inf
+        special = (
+            {"out": 0.0 if c.scale > 0 else math.nan, "lse": signed}
+            if c.special == "minus_inf"
+            else {"out": math.nan, "lse": math.nan}
         )
-        truth["dq"][:, special_rows] = torch.where(blind.transpose(1, 2)[:, special_rows, :, None], 0.0, signed)
+        special["dq"] = special["out"]
+        sees = (special_rows & ~blind).transpose(1, 2)  # (batch, queries, heads)
+        for name, value in special.items():
+            truth[name][(sees if name != "lse" else sees.transpose(1, 2))] = value
     if (c.special == "nan" or (c.special == "minus_inf" and c.scale <= 0)) and bool(special_rows.any()):
         del truth["dk"], truth["dv"]  # every key that such a row sees
     if c.special == "minus_inf" and c.scale == 0:
