@@ -111,7 +111,14 @@ def test_large_scores(queries: int, exponent: int, scale: float, dtype: torch.dt
     q[..., 7] = half
     order = torch.randperm(100, generator=generator)
     k[..., 7] = (order[None, :, None] - 50) / 64 * 2.0 ** (exponent - exponent // 2)  # distinct, exact in 16 bits
-    both(backend, q.to(dtype), k.to(dtype), values(100, dtype), scale=scale, known=2.0**exponent if exponent < 24 else 1.0)
+    both(
+        backend,
+        q.to(dtype),
+        k.to(dtype),
+        values(100, dtype),
+        scale=scale,
+        known=2.0**exponent if exponent < 24 else 1.0,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
