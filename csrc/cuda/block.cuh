@@ -32,9 +32,10 @@ struct Gelu {
 
 PHI1_DEVICE Gelu gelu(float y) {
   constexpr float c = 0.797884560802865f, cubic = 0.044715f, log2e = 1.44269504088896f;
-  const float square = y * y;
-  const float sigmoid = rcp(1.0f + ex2(y * (square * (-2 * c * cubic * log2e) + -2 * c * log2e)));
-  const float value = y * sigmoid, inner = square * (6 * c * cubic) + 2 * c;
+  // Beyond 9.9 the sigmoid is 1, or less than 2^-122: there it and the slope are taken of 9.9, and no square runs over.
+  const float above = -min_nan(-y, 9.9f), t = min_nan(above, 9.9f), square = t * t;
+  const float sigmoid = rcp(1.0f + ex2(t * (square * (-2 * c * cubic * log2e) + -2 * c * log2e)));
+  const float value = above * sigmoid, inner = square * (6 * c * cubic) + 2 * c;
   return {value, value * (1.0f - sigmoid) * inner + sigmoid};
 }
 
