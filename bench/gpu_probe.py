@@ -65,7 +65,7 @@ def attention(probe: Probe) -> None:
     q, k, v = (probe.leaf(batch, seq, heads, 64) for _ in range(3))
     for p in (0.0, 0.0, 0.1):
         out = flash_attention(q, k, v, dropout_p=p, backend=probe.backend)
-        torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+        torch.autograd.grad(out, (q, k, v), torch.randn_like(q))
     print("ran")
 
 
@@ -106,12 +106,12 @@ def loss_chunks(probe: Probe) -> None:
         loss = linear_cross_entropy(hidden, weight, bias, targets, backend=probe.backend)
         torch.autograd.grad(loss, (hidden, weight, bias))
 
-    default = chunked_loss._CHUNK_LOGITS
-    for chunk in (default // columns, 1024, 2048, 4096, 8192):
-        chunked_loss._CHUNK_LOGITS = chunk * columns
+    default = chunked_loss._CHUNK_LOGITS[probe.device]
+    for chunk in dict.fromkeys((default // columns, 1024, 8192, 16384)):
+        chunked_loss._CHUNK_LOGITS[probe.device] = chunk * columns
         seconds = probe.median(step, 5)
         print(f"RATE loss, {chunk} rows a chunk: {seconds * 1e3:.2f} ms, {6 * rows * width * columns / seconds / 1e12:.0f} TFLOP/s", flush=True)  # fmt: skip
-        if chunk == 4096:
+        if chunk == default // columns:
             for name, time, count in probe.device_time(step):
                 print(f"  {time / 1e3:8.2f} ms {count:4d} x {name[:110]}")
 
@@ -131,12 +131,12 @@ def layer(probe: Probe) -> None:
     parameters = [probe.leaf(*shape, scale=0.02) for shape in shapes]
     x = probe.leaf(batch, seq, hidden)
     grad = torch.randn_like(x)
-    cos, sin = reference.rotary_table(seq, 32, device=torch.device(probe.device))
+    tensors: Any = (x, *parameters, *reference.rotary_table(seq, 32, device=torch.device(probe.device)))
     for p in (0.0, 0.1):
 
         def step(p: float = p) -> None:
             y = parallel_block(
-                x, *parameters, cos, sin, heads=heads, kv_heads=heads, head_dim=64, attention_dropout=p, residual_dropout=p,
+                *tensors, heads=heads, kv_heads=heads, head_dim=64, attention_dropout=p, residual_dropout=p,
                 dropout_seed=1, backend=probe.backend,
             )  # fmt: skip
             torch.autograd.grad(y, (x, *parameters), grad)
@@ -160,10 +160,11 @@ def calls(probe: Probe) -> None:
     ]
     for shape, kv_shape, options in runs:
         q, k, v = probe.leaf(*shape), probe.leaf(*kv_shape), probe.leaf(*kv_shape)
-        flash_attention(q, k, v, backend=probe.backend, **options).float().sum().backward()
+        out = flash_attention(q, k, v, backend=probe.backend, **options)
+        torch.autograd.grad(out, (q, k, v), torch.randn_like(q))
     cos, sin = reference.rotary_table(9, 32, device=torch.device(probe.device))
-    turned = apply_rotary(probe.leaf(2, 9, 3, 64), probe.leaf(2, 9, 3, 64), cos, sin, backend=probe.backend)
-    sum(x.float().sum() for x in turned).backward()
+    q, k = probe.leaf(2, 9, 3, 64), probe.leaf(2, 9, 3, 64)
+    torch.autograd.grad(apply_rotary(q, k, cos, sin, backend=probe.backend), (q, k), (q.detach(), k.detach()))
     layer_norm(probe.leaf(7, 264), probe.leaf(264), probe.leaf(264), backend=probe.backend).float().sum().backward()
     if not probe.small:
         torch.cuda.synchronize()
@@ -187,7 +188,7 @@ def triton(probe: Probe) -> None:
     q, k, v = (probe.leaf(8, 2048, 32, 64) for _ in range(3))
     for p in (0.0, 0.1):
         out = flash_attention(q, k, v, dropout_p=p, backend="triton")
-        torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+        torch.autograd.grad(out, (q, k, v), torch.randn_like(q))
     torch.cuda.synchronize()
     print("chose")
 

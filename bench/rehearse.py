@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests" / "kernels"))
 
-import emulator
+import emulator  # type: ignore[import-not-found]  # noqa: E402
 
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]

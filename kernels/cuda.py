@@ -336,7 +336,7 @@ def register_kernels(module: Any, devices: tuple[str, ...], why_not: str | None 
         )
     ]  # fmt: skip
     register(
-        "parallel_block", "cuda", Pieces(*pieces, saves_attention=True),
+        "parallel_block", "cuda", Pieces(*pieces),
         devices=devices, missing=why_not, refuses=block_refuses,
     )  # fmt: skip
     register(

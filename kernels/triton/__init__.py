@@ -65,7 +65,7 @@ register(
         _of("norm", "layer_norm_forward"), _of("norm", "layer_norm_backward"),
         _of("block", "project_in"), _of("block", "project_in_backward"),
         *_attention,
-        _of("block", "project_out"), _of("block", "project_out_backward"), saves_attention=True,
+        _of("block", "project_out"), _of("block", "project_out_backward"),
     ),
     devices=_DEVICES,
     missing=_missing(),

@@ -329,7 +329,9 @@ def _check_rotary(module: ModuleType) -> None:
     generator = torch.Generator().manual_seed(1)
     q, k = (torch.randn(2, 3, heads, 64, generator=generator).to(torch.bfloat16) for heads in (9, 2))
     where = torch.randint(32, (2, 3), generator=generator)
-    for dims, positions, inverse in itertools.product((36, 16, 32), (None, where), (False, True)):  # by element, in runs
+    for dims, positions, inverse in itertools.product(
+        (36, 16, 32), (None, where), (False, True)
+    ):  # by element, in runs
         cos, sin = reference.rotary_table(32, dims)
         ours = torch.ops.phi1.rotary(q, k, cos, sin, positions, inverse, "cuda")
         for x, y in zip(ours, reference.rotary(q, k, cos, sin, positions, inverse), strict=True):
