@@ -74,13 +74,3 @@ def test_every_product_is_made_in_tiles_and_only_where_asked_for(emulated: dict[
     assert [int(line) for line in found.split()] == [2 * product, 7 * product]
     without = {name: value for name, value in emulated.items() if name != "PHI1_ISA"}
     assert _python(without, "-c", COUNTED, "avx512_bf16").split() == ["0", "0"]
-
-
-def test_why_amx_cannot_be_used_is_said() -> None:
-    """On a CPU without it, that is the reason; where Linux refuses its registers (a small sigaltstack), that is another."""
-    if native.MISSING is not None:
-        pytest.skip(native.MISSING)
-    with pytest.raises(
-        ValueError, match=r"instruction set 'amx_bf16' \(PHI1_ISA\): .*portable; this CPU has no AMX-BF16"
-    ):
-        native._native.use_isa("amx_bf16")
