@@ -56,7 +56,9 @@ def test_the_loop_obeys_the_error_rule(backend, dtype, monkeypatch):
 @pytest.mark.parametrize(
     ("dtype", "old", "new"),
     [
-        (torch.bfloat16, "d[:, run].T", "d[:, : grad.shape[0]].T"),
+        (torch.bfloat16, "part = torch.mm(d[:, run].T", "part = torch.mm(d[:, : grad.shape[0]].T"),
+        (torch.float16, "grad, d[:, run].T, h, start == 0", "grad, d[:, run].T, h, True"),
+        (torch.float16, "weight[run], first_column == 0", "weight[run], True"),
         (torch.bfloat16, "scratch[run]", "scratch[: grad.shape[0]]"),
         (torch.bfloat16, "start == 0, start + chunk", "True, start + chunk"),
         (torch.float32, "beta=int(start > 0)", "beta=0"),
