@@ -22,9 +22,15 @@ class _Refusal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         raise NotImplementedError(
-            f"{ctx.op}: a second derivative was asked for, and native backends have the first only; "
-            "use backend='torch' or backend='reference'"
+            f"{ctx.op}: a second derivative was asked for, and this backend has the first only; use backend='reference'"
         )
+
+
+def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, a view for one that came before: torch.compile refuses an autograd.Function a tensor given twice."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(x.view_as(x) if any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors))
 
 
 def once_differentiable(op: str) -> Callable[[Callable[..., tuple[Any, ...]]], Callable[..., tuple[Any, ...]]]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.autocast import without_autocast
 from kernels.autograd import once_differentiable
+from kernels.checks import check_positions
 from kernels.registry import implementation
 
 
@@ -106,6 +107,7 @@ def block_forward(
     pieces: Pieces, kv_cache: tuple[Tensor, Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y (tokens, hidden), z, attention's part of g, lse) for x (tokens, hidden)."""
+    check_positions(layout.positions, layout.cos.shape[0])
     documents = cu_seqlens is not None
     g = x.new_empty((layout.tokens, layout.attention_width + layout.inner))
     normed = pieces.norm_forward(x, norm_weight, norm_bias, eps)[0]

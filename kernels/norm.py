@@ -6,8 +6,8 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.autocast import autocast_dtype, without_autocast
-from kernels.autograd import once_differentiable
-from kernels.checks import check_device, check_dtype, check_like, check_shape
+from kernels.autograd import distinct, once_differentiable
+from kernels.checks import check, check_device, check_dtype, check_like, check_shape
 from kernels.registry import choose, implementation, register
 
 torch.library.define(
@@ -76,6 +76,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, ba
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
     """
     check_dtype("x", x)
+    check(
+        x.dim() > 0 and x.shape[-1] > 0, lambda: f"x.shape = {tuple(x.shape)}: must be (..., hidden), hidden at least 1"
+    )
     if autocast_dtype(x.device) is not None:
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     for name, parameter in (("weight", weight), ("bias", bias)):
@@ -85,4 +88,4 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, ba
     name = choose("layer_norm", x.device, backend, dtype=x.dtype)
     if name in ("reference", "torch"):
         return implementation("layer_norm", name)(x, weight, bias, eps)
-    return _LayerNorm.apply(x, weight, bias, eps, name)
+    return _LayerNorm.apply(*distinct(x, weight, bias), eps, name)

@@ -4,10 +4,13 @@ Arithmetic is in float64 for float64 inputs and in float32 for all others; resul
 inputs' type. Every other backend is tested against this file.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from kernels.autocast import without_autocast
+from kernels.checks import check_offsets
 
 ATTENTION_OFFSET = 0
 """Philox offset of the attention mask."""
@@ -121,7 +124,9 @@ def _probabilities(q: Tensor, k: Tensor, lse: Tensor | None, causal: bool, scale
         visible = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m)
         scores = scores.masked_fill(~visible, float("-inf"))
     if lse is None:
-        lse = torch.logsumexp(scores, dim=-1)
+        # The derivative of a logsumexp of nothing but -inf would be NaN.
+        blind = (scores == float("-inf")).all(-1)
+        lse = torch.logsumexp(scores.masked_fill(blind[..., None], 0.0), dim=-1).masked_fill(blind, float("-inf"))
     # A row that sees no key has lse = -inf: its probabilities are zeros, not exp(-inf + inf).
     p = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     return p, lse
@@ -134,11 +139,19 @@ def _attention_keep(p: Tensor, dropout_p: float, seed: int, first_batch: int) ->
     return dropout_keep(seed, ATTENTION_OFFSET, plane, index[2][:, None], index[3][None, :], dropout_p)
 
 
+def document_starts(name: str, offsets: Tensor, length: int) -> list[int]:
+    """Where each document starts, and the last ends; offsets that do not rise from 0 to length (which only a GPU's can)
+    count as their running maximum, no greater than length."""
+    check_offsets(name, offsets, length)
+    return list(itertools.accumulate((min(max(x, 0), length) for x in offsets.tolist()), max))
+
+
 def _documents(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) -> list[tuple[slice, slice, slice, int]]:
     """(batch slice, query slice, key slice, index of the first batch entry) per independent problem."""
     if cu_q is None or cu_k is None:
         return [(slice(None), slice(None), slice(None), 0)]
-    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
+    starts_q = document_starts("cu_seqlens_q", cu_q, q.shape[1])
+    starts_k = document_starts("cu_seqlens_k", cu_k, k.shape[1])
     return [
         (slice(None), slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1]), i)
         for i in range(len(starts_q) - 1)

@@ -29,6 +29,12 @@ inline int64_t count_tiles(const AttentionArgs& args, int64_t seqlen, int rows) 
   return args.cu_seqlens_q ? seqlen / rows + args.documents : (seqlen + rows - 1) / rows * args.batch;
 }
 
+// A document's end: its offset, no smaller than its start and no greater than the sequence's length. Of wrong offsets,
+// which nobody on the host has looked at, the documents are others, but inside the sequence and apart.
+PHI1_DEVICE int document_end(const int32_t* offset, int64_t start, int64_t length) {
+  return minimum(maximum(ld_global(offset), int(start)), int(length));
+}
+
 // Finds this block's work; false: a document's tiles were fewer than the bound. kQueries: tiles of query rows, else of
 // key rows. Tiles of one head are neighbours, so that its keys and values stay in the L2 cache; the last tile, the
 // longest row of a causal mask, comes first.
@@ -47,11 +53,14 @@ PHI1_DEVICE bool find_work(const AttentionArgs& args, Work& work) {
     const int bound = int((kQueries ? args.seqlen_q : args.seqlen_k) / kRows + args.documents);
     tile = block_index() % bound;
     work.head = block_index() / bound;
+    int q_end = document_end(args.cu_seqlens_q, 0, args.seqlen_q);
+    int k_end = document_end(args.cu_seqlens_k, 0, args.seqlen_k);
     for (work.batch = 0;; ++work.batch, tile -= tiles) {
       if (work.batch == args.documents) return false;
-      work.q_row = ld_global(args.cu_seqlens_q + work.batch), work.k_row = ld_global(args.cu_seqlens_k + work.batch);
-      work.seqlen_q = ld_global(args.cu_seqlens_q + work.batch + 1) - int(work.q_row);
-      work.seqlen_k = ld_global(args.cu_seqlens_k + work.batch + 1) - int(work.k_row);
+      work.q_row = q_end, work.k_row = k_end;
+      q_end = document_end(args.cu_seqlens_q + work.batch + 1, q_end, args.seqlen_q);
+      k_end = document_end(args.cu_seqlens_k + work.batch + 1, k_end, args.seqlen_k);
+      work.seqlen_q = q_end - int(work.q_row), work.seqlen_k = k_end - int(work.k_row);
       tiles = ceil_div(kQueries ? work.seqlen_q : work.seqlen_k, kRows);
       if (tile < tiles) break;
     }

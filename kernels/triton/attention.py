@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.checks import check_offsets
 from kernels.native import rows_contiguous
 from kernels.reference import dropout_scale, dropout_threshold
 from kernels.triton import descriptors
@@ -51,9 +52,13 @@ def _grid(x: Tensor, cu: Tensor | None, block: str):
     return lambda meta: (batch * heads, triton.cdiv(seq, meta[block]) + more)
 
 
-def _offsets(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
+def _offsets(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """The document offsets to load from; any tensor where there are none."""
-    return (q, q) if cu_q is None or cu_k is None else (cu_q.contiguous(), cu_k.contiguous())
+    if cu_q is None or cu_k is None:
+        return q, q
+    check_offsets("cu_seqlens_q", cu_q, q.shape[1])
+    check_offsets("cu_seqlens_k", cu_k, k.shape[1])
+    return cu_q.contiguous(), cu_k.contiguous()
 
 
 def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
@@ -74,7 +79,7 @@ def attention_forward(
         result.zero_(), lse.fill_(-math.inf)  # rows that no document holds
     with on_device(q.device):
         _forward[_grid(q, cu_seqlens_q, "BLOCK_M")](
-            q, k, v, result, lse, *_offsets(cu_seqlens_q, cu_seqlens_k, q),
+            q, k, v, result, lse, *_offsets(cu_seqlens_q, cu_seqlens_k, q, k),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *result.stride()[:3],
             *_common((q, k, v), cu_seqlens_q, causal, scale, dropout_p, dropout_seed),
         )  # fmt: skip
@@ -96,7 +101,7 @@ def attention_backward(
     delta = torch.empty_like(lse)
     if cu_seqlens_q is not None:
         dq.zero_(), dk.zero_(), dv.zero_()
-    cu = _offsets(cu_seqlens_q, cu_seqlens_k, q)
+    cu = _offsets(cu_seqlens_q, cu_seqlens_k, q, k)
     common = _common((q, k, v, grad_out), cu_seqlens_q, causal, scale, dropout_p, dropout_seed)
     strides = [stride for x in (grad_out, q, k, v) for stride in x.stride()[:3]]
     with on_device(q.device):

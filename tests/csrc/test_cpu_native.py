@@ -10,6 +10,8 @@ import amx_emulator
 import pytest
 from cpu_isa import ISAS
 
+from kernels import native
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ (Debian: apt-get install g++)")
 
@@ -250,3 +252,12 @@ def test_mutations_are_noticed(isa: str, mutations: list[tuple[str, str, str]], 
     survived = [verdict for verdict in verdicts if verdict != "killed"]
     print(f"killed {len(verdicts) - len(survived)} of {len(verdicts)}")
     assert not survived, "\n".join(survived)
+
+
+@pytest.mark.skipif(not ISAS or "amx_bf16" in ISAS, reason="AMX can be used here, or there is no native module")
+def test_why_amx_cannot_be_used_is_said() -> None:
+    """On a CPU without it that is the reason; where Linux refuses its registers (a small sigaltstack), that is another."""
+    with pytest.raises(
+        ValueError, match=r"'amx_bf16' \(PHI1_ISA\): this CPU runs .*portable; this CPU has no AMX-BF16"
+    ):
+        native._native.use_isa("amx_bf16")
