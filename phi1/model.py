@@ -85,11 +85,6 @@ class Block(nn.Module):
         )
 
 
-def _fill_rotary_again(model: "Phi1", _: object) -> None:
-    """What `Phi1` does after load_state_dict; a function, not a lambda, so that a model can be pickled."""
-    model._fill_rotary()
-
-
 class Phi1(nn.Module):
     """The whole network.
 
@@ -116,7 +111,7 @@ class Phi1(nn.Module):
         self.norm_bias = nn.Parameter(torch.empty(config.hidden_size))
         self.head_weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.head_bias = nn.Parameter(torch.empty(config.vocab_size))
-        self.register_load_state_dict_post_hook(_fill_rotary_again)
+        self.register_load_state_dict_post_hook(_after_load)
         self._fill_rotary()
         self.reset_parameters()
 
@@ -235,6 +230,10 @@ class Phi1(nn.Module):
                 return self.logits(hidden)
             weight, bias = self.head_weight.to(hidden.dtype), self.head_bias.to(hidden.dtype)
             return linear_cross_entropy(hidden, weight, bias, targets, reduction="sum")
+
+
+def _after_load(model: Phi1, _: object) -> None:
+    model._fill_rotary()  # a function with a name: a model with a lambda cannot be pickled
 
 
 def document_positions(cu_seqlens: Tensor, total: int) -> Tensor:

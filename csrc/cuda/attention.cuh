@@ -87,6 +87,26 @@ PHI1_DEVICE int visible_keys(const AttentionArgs& args, const Work& work) {
   return args.causal ? work.seqlen_k - work.seqlen_q + 1 : work.seqlen_k;
 }
 
+// log(total exp(greatest)), of a row without a score above -inf: -inf, of one with +inf, whose total is NaN: +inf.
+PHI1_DEVICE float log_sum_exp(float greatest, float total) {
+  if (greatest == kInfinity) return greatest;
+  return total == 0.0f ? -kInfinity : greatest + lg2(total) * kLn2;
+}
+
+// What P = 2^(scale S - lse) takes for lse, in units of log2. +inf, which makes P = 0, for a row without a score above
+// -inf. P is known to a factor of e^(the rounding of lse): from 2^24 on that says nothing any more. There lse is
+// lowered by more than it and the products have been rounded by, and with P <= 1, as it is in truth, a lone greatest
+// score has P = 1 and its gradient.
+PHI1_DEVICE float lse_to_take_off(float lse) {
+  if (lse == -kInfinity) return kInfinity;
+  const float x = lse * kLog2e;
+  if ((x < 0.0f ? -x : x) < 0x1p24f) return x;
+  return x * (x > 0.0f ? 1.0f - 0x1p-21f : 1.0f + 0x1p-21f);
+}
+
+// P of a score times log2(e) scale: at most 1, where rounding would make it more.
+PHI1_DEVICE float probability(float score, float lse) { return ex2(min_nan(score - lse, 0.0f)); }
+
 // Drops (or scales up) the kM x kN accumulators of a warp whose rows are queries from `row` and columns keys from
 // `column`, a multiple of 32: x = keep ? x * scale : 0. One Philox call for eight elements.
 template <int kM, int kN>

@@ -61,9 +61,11 @@ def _offsets(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) -> 
     return cu_q.contiguous(), cu_k.contiguous()
 
 
-def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """(q, scale) with the same products and scale >= 0, by which the kernel may scale a row's maximum."""
-    return (-q, -scale) if scale < 0 else (q, scale)
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
+    """(sign q, scale, sign) with the same products and scale > 0: the kernel takes the maximum before it scales."""
+    if scale > 0:
+        return q, scale, 1
+    return (-q, -scale, -1) if scale < 0 else (q * 0, 1.0, 0)
 
 
 def attention_forward(
@@ -71,7 +73,7 @@ def attention_forward(
     causal: bool, scale: float, dropout_p: float, dropout_seed: int, *, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) of `kernels.flash_attention`."""
-    q, scale = _positive(q, scale)
+    q, scale, _ = _positive(q, scale)
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     result = q.new_empty(q.shape) if out is None or out.stride(-1) != 1 else out
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
@@ -93,8 +95,7 @@ def attention_backward(
     *, grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, in new tensors or in `grads` (contiguous last dims), bitwise reproducible."""
-    negative = scale < 0
-    q, scale = _positive(q, scale)
+    q, scale, sign = _positive(q, scale)
     grad_out, q, k, v, out = (rows_contiguous(x) for x in (grad_out, q, k, v, out))
     lse = lse.contiguous()
     dq, dk, dv = grads = grads or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
@@ -111,6 +112,6 @@ def attention_backward(
         _dkv[_grid(k, cu_seqlens_q, "BLOCK_N")](
             grad_out, q, k, v, lse, delta, dk, dv, *cu, *strides, *dk.stride()[:3], *dv.stride()[:3], *common
         )
-    if negative:
-        dq.neg_()
+    if sign != 1:
+        dq.mul_(sign)
     return grads

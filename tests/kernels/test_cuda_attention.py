@@ -15,11 +15,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_attention_keeps_the_error_rule(cuda_device, emulator_module, case, dtype):  # noqa: F811
+def test_attention_keeps_the_error_rule(cuda_device, request, case, dtype):  # noqa: F811
     check_attention(case, dtype, cuda_device)
     if cuda_device == "cuda":
         return
-    counters = emulator_module.counters()
+    counters = request.getfixturevalue("emulator_module").counters()  # built only where it is used
     assert counters["launches"] == 4, "forward, rows' numbers, dK and dV, dQ"
     assert counters["shared_wavefronts"] == counters["shared_wavefronts_least"] > 0, "bank conflicts"
 
