@@ -1,4 +1,4 @@
-"""Attention, rotary and LayerNorm as people use them: each cell of op, use and backend works or is an error that says so.
+"""The ops as people use them: each cell of op, use and backend works or is an error that says so.
 
 `python tests/kernels/test_uses.py` (with the repository on PYTHONPATH) writes docs/uses.md from what it finds; the test
 compares. The column `cpu` holds for `triton` and `cuda` too: they are called through the same operators and
@@ -26,7 +26,7 @@ from calls import CALLS, Call  # noqa: E402
 
 TABLE = ROOT / "docs" / "uses.md"
 BACKENDS = ("reference", "torch", "cpu")
-USED = [call for call in CALLS if call.op in ("apply_rotary", "flash_attention", "layer_norm") and call.differentiable]
+USED = [call for call in CALLS if call.differentiable]
 
 
 class Layer(torch.nn.Module):
