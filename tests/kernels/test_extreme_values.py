@@ -157,6 +157,24 @@ def test_scores_that_are_not_finite(case: str, queries: int, dtype: torch.dtype,
     both(backend, q, k, v, skip, known, truth_dtype, scale=1.0)
 
 
+def check_extreme_scores(backend: str, dtype: torch.dtype) -> None:
+    """A few of the calls above, for mutations: greatest scores of -88.7, lone ones of 2^40, none but -inf, and +inf."""
+    q, k, v = torch.ones(1, 20, 1, 64, dtype=dtype), torch.full((1, 40, 1, 64), -11.1, dtype=dtype), values(40, dtype)
+    both(backend, q, k, v, known=360.0)
+    large = torch.zeros(1, 40, 1, 64)
+    large[..., 7] = (torch.randperm(40, generator=torch.Generator().manual_seed(1))[None, :, None] - 20) / 64 * 2.0**20
+    for exponent in (20, 40):
+        q = torch.zeros(1, 20, 1, 64)
+        q[..., 7] = 2.0**exponent
+        both(backend, q.to(dtype), large.to(dtype), v, scale=0.3)
+    q = values(20, dtype)
+    q[..., 0] = 1.0
+    for infinity in (-math.inf, math.inf):
+        k = values(40, dtype).flip(3)
+        k[:, slice(None) if infinity < 0 else slice(3, 4), :, 0] = infinity
+        both(backend, q, k, v, ("dq", "dk") if infinity < 0 else ("dq", "dk", "dv"), 40.0, scale=1.0)
+
+
 # ------------------------------------------------------------------------------------------------- the loss
 
 
