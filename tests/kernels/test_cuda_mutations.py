@@ -72,7 +72,7 @@ MUTATIONS = [
         ("sum of two lanes, not four", "      total += shfl_xor(total, 2);\n", ""),
         ("running maximum lost", "float highest = most[m][half];", "float highest = -kInfinity;"),
         ("no guard for rows that see no key", "highest == -kInfinity ? 0.0f : highest;", "highest;"),
-        ("scaled before the maximum is taken off", "ex2((p[m][n][i] - shift) * scale)", "ex2(p[m][n][i] * scale - shift * scale)"),
+        ("scaled before the maximum is taken off", "ex2((p[m][n][i] - shift) * scale)", "ex2(__builtin_fmaf(p[m][n][i], scale, -(shift * scale)))"),
         ("division by zero for rows that see no key", "total == 0.0f ? 0.0f : args.dropout_scale / total",
          "args.dropout_scale / total"),
         ("lse without the maximum", "log_sum_exp(most[m][half] * args.scale, total)", "log_sum_exp(0.0f, total)"),

@@ -108,7 +108,7 @@ def test_large_scores(queries: int, exponent: int, scale: float, dtype: torch.dt
     generator = torch.Generator().manual_seed(exponent)
     half = 2.0 ** (exponent // 2)
     q, k = torch.zeros(1, queries, 1, 64), torch.zeros(1, 100, 1, 64)
-    q[..., 7] = half
+    q[..., 7] = (1 + torch.arange(queries)[None, :, None] % 32 / 32) * half  # roundings of either sign
     order = torch.randperm(100, generator=generator)
     k[..., 7] = (order[None, :, None] - 50) / 64 * 2.0 ** (exponent - exponent // 2)  # distinct, exact in 16 bits
     both(
@@ -165,7 +165,7 @@ def check_extreme_scores(backend: str, dtype: torch.dtype) -> None:
     large[..., 7] = (torch.randperm(40, generator=torch.Generator().manual_seed(1))[None, :, None] - 20) / 64 * 2.0**20
     for exponent in (20, 40):
         q = torch.zeros(1, 20, 1, 64)
-        q[..., 7] = 2.0**exponent
+        q[..., 7] = (1 + torch.arange(20)[None, :, None] / 32) * 2.0**exponent  # roundings of either sign
         both(backend, q.to(dtype), large.to(dtype), v, scale=0.3)
     q = values(20, dtype)
     q[..., 0] = 1.0
