@@ -71,8 +71,8 @@ bool run(DType dtype, const Shape& s, double tolerance, double& greatest) {
   if (!s.starts_q.empty()) args.starts_q = s.starts_q.data(), args.starts_k = s.starts_k.data();
   args.documents = int64_t(s.starts_q.size()) - 1;
   args.causal = s.causal, args.scale = 0.2f, args.seed = 0x123456789abcdefull, args.dtype = dtype;
-  args.dropout_threshold = uint32_t(std::lround(s.dropout * 65536));
-  args.dropout_scale = float(65536.0 / (65536 - args.dropout_threshold));
+  args.dropout_threshold = uint32_t(std::lround(s.dropout * 256));
+  args.dropout_scale = float(256.0 / (256 - args.dropout_threshold));
   table.attention_forward(args, 3);
   table.attention_backward(args, 3);
 
@@ -106,7 +106,7 @@ bool run(DType dtype, const Shape& s, double tolerance, double& greatest) {
         const double log_sum = top == INFINITY ? top : std::log(sum) + top;
         if (sum == 0) sum = 1;
         auto keep = [&](int64_t j) {
-          return kept(args.seed, args.dropout_threshold, 0, problem * h + head, i, j) ? double(args.dropout_scale)
+          return attention_kept(args.seed, args.dropout_threshold, problem * h + head, i, j) ? double(args.dropout_scale)
                                                                                       : 0.0;
         };
         for (int64_t j = 0; j < seen; ++j)
