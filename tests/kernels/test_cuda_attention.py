@@ -147,7 +147,7 @@ def test_a_grid_too_large_is_refused_with_the_kernels_name(emulator_module):  # 
     spec = (0, 0, 0, 0)
     with pytest.raises(ValueError, match=r"CUDA kernel attention_forward: 4294967296 blocks: must be in 1..2147483647"):
         emulator_module.attention_forward_cuda(
-            spec, spec, spec, spec, 0, (2**31, 2, 2, 2, 2, 64), (0, 0), 0, True, 1.0, 0, 1.0, 0, 1, 0
+            spec, spec, spec, spec, 0, (2**31, 2, 2, 2, 2, 64), (0, 0), 0, True, 1.0, 0, 1.0, 0, 1, 0, 0
         )
 
 
