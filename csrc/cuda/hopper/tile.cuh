@@ -18,12 +18,12 @@ struct Tile {
 
   // Columns [16 k, 16 k + 16) of the rows from `row`, a multiple of 8: an operand whose k are the tile's columns.
   static PHI1_DEVICE uint64_t rows_operand(uint32_t tile, int row, int k) {
-    return descriptor(tile + uint32_t(k / 4 * kPageBytes + 128 * row + 32 * (k % 4)), 16, kGroupBytes);
+    return descriptor(tile + uint32_t(k / 4 * kPageBytes + 128 * row + 32 * (k % 4)), 0, kGroupBytes);
   }
 
   // Rows [16 k, 16 k + 16): an operand whose k are the tile's rows.
   static PHI1_DEVICE uint64_t columns_operand(uint32_t tile, int k) {
-    return descriptor(tile + uint32_t(16 * 128 * k), kPageBytes, kGroupBytes);
+    return descriptor(tile + uint32_t(16 * 128 * k), kHeadDim > 64 ? kPageBytes : 0, kGroupBytes);
   }
 
   // Starts the copy of rows [first, first + kRows) of `from` by the threads of one warpgroup, of which this is number
