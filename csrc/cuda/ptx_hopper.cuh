@@ -144,7 +144,7 @@ template <int kPending, int kN>
 PHI1_DEVICE void wgmma_wait(float (&d)[kN][4]) {
   static_assert(kN == 8 || kN == 16);
 #if defined(PHI1_EMULATOR)
-  emulator::wgmma_wait(kPending, &d[0][0], 4 * kN);
+  emulator::wgmma_wait(kPending, &d[0][0]);
 #else
   if constexpr (kN == 8)
     asm volatile("wgmma.wait_group.sync.aligned %32;" : PHI1_D32 : "n"(kPending) : "memory");

@@ -327,10 +327,14 @@ void complete(Lane* lanes, WarpWgmma& wgmma, int64_t end) {
 
 }  // namespace
 
-[[gnu::noinline]] void wgmma_fence() {
+// AddressSanitizer marks the gaps between variables: the stack is copied gaps and all.
+[[gnu::noinline, gnu::no_sanitize("address")]] void wgmma_fence() {
   Registers& registers = block->current->registers;
   registers.from = static_cast<const unsigned char*>(__builtin_frame_address(0));
-  registers.copy.assign(registers.from, block->stack_top(block->current->thread));
+  const auto bytes = size_t(block->stack_top(block->current->thread) - registers.from);
+  registers.copy.resize(bytes);
+  unsigned char* to = registers.copy.data();
+  for (size_t i = 0; i < bytes; ++i) to[i] = registers.from[i];
   block->meet(Wait::wgmma, {nullptr, nullptr, nullptr, 0, false}, [](Lane*) {});
 }
 
@@ -342,14 +346,14 @@ void wgmma_commit() {
   });
 }
 
-void wgmma_wait(int pending, const float* d, int floats) {
-  block->meet(Wait::wgmma, {const_cast<float*>(d), nullptr, nullptr, 2, false}, [=](Lane* lanes) {
+void wgmma_wait(int pending, float* d) {
+  block->meet(Wait::wgmma, {d, nullptr, nullptr, 2, false}, [=](Lane* lanes) {
     WarpWgmma& wgmma = block->warp().wgmma;
     if (wgmma.uncommitted) block->fail("wgmma.wait_group: a wgmma was not committed");
     complete(lanes, wgmma, wgmma.groups - pending);
     for (const WgmmaResult& result : wgmma.results)
-      if (result.d[0] == d) block->fail("wgmma.wait_group " + text(pending) + ": its accumulators are still in flight");
-    (void)floats;
+      if (result.d[0] == lanes[0].operands.d)
+        block->fail("wgmma.wait_group " + text(pending) + ": its accumulators are still in flight");
   });
 }
 

@@ -29,7 +29,7 @@ void fence_proxy_async();
 void setmaxnreg(int registers, bool increase);
 void wgmma_fence();
 void wgmma_commit();
-void wgmma_wait(int pending, const float* d, int floats);
+void wgmma_wait(int pending, float* d);
 // n: columns of d in units of 8. a: registers, or null: descriptor a_operand.
 void wgmma(float* d, int n, const uint32_t* a, uint64_t a_operand, uint64_t b_operand, bool accumulate,
            bool b_transposed, bool half);
