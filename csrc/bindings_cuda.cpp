@@ -123,14 +123,15 @@ void bind_cuda(py::module_& m) {
         [](const std::array<HeadsSpec, 4>& grads, uintptr_t row_stats, const HeadsSpec& q, const HeadsSpec& k,
            const HeadsSpec& v, const HeadsSpec& out, uintptr_t lse, std::array<int64_t, 6> sizes,
            std::array<uintptr_t, 2> cu_seqlens, int64_t documents, bool causal, float scale, uint32_t dropout_threshold,
-           float dropout_scale, uint64_t dropout_seed, int dtype, uintptr_t stream) {
+           float dropout_scale, uint64_t dropout_seed, int dtype, uintptr_t stream, int version) {
           py::gil_scoped_release release;
           cuda::AttentionArgs args = attention_args(q, k, v, out, lse, sizes, cu_seqlens, documents, causal, scale,
                                                     dropout_threshold, dropout_scale, dropout_seed, dtype);
           args.grad_out = heads_tensor(grads[0]), args.grad_q = heads_tensor(grads[1]);
           args.grad_k = heads_tensor(grads[2]), args.grad_v = heads_tensor(grads[3]);
           args.row_stats = reinterpret_cast<float*>(row_stats);
-          cuda::attention_backward(args, reinterpret_cast<void*>(stream));
+          attention_version(version, cuda::attention_backward, PHI1_HOPPER(attention_backward))(
+              args, reinterpret_cast<void*>(stream));
         });
 
   m.def("layer_norm_forward_cuda", [](uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t y, uintptr_t stats,

@@ -159,6 +159,7 @@ def attention_backward(
                 [native.heads_spec(x) for x in (grad_out, *grads)],
                 row_stats.data_ptr(),
                 *_attention_arguments(q, k, v, out, lse, cu_q, cu_k, *options),
+                _attention_version(module, q),
             )
     return grads
 

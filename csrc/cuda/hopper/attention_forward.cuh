@@ -6,26 +6,25 @@
 // products of the other, too.
 #pragma once
 
-#include "cuda/hopper/pipeline.cuh"
-#include "cuda/hopper/schedule.cuh"
+#include "cuda/hopper/attention.cuh"
 
 namespace phi1::cuda::hopper {
 
 // Tile sizes. Shared memory: Q + kStages (K + V).
-//   head_dim   rows x keys   stages   shared memory
-//   64         128 x 128     3        16 +  96 = 112 KiB
-//   128        128 x 128     2        32 + 128 = 160 KiB
+//   head_dim   queries x keys   stages   shared memory
+//   64         128 x 128        3        16 +  96 = 112 KiB
+//   128        128 x 128        2        32 + 128 = 160 KiB
 // Registers of a computing thread at head_dim 64 / 128: scores 64, P 32, out 32 / 64.
 template <int kHeadDim>
 struct ForwardTile {
   static constexpr int kComputing = 2;  // warpgroups
-  static constexpr int kRows = 64 * kComputing, kKeys = 128, kStages = kHeadDim == 128 ? 2 : 3;
+  static constexpr int kQueries = 64 * kComputing, kKeys = 128, kStages = kHeadDim == 128 ? 2 : 3;
   static constexpr int kThreads = kWarpgroup * (1 + kComputing);
   // 65,536 in all: launched with 168 each, the loading warpgroup gives to the others.
   static constexpr int kLoadingRegisters = 40, kComputingRegisters = kComputing == 2 ? 232 : 152;
   static constexpr bool kTakeTurns = true;  // at issuing products
 
-  using Q = Tile<kRows, kHeadDim>;
+  using Q = Tile<kQueries, kHeadDim>;
   using K = Tile<kKeys, kHeadDim>;  // and V
   using QRing = Ring<1, Q::kBytes>;
   using KRing = Ring<kStages, K::kBytes>;
@@ -45,25 +44,7 @@ struct Forward {
         k_ring{shared + uint32_t(Sizes::QRing::kSharedBytes), q_ring.barriers + uint32_t(Sizes::QRing::kBarrierBytes)},
         v_ring{k_ring.tiles + uint32_t(Sizes::KRing::kSharedBytes),
                k_ring.barriers + uint32_t(Sizes::KRing::kBarrierBytes)} {}
-
-  // Tiles of keys that the last query of this work sees.
-  static PHI1_DEVICE int key_tiles(const AttentionArgs& args, const Work& work) {
-    const int last = minimum(work.first + Sizes::kRows, work.seqlen_q) - 1;
-    const int keys = minimum(last + visible_keys(args, work), work.seqlen_k);
-    return keys > 0 ? ceil_div(keys, Sizes::kKeys) : 0;
-  }
 };
-
-// Scores of hidden keys become -inf. limit: the first hidden column of each of this lane's two rows, counted from the
-// lane's first column.
-template <int kN>
-PHI1_DEVICE void hide(float (&s)[kN][4], const int (&limit)[2]) {
-#pragma unroll
-  for (int n = 0; n < kN; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (8 * n + i % 2 >= limit[i / 2]) s[n][i] = -kInfinity;
-}
 
 // The running softmax of a lane's two rows.
 struct Softmax {
@@ -103,20 +84,22 @@ PHI1_DEVICE void load_forward(const ScheduledArgs& scheduled, const Forward<kHea
   Loader loader{thread};
   Turn<1> q_turn;
   Turn<Sizes::kStages> k_turn, v_turn;
-  for_each_work<true, Sizes::kRows>(scheduled, [&](const Work& work) {
-    const int tiles = shared.key_tiles(args, work);
+  for_each_work<true, Sizes::kQueries>(scheduled, [&](const Work& work) {
+    const int tiles = key_tiles<Sizes::kQueries, Sizes::kKeys>(args, work);
     if (tiles == 0) return;
     const int kv_head = int(work.head / (args.heads / args.kv_heads));
     const Rows q{head_data(args, args.q, work, work.head, work.q_row), args.q.seq_stride};
     const Rows k{head_data(args, args.k, work, kv_head, work.k_row), args.k.seq_stride};
     const Rows v{head_data(args, args.v, work, kv_head, work.k_row), args.v.seq_stride};
     const auto load_k = [&](int tile) {
-      loader.load<typename Sizes::K>(shared.k_ring, k_turn, k, tile * Sizes::kKeys, work.seqlen_k);
+      loader.load(shared.k_ring, k_turn,
+                  [&](uint32_t to) { Sizes::K::load(to, k, tile * Sizes::kKeys, work.seqlen_k, thread); });
     };
     const auto load_v = [&](int tile) {
-      loader.load<typename Sizes::K>(shared.v_ring, v_turn, v, tile * Sizes::kKeys, work.seqlen_k);
+      loader.load(shared.v_ring, v_turn,
+                  [&](uint32_t to) { Sizes::K::load(to, v, tile * Sizes::kKeys, work.seqlen_k, thread); });
     };
-    loader.load<typename Sizes::Q>(shared.q_ring, q_turn, q, work.first, work.seqlen_q);
+    loader.load(shared.q_ring, q_turn, [&](uint32_t to) { Sizes::Q::load(to, q, work.first, work.seqlen_q, thread); });
     load_k(tiles - 1);
     for (int tile = tiles - 2; tile >= 0; --tile) load_k(tile), load_v(tile + 1);
     load_v(0);
@@ -145,13 +128,13 @@ PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<k
   };
   if (group == Sizes::kComputing - 1) next_turn();
 
-  for_each_work<true, Sizes::kRows>(scheduled, [&](const Work& work) {
-    const int tiles = shared.key_tiles(args, work), visible = visible_keys(args, work);
+  for_each_work<true, Sizes::kQueries>(scheduled, [&](const Work& work) {
+    const int tiles = key_tiles<Sizes::kQueries, Sizes::kKeys>(args, work), visible = visible_keys(args, work);
     const int row = work.first + warp_row;  // the warp's first, in the sequence
     float out[kHeadDim / 8][4], s[kN][4], correction[2];
     uint32_t p[kN / 2][4];
     Softmax softmax{args.scale * kLog2e};
-    clear(reinterpret_cast<float (&)[1][kHeadDim / 8][4]>(out));
+    clear(as_tiles(out));
 
     // The raw scores of a tile become exponentials, hidden and dropped.
     const auto exponentials = [&](int tile) {
@@ -161,12 +144,11 @@ PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<k
         const int first = row + g + visible;
         const int limit[2] = {minimum(work.seqlen_k, first) - column - 2 * t,
                               minimum(work.seqlen_k, first + 8) - column - 2 * t};
-        hide(s, limit);
+        hide_from(limit, -kInfinity, s);
       }
       softmax.update(s, correction);
       if (args.dropout_threshold)  // the scale is applied at the end
-        drop(args, work.batch * int(args.heads) + work.head, row, column, 1.0f,
-             reinterpret_cast<float (&)[1][kN][4]>(s));
+        drop(args, work.batch * int(args.heads) + work.head, row, column, 1.0f, as_tiles<kN>(s));
     };
     const auto issue_scores = [&] {
       shared.k_ring.wait_full(k_turn);
@@ -189,6 +171,7 @@ PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<k
       next_turn();
       wgmma_wait<0>(s);
       shared.k_ring.release(k_turn);
+      k_turn.next();
       exponentials(tiles - 1);
       round_to<T>(p, s);
       for (int tile = tiles - 2; tile >= 0; --tile) {
@@ -198,9 +181,11 @@ PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<k
         next_turn();
         wgmma_wait<1>(s);
         shared.k_ring.release(k_turn);
+        k_turn.next();
         exponentials(tile);
         wgmma_wait<0>(out);
         shared.v_ring.release(v_turn);
+        v_turn.next();
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n)
 #pragma unroll
@@ -208,9 +193,11 @@ PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<k
         round_to<T>(p, s);
       }
       shared.q_ring.release(q_turn);
+      q_turn.next();
       issue_out();
       wgmma_wait<0>(out);
       shared.v_ring.release(v_turn);
+      v_turn.next();
     }
 
     float* const lse = args.lse + stats_row(args, work, work.head);

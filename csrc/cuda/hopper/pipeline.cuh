@@ -36,10 +36,10 @@ struct Ring {
   PHI1_DEVICE void wait_full(Turn<kPlaces> turn) const { mbarrier_wait(full(turn), turn.round); }
   PHI1_DEVICE void wait_empty(Turn<kPlaces> turn) const { mbarrier_wait(empty(turn), turn.round - 1); }
 
-  // Reader: this warp is done with the place, and goes on to the next. All its wgmma on the tile have been waited for.
-  PHI1_DEVICE void release(Turn<kPlaces>& turn) const {
+  // Reader: this warp is done with the place. All its wgmma on the tile have been waited for.
+  PHI1_DEVICE void release(Turn<kPlaces> turn) const {
+    bar_warp_sync();  // what other lanes read by themselves
     if (lane_index() == 0) mbarrier_arrive(empty(turn));
-    turn.next();
   }
 };
 
@@ -50,11 +50,11 @@ struct Loader {
   int thread;            // in its warpgroup
   uint32_t pending = 0;  // the `full` of a tile that is on its way; 0: none
 
-  template <typename Tile, int kPlaces, int kBytes>
-  PHI1_DEVICE void load(const Ring<kPlaces, kBytes>& ring, Turn<kPlaces>& turn, const Rows& from, int first, int end) {
-    static_assert(Tile::kBytes == kBytes);
+  // copies(address of the place): starts this thread's share of them.
+  template <int kPlaces, int kBytes, typename F>
+  PHI1_DEVICE void load(const Ring<kPlaces, kBytes>& ring, Turn<kPlaces>& turn, F copies) {
     ring.wait_empty(turn);
-    Tile::load(ring.tile(turn), from, first, end, thread);
+    copies(ring.tile(turn));
     cp_async_commit();
     if (pending) {
       cp_async_wait<1>();
@@ -68,6 +68,7 @@ struct Loader {
     if (!pending) return;
     cp_async_wait<0>();
     publish();
+    pending = 0;
   }
 
  private:

@@ -33,7 +33,7 @@ struct Tile {
     const int row = thread / 8, chunk = thread % 8;
     const uint32_t to = tile + uint32_t(128 * row + 16 * (chunk ^ row % 8));
     const uint16_t* source = from.data + (first + row) * from.stride + 8 * chunk;
-#pragma unroll
+#pragma unroll 2
     for (int i = 0; i < kRows; i += kStep) {
       const bool inside = first + row + i < end;
 #pragma unroll

@@ -196,7 +196,9 @@ __global__ void __launch_bounds__(384, 1) ring_kernel(const __grid_constant__ Pr
     setmaxnreg_dec<40>();
     Loader loader{thread_index()};
     for (int i = 0; i < kTiles; ++i)
-      loader.load<RingTile>(ring, turn, {args.b, 64}, i * kRingRows, kTiles * kRingRows - 3);
+      loader.load(ring, turn, [&](uint32_t tile) {
+        RingTile::load(tile, {args.b, 64}, i * kRingRows, kTiles * kRingRows - 3, thread_index());
+      });
     loader.finish();
   } else {
     setmaxnreg_inc<232>();
@@ -214,6 +216,7 @@ __global__ void __launch_bounds__(384, 1) ring_kernel(const __grid_constant__ Pr
       wgmma_commit();
       wgmma_wait<0>(d);
       ring.release(turn);
+      turn.next();
     }
     for (int n = 0; n < 8; ++n)
       for (int i = 0; i < 4; ++i)
