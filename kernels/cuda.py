@@ -7,6 +7,7 @@ The functions take the module that launches: kernels._native on a GPU; the tests
 import contextlib
 import functools
 import math
+import os
 from typing import Any
 
 import torch
@@ -64,6 +65,30 @@ def attention_refuses(*, dtype: torch.dtype, head_dim: int, **_: object) -> str 
     return None
 
 
+ATTENTION_VERSIONS = ("mma", "hopper")
+"""Of the attention kernels, by the number that the native module takes: mma.sync on any card; wgmma, compute capability
+9.0 and head_dim 64 or 128 only."""
+
+
+def _attention_version(module: Any, q: Tensor) -> int:
+    """Index in ATTENTION_VERSIONS for this call. The environment variable PHI1_CUDA_ATTENTION, mma or hopper, forces one."""
+    forced = os.environ.get("PHI1_CUDA_ATTENTION")
+    if forced is not None and forced not in ATTENTION_VERSIONS:
+        raise ValueError(f"PHI1_CUDA_ATTENTION = {forced!r}: must be {' or '.join(ATTENTION_VERSIONS)}")
+    on_hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
+    if not module.has_hopper:
+        refused = "this build has no hopper kernels; build with 90a in PHI1_CUDA_ARCHS"
+    elif q.is_cuda and not on_hopper:
+        refused = f"{torch.cuda.get_device_name(q.device)} has not compute capability 9.0"
+    elif q.shape[3] not in (64, 128):
+        refused = f"head_dim = {q.shape[3]}: the hopper kernels are made for 64 and 128"
+    else:
+        return ATTENTION_VERSIONS.index(forced or ("hopper" if on_hopper else "mma"))
+    if forced == "hopper":
+        raise ValueError(f"PHI1_CUDA_ATTENTION = 'hopper', but {refused}")
+    return 0
+
+
 def _is_aligned(x: Tensor) -> bool:
     """Each row of x is contiguous and starts at a multiple of 16 bytes."""
     strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
@@ -115,7 +140,8 @@ def attention_forward(
     if q.numel():
         with _device(q):
             module.attention_forward_cuda(
-                *_attention_arguments(q, k, v, result, lse, cu_q, cu_k, causal, scale, *dropout)
+                *_attention_arguments(q, k, v, result, lse, cu_q, cu_k, causal, scale, *dropout),
+                _attention_version(module, q),
             )
     return result if out is None or out is result else out.copy_(result), lse
 
@@ -142,6 +168,7 @@ def attention_backward(
                 (grad_out, *grads),
                 row_stats,
                 *_attention_arguments(q, k, v, out, lse, cu_q, cu_k, causal, scale, *dropout),
+                _attention_version(module, q),
             )
     if sign != 1:
         grads[0].mul_(sign)

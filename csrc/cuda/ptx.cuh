@@ -40,15 +40,16 @@ struct alignas(8) Float2 {
 
 PHI1_DEVICE int thread_index() { return PHI1_PTX(thread_index(), int(threadIdx.x)); }  // %tid.x
 PHI1_DEVICE int block_index() { return PHI1_PTX(block_index(), int(blockIdx.x)); }     // %ctaid.x
+PHI1_DEVICE int block_count() { return PHI1_PTX(block_count(), int(gridDim.x)); }      // %nctaid.x
 PHI1_DEVICE int lane_index() { return thread_index() % 32; }
 PHI1_DEVICE int warp_index() { return thread_index() / 32; }
 
-// The block's dynamic shared memory: its first byte, aligned to 256.
+// The block's dynamic shared memory: its first byte, aligned to 1,024.
 PHI1_DEVICE uint32_t shared_base() {
 #if defined(PHI1_EMULATOR)
   return emulator::shared_base();
 #else
-  extern __shared__ __align__(256) unsigned char phi1_shared[];
+  extern __shared__ __align__(1024) unsigned char phi1_shared[];
   return uint32_t(__cvta_generic_to_shared(phi1_shared));
 #endif
 }
