@@ -38,7 +38,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("version", "case"), VERSIONS_AND_CASES)
-def test_attention_keeps_the_error_rule(cuda_device, emulator_module, force, version, case, dtype):  # noqa: F811
+def test_attention_keeps_the_error_rule(cuda_device, request, force, version, case, dtype):  # noqa: F811
     force(version, cuda_device)
     check_attention(case, dtype, cuda_device)
     if cuda_device == "cuda":
