@@ -112,8 +112,8 @@ register(
 def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y (contiguous) and (mean, 1 / sqrt(variance + eps)) of each row; see `kernels.layer_norm`."""
     rows = native.rows_contiguous(x.reshape(-1, weight.numel()))
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    stats = torch.empty((rows.shape[0], 2), dtype=torch.float32, device=x.device)
+    y = x.new_empty(x.shape)
+    stats = x.new_empty((rows.shape[0], 2), dtype=torch.float32)
     weight, bias = weight.contiguous(), bias.contiguous()
     native._native.layer_norm_forward_cpu(
         rows, weight, bias, y, stats, (*rows.shape, rows.stride(0)), eps, native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
