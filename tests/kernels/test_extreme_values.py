@@ -77,6 +77,7 @@ def both(
     # dS = P (dO V^T - delta) is a difference of numbers of sqrt(64); times K it is dQ.
     scale = abs(options.get("scale", 0.125))  # type: ignore[arg-type]
     terms = {name: 8 * scale * float(x[x.isfinite()].abs().max()) for name, x in (("dq", k), ("dk", q))}
+    terms["dk"] *= q.shape[1] ** 0.5  # a sum over the queries
     compare(attention(backend, q, k, v, grad, **options), truth, q.dtype, skip, terms, known)
 
 
