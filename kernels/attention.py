@@ -166,8 +166,10 @@ def flash_attention(
     causal: query i sees key j if j <= i + seqlen_k - seqlen_q (bottom-right aligned). A row that sees no
         key gives zeros and lse = -inf.
     scale: default head_dim ** -0.5.
-    dropout_p, dropout_seed: dropout of the probabilities; the mask is `kernels.reference.dropout_keep`, bit for bit
-        the same on every backend that serves dropout. A seed has 64 bits, a negative one those of its two's complement.
+    dropout_p, dropout_seed: dropout of the probabilities; the mask is `kernels.reference.attention_keep`, bit for bit
+        the same on every backend that serves dropout. p is rounded to a multiple of 1/256 (for p > 0 at least 1/256, at
+        most 255/256): 0.1 becomes 26/256 = 0.1016, and what is kept is divided by one minus that. A seed has 64 bits, a
+        negative one those of its two's complement.
     cu_seqlens_q, cu_seqlens_k: packed documents: batch is 1, int32 (documents + 1,) offsets into the sequence that rise
         from 0 to its length; document i's queries see document i's keys only. In the mask, plane counts documents, and
         rows and columns start at 0 in each. Other offsets are an error, but on a GPU, where looking at them would stop

@@ -93,7 +93,8 @@ def parallel_block(
     w_out: (hidden, heads * head_dim + inner), columns [attention | gelu]; b_out: (hidden,). All of x's dtype.
     cos, sin: (positions, rotary_dim / 2) float32. positions: as in `apply_rotary`.
     cu_seqlens: int32 (documents + 1,), offsets into the folded batch * seq tokens; attention stays inside a document.
-    attention_dropout, residual_dropout, dropout_seed: masks are `kernels.reference.dropout_keep` of the seed.
+    attention_dropout, residual_dropout, dropout_seed: masks are `kernels.reference.attention_keep` and `residual_keep`
+        of the seed. Both probabilities are rounded to a multiple of 1/256, as in `flash_attention`: 0.1 becomes 0.1016.
     kv_cache: (k, v, length): this call's keys and values are written at [length, length + seq), then attention
         runs over the first length + seq. k and v have x's dtype and device. For inference: such a call records no
         gradient, on any backend, whatever requires one.

@@ -97,6 +97,33 @@ def test_dropout_mask_is_the_reference_bit_for_bit(emulator, force, version, hea
         assert 0.2 < (out[..., : min(head_dim, columns - first)] == 0).float().mean() < 0.6
 
 
+@pytest.mark.parametrize("head_dim", (32, 64, 128))
+@pytest.mark.parametrize("documents", ((), ((40, 40), (33, 50))))
+def test_dropout_mask_of_dv_is_the_reference_bit_for_bit(emulator, head_dim, documents):  # noqa: F811
+    """With q = 0 every probability is 1 / n, and with grad_out = the identity's columns dv is the mask, transposed."""
+    case = Case("mask", batch=1, seqlen_q=45, seqlen_k=70, heads=2, kv_heads=1, head_dim=head_dim, causal=False,
+                dropout_p=0.3, documents=documents)  # fmt: skip
+    q, k, v, grad, options = attention_cases.make_inputs(case, torch.float16)
+    q.zero_()
+    starts = (0,) if not documents else (0, documents[0][0])
+    lengths = (45,) if not documents else tuple(m for m, _ in documents)
+    for first in range(0, 45, head_dim):  # which queries this pass looks at
+        for head in range(2):
+            grad.zero_()
+            for start, length in zip(starts, lengths, strict=True):
+                for i in range(first, min(first + head_dim, length)):
+                    grad[0, start + i, head, i - first] = 1.0
+            found = []
+            for backend in ("cuda", "reference"):
+                leaf = v.clone().requires_grad_()
+                found.append(
+                    torch.autograd.grad(flash_attention(q, k, leaf, **options, backend=backend), leaf, grad)[0]
+                )
+            assert torch.equal(found[0] == 0, found[1] == 0)
+            kept = found[1][0, :, 0, 0] != 0  # by the first query of this pass
+            assert first >= 40 or 0.3 < kept[: case.seqlen_k if not documents else 40].float().mean() < 0.95
+
+
 def test_gradients_flow_through_strided_grad_out(emulator):  # noqa: F811
     """`grad_out` that is not contiguous gives the gradients of its contiguous copy."""
     generator = torch.Generator().manual_seed(3)

@@ -227,7 +227,7 @@ def test_mutations_fail(product_, module, old, new, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("product_", "module", "old", "new"),
     [
-        ("vendor", "numeric", "zero + offset, low, high", "zero, low, high"),
+        ("vendor", "numeric", "zero + c3, low, high", "zero, low, high"),
         ("vendor", "block_elementwise", "h *= tl.where(kept, keep_scale, 0.0)", "h *= tl.where(kept, 1.0, 0.0)"),
         ("vendor", "block_elementwise", "d *= tl.where(kept, keep_scale, 0.0)", "d *= tl.where(kept, 0.0, keep_scale)"),
         ("descriptors", "block_product", "seed_high, first_row, first_column", "seed_high, first_row + 2, first_column"),
