@@ -160,7 +160,7 @@ PHI1_DEVICE void compute_key_grad(const ScheduledArgs& scheduled, const R& rings
       for (int n = 0; n < kN; ++n) {
         read_stats(n);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) p[n][i] = ex2(p[n][i] * scale - stats[i % 2].x);
+        for (int i = 0; i < 4; ++i) p[n][i] = probability(p[n][i] * scale, stats[i % 2].x);
       }
       if (row + 15 >= query + visible) {          // some query does not see some key
         const int first = row + g - visible + 1;  // the first query that sees this lane's first key
@@ -168,18 +168,24 @@ PHI1_DEVICE void compute_key_grad(const ScheduledArgs& scheduled, const R& rings
         hide_before(limit, 0.0f, p);
       }
 
-      // The dropped P^T for dV, whose scale is applied at the end; dO V^T dropped and scaled.
+      // The dropped P^T for dV, whose scale is applied at the end, and dO V^T dropped.
       wgmma_wait<0>(ds);
 #pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        float kept[1][1][4] = {{{p[n][0], p[n][1], p[n][2], p[n][3]}}};
-        float grad[1][1][4] = {{{ds[n][0], ds[n][1], ds[n][2], ds[n][3]}}};
-        if (args.dropout_threshold) drop_transposed(args, plane, query + 8 * n, row, kept, grad);
+      for (int first = 0; first < kN; first += 4) {
+        float kept[1][4][4], grad[1][4][4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) ds[n][i] = grad[0][0][i];
+        for (int n = 0; n < 4; ++n)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          left_p[n / 2][n % 2 * 2 + half] = pack_pair(T{}, kept[0][0][2 * half], kept[0][0][2 * half + 1]);
+          for (int i = 0; i < 4; ++i) kept[0][n][i] = p[first + n][i], grad[0][n][i] = ds[first + n][i];
+        if (args.dropout_threshold) drop_transposed(args, plane, row, query + 8 * first, kept, grad);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) ds[first + n][i] = grad[0][n][i];
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            left_p[(first + n) / 2][n % 2 * 2 + half] = pack_pair(T{}, kept[0][n][2 * half], kept[0][n][2 * half + 1]);
+        }
       }
       wgmma_fence();
       product_columns<T, typename Sizes::Q>(grad_v, left_p, grad_tile);
@@ -191,7 +197,7 @@ PHI1_DEVICE void compute_key_grad(const ScheduledArgs& scheduled, const R& rings
       for (int n = 0; n < kN; ++n) {
         read_stats(n);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) ds[n][i] = p[n][i] * (ds[n][i] - stats[i % 2].y);
+        for (int i = 0; i < 4; ++i) ds[n][i] = p[n][i] * (ds[n][i] * args.dropout_scale - stats[i % 2].y);
       }
       round_to<T>(left_ds, ds);
       wgmma_fence();
@@ -312,7 +318,7 @@ PHI1_DEVICE void compute_query_grad(const ScheduledArgs& scheduled, const R& rin
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) p[n][i] = ex2(p[n][i] * scale - stats[i / 2].x);
+        for (int i = 0; i < 4; ++i) p[n][i] = probability(p[n][i] * scale, stats[i / 2].x);
       if (column + Sizes::kKeys > minimum(work.seqlen_k, row + visible)) {
         const int first = row + g + visible;
         const int limit[2] = {minimum(work.seqlen_k, first) - column - 2 * t,
@@ -321,12 +327,11 @@ PHI1_DEVICE void compute_query_grad(const ScheduledArgs& scheduled, const R& rin
       }
       wgmma_wait<0>(ds);
       rings.c.release(turn);
-      if (args.dropout_threshold)
-        drop(args, work.batch * int(args.heads) + work.head, row, column, args.dropout_scale, as_tiles<kN>(ds));
+      if (args.dropout_threshold) drop(args, work.batch * int(args.heads) + work.head, row, column, as_tiles<kN>(ds));
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) ds[n][i] = p[n][i] * (ds[n][i] - stats[i / 2].y);
+        for (int i = 0; i < 4; ++i) ds[n][i] = p[n][i] * (ds[n][i] * args.dropout_scale - stats[i / 2].y);
       round_to<T>(left, ds);
       wgmma_fence();
       product_columns<T, typename Sizes::K>(grad_q, left, k_tile);

@@ -48,6 +48,8 @@ struct Forward {
 
 // The running softmax of a lane's two rows.
 struct Softmax {
+  static constexpr float kLarge = 4096.0f;
+
   float scale;                               // times log2(e), so that exp(scale x) = 2^(scale log2(e) x)
   float most[2] = {-kInfinity, -kInfinity};  // of the raw products
   float sum[2] = {0.0f, 0.0f};               // of this lane's columns
@@ -62,15 +64,23 @@ struct Softmax {
       for (int n = 0; n < kN; ++n) highest = max_f32(highest, max_f32(s[n][2 * half], s[n][2 * half + 1]));
       highest = max_f32(highest, shfl_xor(highest, 1));
       highest = max_f32(highest, shfl_xor(highest, 2));
-      // A row that has seen no key: any finite shift, for 2^(-inf - shift) is 0 and 2^(-inf + inf) is not.
-      const float shift = highest == -kInfinity ? 0.0f : highest * scale;
-      correction[half] = ex2(most[half] * scale - shift);
+      // A row with no score above -inf: any finite shift, for 2^(-inf - shift) is 0 and 2^(-inf + inf) is not.
+      const float shift = highest == -kInfinity ? 0.0f : highest;
+      correction[half] = ex2((most[half] - shift) * scale);
       most[half] = highest;
+      // One multiply-add an exponent. Its shift is rounded, by which all of a row are off alike: by 2^-12 at the most
+      // below kLarge; from there on the highest is taken off first, so that it gives 2^0 however large it is.
+      float scaled = shift * scale;
+      if (!((scaled < 0.0f ? -scaled : scaled) < kLarge)) {
+        scaled = 0.0f;
+#pragma unroll
+        for (int n = 0; n < kN; ++n) s[n][2 * half] -= shift, s[n][2 * half + 1] -= shift;
+      }
       float total = sum[half] * correction[half];
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) total += s[n][i] = ex2(s[n][i] * scale - shift);
+        for (int i = 2 * half; i < 2 * half + 2; ++i) total += s[n][i] = ex2(s[n][i] * scale - scaled);
       sum[half] = total;
     }
   }
@@ -148,7 +158,7 @@ PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<k
       }
       softmax.update(s, correction);
       if (args.dropout_threshold)  // the scale is applied at the end
-        drop(args, work.batch * int(args.heads) + work.head, row, column, 1.0f, as_tiles<kN>(s));
+        drop(args, work.batch * int(args.heads) + work.head, row, column, as_tiles<kN>(s));
     };
     const auto issue_scores = [&] {
       shared.k_ring.wait_full(k_turn);
@@ -209,8 +219,7 @@ PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<k
       total += shfl_xor(total, 2);
       factor[half] = total == 0.0f ? 0.0f : args.dropout_scale / total;
       const int query = row + 8 * half + g;
-      if (t == 0 && query < work.seqlen_q)
-        st_global(lse + query, total == 0.0f ? -kInfinity : (softmax.most[half] * softmax.scale + lg2(total)) * kLn2);
+      if (t == 0 && query < work.seqlen_q) st_global(lse + query, log_sum_exp(softmax.most[half] * args.scale, total));
     }
     uint16_t* const to = head_data(args, args.out, work, work.head, work.q_row) + row * args.out.seq_stride;
     store_rows<T>(out, factor, to, args.out.seq_stride, work.seqlen_q - row);
