@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from kernels.measured import device_kind
+from kernels.registry import machine_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -84,7 +84,7 @@ def environment(device: str) -> dict[str, Any]:
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": f"python bench/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
         "device": device_name(device),
-        "kind": device_kind(torch.device(device)),  # bench/choose.py: whose choice the figures decide
+        "kind": machine_of(torch.device(device)).kind,  # bench/choose.py: whose choice the figures decide
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "load": os.getloadavg()[0],

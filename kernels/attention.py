@@ -6,7 +6,8 @@ from torch import Tensor
 from kernels import reference
 from kernels import torch as torch_backend
 from kernels.checks import check, check_device, check_dtype, check_int32, check_like, check_rank
-from kernels.registry import choose, implementation, register
+from kernels.measured import size_class
+from kernels.registry import choose, differentiated, implementation, register
 
 _OPTIONS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, float dropout_p, SymInt dropout_seed, str backend"
 torch.library.define("phi1::attention_forward", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)")
@@ -170,11 +171,11 @@ def flash_attention(
             not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)),
             lambda: "out is given while gradients are recorded: call under torch.no_grad(), or leave out=None",
         )
-    options = {
-        "dropout_p": dropout_p, "return_lse": return_lse, "dtype": q.dtype, "head_dim": head_dim,
-        "packed": cu_seqlens_q is not None,
-    }  # fmt: skip
-    name = choose("flash_attention", q.device, backend, **options)
+    name = choose(
+        "flash_attention", q.device, backend,
+        dtype=q.dtype, head_dim=head_dim, size=size_class(q.shape[1], k.shape[1]), training=differentiated(q, k, v),
+        dropout_p=dropout_p, return_lse=return_lse, packed=cu_seqlens_q is not None,
+    )  # fmt: skip
     if name == "torch":  # refuses return_lse
         result = torch_backend.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
         return result if out is None else out.copy_(result)

@@ -17,8 +17,9 @@ from kernels import cpu, native, reference
 from kernels.attention import check_documents, flash_attention
 from kernels.checks import check, check_dtype, check_like, check_shape
 from kernels.fused_block import Dropout, FusedBlock, Layout, Pieces, block_forward
+from kernels.measured import size_class
 from kernels.norm import layer_norm
-from kernels.registry import choose, forced_backend, implementation, register
+from kernels.registry import choose, differentiated, forced_backend, implementation, register
 from kernels.rotary import apply_rotary, check_table
 
 KVCache = tuple[Tensor, Tensor, int]
@@ -117,7 +118,9 @@ def parallel_block(
     check_table(x, batch, seq, head_dim, cos, sin, positions)
     name = choose(
         "parallel_block", x.device, backend,
-        dtype=x.dtype, head_dim=head_dim, hidden=hidden, inner=inner, rotary_dim=2 * cos.shape[-1],
+        dtype=x.dtype, head_dim=head_dim, size=size_class(seq, seq if kv_cache is None else kv_cache[2] + seq),
+        training=differentiated(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out),
+        hidden=hidden, inner=inner, rotary_dim=2 * cos.shape[-1],
     )  # fmt: skip
     pieces = implementation("parallel_block", name)
     if isinstance(pieces, Pieces):

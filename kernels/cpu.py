@@ -1,6 +1,12 @@
-"""The `cpu` backend: C++ kernels (csrc/cpu), chosen at run time by the CPU's instruction sets (PHI1_ISA overrides)."""
+"""The `cpu` backend: C++ kernels (csrc/cpu), a version for each instruction set that they are compiled for.
 
+The functions take the instruction set's kernels first, an entry of `native.ISAS`.
+"""
+
+import functools
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,20 +26,17 @@ def _checked_positions(positions: Tensor | None, table_rows: int) -> Tensor | No
 
 
 def rotary(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
+    isa: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """q and k rotated into new contiguous tensors; see `kernels.apply_rotary`."""
     positions = _checked_positions(positions, cos.shape[0])
     q, k = native.rows_contiguous(q), native.rows_contiguous(k)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    native._native.rotary_cpu(
+    isa.rotary(
         *native.rotary_arguments(q, k, q_out, k_out, cos.contiguous(), sin.contiguous(), positions, inverse),
         torch.get_num_threads(),
     )
     return q_out, k_out
-
-
-register("apply_rotary", "cpu", rotary, devices=("cpu",), missing=native.MISSING, refuses=native.refuses_dtype)
 
 
 HEAD_DIMS = (32, 64, 128)
@@ -70,7 +73,7 @@ def _attention_arguments(
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    isa: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
     causal: bool, scale: float, dropout_p: float, dropout_seed: int, *, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (a new tensor, or the one given) and the log-sum-exp; see `kernels.flash_attention`."""
@@ -79,7 +82,7 @@ def attention_forward(
         cu_q, cu_k = _check_starts("cu_seqlens_q", cu_q, q.shape[1]), _check_starts("cu_seqlens_k", cu_k, k.shape[1])
     result = q.new_empty(q.shape) if out is None or out.stride(-1) != 1 else out
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    native._native.attention_forward_cpu(
+    isa.attention_forward(
         *(native.heads_spec(x) for x in (q, k, v, result)), lse.data_ptr(),
         *_attention_arguments(q, k, cu_q, cu_k, causal, scale, dropout_p, dropout_seed),
     )  # fmt: skip
@@ -87,7 +90,7 @@ def attention_forward(
 
 
 def attention_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    isa: Any, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
     causal: bool, scale: float, dropout_p: float, dropout_seed: int,
     *, grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -97,42 +100,33 @@ def attention_backward(
     cu_k = None if cu_k is None else cu_k.contiguous()
     grads = grads or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     lse = lse.contiguous()
-    native._native.attention_backward_cpu(
+    isa.attention_backward(
         *(native.heads_spec(x) for x in (grad_out, q, k, v, out, *grads)), lse.data_ptr(),
         *_attention_arguments(q, k, cu_q, cu_k, causal, scale, dropout_p, dropout_seed),
     )  # fmt: skip
     return grads
 
 
-def residual_keep(seed: int, rows: int, columns: int, p: float) -> Tensor:
-    """`kernels.reference.residual_keep` on the CPU, the same bits."""
+def residual_keep(seed: int, rows: int, columns: int, p: float, isa: Any = None) -> Tensor:
+    """`kernels.reference.residual_keep` on the CPU, the same bits. isa: default the most capable."""
     keep = torch.empty(rows, columns, dtype=torch.bool)
-    native._native.residual_keep_cpu(
+    isa = isa or next(isa for isa in native.ISAS if isa.missing is None)
+    isa.residual_keep(
         keep.data_ptr(), rows, columns, reference.dropout_threshold(p), seed & (1 << 64) - 1, torch.get_num_threads()
     )
     return keep
 
 
-register(
-    "flash_attention",
-    "cpu",
-    (attention_forward, attention_backward),
-    devices=("cpu",),
-    missing=native.MISSING,
-    refuses=_attention_refuses,
-)
-
-
 # ------------------------------------------------------------------------------------- LayerNorm and the block
 
 
-def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def layer_norm_forward(isa: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y (contiguous) and (mean, 1 / sqrt(variance + eps)) of each row; see `kernels.layer_norm`."""
     rows = native.rows_contiguous(x.reshape(-1, weight.numel()))
     y = torch.empty(x.shape, dtype=x.dtype)
     stats = torch.empty((rows.shape[0], 2), dtype=torch.float32)
     weight, bias = weight.contiguous(), bias.contiguous()
-    native._native.layer_norm_forward_cpu(
+    isa.layer_norm_forward(
         rows.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), stats.data_ptr(),
         (*rows.shape, rows.stride(0)), eps, native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -140,13 +134,13 @@ def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> t
 
 
 def layer_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, stats: Tensor, residual: Tensor | None = None
+    isa: Any, grad: Tensor, x: Tensor, weight: Tensor, stats: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (plus `residual`), weight and bias."""
     rows, grad, weight = native.rows_contiguous(x.reshape(-1, weight.numel())), grad.contiguous(), weight.contiguous()
     residual, stats = None if residual is None else residual.contiguous(), stats.contiguous()
     grads = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(weight), torch.empty_like(weight)
-    native._native.layer_norm_backward_cpu(
+    isa.layer_norm_backward(
         grad.data_ptr(), rows.data_ptr(), weight.data_ptr(), stats.data_ptr(),
         0 if residual is None else residual.data_ptr(), *(g.data_ptr() for g in grads),
         (*rows.shape, rows.stride(0)), native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
@@ -171,35 +165,35 @@ def _after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: Layo
     return arguments
 
 
-def _project_in(n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
+def _project_in(isa: Any, n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
     z, b_in = vendor_product(n, w_in), b_in.contiguous()
-    native._native.after_in_cpu(*_after_in_arguments(z, b_in, activated, layout))
+    isa.after_in(*_after_in_arguments(z, b_in, activated, layout))
     return z
 
 
-def _project_in_backward(grad_z: Tensor, z: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
+def _project_in_backward(
+    isa: Any, grad_z: Tensor, z: Tensor, b_in: Tensor, activated: Tensor, layout: Layout
+) -> Tensor:
     b_in = b_in.contiguous()
     grad_bias = torch.empty_like(b_in)
-    native._native.after_in_backward_cpu(
-        grad_z.data_ptr(), grad_bias.data_ptr(), *_after_in_arguments(z, b_in, activated, layout)
-    )
+    isa.after_in_backward(grad_z.data_ptr(), grad_bias.data_ptr(), *_after_in_arguments(z, b_in, activated, layout))
     return grad_bias
 
 
-def _project_out(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
+def _project_out(isa: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
     y, b_out, x = vendor_product(g, w_out), b_out.contiguous(), x.contiguous()
-    native._native.residual_cpu(
+    isa.residual(
         y.data_ptr(), b_out.data_ptr(), x.data_ptr(), *y.shape, dropout_arguments(dropout),
         native.DTYPE_CODES[y.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def _project_out_backward(grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
+def _project_out_backward(isa: Any, grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
     threshold, *rest = dropout_arguments(dropout)
     grad_h = grad_y if threshold == 0 else torch.empty_like(grad_y)
     grad_bias = grad_y.new_empty(grad_y.shape[1])
-    native._native.residual_backward_cpu(
+    isa.residual_backward(
         grad_y.data_ptr(), grad_h.data_ptr(), grad_bias.data_ptr(), *grad_y.shape, (threshold, *rest),
         native.DTYPE_CODES[grad_y.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -210,6 +204,7 @@ def _project_out_backward(grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Ten
 
 
 def _cross_entropy(
+    isa: Any,
     logits: Tensor,
     bias: Tensor,
     targets: Tensor,
@@ -224,38 +219,47 @@ def _cross_entropy(
         raise IndexError(
             f"targets in [{int(kept.min())}, {int(kept.max())}]: must be in [0, {columns}) or ignore_index = {ignore_index}"
         )
-    native._native.cross_entropy_cpu(
+    isa.cross_entropy(
         logits.data_ptr(), bias.data_ptr(), targets.data_ptr(), loss.data_ptr(),
         0 if bias_sums is None else bias_sums.data_ptr(), (rows, columns, ignore_index), z_loss,
         native.DTYPE_CODES[logits.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
-def _add_product(grad: Tensor, low: Tensor, product: Tensor, first: bool, last: bool) -> None:
+def _add_product(isa: Any, grad: Tensor, low: Tensor, product: Tensor, first: bool, last: bool) -> None:
     """The sum's upper 16 bits stand in grad's memory, whatever its dtype, and the lower in `low`."""
-    native._native.add_product_cpu(
+    isa.add_product(
         grad.data_ptr(), low.data_ptr(), product.data_ptr(), product.numel(), first, last,
         native.DTYPE_CODES[grad.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
-register(
-    "layer_norm", "cpu", (layer_norm_forward, layer_norm_backward),
-    devices=("cpu",), missing=native.MISSING, refuses=native.refuses_dtype,
-)  # fmt: skip
-register(
-    "parallel_block",
-    "cpu",
-    Pieces(
-        layer_norm_forward, layer_norm_backward, _project_in, _project_in_backward,
-        attention_forward, attention_backward, _project_out, _project_out_backward,
+# ------------------------------------------------------------------------------------------------- registration
+
+
+def register_kernels(name: str, isa: Any) -> None:
+    """Makes the kernels of an instruction set the version `cpu/<name>` of every op; None: it was not compiled."""
+
+    def of(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(function, isa)
+
+    attention = of(attention_forward), of(attention_backward)
+    norm = of(layer_norm_forward), of(layer_norm_backward)
+    block = Pieces(
+        *norm, of(_project_in), of(_project_in_backward), *attention, of(_project_out), of(_project_out_backward),
         saves_attention=True,  # made again it took 6% of forward + backward at hidden 512, 1,024 tokens (Zen 4)
-    ),
-    devices=("cpu",),
-    missing=native.MISSING,
-    refuses=_attention_refuses,
-)  # fmt: skip
-register(
-    "linear_cross_entropy", "cpu", chunked_loss.Pieces(_cross_entropy, add_product=_add_product, scratch=torch.int16),
-    devices=("cpu",), missing=native.MISSING, refuses=native.refuses_dtype,
-)  # fmt: skip
+    )  # fmt: skip
+    loss = chunked_loss.Pieces(of(_cross_entropy), add_product=of(_add_product), scratch=torch.int16)
+    for op, run, refuses in (
+        ("apply_rotary", of(rotary), native.refuses_dtype),
+        ("flash_attention", attention, _attention_refuses),
+        ("layer_norm", norm, native.refuses_dtype),
+        ("parallel_block", block, _attention_refuses),
+        ("linear_cross_entropy", loss, native.refuses_dtype),
+    ):
+        register(op, f"cpu/{name}", run, devices=("cpu",), refuses=refuses)
+
+
+_compiled = {isa.name: isa for isa in native.ISAS}
+for _name in native.ISA_NAMES:
+    register_kernels(_name, _compiled.get(_name))

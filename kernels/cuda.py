@@ -6,6 +6,7 @@ The functions take the module that launches: kernels._native on a GPU; the tests
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,18 +14,8 @@ from torch import Tensor
 
 from kernels import chunked_loss, native, reference
 from kernels.fused_block import Dropout, Layout, Pieces, dropout_arguments, vendor_product
+from kernels.machine import Machine
 from kernels.registry import register
-
-
-def missing() -> str | None:
-    """Why there is no GPU to launch on, or None."""
-    if native.MISSING is not None:
-        return native.MISSING
-    if not native._native.has_cuda:
-        return "kernels._native was built without CUDA; build it where nvcc is, with PHI1_CUDA=on"
-    if not torch.cuda.is_available():
-        return "torch.cuda.is_available() is False: no usable NVIDIA GPU, or a CPU build of torch"
-    return None
 
 
 def _device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -305,38 +296,31 @@ def cross_entropy(
         )  # fmt: skip
 
 
-def register_kernels(module: Any, devices: tuple[str, ...], why_not: str | None = None) -> None:
-    """Makes the launches of `module` the `cuda` backend of every op, for tensors on `devices`."""
-    register(
-        "apply_rotary", "cuda", functools.partial(rotary, module),
-        devices=devices, missing=why_not, refuses=native.refuses_dtype,
-    )  # fmt: skip
-    register(
-        "flash_attention", "cuda",
-        (functools.partial(attention_forward, module), functools.partial(attention_backward, module)),
-        devices=devices, missing=why_not, refuses=attention_refuses,
-    )  # fmt: skip
-    register(
-        "layer_norm", "cuda",
-        (functools.partial(layer_norm_forward, module), functools.partial(layer_norm_backward, module)),
-        devices=devices, missing=why_not, refuses=native.refuses_dtype,
-    )  # fmt: skip
-    pieces: list[Any] = [
-        functools.partial(piece, module)
-        for piece in (
-            layer_norm_forward, layer_norm_backward, project_in, project_in_backward,
-            attention_forward, attention_backward, project_out, project_out_backward,
-        )
-    ]  # fmt: skip
-    register(
-        "parallel_block", "cuda", Pieces(*pieces),
-        devices=devices, missing=why_not, refuses=block_refuses,
-    )  # fmt: skip
-    register(
-        "linear_cross_entropy", "cuda",
-        chunked_loss.Pieces(functools.partial(cross_entropy, module), bias_parts=_sum_parts),
-        devices=devices, missing=why_not, refuses=loss_refuses,
-    )  # fmt: skip
+def register_kernels(
+    module: Any, devices: tuple[str, ...], needs: Callable[[Machine], str | None] | None = None
+) -> None:
+    """Makes the launches of `module` the `cuda` backend of every op, for tensors on `devices`.
+
+    What multiplies matrices by `mma` is the version `cuda/mma`; ops without a product have one version, `cuda`.
+    """
+
+    def of(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(function, module)
+
+    attention = of(attention_forward), of(attention_backward)
+    norm = of(layer_norm_forward), of(layer_norm_backward)
+    block = Pieces(
+        *norm, of(project_in), of(project_in_backward), *attention, of(project_out), of(project_out_backward)
+    )
+    loss = chunked_loss.Pieces(of(cross_entropy), bias_parts=_sum_parts)
+    for op, version, run, refuses in (
+        ("apply_rotary", "cuda", of(rotary), native.refuses_dtype),
+        ("flash_attention", "cuda/mma", attention, attention_refuses),
+        ("layer_norm", "cuda", norm, native.refuses_dtype),
+        ("parallel_block", "cuda/mma", block, block_refuses),
+        ("linear_cross_entropy", "cuda", loss, loss_refuses),
+    ):
+        register(op, version, run, devices=devices, needs=needs, refuses=refuses)
 
 
-register_kernels(native._native, devices=("cuda",), why_not=missing())
+register_kernels(native._native, devices=("cuda",))

@@ -6,7 +6,8 @@ from torch import Tensor
 from kernels import chunked_loss, reference
 from kernels import torch as torch_backend
 from kernels.checks import check, check_device, check_dtype, check_like, check_shape
-from kernels.registry import choose, implementation, register
+from kernels.measured import size_class
+from kernels.registry import choose, differentiated, implementation, register
 
 torch.library.define(
     "phi1::linear_cross_entropy",
@@ -84,7 +85,11 @@ def linear_cross_entropy(
     check_device("targets", targets, "hidden", hidden)
     check(z_loss >= 0, lambda: f"z_loss = {z_loss}: must be at least 0")
     check(reduction in ("mean", "sum"), lambda: f"reduction = {reduction!r}: must be 'mean' or 'sum'")
-    name = choose("linear_cross_entropy", hidden.device, backend, dtype=hidden.dtype, columns=weight.shape[0])
+    name = choose(
+        "linear_cross_entropy", hidden.device, backend,
+        dtype=hidden.dtype, size=size_class(targets.numel()), training=differentiated(hidden, weight, bias),
+        columns=weight.shape[0],
+    )  # fmt: skip
     flat, flat_targets = hidden.reshape(-1, width), targets.reshape(-1)
     if name == "reference":
         loss = reference.linear_cross_entropy(flat, weight, bias, flat_targets, ignore_index, z_loss)

@@ -1,12 +1,15 @@
 """LayerNorm."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
 from kernels.checks import check_device, check_dtype, check_like, check_shape
-from kernels.registry import choose, implementation, register
+from kernels.measured import size_class
+from kernels.registry import choose, differentiated, implementation, register
 
 torch.library.define(
     "phi1::layer_norm_forward", "(Tensor x, Tensor weight, Tensor bias, float eps, str backend) -> (Tensor, Tensor)"
@@ -75,7 +78,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, ba
         check_shape(name, parameter, (x.shape[-1],), "(hidden,), x's last dim")
         check_like(name, parameter, "x", x)
         check_device(name, parameter, "x", x)
-    name = choose("layer_norm", x.device, backend, dtype=x.dtype)
+    name = choose(
+        "layer_norm", x.device, backend,
+        dtype=x.dtype, size=size_class(math.prod(x.shape[:-1])), training=differentiated(x, weight, bias),
+    )  # fmt: skip
     if name in ("reference", "torch"):
         return implementation("layer_norm", name)(x, weight, bias, eps)
     return _LayerNorm.apply(x, weight, bias, eps, name)

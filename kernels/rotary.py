@@ -5,7 +5,8 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.checks import check, check_device, check_dtype, check_float32, check_like
-from kernels.registry import choose, implementation, register
+from kernels.measured import size_class
+from kernels.registry import choose, differentiated, implementation, register
 
 torch.library.define(
     "phi1::rotary",
@@ -108,7 +109,9 @@ def apply_rotary(
         lambda: f"k.shape = {tuple(k.shape)}: must be ({batch}, {seq}, kv_heads, {head_dim}), q being {tuple(q.shape)}",
     )
     check_table(q, batch, seq, head_dim, cos, sin, positions)
-    name = choose("apply_rotary", q.device, backend, dtype=q.dtype)
+    name = choose(
+        "apply_rotary", q.device, backend, dtype=q.dtype, size=size_class(batch * seq), training=differentiated(q, k)
+    )
     if name == "torch":
         return reference.rotary(q, k, cos, sin, positions, False)
     return _Rotary.apply(q, k, cos, sin, positions, name)
