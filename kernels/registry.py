@@ -14,6 +14,7 @@ name without a version leaves the version to the order, and so does a version th
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -53,11 +54,13 @@ _cache: dict[tuple[Any, ...], str] = {}
 
 # Changes with the tables below, and with it what torch.compile guards on.
 _GENERATION = ["0"]
+_generations = itertools.count(1)
 
 
-def _forget() -> None:
+def _forget(generation: str | None = None) -> None:
+    """What was chosen under other tables; generation: theirs, if these are tables that there were before."""
     _cache.clear()
-    _GENERATION[0] = str(int(_GENERATION[0]) + 1)
+    _GENERATION[0] = generation or str(next(_generations))
 
 
 def backend_of(version: str) -> str:
@@ -218,17 +221,38 @@ def fixed_order(machine: Machine, cell: Cell) -> tuple[str, ...]:
     return (*ordered, "cpu/portable", "reference")
 
 
+def machine_of(device: torch.device) -> Machine:
+    """The machine of a device's tensors. The first time its user's own measurements are read, too."""
+    found = _machines.get(device)
+    if found is None:
+        if device.type == "cpu":
+            found = machines.cpu()
+        else:
+            found = machines.gpu(device) if device.type == "cuda" else Machine(device.type, device.type, device.type)
+        _rows.update(measured.read_own(found))
+        _machines[device] = found
+    return found
+
+
+def read_tables() -> None:
+    """Reads again what was measured: the table that comes with the package, and the user's own over it."""
+    _machines.clear()
+    _rows.clear()
+    _rows.update(measured.read())
+    _forget()
+
+
 @contextlib.contextmanager
 def held(orders: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
     """Within the block, in the whole process, cells named in `orders` keep that order; see `orders`."""
     global _held
-    before, _held = _held, orders
+    before, generation, _held = _held, _GENERATION[0], orders
     _forget()
     try:
         yield
     finally:
         _held = before
-        _forget()
+        _forget(generation)
 
 
 def order(machine: Machine, cell: Cell) -> tuple[tuple[str, ...], str]:
@@ -291,7 +315,7 @@ def select(
     if forced is None:
         raise BackendError(f"{op}: no backend serves tensors on {machine.device!r}; move them to cpu or cuda")
     reason = _why_none(op, ordered, machine, options) if ordered else f"{op} has no {forced} backend"
-    able = [version for version in table if _why_not(op, version, machine, options) is None]
+    able = [version for version in versions() if version in table and _why_not(op, version, machine, options) is None]
     raise BackendError(f"{op}: backend {forced!r} cannot serve this call: {reason}; able: {', '.join(able)}")
 
 
@@ -344,3 +368,9 @@ def runs(op: str, version: str, machine: Machine) -> bool:
     """Whether a version of the op can run on the machine, whatever the call."""
     found = _IMPLEMENTATIONS[op].get(version)
     return found is not None and machine.device in found.devices and found.needs(machine) is None
+
+
+def why_missing(version: str, machine: Machine) -> str:
+    """Why a version that runs for no op on the machine does not."""
+    found = next(table[version] for table in _IMPLEMENTATIONS.values() if version in table)
+    return found.needs(machine) or f"it takes tensors on {' or '.join(found.devices)}"

@@ -17,7 +17,7 @@ def backends() -> str:
     """The page, as `phi1 doctor` prints it."""
     found = [registry.machine_of(device) for device in _devices()]
     return "\n".join(
-        [*_facts(found), *(line for machine in found for line in ("", *_choices(machine))), "", *_missing(found[0])]
+        [*_facts(found), *(line for machine in found for line in ("", *_choices(machine))), "", *_missing(found)]
     )
 
 
@@ -77,15 +77,11 @@ def _choices(machine: Machine) -> list[str]:
     return lines + ["".join(f"{row[i]:<{widths[i]}}" for i in range(4)) + row[4] for row in table]
 
 
-def _missing(cpu: Machine) -> list[str]:
-    """Versions that cannot run here, by reason."""
+def _missing(found: list[Machine]) -> list[str]:
+    """Versions that run on none of the devices, by reason."""
     reasons: dict[str, list[str]] = {}
     for version in registry.versions():
-        why = registry.missing_here(version)(cpu)
-        if why is not None:
-            reasons.setdefault(why, []).append(version)
-    return (
-        ["Missing here:", *(f"  {', '.join(names)}: {why}" for why, names in reasons.items())]
-        if reasons
-        else ["Nothing is missing."]
-    )
+        if not any(registry.runs(op, version, machine) for op in registry.ops() for machine in found):
+            reasons.setdefault(registry.why_missing(version, found[-1]), []).append(version)
+    lines = [f"  {', '.join(names)}: {why}" for why, names in reasons.items()]
+    return ["Missing here:", *lines] if lines else ["Nothing is missing."]
