@@ -374,3 +374,8 @@ def why_missing(version: str, machine: Machine) -> str:
     """Why a version that runs for no op on the machine does not."""
     found = next(table[version] for table in _IMPLEMENTATIONS.values() if version in table)
     return found.needs(machine) or f"it takes tensors on {' or '.join(found.devices)}"
+
+
+def serves(op: str, version: str, machine: Machine, options: Mapping[str, Any]) -> bool:
+    """Whether a version exists, runs on the machine, and serves calls of the op with these options."""
+    return version in _IMPLEMENTATIONS[op] and _why_not(op, version, machine, options) is None
