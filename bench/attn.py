@@ -4,15 +4,13 @@
 
 Layout (batch, seq, heads, head_dim) for all: peers that want heads first get the transposed view, as a model
 would pass it. Dropout masks differ between libraries; their cost does not depend on the values.
-Triton's is measured twice: with tensor descriptors among its candidates, on a GPU that has them, and by pointers alone.
+Beside whole sequences the last 1, 4 and 16 queries after a cache of the others are measured.
 """
 
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels.triton
 from bench import suite
-from bench.harness import Candidate, Unavailable
+from bench.harness import Unavailable
 from bench.suite import Case, Shape
 from kernels import flash_attention
+from kernels.measured import size_class
 
 FORMULA = "FLOPs: forward 4·B·S²·H·D, backward 2.5 times that, halved if causal"
 FORM = "batch x seq x heads x head_dim [x kv_heads]"
@@ -77,9 +75,13 @@ def flex(device: str, causal: bool, dropout: float, shape: Sequence[int]) -> Att
         raise Unavailable("compared on a GPU only")
     if dropout > 0:
         raise Unavailable("it has no dropout")
+    import torch._dynamo.config
     import torch._functorch.config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch._dynamo.config.recompile_limit = (
+        256  # at the ninth shape it would run unfused, and be listed as what it is not
+    )
     torch._functorch.config.donated_buffer = False  # the backward is timed many times on one graph
     seq = shape[1]
     mask = create_block_mask(lambda b, h, i, j: j <= i, None, None, seq, seq, device=device) if causal else None
@@ -140,22 +142,17 @@ def peers(device: str, causal: bool, dropout: float, shape: Shape) -> dict[str, 
     return found
 
 
-def forms(candidate: Candidate) -> list[Candidate]:
-    """The candidate; of Triton's also, as another, the form that loads by pointers alone (`kernels.triton.CHOICES`)."""
-    if candidate.name != "phi1 triton":
-        return [candidate]
+def sdpa_of_last(queries: int) -> Attention:
+    """scaled_dot_product_attention of the last queries of a sequence, whose keys are in a cache."""
 
-    def make(loads: str, work: str) -> Callable[[], Any]:
-        call = candidate.make(work)
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys = k.shape[1]
+        mask = None if queries == 1 else q.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa).transpose(1, 2)
 
-        def run() -> Any:
-            kernels.triton.CHOICES["loads"] = loads
-            return call()
-
-        return run
-
-    names = {"either": candidate.name, "pointers": f"{candidate.name}, pointers"}
-    return [dataclasses.replace(candidate, name=name, make=partial(make, loads)) for loads, name in names.items()]
+    return run
 
 
 def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
@@ -165,16 +162,22 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
         torch.randn(batch, seq, h, head_dim, device=device).to(suite.DTYPES[dtype])
         for h in (heads, kv_heads, kv_heads, heads)
     )
-    for causal, dropout in ((True, 0.0), (False, 0.0), (True, 0.1)):
+    # cuDNN's dropout resolves p to 1/16 only, so that PyTorch takes it for 0.125 and not for phi-1's 0.1.
+    for causal, dropout in ((True, 0.0), (False, 0.0), (True, 0.1), *(((True, 0.125),) if device == "cuda" else ())):
         flops = 4 * batch * seq**2 * heads * head_dim / (2 if causal else 1)
         ours = partial(flash_attention, causal=causal, dropout_p=dropout, dropout_seed=1)
         candidates = suite.op_candidates(
             "flash_attention", device, ours, peers(device, causal, dropout, (*shape[:4], kv_heads)), inputs, grad,
             head_dim=head_dim, dropout_p=dropout, return_lse=False,
         )  # fmt: skip
-        candidates = [form for candidate in candidates for form in forms(candidate)]
         name = ("causal" if causal else "full") + (f" dropout {dropout}" if dropout else "")
-        yield Case(name, {"forward": flops, "backward": 2.5 * flops, "both": 3.5 * flops}, candidates)
+        yield Case(name, {"forward": flops, "backward": 2.5 * flops, "both": 3.5 * flops}, candidates, size_class(seq))
+    for queries in (1, 4, 16) if seq > 16 else ():
+        few = [inputs[0][:, :queries], *inputs[1:]]
+        last: dict[str, Callable[[], Attention]] = {"SDPA": partial(sdpa_of_last, queries)}
+        candidates = suite.op_candidates("flash_attention", device, flash_attention, last, few, head_dim=head_dim)
+        works = {"forward": 4.0 * batch * queries * seq * heads * head_dim}
+        yield Case(f"{queries} after a cache", works, candidates, size_class(queries, seq))
 
 
 def check(shape: Shape) -> str | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from bench import suite
 from bench.suite import Case, Shape
 from kernels import linear_cross_entropy
+from kernels.measured import size_class
 
 FORMULA = "FLOPs: 2 * tokens * hidden * columns forward, three times that with the gradients of hidden and weight"
 FORM = "tokens x hidden x columns"
@@ -42,7 +43,7 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
     candidates = suite.op_candidates(
         "linear_cross_entropy", device, partial(linear_cross_entropy, targets=targets), peers, inputs, columns=columns
     )
-    yield Case("", {"forward": flops, "forward + backward": 3 * flops}, candidates)
+    yield Case("", {"forward": flops, "forward + backward": 3 * flops}, candidates, size_class(tokens))
 
 
 _GPU: list[Shape] = [(4096, 2048, 51200), (16384, 2048, 51200)]

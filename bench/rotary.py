@@ -19,6 +19,7 @@ from torch import Tensor
 from bench import suite
 from bench.suite import Case, Shape
 from kernels import apply_rotary, reference
+from kernels.measured import size_class
 
 FORMULA = "bytes: every element of q and k read once and written once, cos and sin not counted"
 ROTARY_DIM = 32
@@ -50,7 +51,7 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
     }
     ours = partial(apply_rotary, cos=cos, sin=sin)
     candidates = suite.op_candidates("apply_rotary", device, ours, peers, inputs, grads)
-    yield Case("", {"forward": moved, "forward + backward": 2 * moved}, candidates)
+    yield Case("", {"forward": moved, "forward + backward": 2 * moved}, candidates, size_class(batch * seq))
 
 
 def check(shape: Shape) -> str | None:

@@ -1,17 +1,23 @@
 """The linear cross-entropy as three matrix products for each chunk of rows, and one piece between them.
 
-For a chunk's rows h of hidden:
+For a chunk's rows h of hidden, ignored rows set to zero (0 times their NaN would be NaN):
 
     d = h W^T                                            logits without their bias
     d = softmax(d + b) (1 + 2 z_loss lse) - one-hot      in place, with the loss and the sums for the bias's gradient
     grad_hidden = d W
     grad_weight += d^T h                                 a run of columns at a time
 
+These are gradients of the sum of the rows' losses. What the loss is multiplied with later, the mean's divisor too, they
+are multiplied with in the backward pass, in float32, and then rounded to hidden's dtype. Until then they are bfloat16 for
+bfloat16 (two roundings to 8 bits, of numbers with float32's range) and float32 for float16, which holds neither a sum
+over many rows nor, with its 2^-24, a mean.
+
 Memory beside the loss and the gradients, whatever the number of rows: a chunk's logits (25 MiB in 16 bits, 50 in
-float32). Float32 and float64 gradients of the weight are their own sums. In 16 bits they add up in float32, which takes
-4 bytes more for each of the weight's elements, or 2 where a backend keeps the sums' upper halves in the gradient's
-memory; and one run's product. On a CPU with bf16 instructions, two threads, 4,096 rows of width 512 and 51,200 columns:
-82 MiB, 50 of them halves of sums.
+float32) and its rows h. Float32 and float64 gradients of the weight are their own sums. In bfloat16 they add up in
+float32, which takes 4 bytes more for each of the weight's elements, or 2 where a backend keeps the sums' upper halves in
+the gradient's memory; and one run's product. In float16 the gradients of hidden and weight take 4 bytes an element
+instead of 2 until the backward pass is done. On a CPU with bf16 instructions, two threads, 4,096 rows of width 512 and
+51,200 columns: 82 MiB, 50 of them halves of sums.
 
 A backend brings `Pieces`; the order of the steps is here, once for all of them.
 """
@@ -51,10 +57,33 @@ class Pieces(NamedTuple):
     bias_parts: Callable[[int, int], int] = lambda rows, columns: 1
     """(rows of a chunk, columns) -> parts of bias_sums"""
     add_product: Callable[[Tensor, Tensor, Tensor, bool, bool], None] = add_in_float32
-    """(grad, scratch, product, first, last): adds a chunk's 16-bit product to a float32 sum, kept in grad and scratch.
+    """(grad, scratch, product, first, last): adds a chunk's bfloat16 product to a float32 sum, kept in grad and scratch.
     first: nothing is there to add to. last: grad gets the sum, rounded to nearest even"""
     scratch: torch.dtype = torch.float32
     """Of add_product's scratch, which is shaped as grad"""
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the gradients of hidden and weight before they are scaled, for hidden of `dtype`."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def check_targets(targets: Tensor, columns: int, ignore_index: int) -> None:
+    """Raises IndexError for a target that is no column. Waits for targets: for those on a CPU."""
+    kept = targets[targets != ignore_index]
+    low, high = (int(x) for x in torch.aminmax(kept)) if kept.numel() else (0, 0)
+    if low < 0 or high >= columns:
+        raise IndexError(f"targets in [{low}, {high}]: must be in [0, {columns}) or ignore_index = {ignore_index}")
+
+
+def _add_float16_product(sums: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """sums (+)= a b, of float16 in float32. A product in float16 overflows before its scale is known."""
+    # A CPU has no such product, and its own of float16 took 170 times as long as float32's (Zen 3, 256 x 2048 x 4096).
+    product = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
+    if first:
+        sums.copy_(product)
+    else:
+        sums.add_(product)
 
 
 def linear_cross_entropy(
@@ -64,35 +93,53 @@ def linear_cross_entropy(
     """Summed cross-entropy (with z_loss, see `kernels.linear_cross_entropy`) and, in the same pass, its gradients.
 
     hidden (rows, width), weight (columns, width), bias (columns,), targets (rows,) int64.
-    Returns (loss, grad_hidden, grad_weight, grad_bias); the gradients are empty unless with_grads.
+    Returns (loss, grad_hidden, grad_weight, grad_bias): loss and grad_bias in the working dtype, the other gradients in
+    `gradient_dtype`; the gradients are empty unless with_grads.
     """
-    rows, columns, wide = hidden.shape[0], weight.shape[0], reference.working_dtype(hidden.dtype)
+    (rows, width), columns, wide = hidden.shape, weight.shape[0], reference.working_dtype(hidden.dtype)
     bias, targets = bias.contiguous(), targets.contiguous()
+    ignored = (targets == ignore_index)[:, None]
     chunk = min(max(1, _CHUNK_LOGITS // columns), max(rows, 1))
     logits = hidden.new_empty((chunk, columns))
     loss = hidden.new_empty(rows, dtype=wide)
-    grad_hidden, grad_weight = (x.new_empty(x.shape if with_grads else 0) for x in (hidden, weight))
+    grad_dtype = gradient_dtype(hidden.dtype)
+    grad_hidden, grad_weight = (x.new_empty(x.shape if with_grads else 0, dtype=grad_dtype) for x in (hidden, weight))
     bias_sums = bias.new_zeros((pieces.bias_parts(chunk, columns), columns), dtype=wide) if with_grads else None
-    narrow = hidden.dtype != wide
+    narrow = hidden.dtype == torch.bfloat16
     scratch = weight.new_empty(grad_weight.shape if narrow else 0, dtype=pieces.scratch)
-    product = weight.new_empty((min(_WEIGHT_COLUMNS, columns), weight.shape[1]) if narrow and with_grads else 0)
+    product = weight.new_empty((min(_WEIGHT_COLUMNS, columns), width) if narrow and with_grads else 0)
     if rows == 0:
         grad_weight.zero_()  # no chunk will write it
     for start in range(0, rows, chunk):
         block = slice(start, start + chunk)
-        h = hidden[block]
+        h = hidden[block].masked_fill(ignored[block], 0.0)
         d = torch.mm(h, weight.T, out=logits[: h.shape[0]])
         pieces.cross_entropy(d, bias, targets[block], loss[block], bias_sums, ignore_index, z_loss)
         if not with_grads:
             continue
-        torch.mm(d, weight, out=grad_hidden[block])
-        if not narrow:
+        if grad_dtype == hidden.dtype:
+            torch.mm(d, weight, out=grad_hidden[block])
+        if grad_dtype == wide == hidden.dtype:
             grad_weight.addmm_(d.T, h, beta=int(start > 0))
             continue
         for first_column in range(0, columns, _WEIGHT_COLUMNS):
             run = slice(first_column, first_column + _WEIGHT_COLUMNS)
             grad = grad_weight[run]
-            part = torch.mm(d[:, run].T, h, out=product[: grad.shape[0]])
-            pieces.add_product(grad, scratch[run], part, start == 0, start + chunk >= rows)
-    grad_bias = bias.new_empty(0) if bias_sums is None else bias_sums.sum(0).to(bias.dtype)
+            if narrow:
+                part = torch.mm(d[:, run].T, h, out=product[: grad.shape[0]])
+                pieces.add_product(grad, scratch[run], part, start == 0, start + chunk >= rows)
+            else:
+                _add_float16_product(grad, d[:, run].T, h, start == 0)
+                _add_float16_product(grad_hidden[block], d[:, run], weight[run], first_column == 0)
+    grad_bias = bias.new_empty(0, dtype=wide) if bias_sums is None else bias_sums.sum(0)
     return loss.sum(dtype=torch.float64).to(wide), grad_hidden, grad_weight, grad_bias
+
+
+def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient times scale (a scalar of the working dtype), computed in that dtype and rounded once, to `dtype`."""
+    result = gradient.new_empty(gradient.shape, dtype=dtype)
+    factor = scale.reshape(1)  # of no dims it would be rounded to gradient's dtype first
+    for first in range(0, gradient.shape[0], _WEIGHT_COLUMNS):  # a CPU makes a copy in float32 of what it multiplies
+        run = slice(first, first + _WEIGHT_COLUMNS)
+        torch.mul(gradient[run], factor, out=result[run])
+    return result

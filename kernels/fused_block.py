@@ -23,6 +23,9 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.autocast import without_autocast
+from kernels.autograd import once_differentiable
+from kernels.checks import check_positions
 from kernels.registry import implementation
 
 
@@ -104,6 +107,7 @@ def block_forward(
     pieces: Pieces, kv_cache: tuple[Tensor, Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y (tokens, hidden), z, attention's part of g, lse) for x (tokens, hidden)."""
+    check_positions(layout.positions, layout.cos.shape[0])
     documents = cu_seqlens is not None
     g = x.new_empty((layout.tokens, layout.attention_width + layout.inner))
     normed = pieces.norm_forward(x, norm_weight, norm_bias, eps)[0]
@@ -167,6 +171,11 @@ torch.library.define(
     "(Tensor grad_y, Tensor x, Tensor z, Tensor attention, Tensor lse, Tensor norm_weight, Tensor norm_bias,"
     f" Tensor w_in, Tensor b_in, Tensor w_out, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
+torch.library.define(
+    "phi1::parallel_block_cached",
+    "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out,"
+    f" Tensor(a!) keys, Tensor(b!) values, SymInt length, {_OPTIONS}) -> Tensor",
+)
 
 
 def _arguments(x, w_in, cos, sin, positions, cu_seqlens, seq, heads, kv_heads, head_dim, eps, p, residual_p, seed, name):  # type: ignore[no-untyped-def]  # fmt: skip
@@ -184,6 +193,7 @@ def _saved_shapes(layout: Layout, documents: bool) -> tuple[tuple[int, ...], tup
 
 
 @torch.library.impl("phi1::parallel_block_forward", ("cpu", "cuda"))
+@without_autocast
 def _forward(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grads, *options):  # type: ignore[no-untyped-def]
     arguments = _arguments(x, w_in, *options)
     y, z, attention, lse = block_forward(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, *arguments)
@@ -201,7 +211,21 @@ def _forward_fake(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grad
     return x.new_empty(x.shape), z, x.new_empty(attention), x.new_empty(lse, dtype=torch.float32)
 
 
+@torch.library.impl("phi1::parallel_block_cached", ("cpu", "cuda"))
+@without_autocast
+def _cached(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, keys, values, length, *options):  # type: ignore[no-untyped-def]
+    arguments = _arguments(x, w_in, *options)
+    parameters = (norm_weight, norm_bias, w_in, b_in, w_out, b_out)
+    return block_forward(x, *parameters, *arguments, kv_cache=(keys, values, length))[0]
+
+
+@torch.library.register_fake("phi1::parallel_block_cached")
+def _cached_fake(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, keys, values, length, *options):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
 @torch.library.impl("phi1::parallel_block_backward", ("cpu", "cuda"))
+@without_autocast
 def _backward(grad_y, x, z, attention, lse, norm_weight, norm_bias, w_in, b_in, w_out, *options):  # type: ignore[no-untyped-def]
     grads = block_backward(
         grad_y.contiguous(), x, z, attention, lse, norm_weight, norm_bias, w_in, b_in, w_out,
@@ -218,21 +242,30 @@ def _backward_fake(grad_y, x, z, attention, lse, norm_weight, norm_bias, w_in, b
 
 class FusedBlock(torch.autograd.Function):
     """The two operators, differentiable: (x (tokens, hidden), six parameters, whether a backward pass may come, then
-    the operators' options) -> y."""
+    the operators' options) -> y, and what the backward pass needs of the forward pass."""
 
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grads, *options):  # type: ignore[no-untyped-def]
-        y, z, attention, lse = torch.ops.phi1.parallel_block_forward(
-            x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grads, *options
-        )
-        tensors, ctx.options = options[:4], options[4:]
-        ctx.save_for_backward(x, z, attention, lse, norm_weight, norm_bias, w_in, b_in, w_out, *tensors)
-        return y
+    def forward(x, *arguments):  # type: ignore[no-untyped-def]
+        return torch.ops.phi1.parallel_block_forward(x, *arguments)
 
     @staticmethod
-    def backward(ctx, grad_y):  # type: ignore[no-untyped-def]
-        grads = torch.ops.phi1.parallel_block_backward(grad_y, *ctx.saved_tensors, *ctx.options)
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        x, norm_weight, norm_bias, w_in, b_in, w_out, _, _, *options = inputs
+        _, z, attention, lse = output
+        tables, ctx.options = options[:4], options[4:]
+        ctx.mark_non_differentiable(z, attention, lse)
+        ctx.set_materialize_grads(False)  # theirs would be as large as they are
+        ctx.save_for_backward(x, z, attention, lse, norm_weight, norm_bias, w_in, b_in, w_out, *tables)
+
+    @staticmethod
+    def backward(ctx, grad_y, *_):  # type: ignore[no-untyped-def]
+        grads = (None,) * 7 if grad_y is None else _gradients(ctx, grad_y)
         return *grads, *(None,) * (5 + len(ctx.options))
+
+
+@once_differentiable("parallel_block")
+def _gradients(ctx, saved, grad_y):  # type: ignore[no-untyped-def]
+    return torch.ops.phi1.parallel_block_backward(grad_y, *saved, *ctx.options)
 
 
 def vendor_product(x: Tensor, weight: Tensor) -> Tensor:

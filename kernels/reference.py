@@ -4,8 +4,13 @@ Arithmetic is in float64 for float64 inputs and in float32 for all others; resul
 inputs' type. Every other backend is tested against this file.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
+
+from kernels.autocast import without_autocast
+from kernels.checks import check_offsets
 
 ATTENTION_OFFSET = 0
 """Philox offset of the attention mask."""
@@ -100,6 +105,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, invers
     return torch.cat([(first * c - second * s).to(x.dtype), (second * c + first * s).to(x.dtype), rest], dim=-1)
 
 
+@without_autocast  # in a region of bfloat16 PyTorch's cat refuses float16
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -118,7 +124,9 @@ def _probabilities(q: Tensor, k: Tensor, lse: Tensor | None, causal: bool, scale
         visible = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m)
         scores = scores.masked_fill(~visible, float("-inf"))
     if lse is None:
-        lse = torch.logsumexp(scores, dim=-1)
+        # The derivative of a logsumexp of nothing but -inf would be NaN.
+        blind = (scores == float("-inf")).all(-1)
+        lse = torch.logsumexp(scores.masked_fill(blind[..., None], 0.0), dim=-1).masked_fill(blind, float("-inf"))
     # A row that sees no key has lse = -inf: its probabilities are zeros, not exp(-inf + inf).
     p = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     return p, lse
@@ -131,11 +139,19 @@ def _attention_keep(p: Tensor, dropout_p: float, seed: int, first_batch: int) ->
     return dropout_keep(seed, ATTENTION_OFFSET, plane, index[2][:, None], index[3][None, :], dropout_p)
 
 
+def document_starts(name: str, offsets: Tensor, length: int) -> list[int]:
+    """Where each document starts, and the last ends; offsets that do not rise from 0 to length (which only a GPU's can)
+    count as their running maximum, no greater than length."""
+    check_offsets(name, offsets, length)
+    return list(itertools.accumulate((min(max(x, 0), length) for x in offsets.tolist()), max))
+
+
 def _documents(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) -> list[tuple[slice, slice, slice, int]]:
     """(batch slice, query slice, key slice, index of the first batch entry) per independent problem."""
     if cu_q is None or cu_k is None:
         return [(slice(None), slice(None), slice(None), 0)]
-    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
+    starts_q = document_starts("cu_seqlens_q", cu_q, q.shape[1])
+    starts_k = document_starts("cu_seqlens_k", cu_k, k.shape[1])
     return [
         (slice(None), slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1]), i)
         for i in range(len(starts_q) - 1)
@@ -218,8 +234,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Summed cross-entropy of softmax(hidden W^T + b) plus z_loss times the squared log-sum-exp, logits in full."""
     dtype = working_dtype(hidden.dtype)
-    logits = hidden.to(dtype) @ weight.to(dtype).T + bias.to(dtype)
     kept = targets != ignore_index
+    hidden = torch.where(kept[:, None], hidden, 0.0)  # a NaN in an ignored row times the gradient's 0 would be NaN
+    logits = hidden.to(dtype) @ weight.to(dtype).T + bias.to(dtype)
     picked = logits.gather(-1, torch.where(kept, targets, 0)[:, None])[:, 0]
     lse = torch.logsumexp(logits, -1)
     return torch.where(kept, lse - picked + z_loss * lse.square(), 0.0).sum()

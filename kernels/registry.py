@@ -379,3 +379,24 @@ def why_missing(version: str, machine: Machine) -> str:
 def serves(op: str, version: str, machine: Machine, options: Mapping[str, Any]) -> bool:
     """Whether a version exists, runs on the machine, and serves calls of the op with these options."""
     return version in _IMPLEMENTATIONS[op] and _why_not(op, version, machine, options) is None
+
+
+def has(op: str, version: str) -> bool:
+    """Whether the op has such a version, wherever it runs."""
+    return version in _IMPLEMENTATIONS[op]
+
+
+def measured_here(machine: Machine) -> bool:
+    """Whether anything was measured on the machine's kind, by the user or for the package."""
+    return any(cell.kind == machine.kind for cell in _rows)
+
+
+def orders(machine: Machine, dtype: torch.dtype, head_dim: int) -> dict[str, tuple[str, ...]]:
+    """By `Cell.name` what automatic choice tries on the machine, of what can run: what a run records and `held` takes."""
+    found: dict[str, tuple[str, ...]] = {}
+    for op, size, work in itertools.product(_IMPLEMENTATIONS, measured.SIZES, measured.WORKS):
+        cell = Cell(
+            op, machine.kind, dtype, head_dim if op in ("flash_attention", "parallel_block") else None, size, work
+        )
+        found[cell.name] = tuple(version for version in order(machine, cell)[0] if runs(op, version, machine))
+    return found

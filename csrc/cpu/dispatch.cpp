@@ -36,7 +36,7 @@ const char* avx512_bf16_missing() {
 }
 const char* amx_bf16_missing() {
   const char* why = avx512_bf16_missing();
-  return why != nullptr ? why : amx_missing();
+  return why != nullptr ? why : why_no_amx_bf16();
 }
 #endif
 

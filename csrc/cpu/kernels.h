@@ -38,6 +38,6 @@ struct Isa {
 const std::vector<Isa>& isas();
 
 // Why this process may not use AMX's tiles and their products of bf16, or null; asks the operating system for them.
-const char* amx_missing();
+const char* why_no_amx_bf16();
 
 }  // namespace phi1::cpu

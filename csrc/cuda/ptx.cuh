@@ -218,6 +218,17 @@ PHI1_DEVICE void mma_m16n8k16(f16, float (&d)[4], const uint32_t (&a)[4], const 
 // The greater; of a number and NaN the number.
 PHI1_DEVICE float max_f32(float x, float y) { return PHI1_PTX(max_f32(x, y), fmaxf(x, y)); }
 
+// The lesser, NaN where either is NaN.
+PHI1_DEVICE float min_nan(float x, float y) {
+#if defined(PHI1_EMULATOR)
+  return x != x || x < y ? x : y;
+#else
+  float least;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(y));
+  return least;
+#endif
+}
+
 // sqrt(x), rounded to nearest.
 PHI1_DEVICE float sqrt_f32(float x) { return PHI1_PTX(sqrt_f32(x), __fsqrt_rn(x)); }
 

@@ -15,11 +15,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_attention_keeps_the_error_rule(cuda_device, emulator_module, case, dtype):  # noqa: F811
+def test_attention_keeps_the_error_rule(cuda_device, request, case, dtype):  # noqa: F811
     check_attention(case, dtype, cuda_device)
     if cuda_device == "cuda":
         return
-    counters = emulator_module.counters()
+    counters = request.getfixturevalue("emulator_module").counters()  # built only where it is used
     assert counters["launches"] == 4, "forward, rows' numbers, dK and dV, dQ"
     assert counters["shared_wavefronts"] == counters["shared_wavefronts_least"] > 0, "bank conflicts"
 
@@ -144,10 +144,10 @@ def test_scale_must_be_positive(emulator, scale):  # noqa: F811
 
 
 def test_a_grid_too_large_is_refused_with_the_kernels_name(emulator_module):  # noqa: F811
-    spec = (0, 0, 0, 0)
+    x = torch.empty(0, 0, 0, 0)
     with pytest.raises(ValueError, match=r"CUDA kernel attention_forward: 4294967296 blocks: must be in 1..2147483647"):
         emulator_module.attention_forward_cuda(
-            spec, spec, spec, spec, 0, (2**31, 2, 2, 2, 2, 64), (0, 0), 0, True, 1.0, 0, 1.0, 0, 1, 0
+            x, x, x, x, None, (2**31, 2, 2, 2, 2, 64), (None, None), 0, True, 1.0, 0, 1.0, 0, 1, 0
         )
 
 

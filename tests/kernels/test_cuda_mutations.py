@@ -4,6 +4,7 @@ A mutant that survives means that the tests cannot see such a mistake, or that t
 """
 
 import dataclasses
+import itertools
 import pathlib
 import shutil
 import subprocess
@@ -182,6 +183,13 @@ MUTATIONS = [
          "t"),
         ("rotary: positions of the first batch entry", "b * args.position_batch_stride + t", "t"),
         ("rotary: last pair skipped", "i < args.half;", "i < args.half - 1;"),
+        ("rotary in runs: neighbours turned apart", "b[j] = y * c[j] + x * z;", "b[j] = y * c[j] - x * z;"),
+        ("rotary in runs: first angles for every pair", "* half + i;", "* half;"),
+        ("rotary in runs: rest not copied", "if (!turned && in == out) return;", "if (!turned) return;"),
+        ("rotary in runs: rest turned", "  if (turned) {", "  {"),
+        ("rotary in runs: rest at a wrong offset", "(turned ? half : (int(args.head_dim) - 2 * half) / 2)", "half"),
+        ("rotary in runs: k's first head is q's last", "head >= args.heads[0], h =", "head > args.heads[0], h ="),
+        ("rotary in runs: a token too many", "  if (b >= args.batch) return;\n", ""),
     ),
     *_mutations(
         "layer_norm.cuh",
@@ -258,7 +266,6 @@ MUTATIONS = [
         "block",
         ("q, k: wrong pairing", "{start + i, start + i + half, i}", "{start + i, start + i + dim / 2, i}"),
         ("q, k: first angles for every pair", "{start + i, start + i + half, i}", "{start + i, start + i + half, 0}"),
-        ("q, k: neighbours turned apart", "b[j] = y * c[j] + x * z;", "b[j] = y * c[j] - x * z;"),
         ("q, k: turned the wrong way", "args.sin + at, 1.0f)", "args.sin + at, -1.0f)"),
         ("q, k: gradient turned forward", "args.sin + at, -1.0f)", "args.sin + at, 1.0f)"),
         ("q, k: bias missing", "a[j] += bias_a[j], b[j] += bias_b[j]", "b[j] += bias_b[j]"),
@@ -321,12 +328,14 @@ def _check_attention(module: ModuleType) -> None:
 def _check_rotary(module: ModuleType) -> None:
     generator = torch.Generator().manual_seed(1)
     q, k = (torch.randn(2, 3, heads, 64, generator=generator).to(torch.bfloat16) for heads in (9, 2))
-    cos, sin = reference.rotary_table(32, 36)
-    for positions in (None, torch.randint(32, (2, 3), generator=generator)):
-        for inverse in (False, True):
-            ours = torch.ops.phi1.rotary(q, k, cos, sin, positions, inverse, "cuda")
-            for x, y in zip(ours, reference.rotary(q, k, cos, sin, positions, inverse), strict=True):
-                torch.testing.assert_close(x, y, rtol=2**-7, atol=1e-6)
+    where = torch.randint(32, (2, 3), generator=generator)
+    for dims, positions, inverse in itertools.product(
+        (36, 16, 32), (None, where), (False, True)
+    ):  # by element, in runs
+        cos, sin = reference.rotary_table(32, dims)
+        ours = torch.ops.phi1.rotary(q, k, cos, sin, positions, inverse, "cuda")
+        for x, y in zip(ours, reference.rotary(q, k, cos, sin, positions, inverse), strict=True):
+            torch.testing.assert_close(x, y, rtol=2**-7, atol=1e-6)
 
 
 def _check_layer_norm(module: ModuleType) -> None:

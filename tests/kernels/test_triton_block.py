@@ -262,7 +262,7 @@ def test_every_candidate(kernel, monkeypatch):
     """The first call takes the fastest, right or wrong: here each gets its turn."""
     choose("descriptors", monkeypatch)
     tuner, inputs = getattr(block(), f"_{kernel}_kernel"), make(2, 69, dtype=torch.bfloat16)
-    for config in descriptors.prune(tuner.configs, {}, DESCRIPTORS=torch.cuda.get_device_capability()[0] == 9):
+    for config in block()._prune(tuner.configs, {}, DESCRIPTORS=torch.cuda.get_device_capability()[0] == 9):
         monkeypatch.setattr(tuner, "early_config_prune", lambda *_, config=config, **__: [config])
         monkeypatch.setattr(tuner, "cache", {})
         check_run(run_with_grads(inputs), inputs)
