@@ -12,8 +12,8 @@ are multiplied with in the backward pass, in float32, and then rounded to hidden
 bfloat16 (two roundings to 8 bits, of numbers with float32's range) and float32 for float16, which holds neither a sum
 over many rows nor, with its 2^-24, a mean.
 
-Memory beside the loss and the gradients, whatever the number of rows: a chunk's logits (25 MiB in 16 bits, 50 in
-float32) and its rows h. Float32 and float64 gradients of the weight are their own sums. In bfloat16 they add up in
+Memory beside the loss and the gradients, whatever the number of rows: a chunk's logits (on a CPU 25 MiB in 16 bits, 50
+in float32; on a GPU 16 times that) and its rows h. Float32 and float64 gradients of the weight are their own sums. In bfloat16 they add up in
 float32, which takes 4 bytes more for each of the weight's elements, or 2 where a backend keeps the sums' upper halves in
 the gradient's memory; and one run's product. In float16 the gradients of hidden and weight take 4 bytes an element
 instead of 2 until the backward pass is done. On a CPU with bf16 instructions, two threads, 4,096 rows of width 512 and
@@ -30,9 +30,11 @@ from torch import Tensor
 
 from kernels import reference
 
-# 256 rows of phi-1's 51,200 columns, 25 MiB in 16 bits: whole tiles of the products, and fewer bytes than the L2 cache of
-# an A100 or H100 holds. Unmeasured on a GPU.
-_CHUNK_LOGITS = 256 * 51_200
+# Logits in a chunk, by device type. On a CPU 256 rows of phi-1's 51,200 columns, 25 MiB in 16 bits: whole tiles of the
+# products. On a GPU 4,096 rows: each chunk adds to float32 sums of the weight's size. Forward and backward of 16,384 rows of
+# width 2,048 on an H200, when the sums were added beside the products: 50.5 ms with 256 rows a chunk, 23.3 with 1,024,
+# 18.0 with 4,096, 16.3 with 8,192.
+_CHUNK_LOGITS = {"cpu": 256 * 51_200, "cuda": 4096 * 51_200}
 # Columns in one product for grad_weight, which is made beside the sums: 4 MiB at width 512.
 _WEIGHT_COLUMNS = 4096
 
@@ -76,10 +78,16 @@ def check_targets(targets: Tensor, columns: int, ignore_index: int) -> None:
         raise IndexError(f"targets in [{low}, {high}]: must be in [0, {columns}) or ignore_index = {ignore_index}")
 
 
-def _add_float16_product(sums: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """sums (+)= a b, of float16 in float32. A product in float16 overflows before its scale is known."""
+def _add_product(sums: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """sums (+)= a b, of 16-bit matrices in float32. A product in float16 overflows before its scale is known."""
+    if a.is_cuda:  # the product itself adds up in float32
+        if first:
+            torch.mm(a, b, out_dtype=torch.float32, out=sums)
+        else:
+            torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
+        return
     # A CPU has no such product, and its own of float16 took 170 times as long as float32's (Zen 3, 256 x 2048 x 4096).
-    product = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
+    product = torch.mm(a.float(), b.float())
     if first:
         sums.copy_(product)
     else:
@@ -99,19 +107,21 @@ def linear_cross_entropy(
     (rows, width), columns, wide = hidden.shape, weight.shape[0], reference.working_dtype(hidden.dtype)
     bias, targets = bias.contiguous(), targets.contiguous()
     ignored = (targets == ignore_index)[:, None]
-    chunk = min(max(1, _CHUNK_LOGITS // columns), max(rows, 1))
+    chunk = min(max(1, _CHUNK_LOGITS[hidden.device.type] // columns), max(rows, 1))
     logits = hidden.new_empty((chunk, columns))
     loss = hidden.new_empty(rows, dtype=wide)
     grad_dtype = gradient_dtype(hidden.dtype)
     grad_hidden, grad_weight = (x.new_empty(x.shape if with_grads else 0, dtype=grad_dtype) for x in (hidden, weight))
     bias_sums = bias.new_zeros((pieces.bias_parts(chunk, columns), columns), dtype=wide) if with_grads else None
-    narrow = hidden.dtype == torch.bfloat16
-    scratch = weight.new_empty(grad_weight.shape if narrow else 0, dtype=pieces.scratch)
-    product = weight.new_empty((min(_WEIGHT_COLUMNS, columns), width) if narrow and with_grads else 0)
+    narrow, on_gpu = hidden.dtype == torch.bfloat16, hidden.is_cuda
+    scratch_dtype = torch.float32 if on_gpu else pieces.scratch
+    scratch = weight.new_empty(grad_weight.shape if narrow and chunk < rows else 0, dtype=scratch_dtype)
+    run_columns = columns if on_gpu else min(_WEIGHT_COLUMNS, columns)
+    product = weight.new_empty((run_columns, width) if narrow and with_grads and not on_gpu else 0)
     if rows == 0:
         grad_weight.zero_()  # no chunk will write it
     for start in range(0, rows, chunk):
-        block = slice(start, start + chunk)
+        block, first, last = slice(start, start + chunk), start == 0, start + chunk >= rows
         h = hidden[block].masked_fill(ignored[block], 0.0)
         d = torch.mm(h, weight.T, out=logits[: h.shape[0]])
         pieces.cross_entropy(d, bias, targets[block], loss[block], bias_sums, ignore_index, z_loss)
@@ -120,17 +130,24 @@ def linear_cross_entropy(
         if grad_dtype == hidden.dtype:
             torch.mm(d, weight, out=grad_hidden[block])
         if grad_dtype == wide == hidden.dtype:
-            grad_weight.addmm_(d.T, h, beta=int(start > 0))
+            grad_weight.addmm_(d.T, h, beta=int(not first))
             continue
-        for first_column in range(0, columns, _WEIGHT_COLUMNS):
-            run = slice(first_column, first_column + _WEIGHT_COLUMNS)
+        if narrow and first and last:
+            torch.mm(d.T, h, out=grad_weight)  # nothing to add to
+            continue
+        for first_column in range(0, columns, run_columns):
+            run = slice(first_column, first_column + run_columns)
             grad = grad_weight[run]
-            if narrow:
-                part = torch.mm(d[:, run].T, h, out=product[: grad.shape[0]])
-                pieces.add_product(grad, scratch[run], part, start == 0, start + chunk >= rows)
+            if not narrow:
+                _add_product(grad, d[:, run].T, h, first)
+                _add_product(grad_hidden[block], d[:, run], weight[run], first_column == 0)
+            elif on_gpu:
+                _add_product(scratch[run], d[:, run].T, h, first)
+                if last:
+                    grad.copy_(scratch[run])
             else:
-                _add_float16_product(grad, d[:, run].T, h, start == 0)
-                _add_float16_product(grad_hidden[block], d[:, run], weight[run], first_column == 0)
+                part = torch.mm(d[:, run].T, h, out=product[: grad.shape[0]])
+                pieces.add_product(grad, scratch[run], part, first, last)
     grad_bias = bias.new_empty(0, dtype=wide) if bias_sums is None else bias_sums.sum(0)
     return loss.sum(dtype=torch.float64).to(wide), grad_hidden, grad_weight, grad_bias
 

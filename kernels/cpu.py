@@ -225,7 +225,6 @@ def register_kernels(name: str, isa: Any) -> None:
     norm = of(layer_norm_forward), of(layer_norm_backward)
     block = Pieces(
         *norm, of(_project_in), of(_project_in_backward), *attention, of(_project_out), of(_project_out_backward),
-        saves_attention=True,  # made again it took 6% of forward + backward at hidden 512, 1,024 tokens (Zen 4)
     )  # fmt: skip
     loss = chunked_loss.Pieces(of(_cross_entropy), add_product=of(_add_product), scratch=torch.int16)
     for op, run, refuses in (

@@ -318,7 +318,7 @@ def register_kernels(
     norm = of(layer_norm_forward), of(layer_norm_backward)
     block = Pieces(
         *norm, of(project_in), of(project_in_backward), *attention, of(project_out), of(project_out_backward),
-        saves_attention=True,
+
     )  # fmt: skip
     loss = chunked_loss.Pieces(of(cross_entropy), bias_parts=_sum_parts)
     for op, version, run, refuses in (

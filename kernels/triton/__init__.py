@@ -71,7 +71,7 @@ def _register_kernels() -> None:
             project_in, project_out = _of("block", "project_in_whole"), _of("block", "project_out_whole")
         block = Pieces(
             *norm, project_in, _of("block", "project_in_backward"),
-            *attention, project_out, _of("block", "project_out_backward"), saves_attention=True,
+            *attention, project_out, _of("block", "project_out_backward"),
         )  # fmt: skip
         register("parallel_block", f"triton/{name}", block, devices=devices, needs=needs, refuses=_attention_refuses)
 

@@ -32,7 +32,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
 def _check(module: ModuleType, name: str, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error rule with `module` for the loop: chunks of 7, 7 and 2 rows, runs of 200, 200 and 120 columns."""
     monkeypatch.setattr(importlib.import_module("kernels.loss"), "chunked_loss", module)
-    monkeypatch.setattr(module, "_CHUNK_LOGITS", 7 * 520)
+    monkeypatch.setattr(module, "_CHUNK_LOGITS", dict.fromkeys(("cpu", "cuda"), 7 * 520))
     monkeypatch.setattr(module, "_WEIGHT_COLUMNS", 200)
     inputs, targets = make(16, 16, 520, dtype)
     truth, low = (with_grads(lambda *a: plain(*a, targets), inputs, kind) for kind in (torch.float64, dtype))

@@ -23,7 +23,7 @@ SHAPES = [(1, 1, 8), (2, 8, 40), (13, 16, 72), (40, 24, 512), (9, 17, 1032), (3,
 @contextlib.contextmanager
 def chunk_of(logits: int) -> Iterator[None]:
     """Within the block at most so many logits exist at a time."""
-    before, chunked_loss._CHUNK_LOGITS = chunked_loss._CHUNK_LOGITS, logits
+    before, chunked_loss._CHUNK_LOGITS = chunked_loss._CHUNK_LOGITS, dict.fromkeys(("cpu", "cuda"), logits)
     try:
         yield
     finally:
