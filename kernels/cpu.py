@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import chunked_loss, native, reference
+from kernels import chunked_loss, fused_block, native, reference
 from kernels.checks import check_offsets
 from kernels.fused_block import Dropout, Layout, Pieces, dropout_arguments, vendor_product
 from kernels.registry import register
@@ -223,18 +223,20 @@ def register_kernels(name: str, isa: Any) -> None:
 
     attention = of(attention_forward), of(attention_backward)
     norm = of(layer_norm_forward), of(layer_norm_backward)
-    block = Pieces(
+    block = fused_block.operators(Pieces(
         *norm, of(_project_in), of(_project_in_backward), *attention, of(_project_out), of(_project_out_backward),
-    )  # fmt: skip
-    loss = chunked_loss.Pieces(of(_cross_entropy), add_product=of(_add_product), scratch=torch.int16)
+    ))  # fmt: skip
+    loss = chunked_loss.operators(
+        chunked_loss.Pieces(of(_cross_entropy), add_product=of(_add_product), scratch=torch.int16)
+    )
     for op, run, refuses in (
-        ("apply_rotary", of(rotary), native.refuses_dtype),
+        ("apply_rotary", (of(rotary), of(rotary)), native.refuses_dtype),
         ("flash_attention", attention, _attention_refuses),
         ("layer_norm", norm, native.refuses_dtype),
         ("parallel_block", block, _attention_refuses),
         ("linear_cross_entropy", loss, native.refuses_dtype),
     ):
-        register(op, f"cpu/{name}", run, devices=("cpu",), refuses=refuses)
+        register(op, f"cpu/{name}", *run, devices=("cpu",), refuses=refuses)
 
 
 _compiled = {isa.name: isa for isa in native.ISAS}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import chunked_loss, native, reference
+from kernels import chunked_loss, fused_block, native, reference
 from kernels.checks import check_offsets
 from kernels.fused_block import Dropout, Layout, Pieces, dropout_arguments, vendor_product
 from kernels.machine import Machine
@@ -316,19 +316,18 @@ def register_kernels(
 
     attention = of(attention_forward), of(attention_backward)
     norm = of(layer_norm_forward), of(layer_norm_backward)
-    block = Pieces(
+    block = fused_block.operators(Pieces(
         *norm, of(project_in), of(project_in_backward), *attention, of(project_out), of(project_out_backward),
-
-    )  # fmt: skip
-    loss = chunked_loss.Pieces(of(cross_entropy), bias_parts=_sum_parts)
+    ))  # fmt: skip
+    loss = chunked_loss.operators(chunked_loss.Pieces(of(cross_entropy), bias_parts=_sum_parts))
     for op, version, run, refuses in (
-        ("apply_rotary", "cuda", of(rotary), native.refuses_dtype),
+        ("apply_rotary", "cuda", (of(rotary), of(rotary)), native.refuses_dtype),
         ("flash_attention", "cuda/mma", attention, attention_refuses),
         ("layer_norm", "cuda", norm, native.refuses_dtype),
         ("parallel_block", "cuda/mma", block, block_refuses),
         ("linear_cross_entropy", "cuda", loss, loss_refuses),
     ):
-        register(op, version, run, devices=devices, needs=needs, refuses=refuses)
+        register(op, version, *run, devices=devices, needs=needs, refuses=refuses)
 
 
 register_kernels(native._native, devices=("cuda",))

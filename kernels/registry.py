@@ -35,8 +35,13 @@ class BackendError(ValueError):
 class Implementation:
     """One version of one op."""
 
-    run: Any
-    """The function; for an op whose backward is an op of its own, (forward, backward)."""
+    forward: Callable[..., Any]
+    """The op's module says what it takes and returns."""
+    backward: Callable[..., Any] | None
+    """Its derivative; None: PyTorch differentiates the forward, which then runs in the caller's graph."""
+    differentiable: bool
+    """PyTorch may differentiate the forward although there is a backward: so calls run that are not compiled, and have
+    derivatives of any order."""
     devices: tuple[str, ...]
     """Device types whose tensors it takes."""
     needs: Callable[[Machine], str | None]
@@ -80,13 +85,15 @@ def missing_here(version: str) -> Callable[[Machine], str | None]:
 def register(
     op: str,
     version: str,
-    run: Any,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
     *,
+    differentiable: bool = False,
     devices: tuple[str, ...] = ("cpu", "cuda"),
     needs: Callable[[Machine], str | None] | None = None,
     refuses: Callable[..., str | None] = lambda **options: None,
 ) -> None:
-    """Adds `run` as `version` of `op`: a backend's name, or "backend/version". See `Implementation` for the rest.
+    """Adds `version` of `op`: a backend's name, or "backend/version". See `Implementation` for the rest.
 
     Raises ValueError if the op has it already, or there is no such backend.
     """
@@ -95,7 +102,7 @@ def register(
     table = _IMPLEMENTATIONS.setdefault(op, {})
     if version in table:
         raise ValueError(f"{op} has a version {version!r} already: give the second another name")
-    table[version] = Implementation(run, devices, needs or missing_here(version), refuses)
+    table[version] = Implementation(forward, backward, differentiable, devices, needs or missing_here(version), refuses)
     _forget()
 
 
@@ -347,8 +354,8 @@ def choose(op: str, device: torch.device, requested: str | None, **call: Any) ->
     return found
 
 
-def implementation(op: str, name: str) -> Any:
-    """What was registered as `run` for a version of `op`; of a backend's name, of the first version that runs here."""
+def implementation(op: str, name: str) -> Implementation:
+    """A version of `op`; of a backend's name the first version that runs here."""
     found = _IMPLEMENTATIONS[op].get(name)
     if found is None:
         here = [machines.cpu(), *_machines.values()]
@@ -356,7 +363,15 @@ def implementation(op: str, name: str) -> Any:
         if not ordered:
             raise BackendError(f"{op} has no {name} backend here")
         found = _IMPLEMENTATIONS[op][ordered[0]]
-    return found.run
+    return found
+
+
+def in_graph(op: str, name: str) -> Callable[..., Any] | None:
+    """The forward of a version whose forward PyTorch differentiates in the caller's graph; None of one that runs as an
+    operator of its own with its own backward."""
+    found = implementation(op, name)
+    opaque = found.backward is not None and (torch.compiler.is_compiling() or not found.differentiable)
+    return None if opaque else found.forward
 
 
 def ops() -> list[str]:

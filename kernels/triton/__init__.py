@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kernels import chunked_loss, native
+from kernels import chunked_loss, fused_block, native
 from kernels.fused_block import Pieces
 from kernels.machine import TRITON_INTERPRETED as INTERPRETED
 from kernels.machine import Machine
@@ -49,31 +49,34 @@ def _needs_descriptors(machine: Machine) -> str | None:
 def _register_kernels() -> None:
     devices = ("cpu",) if INTERPRETED else ("cuda",)
     norm = _of("norm", "layer_norm_forward"), _of("norm", "layer_norm_backward")
-    loss = chunked_loss.Pieces(_of("loss", "cross_entropy"))
-    for op, run in (("apply_rotary", _of("rotary", "rotary")), ("layer_norm", norm), ("linear_cross_entropy", loss)):
-        register(op, "triton", run, devices=devices, refuses=native.refuses_dtype)
+    loss = chunked_loss.operators(chunked_loss.Pieces(_of("loss", "cross_entropy")))
+    rotary = _of("rotary", "rotary"), _of("rotary", "rotary")
+    for op, run in (("apply_rotary", rotary), ("layer_norm", norm), ("linear_cross_entropy", loss)):
+        register(op, "triton", *run, devices=devices, refuses=native.refuses_dtype)
     forms: list[tuple[str, Callable[[Machine], str | None], bool, bool]] = [
         ("pointers", missing_here("triton"), False, False),
         ("descriptors", _needs_descriptors, True, False),
         ("product", missing_here("triton"), True, True),
     ]
     for name, needs, by_descriptors, own_product in forms:
-        attention = tuple(
+        attention = [
             functools.partial(_of("attention", function), by_descriptors=by_descriptors)
             for function in ("attention_forward", "attention_backward")
-        )
+        ]
         if not own_product:
             register(
-                "flash_attention", f"triton/{name}", attention, devices=devices, needs=needs, refuses=_attention_refuses
-            )
+                "flash_attention", f"triton/{name}", *attention,
+                devices=devices, needs=needs, refuses=_attention_refuses,
+            )  # fmt: skip
         project_in, project_out = (_of("block", function) for function in ("project_in", "project_out"))
         if own_product:
             project_in, project_out = _of("block", "project_in_whole"), _of("block", "project_out_whole")
-        block = Pieces(
+        pieces = Pieces(
             *norm, project_in, _of("block", "project_in_backward"),
             *attention, project_out, _of("block", "project_out_backward"),
         )  # fmt: skip
-        register("parallel_block", f"triton/{name}", block, devices=devices, needs=needs, refuses=_attention_refuses)
+        block = fused_block.operators(pieces)
+        register("parallel_block", f"triton/{name}", *block, devices=devices, needs=needs, refuses=_attention_refuses)
 
 
 _register_kernels()

@@ -45,9 +45,9 @@ def rotary_calls(monkeypatch):
 
         def run(*arguments, name=name, found=found):
             calls.append(name)
-            return found.run(*arguments)
+            return found.forward(*arguments)
 
-        change(monkeypatch, "apply_rotary", name, run=run)
+        change(monkeypatch, "apply_rotary", name, forward=run)
     return calls
 
 
