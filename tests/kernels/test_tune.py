@@ -30,7 +30,7 @@ def cache(tmp_path, monkeypatch):
     registry.read_tables()
 
 
-def of_op(op, **options):
+def of_op(op):
     """Only this op's works."""
     return [work for work in tune.works(HERE, CPU, SHAPE, [torch.float32]) if work.cell.op == op]
 
@@ -63,7 +63,8 @@ def test_every_work_runs_on_every_candidate():
 
 
 def test_the_choice_follows_what_was_measured(monkeypatch):
-    monkeypatch.setattr(tune, "works", lambda *arguments: of_op("apply_rotary"))
+    works = of_op("apply_rotary")
+    monkeypatch.setattr(tune, "works", lambda *arguments: works)
     lines = []
     path = run(lines)
     assert path == measured.own_path(HERE.kind)
