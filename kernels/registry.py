@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from kernels import machine as machines
-from kernels import measured
+from kernels import measured, recompute
 from kernels.machine import Machine
 from kernels.measured import BACKENDS, Cell, Row
 
@@ -187,7 +187,7 @@ def forced_backend(requested: str | None) -> str | None:
         return _checked(requested, "backend")
     if torch.compiler.is_compiling():
         return _FORCED_COMPILED[-1] if _FORCED_COMPILED else _environment
-    return _forced.get() or _environment
+    return recompute.keep(_forced.get()) or _environment
 
 
 # ------------------------------------------------------------------------------------------------- the choice

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from kernels import BackendError, apply_rotary, flash_attention, layer_norm, reference, registry, use_backend
 from kernels import machine as machines
@@ -186,6 +187,37 @@ def test_a_block_is_of_its_task(rotary_calls):
 
     asyncio.run(both())
     assert rotary_calls == [BEST, "reference"]
+
+
+@pytest.mark.parametrize("thread", [False, True], ids=["same_thread", "another_thread"])
+def test_a_checkpoint_recomputes_on_the_backend_of_its_forward(thread, rotary_calls):
+    q = torch.ones(1, 2, 1, 4, requires_grad=True)
+    tables = reference.rotary_table(2, 4)
+
+    def run(x):
+        turned = apply_rotary(x, x, *tables)[0].sin()  # whose derivative needs what is made again
+        with use_backend("cpu"):
+            return apply_rotary(turned, turned, *tables)[0].sin()
+
+    with use_backend("reference"):
+        y = checkpoint(run, q, use_reentrant=False)
+        z = checkpoint(run, q, use_reentrant=False)
+    assert rotary_calls == ["reference", BEST] * 2
+    del rotary_calls[:]
+    backward = threading.Thread(target=y.sum().backward) if thread else None
+    if backward is None:
+        y.sum().backward()
+    else:
+        backward.start()
+        backward.join()
+    # The recomputation, then the backward of the op with one of its own.
+    assert rotary_calls[:2] == ["reference", BEST] and set(rotary_calls) == {"reference", BEST}, rotary_calls
+    assert q.grad is not None
+    del rotary_calls[:]
+    with use_backend("cpu"):
+        z.sum().backward(retain_graph=True)
+        z.sum().backward()
+    assert rotary_calls.count("reference") == 2
 
 
 def test_one_version_is_registered_once():
