@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.fused_block import Dropout, Layout, vendor_product
 from kernels.reference import dropout_scale, dropout_threshold
-from kernels.triton import INTERPRETED, descriptors
+from kernels.triton import INTERPRETED, descriptors, trial
 from kernels.triton.block_elementwise import (
     after_in_backward_kernel,
     after_in_kernel,
@@ -63,6 +63,7 @@ def _tuned(function, key: list[str], specialized: bool):
         key=[*key, "row_class", "DESCRIPTORS"],
         prune_configs_by={"early_config_prune": _prune},
         cache_results=True,
+        do_bench=trial.bench,
     )(function)
 
 
