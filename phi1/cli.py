@@ -73,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             config = tyro.cli(module.Config, prog=f"phi1 {name}", args=words[depth:], description=module.__doc__)
         module.run(config)
-    except (UserError, *_kernels_error()) as error:
+    except (UserError, ValueError) as error:
+        if not isinstance(error, (UserError, *_kernels_error())):
+            raise
         print(f"phi1: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -355,7 +355,7 @@ class Trainer:
         goes on are kept, so that its numbers stay the same; what this machine would choose otherwise is said."""
         machine = registry.machine_of(self.world.device)
         now = registry.orders(machine, DTYPES[self.precision], self.config.model.head_dim)
-        chosen = {"kind": machine.kind, "forced": registry.forced_backend(None), "orders": now}
+        chosen: dict[str, Any] = {"kind": machine.kind, "forced": registry.forced_backend(None), "orders": now}
         before = self.facts.get("kernels") or chosen
         for name in ("kind", "forced"):
             if before[name] != chosen[name]:

@@ -71,11 +71,11 @@ def _register_kernels() -> None:
         project_in, project_out = (_of("block", function) for function in ("project_in", "project_out"))
         if own_product:
             project_in, project_out = _of("block", "project_in_whole"), _of("block", "project_out_whole")
-        pieces = Pieces(
+        pieces: list[Callable[..., Any]] = [
             *norm, project_in, _of("block", "project_in_backward"),
             *attention, project_out, _of("block", "project_out_backward"),
-        )  # fmt: skip
-        block = fused_block.operators(pieces)
+        ]  # fmt: skip
+        block = fused_block.operators(Pieces(*pieces))
         register("parallel_block", f"triton/{name}", *block, devices=devices, needs=needs, refuses=_attention_refuses)
 
 
