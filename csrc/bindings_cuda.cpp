@@ -1,4 +1,6 @@
 // Python bindings of the CUDA kernels.
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "bindings.h"
@@ -9,6 +11,14 @@ namespace py = pybind11;
 namespace phi1 {
 
 namespace {
+
+#if defined(PHI1_HAS_HOPPER)
+constexpr bool kHasHopper = true;
+#define PHI1_HOPPER(launcher) cuda::hopper::launcher
+#else
+constexpr bool kHasHopper = false;
+#define PHI1_HOPPER(launcher) nullptr
+#endif
 
 void* stream_of(uintptr_t x) { return reinterpret_cast<void*>(x); }
 
@@ -73,9 +83,20 @@ cuda::CrossEntropyArgs cross_entropy_args(Memory logits, Memory bias, Memory tar
   return args;
 }
 
+// The launcher of an attention kernel. version 0: mma.sync, any card; 1: wgmma, compute capability 9.0 only.
+using AttentionLauncher = void (*)(const cuda::AttentionArgs&, void*);
+AttentionLauncher attention_version(int version, AttentionLauncher mma, AttentionLauncher hopper) {
+  if (version == 0) return mma;
+  if (version == 1 && hopper) return hopper;
+  throw std::invalid_argument("attention: version = " + std::to_string(version) + ": this build has " +
+                              (kHasHopper ? "0 (mma) and 1 (hopper)" : "0 (mma); build with 90a in PHI1_CUDA_ARCHS"));
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
+  m.attr("has_hopper") = kHasHopper;
+
   m.def("rotary_cuda", [](HeadsTensor q, HeadsTensor k, HeadsTensor q_out, HeadsTensor k_out,
                           std::array<int64_t, 5> sizes, Memory cos, Memory sin, int64_t half, Memory position,
                           int64_t position_batch_stride, bool inverse, int dtype, uintptr_t stream) {
@@ -88,26 +109,27 @@ void bind_cuda(py::module_& m) {
   m.def("attention_forward_cuda",
         [](HeadsTensor q, HeadsTensor k, HeadsTensor v, HeadsTensor out, Memory lse, std::array<int64_t, 6> sizes,
            std::array<Memory, 2> cu_seqlens, int64_t documents, bool causal, float scale, uint32_t dropout_threshold,
-           float dropout_scale, uint64_t dropout_seed, int dtype, uintptr_t stream) {
+           float dropout_scale, uint64_t dropout_seed, int dtype, uintptr_t stream, int version) {
           py::gil_scoped_release release;
-          cuda::attention_forward(attention_args(q, k, v, out, lse, sizes, cu_seqlens, documents, causal, scale,
-                                                 dropout_threshold, dropout_scale, dropout_seed, dtype),
-                                  stream_of(stream));
+          const auto forward = attention_version(version, cuda::attention_forward, PHI1_HOPPER(attention_forward));
+          forward(attention_args(q, k, v, out, lse, sizes, cu_seqlens, documents, causal, scale, dropout_threshold,
+                                 dropout_scale, dropout_seed, dtype),
+                  stream_of(stream));
         });
 
-  m.def("attention_backward_cuda",
-        [](const std::array<HeadsTensor, 4>& grads, Memory row_stats, HeadsTensor q, HeadsTensor k, HeadsTensor v,
-           HeadsTensor out, Memory lse, std::array<int64_t, 6> sizes, std::array<Memory, 2> cu_seqlens,
-           int64_t documents, bool causal, float scale, uint32_t dropout_threshold, float dropout_scale,
-           uint64_t dropout_seed, int dtype, uintptr_t stream) {
-          py::gil_scoped_release release;
-          cuda::AttentionArgs args = attention_args(q, k, v, out, lse, sizes, cu_seqlens, documents, causal, scale,
-                                                    dropout_threshold, dropout_scale, dropout_seed, dtype);
-          args.grad_out = grads[0], args.grad_q = grads[1];
-          args.grad_k = grads[2], args.grad_v = grads[3];
-          args.row_stats = address<float>(row_stats);
-          cuda::attention_backward(args, stream_of(stream));
-        });
+  m.def("attention_backward_cuda", [](const std::array<HeadsTensor, 4>& grads, Memory row_stats, HeadsTensor q,
+                                      HeadsTensor k, HeadsTensor v, HeadsTensor out, Memory lse,
+                                      std::array<int64_t, 6> sizes, std::array<Memory, 2> cu_seqlens, int64_t documents,
+                                      bool causal, float scale, uint32_t dropout_threshold, float dropout_scale,
+                                      uint64_t dropout_seed, int dtype, uintptr_t stream, int version) {
+    py::gil_scoped_release release;
+    cuda::AttentionArgs args = attention_args(q, k, v, out, lse, sizes, cu_seqlens, documents, causal, scale,
+                                              dropout_threshold, dropout_scale, dropout_seed, dtype);
+    args.grad_out = grads[0], args.grad_q = grads[1];
+    args.grad_k = grads[2], args.grad_v = grads[3];
+    args.row_stats = address<float>(row_stats);
+    attention_version(version, cuda::attention_backward, PHI1_HOPPER(attention_backward))(args, stream_of(stream));
+  });
 
   m.def("layer_norm_forward_cuda", [](Memory x, Memory weight, Memory bias, Memory y, Memory stats,
                                       std::array<int64_t, 3> sizes, float eps, int dtype, uintptr_t stream) {

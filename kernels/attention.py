@@ -117,11 +117,11 @@ def _check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
     )
     if torch.compiler.is_compiling():
         return  # nothing has an address there, and the compiler puts copies where tensors share memory
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if share_memory(out, x):
-            raise ValueError(
-                f"out shares memory with {name}, which is read after out is written: give memory of its own"
-            )
+    shared = [name for name, x in (("q", q), ("k", k), ("v", v)) if share_memory(out, x)]
+    check(
+        not shared,
+        lambda: f"out shares memory with {shared[0]}, which is read after out is written: give memory of its own",
+    )
 
 
 def check_documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, x: Tensor) -> None:

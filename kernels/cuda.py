@@ -17,7 +17,7 @@ from kernels import chunked_loss, fused_block, native, reference
 from kernels.checks import check_offsets
 from kernels.fused_block import Dropout, Layout, Pieces, dropout_arguments, vendor_product
 from kernels.machine import Machine
-from kernels.registry import register
+from kernels.registry import missing_here, register
 
 
 def _device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -55,6 +55,24 @@ def attention_refuses(*, dtype: torch.dtype, head_dim: int, **_: object) -> str 
     return None
 
 
+ATTENTION_VERSIONS = ("mma", "hopper")
+"""Of the attention kernels, by the number that the native module takes: mma.sync on any card; wgmma, compute capability
+9.0 and head_dim 64 or 128 only."""
+
+
+def _hopper_needs(machine: Machine) -> str | None:
+    if machine.capability == (9, 0):
+        return missing_here("cuda/hopper")(machine)
+    return machine.missing.get("cuda") or f"{machine.name} has not compute capability 9.0"
+
+
+def _hopper_refuses(refuses: Callable[..., str | None], *, head_dim: int, **options: Any) -> str | None:
+    """Why those of the kernels that are made for Hopper cannot serve a call, or None; refuses: of the others."""
+    if head_dim not in (64, 128):
+        return f"head_dim = {head_dim}: the hopper kernels are made for 64 and 128"
+    return refuses(head_dim=head_dim, **options)
+
+
 def _is_aligned(x: Tensor) -> bool:
     """Each row of x is contiguous and starts at a multiple of 16 bytes."""
     strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
@@ -90,10 +108,12 @@ def _attention_arguments(
 
 
 def attention_forward(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    module: Any, version: int, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
     causal: bool, scale: float, *dropout: Any, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) float32; see `kernels.flash_attention`."""
+    """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) float32; see `kernels.flash_attention`.
+
+    version: index in ATTENTION_VERSIONS."""
     q, scale, _ = native.positive_scale(q, scale)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None or not _is_aligned(out) else out
@@ -106,13 +126,14 @@ def attention_forward(
     if q.numel():
         with _device(q):
             module.attention_forward_cuda(
-                *_attention_arguments(q, k, v, result, lse, cu_q, cu_k, causal, scale, *dropout)
+                *_attention_arguments(q, k, v, result, lse, cu_q, cu_k, causal, scale, *dropout),
+                version,
             )
     return result if out is None or out is result else out.copy_(result), lse
 
 
 def attention_backward(
-    module: Any, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    module: Any, version: int, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, scale: float, *dropout: Any,
     grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -133,6 +154,7 @@ def attention_backward(
                 (grad_out, *grads),
                 row_stats,
                 *_attention_arguments(q, k, v, out, lse, cu_q, cu_k, causal, scale, *dropout),
+                version,
             )
     if sign != 1:
         grads[0].mul_(sign)
@@ -308,26 +330,35 @@ def register_kernels(
 ) -> None:
     """Makes the launches of `module` the `cuda` backend of every op, for tensors on `devices`.
 
-    What multiplies matrices by `mma` is the version `cuda/mma`; ops without a product have one version, `cuda`.
+    Attention has the versions `cuda/mma` and `cuda/hopper`, and so has the layer with it; other ops have one, `cuda`.
+    needs: in place of what a GPU and the build of the native module must have.
     """
 
-    def of(function: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.partial(function, module)
+    def of(function: Callable[..., Any], *more: Any) -> Callable[..., Any]:
+        return functools.partial(function, module, *more)
 
-    attention = of(attention_forward), of(attention_backward)
-    norm = of(layer_norm_forward), of(layer_norm_backward)
-    block = fused_block.operators(Pieces(
-        *norm, of(project_in), of(project_in_backward), *attention, of(project_out), of(project_out_backward),
-    ))  # fmt: skip
-    loss = chunked_loss.operators(chunked_loss.Pieces(of(cross_entropy), bias_parts=_sum_parts))
-    for op, version, run, refuses in (
-        ("apply_rotary", "cuda", (of(rotary), of(rotary)), native.refuses_dtype),
-        ("flash_attention", "cuda/mma", attention, attention_refuses),
-        ("layer_norm", "cuda", norm, native.refuses_dtype),
-        ("parallel_block", "cuda/mma", block, block_refuses),
-        ("linear_cross_entropy", "cuda", loss, loss_refuses),
+    norm, loss = (
+        (of(layer_norm_forward), of(layer_norm_backward)),
+        chunked_loss.Pieces(of(cross_entropy), bias_parts=_sum_parts),
+    )
+    for op, run, refuses in (
+        ("apply_rotary", (of(rotary), of(rotary)), native.refuses_dtype),
+        ("layer_norm", norm, native.refuses_dtype),
+        ("linear_cross_entropy", chunked_loss.operators(loss), loss_refuses),
     ):
-        register(op, version, *run, devices=devices, needs=needs, refuses=refuses)
+        register(op, "cuda", *run, devices=devices, needs=needs, refuses=refuses)
+    for number, name in enumerate(ATTENTION_VERSIONS):
+        attention = of(attention_forward, number), of(attention_backward, number)
+        pieces = Pieces(
+            *norm, of(project_in), of(project_in_backward), *attention, of(project_out), of(project_out_backward)
+        )
+        for op, run, refuses in (
+            ("flash_attention", attention, attention_refuses),
+            ("parallel_block", fused_block.operators(pieces), block_refuses),
+        ):
+            here = needs or (_hopper_needs if name == "hopper" else None)
+            refused = functools.partial(_hopper_refuses, refuses) if name == "hopper" else refuses
+            register(op, f"cuda/{name}", *run, devices=devices, needs=here, refuses=refused)
 
 
 register_kernels(native._native, devices=("cuda",))

@@ -72,6 +72,8 @@ def _installed_for(device: str) -> dict[str, str]:
         found["cuda"] = "kernels._native was built without CUDA; build it where nvcc is: PHI1_CUDA=on pip install -e ."
     elif not torch.cuda.is_available():
         found["cuda"] = "torch.cuda.is_available() is False: no usable NVIDIA GPU, or a CPU build of torch"
+    elif not native._native.has_hopper:
+        found["cuda/hopper"] = "this build has no hopper kernels; build with 90a in PHI1_CUDA_ARCHS"
     if importlib.util.find_spec("triton") is None:
         found["triton"] = "the package triton is not installed: pip install triton"
     elif not TRITON_INTERPRETED and not torch.cuda.is_available():

@@ -208,7 +208,7 @@ def fixed_order(machine: Machine, cell: Cell) -> tuple[str, ...]:
     """
     if machine.device != "cpu":
         return (
-            "torch", "cuda/mma", "cuda", "triton/descriptors", "triton/pointers", "triton/product", "triton", "reference",
+            "torch", "cuda/hopper", "cuda/mma", "cuda", "triton/descriptors", "triton/pointers", "triton/product", "triton", "reference",
         )  # fmt: skip
     bf16, intel, attention = (
         cell.dtype == torch.bfloat16,

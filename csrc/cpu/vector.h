@@ -13,6 +13,7 @@ constexpr int kLanes = 4, kRows = 4, kVecs = 2;
 typedef float vfloat __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vint __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t vuint __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t vbytes __attribute__((vector_size(4 * kLanes)));
 
 inline vfloat vload(const float* p) {
   vfloat v;
@@ -180,10 +181,10 @@ inline void multiply_wide(vuint a, uint32_t c, vuint& high, vuint& low) {
 #endif
 }
 
-// Philox 4x32-10 of kernels/reference.py in every lane: counter in, random words out.
+// Philox 4x32-7 of kernels/reference.py in every lane: counter in, random words out.
 inline void philox(vuint (&c)[4], uint64_t seed) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 7; ++round) {
     vuint high0, low0, high2, low2;
     multiply_wide(c[0], 0xD2511F53u, high0, low0);
     multiply_wide(c[2], 0xCD9E8D57u, high2, low2);
@@ -196,17 +197,18 @@ inline void philox(vuint (&c)[4], uint64_t seed) {
   }
 }
 
-// Bit i: lane i of value is at least threshold. Both are below 2^16.
-inline uint32_t at_least(vuint value, uint32_t threshold) {
+// Bit i: byte i of value is at least threshold, which is below 256.
+inline uint64_t bytes_at_least(vbytes value, uint32_t threshold) {
+  const vbytes least = vbytes{} + uint8_t(threshold);
 #if defined(__AVX512F__)
-  return _mm512_cmpge_epu32_mask((__m512i)value, _mm512_set1_epi32(int(threshold)));
+  return _mm512_cmpge_epu8_mask((__m512i)value, (__m512i)least);
 #else
-  const vint yes = (vint)value >= int(threshold);
+  const vbytes yes = (vbytes)(value >= least);
 #if defined(__AVX2__)
-  return uint32_t(_mm256_movemask_ps((__m256)yes));
+  return uint32_t(_mm256_movemask_epi8((__m256i)yes));
 #else
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(yes[i] & 1) << i;
+  uint64_t bits = 0;
+  for (int i = 0; i < 4 * kLanes; ++i) bits |= uint64_t(yes[i] & 1) << i;
   return bits;
 #endif
 #endif

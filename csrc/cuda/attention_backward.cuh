@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
         for (int n = 0; n < kN; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) dropped[m][n][i] = p[m][n][i];
-      drop_transposed(args, int(work.batch * args.heads) + head_of(step), query, row, dropped, ds);
+      drop_transposed(args, int(work.batch * args.heads) + head_of(step), row, query, dropped, ds);
       product_columns<T, kHeadDim>(grad_v, dropped, grad_tile(stage));  // times the mask's scale, at the end
     } else {
       product_columns<T, kHeadDim>(grad_v, p, grad_tile(stage));
@@ -163,7 +163,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
 #pragma unroll
       for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) ds[m][n][i] = p[m][n][i] * (ds[m][n][i] - (i % 2 ? odd.y : even.y));
+        for (int i = 0; i < 4; ++i)
+          ds[m][n][i] = p[m][n][i] * (ds[m][n][i] * args.dropout_scale - (i % 2 ? odd.y : even.y));
     }
     product_columns<T, kHeadDim>(grad_k, ds, q_tile(stage));
   }
@@ -264,14 +265,13 @@ __global__ void __launch_bounds__(kAttentionThreads)
 
     float ds[kM][kN][4];
     product_rows<T, kHeadDim>(ds, grad_tile, warp_row, v_tile(tile % 2));
-    if (args.dropout_threshold)
-      drop(args, int(work.batch * args.heads) + work.head, row, column, args.dropout_scale, ds);
+    if (args.dropout_threshold) drop(args, int(work.batch * args.heads) + work.head, row, column, ds);
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) ds[m][n][i] = p[m][n][i] * (ds[m][n][i] - stats[m][i / 2].y);
+        for (int i = 0; i < 4; ++i) ds[m][n][i] = p[m][n][i] * (ds[m][n][i] * args.dropout_scale - stats[m][i / 2].y);
     product_columns<T, kHeadDim>(grad_q, ds, k_tile(tile % 2));
   }
   if (tiles == 0) {

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
         for (int n = 0; n < kHeadDim / 8; ++n) out[m][n][2 * half] *= correction, out[m][n][2 * half + 1] *= correction;
       }
 
-    if (args.dropout_threshold) drop(args, plane, row, column, 1.0f, p);  // the scale is applied at the end
+    if (args.dropout_threshold) drop(args, plane, row, column, p);  // the scale is applied at the end
     product_columns<T, kHeadDim>(out, p, v_tile(tile % 2));
   }
   if (tiles == 0) {  // the copy of Q is still on its way to where the results go

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.attention_tiles import find_problem, key_range, load_rows, matrix_of, store_rows, visible
-from kernels.triton.numeric import ATTENTION_OFFSET, LOG2E, dot, keep, round_to
+from kernels.triton.numeric import LOG2E, attention_keep, dot, round_to
 
 
 @triton.jit
@@ -42,8 +42,8 @@ def _dq_loop(
             p = tl.where(visible(row, column, seqlen_q, seqlen_k, CAUSAL), p, 0.0)
         dp = dot(grad, tl.trans(v))
         if DROPOUT:
-            kept = keep(
-                seed_low, seed_high, ATTENTION_OFFSET, plane, first_row, first_column, threshold, BLOCK_M, BLOCK_N, False
+            kept = attention_keep(
+                seed_low, seed_high, plane, first_row, first_column, threshold, BLOCK_M, BLOCK_N, False
             )  # fmt: skip
             dp = tl.where(kept, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
@@ -122,8 +122,8 @@ def _dkv_loop(
         dp = dot(v, tl.trans(grad))
         dropped = p
         if DROPOUT:
-            kept = keep(
-                seed_low, seed_high, ATTENTION_OFFSET, plane, first_row, first_column, threshold, BLOCK_M, BLOCK_N, True
+            kept = attention_keep(
+                seed_low, seed_high, plane, first_row, first_column, threshold, BLOCK_M, BLOCK_N, True
             )  # fmt: skip
             dropped = tl.where(kept, p * keep_scale, 0.0)
             dp = tl.where(kept, dp * keep_scale, 0.0)

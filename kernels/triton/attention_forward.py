@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.attention_tiles import find_problem, key_range, load_rows, matrix_of, store_rows, visible
-from kernels.triton.numeric import ATTENTION_OFFSET, LOG2E, dot, keep, round_to
+from kernels.triton.numeric import LOG2E, attention_keep, dot, round_to
 
 
 @triton.jit
@@ -30,8 +30,8 @@ def _forward_loop(
         total = total * decay + tl.sum(p, 1)
         accumulated = accumulated * decay[:, None]
         if DROPOUT:
-            kept = keep(
-                seed_low, seed_high, ATTENTION_OFFSET, plane, first_row, first_column, threshold, BLOCK_M, BLOCK_N, False
+            kept = attention_keep(
+                seed_low, seed_high, plane, first_row, first_column, threshold, BLOCK_M, BLOCK_N, False
             )  # fmt: skip
             p = tl.where(kept, p, 0.0)
         v = load_rows(values, first_column, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)

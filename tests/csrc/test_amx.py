@@ -72,15 +72,3 @@ def test_every_product_is_made_in_tiles_and_only_where_asked_for(emulated: dict[
     found = _python(emulated, "-c", COUNTED, "amx_bf16")
     assert [int(line) for line in found.split()] == [2 * product, 7 * product]
     assert _python(emulated, "-c", COUNTED, "avx512_bf16").split() == ["0", "0"]
-
-
-def test_why_amx_cannot_be_used_is_said() -> None:
-    """On a CPU without it, that is the reason; where Linux refuses its registers (a small sigaltstack), that is another."""
-    if native.MISSING is not None:
-        pytest.skip(native.MISSING)
-    (amx,) = (isa for isa in native.ISAS if isa.name == "amx_bf16")
-    flags = pathlib.Path("/proc/cpuinfo").read_text().split()
-    if "amx_bf16" not in flags:
-        assert "this CPU has no AMX-BF16" in amx.missing or "this CPU lacks AVX" in amx.missing
-    elif amx.missing is not None:
-        assert "Linux refuses" in amx.missing or "does not save" in amx.missing

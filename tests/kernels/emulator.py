@@ -81,13 +81,13 @@ def cuda_device(request: pytest.FixtureRequest) -> Iterator[str]:
     yield request.param
 
 
-def check_attention(case: attention_cases.Case, dtype: torch.dtype, device: str = "cpu") -> None:
+def check_attention(case: attention_cases.Case, dtype: torch.dtype, device: str = "cpu", version: str = "cuda") -> None:
     """The rule of attention_cases, and more of lse: the rule lets it be as wrong as one in 16 bits.
 
     Products of 16-bit numbers are exact in float32, as their sums of 128 nearly are: what is left is float32's
     rounding. One key of a hundred too many or too few changes lse by 1e-2.
     """
-    results = attention_cases.run_case(case, dtype, "cuda", device)
+    results = attention_cases.run_case(case, dtype, version, device)
     attention_cases.check_results(results, case, dtype)
     truth = attention_cases.truth_and_bounds(case, dtype)[0]["lse"]
     seen = ~truth.isinf()

@@ -108,7 +108,7 @@ def test_large_scores(queries: int, exponent: int, scale: float, dtype: torch.dt
     generator = torch.Generator().manual_seed(exponent)
     half = 2.0 ** (exponent // 2)
     q, k = torch.zeros(1, queries, 1, 64), torch.zeros(1, 100, 1, 64)
-    q[..., 7] = half
+    q[..., 7] = (1 + torch.arange(queries)[None, :, None] % 32 / 32) * half  # roundings of either sign
     order = torch.randperm(100, generator=generator)
     k[..., 7] = (order[None, :, None] - 50) / 64 * 2.0 ** (exponent - exponent // 2)  # distinct, exact in 16 bits
     both(
@@ -155,6 +155,24 @@ def test_scores_that_are_not_finite(case: str, queries: int, dtype: torch.dtype,
     truth_dtype = torch.float32 if case in ("all", "first_keys", "one_row", "plus_inf_row") else torch.float64
     known = 40.0  # the size of the other scores
     both(backend, q, k, v, skip, known, truth_dtype, scale=1.0)
+
+
+def check_extreme_scores(backend: str, dtype: torch.dtype) -> None:
+    """A few of the calls above, for mutations: greatest scores of -88.7, lone ones of 2^40, none but -inf, and +inf."""
+    q, k, v = torch.ones(1, 20, 1, 64, dtype=dtype), torch.full((1, 40, 1, 64), -11.1, dtype=dtype), values(40, dtype)
+    both(backend, q, k, v, known=360.0)
+    large = torch.zeros(1, 40, 1, 64)
+    large[..., 7] = (torch.randperm(40, generator=torch.Generator().manual_seed(1))[None, :, None] - 20) / 64 * 2.0**20
+    for exponent in (20, 40):
+        q = torch.zeros(1, 20, 1, 64)
+        q[..., 7] = (1 + torch.arange(20)[None, :, None] / 32) * 2.0**exponent  # roundings of either sign
+        both(backend, q.to(dtype), large.to(dtype), v, scale=0.3)
+    q = values(20, dtype)
+    q[..., 0] = 1.0
+    for infinity in (-math.inf, math.inf):
+        k = values(40, dtype).flip(3)
+        k[:, slice(None) if infinity < 0 else slice(3, 4), :, 0] = infinity
+        both(backend, q, k, v, ("dq", "dk") if infinity < 0 else ("dq", "dk", "dv"), 40.0, scale=1.0)
 
 
 # ------------------------------------------------------------------------------------------------- the loss

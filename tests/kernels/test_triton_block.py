@@ -245,7 +245,7 @@ def test_mutations_fail(product_, module, old, new, monkeypatch, tmp_path):
         ("vendor", "numeric", "zero + offset, low, high", "zero, low, high"),
         ("vendor", "block_elementwise", "h *= tl.where(kept, keep_scale, 0.0)", "h *= tl.where(kept, 1.0, 0.0)"),
         ("vendor", "block_elementwise", "d *= tl.where(kept, keep_scale, 0.0)", "d *= tl.where(kept, 0.0, keep_scale)"),
-        ("descriptors", "block_product", "RESIDUAL_OFFSET, 0, first_row, first_column", "RESIDUAL_OFFSET, 1, first_row, first_column"),
+        ("descriptors", "block_product", "seed_high, first_row, first_column", "seed_high, first_row + 2, first_column"),
         ("descriptors", "block_product", "h *= tl.where(kept, keep_scale, 0.0)", "h *= tl.where(kept, keep_scale, 1.0)"),
     ],
 )  # fmt: skip
