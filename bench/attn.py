@@ -122,6 +122,23 @@ def flash_attn_3(device: str, causal: bool, dropout: float) -> Attention:
     return run
 
 
+def flash_attn_4(device: str, causal: bool, dropout: float) -> Attention:
+    try:
+        from flash_attn.cute import flash_attn_func
+    except ImportError as error:
+        raise Unavailable(f"FlashAttention-4's flash_attn.cute cannot be imported ({error})") from error
+    if device != "cuda":
+        raise Unavailable("it takes CUDA tensors only")
+    if dropout > 0:
+        raise Unavailable("it has no dropout")
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = flash_attn_func(q, k, v, causal=causal)
+        return result[0] if isinstance(result, tuple) else result
+
+    return run
+
+
 def peers(device: str, causal: bool, dropout: float, shape: Shape) -> dict[str, Callable[[], Attention]]:
     """By name, what makes each. shape: with kv_heads."""
     kernels: dict[str, SDPBackend | None] = {"SDPA": None, "SDPA math": SDPBackend.MATH}
@@ -139,6 +156,7 @@ def peers(device: str, causal: bool, dropout: float, shape: Shape) -> dict[str, 
     found["FlexAttention"] = partial(flex, device, causal, dropout, shape)
     found["flash_attn 2"] = partial(flash_attn_2, device, causal, dropout)
     found["flash_attn 3"] = partial(flash_attn_3, device, causal, dropout)
+    found["flash_attn 4"] = partial(flash_attn_4, device, causal, dropout)
     return found
 
 
@@ -168,14 +186,16 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
         ours = partial(flash_attention, causal=causal, dropout_p=dropout, dropout_seed=1)
         candidates = suite.op_candidates(
             "flash_attention", device, ours, peers(device, causal, dropout, (*shape[:4], kv_heads)), inputs, grad,
-            head_dim=head_dim, dropout_p=dropout, return_lse=False,
+            head_dim=head_dim, size=size_class(seq), dropout_p=dropout, return_lse=False,
         )  # fmt: skip
         name = ("causal" if causal else "full") + (f" dropout {dropout}" if dropout else "")
         yield Case(name, {"forward": flops, "backward": 2.5 * flops, "both": 3.5 * flops}, candidates, size_class(seq))
     for queries in (1, 4, 16) if seq > 16 else ():
         few = [inputs[0][:, :queries], *inputs[1:]]
         last: dict[str, Callable[[], Attention]] = {"SDPA": partial(sdpa_of_last, queries)}
-        candidates = suite.op_candidates("flash_attention", device, flash_attention, last, few, head_dim=head_dim)
+        candidates = suite.op_candidates(
+            "flash_attention", device, flash_attention, last, few, head_dim=head_dim, size=size_class(queries, seq)
+        )
         works = {"forward": 4.0 * batch * queries * seq * heads * head_dim}
         yield Case(f"{queries} after a cache", works, candidates, size_class(queries, seq))
 

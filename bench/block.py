@@ -108,16 +108,18 @@ def candidates(device: str, shape: Shape, parameters: list[Tensor], x: Tensor, g
         mine: bool = False,
         unavailable: str | None = None,
         version: str | None = None,
+        chosen: Callable[[str], str] | None = None,
     ) -> None:
         def made(work: str) -> Callable[[], Any]:
             layer, own = make()
             return suite.timed(torch.compile(layer, dynamic=False) if compiled else layer, [x], grad, work, own)
 
-        found.append(Candidate(name, mine, made, unavailable, version))
+        found.append(Candidate(name, mine, made, unavailable, version, chosen))
 
     options = {"dtype": x.dtype, "head_dim": shape[4], "hidden": shape[2], "inner": shape[5]}
     options["rotary_dim"] = rotary_dim(shape[4])
-    add("phi1", partial(ours, None, shape, parameters), mine=True)
+    automatic = partial(suite.automatic_choice, "parallel_block", device, size=size_class(shape[1]), **options)
+    add("phi1", partial(ours, None, shape, parameters), mine=True, chosen=automatic)
     for version, reason in suite.our_backends("parallel_block", device, **options):
         if version != "torch":  # plain PyTorch is a peer here, below
             make = partial(ours, version, shape, parameters)

@@ -46,6 +46,8 @@ class Candidate:
     """Why it is not even made, if that is known."""
     version: str | None = None
     """Of `kernels` the version that it is, so that bench/choose.py counts it."""
+    chosen: Callable[[str], str] | None = None
+    """Of automatic choice: given the work, the version that it takes."""
 
 
 @dataclasses.dataclass
@@ -63,6 +65,8 @@ class Row:
     """Of the call, as automatic choice sees it (`kernels.measured.size_class`)."""
     backend: str | None = None
     """The version of `kernels` that it is; None for a peer, and for automatic choice."""
+    chosen: str | None = None
+    """The version that automatic choice took."""
     seconds: float | None = None
     """Median over the rounds."""
     seconds_quartiles: tuple[float, float] | None = None
@@ -200,6 +204,7 @@ class Benchmark:
         calls: list[tuple[Row, Callable[[], Any], list[float]]] = []
         for candidate in candidates:
             row = Row(case, work, candidate.name, candidate.ours, shape, dtype, size, candidate.version)
+            row.chosen = None if candidate.chosen is None else candidate.chosen(work)
             self.rows.append(row)
             try:
                 if candidate.unavailable is not None:

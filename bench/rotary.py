@@ -50,7 +50,7 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
         "PyTorch compiled": lambda: partial(torch.compile(plain, dynamic=False), cos=cos, sin=sin),
     }
     ours = partial(apply_rotary, cos=cos, sin=sin)
-    candidates = suite.op_candidates("apply_rotary", device, ours, peers, inputs, grads)
+    candidates = suite.op_candidates("apply_rotary", device, ours, peers, inputs, grads, size=size_class(batch * seq))
     yield Case("", {"forward": moved, "forward + backward": 2 * moved}, candidates, size_class(batch * seq))
 
 

@@ -185,6 +185,13 @@ def our_backends(op: str, device: str, **options: Any) -> list[tuple[str, str | 
     return found
 
 
+def automatic_choice(op: str, device: str, work: str, **options: Any) -> str:
+    """The version that automatic choice takes for such a call."""
+    from kernels import registry
+
+    return registry.choose(op, torch.device(device), None, training=work != "forward", **options)
+
+
 def op_candidates(
     op: str,
     device: str,
@@ -202,8 +209,10 @@ def op_candidates(
 
     def mine(version: str | None, reason: str | None) -> Candidate:
         make = partial(timed, partial(ours, backend=version), inputs, grads)
-        return Candidate("phi1" if version is None else f"phi1 {version}", True, make, reason, version)
+        name, chosen = ("phi1", automatic) if version is None else (f"phi1 {version}", None)
+        return Candidate(name, True, make, reason, version, chosen)
 
+    automatic = partial(automatic_choice, op, device, dtype=inputs[0].dtype, **options)
     versions = our_backends(op, device, dtype=inputs[0].dtype, **options)
     found = [mine(None, None), *(mine(version, reason) for version, reason in versions)]
 

@@ -341,6 +341,7 @@ def register_kernels(
         (of(layer_norm_forward), of(layer_norm_backward)),
         chunked_loss.Pieces(of(cross_entropy), bias_parts=_sum_parts),
     )
+    refuses: Callable[..., str | None]
     for op, run, refuses in (
         ("apply_rotary", (of(rotary), of(rotary)), native.refuses_dtype),
         ("layer_norm", norm, native.refuses_dtype),

@@ -347,7 +347,7 @@ def choose(op: str, device: torch.device, requested: str | None, **call: Any) ->
         # A number may be a symbol there; in a set it becomes the value that the graph then holds for.
         fixed = {name: next(iter({x})) if isinstance(x, int | float) else x for name, x in call.items()}
         return _select_once(_GENERATION[0], op, device, forced, **fixed)
-    key = (op, device, forced, *call.values())
+    key = (op, device, forced, *call.items())
     found = _cache.get(key)
     if found is None:
         found = _cache[key] = select(op, machine_of(device), forced, **call)

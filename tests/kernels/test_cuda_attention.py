@@ -204,7 +204,7 @@ def test_a_version_that_cannot_serve_is_refused(emulator):  # noqa: F811
     x = torch.zeros(1, 4, 1, 32, dtype=torch.bfloat16)
     with pytest.raises(BackendError, match="head_dim = 32: the hopper kernels are made for 64 and 128; able: "):
         flash_attention(x, x, x, backend="cuda/hopper")
-    with pytest.raises(BackendError, match="backend = 'cuda/wgmma': must be one of .*cuda/mma"):
+    with pytest.raises(BackendError, match=r"backend = 'cuda/wgmma': must be one of .*cuda/mma"):
         flash_attention(x, x, x, backend="cuda/wgmma")
 
 
@@ -213,7 +213,7 @@ def test_hopper_needs_its_card_and_its_build():
         return registry.select("flash_attention", Machine("cuda", "a GPU", "a GPU", **machine), "cuda/hopper", dtype=torch.bfloat16, head_dim=64)  # fmt: skip
 
     assert on(capability=(9, 0)) == "cuda/hopper"
-    with pytest.raises(BackendError, match="a GPU has not compute capability 9.0"):
+    with pytest.raises(BackendError, match=r"a GPU has not compute capability 9\.0"):
         on(capability=(10, 0))
     missing = {"cuda/hopper": "this build has no hopper kernels"}
     with pytest.raises(BackendError, match="this build has no hopper kernels"):
