@@ -55,9 +55,10 @@ def attention_refuses(*, dtype: torch.dtype, head_dim: int, **_: object) -> str 
     return None
 
 
-ATTENTION_VERSIONS = ("mma", "hopper")
-"""Of the attention kernels, by the number that the native module takes: mma.sync on any card; wgmma, compute capability
-9.0 and head_dim 64 or 128 only."""
+ATTENTION_VERSIONS = {"mma": (0, 0), "hopper": (1, 0), "hopper_backward": (1, 1)}
+"""Of attention, which kernels run (forward, backward), by the number that the native module takes: 0, mma.sync on any card; 1,
+wgmma, compute capability 9.0 and head_dim 64 or 128 only. `hopper_backward` is never chosen by itself: the first run on a GPU
+did not return from its backward kernels, whose registers were more than the launch had; since mended, not run there again."""
 
 
 def _hopper_needs(machine: Machine) -> str | None:
@@ -113,7 +114,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) float32; see `kernels.flash_attention`.
 
-    version: index in ATTENTION_VERSIONS."""
+    version: the kernels' number in ATTENTION_VERSIONS."""
     q, scale, _ = native.positive_scale(q, scale)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None or not _is_aligned(out) else out
@@ -330,7 +331,7 @@ def register_kernels(
 ) -> None:
     """Makes the launches of `module` the `cuda` backend of every op, for tensors on `devices`.
 
-    Attention has the versions `cuda/mma` and `cuda/hopper`, and so has the layer with it; other ops have one, `cuda`.
+    Attention has the versions of ATTENTION_VERSIONS, and so has the layer with it; other ops have one, `cuda`.
     needs: in place of what a GPU and the build of the native module must have.
     """
 
@@ -348,8 +349,8 @@ def register_kernels(
         ("linear_cross_entropy", chunked_loss.operators(loss), loss_refuses),
     ):
         register(op, "cuda", *run, devices=devices, needs=needs, refuses=refuses)
-    for number, name in enumerate(ATTENTION_VERSIONS):
-        attention = of(attention_forward, number), of(attention_backward, number)
+    for name, (forward, backward) in ATTENTION_VERSIONS.items():
+        attention = of(attention_forward, forward), of(attention_backward, backward)
         pieces = Pieces(
             *norm, of(project_in), of(project_in_backward), *attention, of(project_out), of(project_out_backward)
         )
@@ -357,8 +358,8 @@ def register_kernels(
             ("flash_attention", attention, attention_refuses),
             ("parallel_block", fused_block.operators(pieces), block_refuses),
         ):
-            here = needs or (_hopper_needs if name == "hopper" else None)
-            refused = functools.partial(_hopper_refuses, refuses) if name == "hopper" else refuses
+            here = needs or (_hopper_needs if forward else None)
+            refused = functools.partial(_hopper_refuses, refuses) if forward else refuses
             register(op, f"cuda/{name}", *run, devices=devices, needs=here, refuses=refused)
 
 

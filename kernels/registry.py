@@ -196,8 +196,10 @@ def forced_backend(requested: str | None) -> str | None:
 def fixed_order(machine: Machine, cell: Cell) -> tuple[str, ...]:
     """What automatic choice tries, in turn, where nothing of the cell was measured on the kind of machine.
 
-    On a GPU ours come after PyTorch's own ops until measurements put them first. On a CPU the most capable instruction set
-    first, but for what is known to be slower:
+    On a GPU ours come after PyTorch's own ops until measurements put them first. Some did (an H200, torch 2.11, bench/results/
+    first-gpu-run): at compute capability 9.0 the layer (1.2 times plain PyTorch, and PyTorch's residual mask is 142 kernels), the
+    loss (1.9) and rotary (2.2) come before PyTorch's; attention without dropout does not, PyTorch takes cuDNN's there. On
+    a CPU the most capable instruction set first, but for what is known to be slower:
 
     - On an Intel CPU `vdpbf16ps` runs at 110 to 150 GFLOP/s on two cores, half of what Zen 4 has, so that AVX-512's own
       multiplications beat it in every case (2 cores of a Xeon, Emerald Rapids, torch 2.13.0).
@@ -207,9 +209,9 @@ def fixed_order(machine: Machine, cell: Cell) -> tuple[str, ...]:
     - Code without vector instructions always.
     """
     if machine.device != "cpu":
-        return (
-            "torch", "cuda/hopper", "cuda/mma", "cuda", "triton/descriptors", "triton/pointers", "triton/product", "triton", "reference",
-        )  # fmt: skip
+        ours = ("cuda/hopper", "cuda/mma", "cuda", "triton/descriptors", "triton/pointers", "triton/product", "triton")
+        ours_first = machine.capability == (9, 0) and cell.op in ("parallel_block", "linear_cross_entropy", "apply_rotary")
+        return (*ours, "torch", "reference") if ours_first else ("torch", *ours, "reference")
     bf16, intel, attention = (
         cell.dtype == torch.bfloat16,
         machine.vendor == "GenuineIntel",
