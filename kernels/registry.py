@@ -210,7 +210,11 @@ def fixed_order(machine: Machine, cell: Cell) -> tuple[str, ...]:
     """
     if machine.device != "cpu":
         ours = ("cuda/hopper", "cuda/mma", "cuda", "triton/descriptors", "triton/pointers", "triton/product", "triton")
-        ours_first = machine.capability == (9, 0) and cell.op in ("parallel_block", "linear_cross_entropy", "apply_rotary")
+        ours_first = machine.capability == (9, 0) and cell.op in (
+            "parallel_block",
+            "linear_cross_entropy",
+            "apply_rotary",
+        )
         return (*ours, "torch", "reference") if ours_first else ("torch", *ours, "reference")
     bf16, intel, attention = (
         cell.dtype == torch.bfloat16,
