@@ -4,7 +4,7 @@
 
 The shape is batch x tokens x hidden x heads x head_dim x inner x columns of a model; `phi1 tune` reads it from a model's
 name or a recipe. Of each op, size, dtype and work all versions that run here and PyTorch's own take turns, one call each a
-round, so that a slow spell of the machine falls on all of them. Memory and time are bounded: sequences are at most 768
+round, so that a slow spell of the machine falls on all of them. Memory and time are bounded: sequences are at most 544
 tokens on a CPU, and what the time does not suffice for stays unmeasured, so that the fixed order decides it.
 """
 
@@ -37,7 +37,7 @@ from kernels.rotary import apply_rotary
 
 SECONDS = {"cpu": 60.0, "cuda": 90.0}
 """At most so long a measurement takes, by type of device."""
-_LONGEST = {"cpu": 768, "cuda": 4096}
+_LONGEST = {"cpu": 544, "cuda": 4096}
 _SHORT, _FEW = 256, 1
 _LOSS_ROWS = {"cpu": 256, "cuda": 4096}
 """On a CPU one chunk of kernels/chunked_loss.py at phi-1's 51,200 columns: more rows are more of the same."""
@@ -82,15 +82,19 @@ class Work:
     cell: Cell
     options: dict[str, Any]
     """What else a version's `refuses` looks at."""
+    flops: float
+    """Of a call, about: those that take least come first, so that most are measured whatever the time suffices for."""
     make: Callable[[], tuple[Callable[..., Any], list[Tensor]]]
     """Makes (the op, which takes `backend=`; the tensors that it differentiates, first of its arguments)."""
 
 
 def works(of: Machine, device: torch.device, shape: Shape, dtypes: Sequence[torch.dtype]) -> list[Work]:
-    """All cells that a model of this shape meets, those first that take most of its time."""
+    """All cells that a model of this shape meets, the cheapest first."""
     long = min(shape.tokens, _LONGEST[of.device])
     kv_heads, rotary_dim = shape.kv_heads or shape.heads, shape.rotary_dim or shape.head_dim // 2
     batch = shape.batch if of.device == "cuda" else 1  # a CPU's threads are busy with one
+    groups = kv_heads if of.device == "cuda" else min(kv_heads, 2 * torch.get_num_threads())  # and with so many heads
+    query_heads = groups * (shape.heads // kv_heads)
     found: list[Work] = []
 
     def random(*size: int) -> Tensor:
@@ -103,10 +107,13 @@ def works(of: Machine, device: torch.device, shape: Shape, dtypes: Sequence[torc
         for work in ("training", "forward") if size != "few" else ("forward",):
             cell = Cell(op, of.kind, dtype, head_dim, size, work)
             if all(other.cell != cell for other in found):
-                found.append(Work(cell, {"dtype": dtype, **options}, functools.partial(make, dtype, queries, keys)))
+                cost = flops * (3 if work == "training" else 1)
+                found.append(
+                    Work(cell, {"dtype": dtype, **options}, cost, functools.partial(make, dtype, queries, keys))
+                )
 
     def attention(dtype: torch.dtype, queries: int, keys: int) -> tuple[Callable[..., Any], list[Tensor]]:
-        sizes = [(batch, queries, shape.heads), (batch, keys, kv_heads), (batch, keys, kv_heads)]
+        sizes = [(batch, queries, query_heads), (batch, keys, groups), (batch, keys, groups)]
         return flash_attention, [random(*size, shape.head_dim).to(dtype) for size in sizes]
 
     def block(dtype: torch.dtype, queries: int, keys: int) -> tuple[Callable[..., Any], list[Tensor]]:
@@ -157,14 +164,18 @@ def works(of: Machine, device: torch.device, shape: Shape, dtypes: Sequence[torc
     block_options = {"hidden": shape.hidden, "inner": shape.inner, "rotary_dim": rotary_dim}
     for dtype in dtypes:
         for queries, keys in sizes:
-            add("flash_attention", dtype, shape.head_dim, queries, keys, attention)
-            add("parallel_block", dtype, shape.head_dim, queries, keys, block, **block_options)
+            scores = 4.0 * batch * queries * keys * shape.head_dim
+            products = 2.0 * batch * queries * shape.hidden * (5 * shape.heads * shape.head_dim + 2 * shape.inner)
+            add("flash_attention", dtype, shape.head_dim, queries, keys, attention, scores * query_heads)
+            whole = products + scores * shape.heads
+            add("parallel_block", dtype, shape.head_dim, queries, keys, block, whole, **block_options)
         rows = _LOSS_ROWS[of.device]
-        add("linear_cross_entropy", dtype, None, rows, rows, loss, columns=shape.columns)
+        logits = 2.0 * rows * shape.hidden * shape.columns
+        add("linear_cross_entropy", dtype, None, rows, rows, loss, logits, columns=shape.columns)
         for rows in (batch * long, _FEW, min(_SHORT, long)):
-            add("layer_norm", dtype, None, rows, rows, norm)
-            add("apply_rotary", dtype, None, rows, rows, rotary)
-    return found
+            add("layer_norm", dtype, None, rows, rows, norm, 10.0 * rows * shape.hidden)
+            add("apply_rotary", dtype, None, rows, rows, rotary, 6.0 * rows * shape.hidden)
+    return sorted(found, key=lambda work: work.flops)
 
 
 def candidates(of: Machine, work: Work) -> list[str]:

@@ -9,16 +9,17 @@ machine, its driver, torch, triton or phi1 change; `phi1 doctor` shows it. Ctrl-
 
 import dataclasses
 import pathlib
+from typing import TYPE_CHECKING
 
-import torch
-
-import kernels.tune
-from kernels import registry
-from kernels.tune import Shape, TuneError
 from phi1.config import PRESETS, ModelConfig, TrainConfig
-from phi1.distributed import World
 from phi1.errors import UserError
 from phi1.recipe import load_recipe
+
+if TYPE_CHECKING:  # torch and the kernels take seconds to import, which --help need not
+    import torch
+
+    from kernels.tune import Shape
+    from phi1.distributed import World
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,22 +38,29 @@ class Config:
 
 def run(config: Config) -> pathlib.Path:
     """`phi1 tune`; returns the table's path. UserError if it cannot be kept."""
+    import kernels.tune
+    from phi1.distributed import World
+
     device = World(config.device).device
     try:
         return kernels.tune.tune(_shape(config), device, seconds=config.seconds)
-    except TuneError as error:
+    except kernels.tune.TuneError as error:
         raise UserError(str(error)) from error
 
 
-def shape_of(model: ModelConfig, batch: int, tokens: int) -> Shape:
+def shape_of(model: ModelConfig, batch: int, tokens: int) -> "Shape":
     """What `kernels.tune` measures for a model."""
+    from kernels.tune import Shape
+
     return Shape(
         batch, tokens, model.hidden_size, model.num_heads, model.head_dim, model.intermediate_size, model.vocab_size,
         kv_heads=model.num_kv_heads, rotary_dim=model.rotary_dim,
     )  # fmt: skip
 
 
-def _shape(config: Config) -> Shape:
+def _shape(config: Config) -> "Shape":
+    from kernels.tune import Shape
+
     if config.shape is not None:
         try:
             return Shape.parse(config.shape)
@@ -66,8 +74,11 @@ def _shape(config: Config) -> Shape:
     return shape_of(recipe.model, recipe.train.micro_batch, recipe.data.sequence_length)
 
 
-def tune_first(config: TrainConfig, world: World, dtype: torch.dtype) -> None:
+def tune_first(config: TrainConfig, world: "World", dtype: "torch.dtype") -> None:
     """Before a training: measures a machine of whose kind there is no measurement, and says so."""
+    import kernels.tune
+    from kernels import registry
+
     machine = registry.machine_of(world.device)
     if not config.train.tune or registry.measured_here(machine):
         return
@@ -77,7 +88,7 @@ def tune_first(config: TrainConfig, world: World, dtype: torch.dtype) -> None:
         shape = shape_of(config.model, config.train.micro_batch, config.data.sequence_length)
         try:
             kernels.tune.tune(shape, world.device, (dtype,), say=world.say)
-        except TuneError as error:
+        except kernels.tune.TuneError as error:
             world.say(str(error))
 
     world.on_first(tune)

@@ -41,9 +41,10 @@ def _attention_refuses(*, dtype: torch.dtype, head_dim: int, **options: object) 
 
 def _needs_descriptors(machine: Machine) -> str | None:
     """Later GPUs have them too, but bench/triton_aot.py has checked no candidate for one."""
-    if INTERPRETED or machine.capability[0] == 9:
-        return missing_here("triton")(machine)
-    return f"tensor descriptors are used on Hopper (compute capability 9), this is {machine.name}"
+    why = missing_here("triton")(machine)
+    if why is None and not INTERPRETED and machine.capability[0] != 9:
+        why = f"tensor descriptors are used on Hopper (compute capability 9), this is {machine.name}"
+    return why
 
 
 def _register_kernels() -> None:
