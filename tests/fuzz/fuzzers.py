@@ -503,13 +503,18 @@ def check_block(backend: str, c: BlockCall) -> None:
         names = ("y", "dx", "dnorm_weight", "dnorm_bias", "dw_in", "db_in", "dw_out", "db_out")
         return dict(zip(names, (y.detach(), *grads), strict=True))
 
-    # The reference rounds to the inputs' type between its parts, one rounding fewer than the backends, which round a
-    # product before they add its bias: three times its error, not two.
-    truth, low = run("reference", torch.float64), run("reference", c.dtype)
+    # "The same maths in the inputs' type" is PyTorch's own ops one after the other, which round each step as the backends
+    # do, or the reference, which rounds less: where terms cancel (equal rows of w_in, and a gradient that they sum to) the
+    # first was 4 to 90 times as far off as the second, and ours with it. Three times, not two: a product is rounded before
+    # its bias is added.
+    truth, lows = run("reference", torch.float64), [run(name, c.dtype) for name in ("reference", "torch")]
     with _unchanged(*inputs, grad):
         found = _runs(backend, c.threads, lambda name: run(name, c.dtype))
     for name, expected in truth.items():
-        error_rule.check(name, found[name], low[name], expected, c.dtype, times=3.0)
+        assert found[name].shape == expected.shape and found[name].dtype == c.dtype, name
+        error = error_rule.error(found[name], expected)
+        allowed = max(error_rule.bound(low[name], expected, c.dtype, times=3.0) for low in lows)
+        assert error <= allowed, f"{name}, {c.dtype}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 def decode_calls(backend: str) -> st.SearchStrategy[AttentionCall]:
