@@ -459,7 +459,9 @@ def block_calls(draw: st.DrawFn, backend: str) -> BlockCall:
         dropout_seed=draw(seeds),
         cached=cached,
         exponent=draw(st.sampled_from((0, 3, -5))),
-        layouts=tuple(draw(layouts) for _ in range(8)),
+        # W_in with equal rows makes what comes back through it a sum of terms that cancel: what is left is the terms' rounding,
+        # which no other order of steps bounds. tests/kernels/test_strides.py compares such a W_in with a dense one.
+        layouts=tuple(draw(layouts.filter(lambda x: x != "expanded") if i == 3 else layouts) for i in range(8)),
         seed=draw(st.integers(0, 2**31)),
         threads=draw(thread_pairs),
     )
@@ -504,8 +506,8 @@ def check_block(backend: str, c: BlockCall) -> None:
         return dict(zip(names, (y.detach(), *grads), strict=True))
 
     # "The same maths in the inputs' type" is PyTorch's own ops one after the other, which round each step as the backends
-    # do, or the reference, which rounds less: where terms cancel (equal rows of w_in, and a gradient that they sum to) the
-    # first was 4 to 90 times as far off as the second, and ours with it. Three times, not two: a product is rounded before
+    # do, or the reference, which rounds less: where terms cancel the first was 4 to 90 times as far off as the second, and
+    # ours with it. Three times, not two: a product is rounded before
     # its bias is added.
     truth, lows = run("reference", torch.float64), [run(name, c.dtype) for name in ("reference", "torch")]
     with _unchanged(*inputs, grad):
