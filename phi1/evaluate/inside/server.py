@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 from array import array
 from typing import Any
 
@@ -21,15 +20,17 @@ from phi1.evaluate.inside.restrict import (
     Fence, Limits, TASKS, hide_this_process, keep_descriptors, landlock, landlock_version, restrict,
 )  # fmt: skip
 
-# What programs import most: loaded once. Each module costs every fork, and `random` and `hashlib` cost it twice over.
+# What programs import most: loaded once. Every fork pays for `random` and `threading` (0.7 ms: they work after it in the
+# child) and for modules with shared libraries of their own: none of those here, nor what imports them.
 PRELOADED = ("bisect", "collections", "copy", "functools", "heapq", "itertools", "math", "re", "string", "typing")
 FILE_BYTES = namespaces.JOB_BYTES
 _PACKET = 1 << 17
 
 
 class Server:
-    """One server. setup: `filter` (BPF in hex, "" without), `packages`, `paths` (where packages are found), and `without`:
-    kernel features that are left out, as on a machine that has not got them."""
+    """One server. setup: `filter` (BPF in hex, "" without), `packages`, `paths` (where packages are found), `folder` (an empty
+    one, for jobs' files where there can be no file system for each) and `without`: kernel features that are left out,
+    as on a machine that has not got them."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
         without = setup["without"]
@@ -45,7 +46,7 @@ class Server:
         if "mount" in self.spaces.kinds:
             self.job_folder, writable = namespaces.JOB_FOLDER, os.path.dirname(namespaces.JOB_FOLDER)
         else:
-            self.folder = writable = tempfile.mkdtemp(prefix="phi1-sandbox-")
+            self.folder = writable = setup["folder"]
             os.chmod(self.folder, 0o711)
             self.job_folder = os.path.join(self.folder, "job")
         users = (self.spaces.candidate_id, self.spaces.checker_id)
@@ -59,10 +60,11 @@ class Server:
         self.fences = [Fence(ruleset, program, user, self.handle) for ruleset, user in zip(rulesets, users, strict=True)]
         self.own_count = "user" in self.spaces.kinds or users[0] is not None
         os.environ |= {"HOME": self.job_folder, "TMPDIR": self.job_folder}
-        tempfile.tempdir = None
+        # Made here, before the forks, and used once in each child.
+        warm_up()
+        self.program, self.test = candidate.Program(), checker.Test()
         hide_this_process()
         self.pids: list[int] = []
-        gc.collect()
         gc.freeze()
 
     def _other_users(self, trees: list[visible.Tree]) -> tuple[int | None, int | None]:
@@ -122,6 +124,7 @@ class Server:
         if pid:
             return pid
         try:
+            gc.enable()
             work(*arguments)
             os._exit(0)
         except MemoryError:
@@ -135,13 +138,13 @@ class Server:
     def _candidate(self, job: dict[str, Any], nothing: int, output: int, channel: int, source: int) -> None:
         fence = keep_descriptors(self.fences[0], nothing, output, output, channel, source)
         restrict(self._limits(job, job["memory"]), fence, self.job_folder)
-        candidate.run(job["test"])
+        candidate.run(self.program, job["test"])
 
     def _checker(self, job: dict[str, Any], nothing: int, channel: int, test: int, verdict: int) -> None:
         fence = keep_descriptors(self.fences[1], nothing, nothing, nothing, channel, test, verdict)
         # Room for what it makes of the largest messages, so that a program cannot exhaust it.
         restrict(self._limits(job, job["memory"] + (1 << 30)), fence, "/")
-        checker.run()
+        checker.run(self.test)
 
     def end(self) -> list[tuple[int, float]]:
         """Ends the job's processes and removes what they left; returns their exit codes and CPU seconds."""
@@ -172,8 +175,6 @@ class Server:
 
     def close(self) -> None:
         self.end()
-        if self.folder:
-            remove(self.folder)
 
     # ---- what holds here
 
@@ -200,13 +201,24 @@ class Server:
             "namespaces": list(self.spaces.kinds),
             "landlock": landlock_version() if self.fences[0].ruleset >= 0 else 0,
             "own_user": self.fences[0].user is not None,
-            "folder": self.folder,
+            "watch_folder": bool(self.folder),
         }
 
     def _probe(self, nothing: int, write: int) -> None:
         fence = keep_descriptors(self.fences[0], nothing, write)
         restrict(Limits(1 << 30, 5, FILE_BYTES, TASKS if self.own_count else None), fence, self.job_folder)
         os.write(1, json.dumps(attempts()).encode())
+
+
+def warm_up() -> None:
+    """Runs what the children will run, until the interpreter has specialised its code: each child would write it anew."""
+    for _ in range(20):
+        test, program = checker.Test(), candidate.Program()
+        for values in ([(1, [2, "3"]), None], [warm_up, {"1": 1.5}], [None], ["name", None, 3]):
+            program.decode(json.loads(json.dumps(test.encode(values))))
+            test.decode(json.loads(json.dumps(program.encode(values))))
+            test.prune()
+            program.prune()
 
 
 def attempts() -> dict[str, bool]:
@@ -261,4 +273,5 @@ def _receive(control: Any) -> tuple[Any, list[int]]:
 
 
 def main() -> None:
+    gc.disable()  # so that no collection leaves holes, which every child would fill and so copy
     serve(_socket.socket(fileno=0))

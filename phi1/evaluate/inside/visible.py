@@ -1,10 +1,10 @@
 """Which of the machine's files a sandboxed process can see: the interpreter's library, shared libraries, no other package."""
 
-import dataclasses
 import os
 import sys
 import sysconfig
 from collections.abc import Iterator
+from typing import NamedTuple
 
 FILES = ("/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/urandom", "/dev/random", "/dev/zero")
@@ -12,8 +12,7 @@ DEVICES = ("/dev/null", "/dev/urandom", "/dev/random", "/dev/zero")
 _HIDDEN = ("python", "pypy", "site-packages", "dist-packages", "node_modules")
 
 
-@dataclasses.dataclass(frozen=True)
-class Tree:
+class Tree(NamedTuple):
     """A folder or file that is shown, but for the direct children named in `hidden`."""
 
     path: str

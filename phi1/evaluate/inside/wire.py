@@ -35,32 +35,57 @@ class TooLarge(ValueError):
     """A value does not fit in a message."""
 
 
+_to_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+_from_json = json.JSONDecoder().raw_decode
+
+
 def send_frame(descriptor: int, message: Any) -> None:
-    data = json.dumps(message, separators=(",", ":"), check_circular=False).encode()
+    """Writes one message. Raises TooLarge."""
+    data = _to_json(message).encode()
     if len(data) > MAX_MESSAGE:
         raise TooLarge(f"a value of {len(data):,} bytes; at most {MAX_MESSAGE:,} pass between program and test")
-    view = memoryview(struct.pack(">I", len(data)) + data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    data = struct.pack(">I", len(data)) + data
+    written = os.write(descriptor, data)
+    if written < len(data):
+        view = memoryview(data)[written:]
+        while view:
+            view = view[os.write(descriptor, view) :]
 
 
-def receive_frame(descriptor: int) -> Any:
-    """Raises EOFError at the end of the stream, ValueError for what is no message."""
+class Frames:
+    """The messages that arrive on a descriptor."""
 
-    def exactly(count: int) -> bytes:
-        parts = []
-        while count:
-            part = os.read(descriptor, min(count, 1 << 20))
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.rest = b""
+
+    def next(self) -> Any:
+        """Raises EOFError at the end of the stream, ValueError for what is no message."""
+        data = self._at_least(self.rest, 4)
+        (length,) = struct.unpack_from(">I", data)
+        if length > MAX_MESSAGE:
+            raise ValueError(f"a message of {length} bytes")
+        data = self._at_least(data, 4 + length)
+        self.rest = data[4 + length :]
+        return _from_json(data[4 : 4 + length].decode())[0]
+
+    def _at_least(self, data: bytes, count: int) -> bytes:
+        if len(data) >= count:
+            return data
+        parts, held = [data], len(data)
+        while held < count:
+            part = os.read(self.descriptor, 1 << 16)
             if not part:
                 raise EOFError
             parts.append(part)
-            count -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            held += len(part)
+        return b"".join(parts)
 
-    (length,) = struct.unpack(">I", exactly(4))
-    if length > MAX_MESSAGE:
-        raise ValueError(f"a message of {length} bytes")
-    return json.loads(exactly(length))
+
+def read_all(descriptor: int) -> bytes:
+    """A file's data from its beginning."""
+    size = os.fstat(descriptor).st_size
+    return b"".join(iter(lambda: os.read(descriptor, size), b"")) if size else b""
 
 
 # ---------------------------------------------------------------- kinds of values
@@ -222,6 +247,8 @@ class Codec:
 
     def encode(self, values: list[Any]) -> dict[str, Any]:
         """A message with these values, the shared objects that changed, and what may be forgotten."""
+        if not self.shared and not self.to_drop and all(map(_is_flat, values)):
+            return {"v": values}
         message = _Message(self)
         shared_before = list(self.shared.items())
         atoms = [message.atom(value) for value in values]
@@ -254,10 +281,20 @@ class Codec:
 
     def decode(self, message: dict[str, Any]) -> list[Any]:
         """The values. Raises ValueError, TypeError, KeyError or IndexError for what no peer sends."""
+        if "n" not in message:
+            flat: list[Any] = message["v"]
+            if not all(map(_is_flat, flat)):
+                raise ValueError("a list is no plain value")
+            return flat
         for number in message["d"]:
             self.unshare(number)
             self.forget(number)
         return _Building(self, message).values()
+
+
+def _is_flat(value: Any) -> bool:
+    kind = type(value)
+    return kind in _ATOMIC or (kind is int and value in _SMALL)
 
 
 def _same(now: Any, before: Any) -> bool:
