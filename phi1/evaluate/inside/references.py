@@ -44,6 +44,9 @@ _OPERATIONS = {
 }  # fmt: skip
 
 
+_NAMES = ("__name__", "__qualname__", "__module__", "__doc__")  # what functools.wraps copies
+
+
 class Refused(TypeError):
     """An operation that is not carried out across the boundary."""
 
@@ -255,12 +258,12 @@ class Peer(Codec):
 
     def _post(self, kind: str, values: list[Any]) -> None:
         with self.lock:
-            self.prune()
             message = {"k": kind, **self.encode(values), **self.beside()}
             try:
                 send_frame(self.descriptor, message)
             except OSError as error:
                 raise Gone("the other process ended") from error
+            self.prune()  # not before: what changed and was let go is still news to the other side
 
     def _next(self) -> tuple[str, list[Any]]:
         try:
@@ -305,7 +308,11 @@ class Peer(Codec):
         if operation == "call":
             allowed = callable(target)
         elif operation in ("getattr", "setattr", "delattr"):
-            allowed = _of_the_test(target) and type(values[1]) is str and not values[1].startswith("_")
+            name = str(values[1])
+            named = operation == "getattr" and name in _NAMES and isinstance(target, types.FunctionType)
+            if not named and (not _of_the_test(target) or name.startswith("_")):
+                raise AttributeError(f"{name} of the test's {type(target).__name__} is not for the program")
+            allowed = True
         elif operation in ("send", "throw", "close"):
             allowed = isinstance(target, types.GeneratorType)
         elif operation in ("__next__", "__iter__"):
