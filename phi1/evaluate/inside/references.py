@@ -259,11 +259,13 @@ class Peer(Codec):
     def _post(self, kind: str, values: list[Any]) -> None:
         with self.lock:
             message = {"k": kind, **self.encode(values), **self.beside()}
+            self.prune()  # not before: what changed and was let go is still news to the other side
+            if self.to_drop:
+                message["d"], self.to_drop = self.to_drop, []
             try:
                 send_frame(self.descriptor, message)
             except OSError as error:
                 raise Gone("the other process ended") from error
-            self.prune()  # not before: what changed and was let go is still news to the other side
 
     def _next(self) -> tuple[str, list[Any]]:
         try:
@@ -358,6 +360,8 @@ class Peer(Codec):
         known = self.remotes.get(number)
         if known is not None:
             return known
+        if number in self.to_drop:  # let go, but the other side was not yet told
+            self.to_drop.remove(number)
         if facts.get("is") == "exceptions":
             return self.exception_class(facts["classes"])
         special = tuple(name for name in facts["special"] if isinstance(name, str))

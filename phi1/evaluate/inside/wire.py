@@ -246,8 +246,8 @@ class Codec:
     # ---- sending
 
     def encode(self, values: list[Any]) -> dict[str, Any]:
-        """A message with these values, the shared objects that changed, and what may be forgotten."""
-        if not self.shared and not self.to_drop and all(map(_is_flat, values)):
+        """A message with these values and the shared objects that changed."""
+        if not self.shared and all(map(_is_flat, values)):
             return {"v": values}
         message = _Message(self)
         shared_before = list(self.shared.items())
@@ -259,8 +259,7 @@ class Codec:
                 self.shared[number] = (kind, now)
                 changed.append([number, [message.atom(item) for item in now]])
         message.finish()
-        drop, self.to_drop = self.to_drop, []
-        return {"v": atoms, "n": message.nodes, "c": changed, "d": drop}
+        return {"v": atoms, "n": message.nodes, "c": changed}
 
     def _contents(self, kind: str, value: Any) -> list[Any]:
         if kind in _MUTABLE:
@@ -281,15 +280,16 @@ class Codec:
 
     def decode(self, message: dict[str, Any]) -> list[Any]:
         """The values. Raises ValueError, TypeError, KeyError or IndexError for what no peer sends."""
-        if "n" not in message:
-            flat: list[Any] = message["v"]
-            if not all(map(_is_flat, flat)):
+        if "n" in message:
+            values = _Building(self, message).values()
+        else:
+            values = message["v"]
+            if not all(map(_is_flat, values)):
                 raise ValueError("a list is no plain value")
-            return flat
-        for number in message["d"]:
+        for number in message.get("d", ()):
             self.unshare(number)
             self.forget(number)
-        return _Building(self, message).values()
+        return values
 
 
 def _is_flat(value: Any) -> bool:
