@@ -53,6 +53,10 @@ MEMORY = 512 << 20
 """Bytes of address space."""
 _SERVER = pathlib.Path(__file__).resolve().parent / "inside" / "__main__.py"
 _KEPT = ("LD_LIBRARY_PATH", "OPENBLAS_CORETYPE")
+_ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",  # else each thread reserves 64 MiB of the address space that a job may have
+}  # fmt: skip
 _PATIENCE = 30.0  # seconds for an answer of the server, which does little before it
 _TICK = 0.05  # seconds between two looks at a job's clocks
 
@@ -147,7 +151,7 @@ class Server:
                 stdin=theirs,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **kept},
+                env=_ENVIRONMENT | kept,
                 start_new_session=True,
             )
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="phi1-sandbox-"))
