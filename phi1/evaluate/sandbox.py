@@ -39,7 +39,7 @@ from typing import Any, Literal
 
 from phi1.errors import UserError
 from phi1.evaluate import system_calls
-from phi1.evaluate.inside.cleaning import remove
+from phi1.evaluate.inside import cleaning
 from phi1.evaluate.inside.namespaces import JOB_BYTES
 from phi1.evaluate.prepared import BrokenTest, prepare
 
@@ -205,7 +205,7 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()  # its children die with it
         self.process.communicate()
-        remove(str(self.folder))
+        cleaning.remove(str(self.folder))
 
 
 def _strength(found: dict[str, Any], no_filter: str) -> Strength:
@@ -303,7 +303,7 @@ class _Run:
                 return f"no verdict within {self.job.timeout:g} s ({used:.1f} s of CPU time, {idle:.1f} s of waiting)"
             if now - started > 60 + 20 * self.job.timeout:
                 return f"no verdict within {now - started:.0f} s of wall time"
-            if self.server.watch_folder and _disk_use(self.server.folder) > JOB_BYTES:
+            if self.server.watch_folder and cleaning.size(str(self.server.folder)) > JOB_BYTES:
                 return "disk"
 
     def _take(self, handle: int, into: bytearray, limit: int) -> bool:
@@ -398,17 +398,6 @@ def _ready(pid: int) -> bool:
             if path.read_text().rpartition(")")[2].split()[0] in "RD":
                 return True
     return False
-
-
-def _disk_use(folder: pathlib.Path) -> int:
-    """Bytes and, at 4 KiB each, files below it, without what cannot be read meanwhile."""
-    total = 0
-    for path, _, files in os.walk(folder):
-        total += 4096 * (1 + len(files))
-        for name in files:
-            with contextlib.suppress(OSError):
-                total += 512 * os.lstat(os.path.join(path, name)).st_blocks
-    return total
 
 
 def _how_it_ended(code: int) -> str:
