@@ -48,7 +48,14 @@ class Problem:
         except SyntaxError:  # the sandbox says which of the two it is
             return Job(self.prompt + completion, self.test, self.entry_point, "", timeout)
         preamble = "".join(lines[: first - 1])
-        return Job(self.prompt + completion, self.test, self.entry_point, preamble, timeout, packages=tuple(sorted(imports - sys.stdlib_module_names)))
+        return Job(
+            self.prompt + completion,
+            self.test,
+            self.entry_point,
+            preamble,
+            timeout,
+            packages=tuple(sorted(imports - sys.stdlib_module_names)),
+        )
 
 
 def _parses(text: str) -> bool:

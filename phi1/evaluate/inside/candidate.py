@@ -5,8 +5,8 @@ import sys
 import types
 from typing import Any
 
-from phi1.evaluate.inside.references import Peer, message_of
-from phi1.evaluate.inside.wire import read_all, send_frame
+from phi1.evaluate.inside.frames import read_all, send_frame
+from phi1.evaluate.inside.peer import Peer, message_of
 
 CHANNEL, SOURCE = 3, 4
 """Descriptors: the conversation with the test (or, without a test, where the report goes), and the program's text."""

@@ -8,8 +8,9 @@ import sys
 from typing import Any
 
 from phi1.evaluate.inside.candidate import line_of
-from phi1.evaluate.inside.references import Peer, Remote, message_of
-from phi1.evaluate.inside.wire import Gone, read_all, send_frame
+from phi1.evaluate.inside.frames import Gone, read_all, send_frame
+from phi1.evaluate.inside.peer import Peer, message_of
+from phi1.evaluate.inside.remote import Remote
 
 CHANNEL, TEST, VERDICT = 3, 4, 5
 """Descriptors: the conversation with the program, the prepared test, and where the verdict goes."""
@@ -54,9 +55,8 @@ def _judged(preamble: Any, test: Any, names: list[str], entry_point: str, peer: 
         peer.answer()  # the program is loaded without being asked to
     except Gone as gone:
         return "failed", f"while it was loaded, {gone}", 0
-    except BaseException as error:
-        return "failed", _line(error), 0
-    error: BaseException | None
+    except BaseException as raised:
+        return "failed", _line(raised), 0
     try:
         space = _space(preamble, names, entry_point, peer)
         exec(test, space)

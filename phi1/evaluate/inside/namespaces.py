@@ -152,7 +152,6 @@ def show_only(trees: Sequence[Tree]) -> None:
     _done(_libc.mount(b"none", b"/", None, _RECURSIVE | _PRIVATE, None), "mount")
     shown = [(tree, _detached(tree.path)) for tree in trees]
     devices = [(path, _detached(path)) for path in DEVICES if os.path.exists(path)]
-    links = {path: os.readlink(path) for path in ("/lib", "/lib64", "/lib32", "/bin") if os.path.islink(path)}
     root = next(path for path in ("/tmp", "/mnt", "/var") if os.path.isdir(path))
     mount("tmpfs", root, "size=1m,mode=755")
     for tree, handle in shown:
@@ -162,9 +161,6 @@ def show_only(trees: Sequence[Tree]) -> None:
                 mount("tmpfs", os.path.join(root + tree.path, name), "size=64k,mode=755")
     for path, handle in devices:
         _attach(handle, path, root, no_devices=False)
-    for path, target in links.items():
-        if not os.path.lexists(root + path):
-            os.symlink(target, root + path)
     os.makedirs(root + JOB_FOLDER)
     for path in ("/tmp", "/dev/shm"):  # where programs and libc look for a place to write
         os.symlink(JOB_FOLDER, root + path)

@@ -17,7 +17,14 @@ from typing import Any
 from phi1.evaluate.inside import candidate, checker, namespaces, visible
 from phi1.evaluate.inside.cleaning import remove
 from phi1.evaluate.inside.restrict import (
-    Fence, Limits, TASKS, hide_this_process, keep_descriptors, landlock, landlock_version, restrict,
+    TASKS,
+    Fence,
+    Limits,
+    hide_this_process,
+    keep_descriptors,
+    landlock,
+    landlock_version,
+    restrict,
 )  # fmt: skip
 
 # What programs import most: loaded once. Every fork pays for `random` and `threading` (0.7 ms: they work after it in the
@@ -57,7 +64,9 @@ class Server:
             rulesets = [landlock(trees, writable), landlock(trees, None)]
         program = bytes.fromhex(setup["filter"])
         self.handle = os.pidfd_open(os.getpid())
-        self.fences = [Fence(ruleset, program, user, self.handle) for ruleset, user in zip(rulesets, users, strict=True)]
+        self.fences = [
+            Fence(ruleset, program, user, self.handle) for ruleset, user in zip(rulesets, users, strict=True)
+        ]
         self.own_count = "user" in self.spaces.kinds or users[0] is not None
         os.environ |= {"HOME": self.job_folder, "TMPDIR": self.job_folder}
         # Made here, before the forks, and used once in each child.

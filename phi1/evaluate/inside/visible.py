@@ -27,15 +27,17 @@ class Tree(NamedTuple):
 
 
 def trees(packages: tuple[str, ...]) -> list[Tree]:
-    """Everything shown, in order of path. packages: names of imported packages, shown with what they imported."""
-    library = {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
-    shared = {os.path.join(sys.base_prefix, "lib"), "/lib", "/usr/lib", "/lib64", "/usr/lib64"}
-    shared |= set(filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")))
-    paths = {os.path.realpath(path) for path in shared} | library | set(FILES) | {"/usr/share/zoneinfo"}
-    found = [Tree(path, _hidden_in(path)) for path in paths if os.path.exists(path)]
+    """Everything shown, in order of path, and by its real path as well where a link leads to it. packages: names of
+    imported packages, shown with what they imported."""
+    library = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib")}
+    paths = {os.path.join(sys.base_prefix, "lib"), "/lib", "/usr/lib", "/lib64", "/usr/lib64", "/usr/share/zoneinfo"}
+    paths |= library | set(FILES) | set(filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":")))
+    hidden = {
+        name: _hidden_in(name) for path in paths if os.path.exists(path) for name in (path, os.path.realpath(path))
+    }
     if packages:
-        found += [Tree(path) for path in _of_packages(library)]
-    return sorted(found, key=lambda tree: tree.path)
+        hidden |= {name: () for path in _of_packages(library) for name in (path, os.path.realpath(path))}
+    return [Tree(path, hidden[path]) for path in sorted(hidden)]
 
 
 def _hidden_in(path: str) -> tuple[str, ...]:
@@ -45,19 +47,16 @@ def _hidden_in(path: str) -> tuple[str, ...]:
 
 
 def _of_packages(library: set[str]) -> Iterator[str]:
-    """Folders and files of the imported modules that are not the standard library's."""
+    """Folders and files of the imported modules that are not the standard library's, nor this project's."""
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if "." in name or name == "phi1" or file is None or os.path.isdir(os.path.join(*library, name)):
+        if file is None or "." in name or (file.startswith(tuple(library)) and "-packages" not in file):
             continue
-        file = os.path.realpath(file)
         folder = os.path.dirname(file)
-        if any(os.path.commonpath([file, path]) == path for path in library) and "-packages" not in file:
-            continue
         if os.path.basename(file).startswith("__init__."):
             yield folder
             beside = os.path.join(os.path.dirname(folder), f"{name}.libs")  # shared libraries that a wheel brings
             if os.path.isdir(beside):
                 yield beside
-        else:
+        elif name != "__main__":
             yield file

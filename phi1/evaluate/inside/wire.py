@@ -3,205 +3,34 @@
 Plain data crosses by value: numbers, strings, containers, the standard library's value types, numpy's arrays, and
 objects of classes that both sides have. Mutable containers that both sides hold are *shared*: each message carries
 the contents of those that changed, so that a change in place is seen, and an object that comes back is the same
-object. Everything else crosses by reference (`references.py`). The receiver builds values from its own types
-only: nothing that arrives brings a method of the sender's. Messages are JSON after 4 bytes of length.
+object. Everything else crosses by reference (`peer.py`). The receiver builds values from its own types
+only: nothing that arrives brings a method of the sender's.
 
 An atom is None, a bool, float, string or 64-bit integer as it is, else a list: [n] (node n of this message), ["s", id]
 (shared), ["r", id, facts] (the sender's object), ["y", id] (the receiver's own object), or [tag, value] for the rest.
 """
 
-import builtins
 import collections
 import enum
-import json
-import math
-import operator
-import os
-import struct
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-MAX_MESSAGE = 16 << 20
-"""Bytes of one message: the arguments or the result of a call."""
-
-
-class Gone(BaseException):
-    """The other process ended, or said what no peer says. Not an Exception: a test or program cannot catch it by that."""
-
-
-class TooLarge(ValueError):
-    """A value does not fit in a message."""
-
-
-_to_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
-_from_json = json.JSONDecoder().raw_decode
-
-
-def send_frame(descriptor: int, message: Any) -> None:
-    """Writes one message. Raises TooLarge."""
-    data = _to_json(message).encode()
-    if len(data) > MAX_MESSAGE:
-        raise TooLarge(f"a value of {len(data):,} bytes; at most {MAX_MESSAGE:,} pass between program and test")
-    data = struct.pack(">I", len(data)) + data
-    written = os.write(descriptor, data)
-    if written < len(data):
-        view = memoryview(data)[written:]
-        while view:
-            view = view[os.write(descriptor, view) :]
-
-
-class Frames:
-    """The messages that arrive on a descriptor."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.rest = b""
-
-    def next(self) -> Any:
-        """Raises EOFError at the end of the stream, ValueError for what is no message."""
-        data = self._at_least(self.rest, 4)
-        (length,) = struct.unpack_from(">I", data)
-        if length > MAX_MESSAGE:
-            raise ValueError(f"a message of {length} bytes")
-        data = self._at_least(data, 4 + length)
-        self.rest = data[4 + length :]
-        return _from_json(data[4 : 4 + length].decode())[0]
-
-    def _at_least(self, data: bytes, count: int) -> bytes:
-        if len(data) >= count:
-            return data
-        parts, held = [data], len(data)
-        while held < count:
-            part = os.read(self.descriptor, 1 << 16)
-            if not part:
-                raise EOFError
-            parts.append(part)
-            held += len(part)
-        return b"".join(parts)
-
-
-def read_all(descriptor: int) -> bytes:
-    """A file's data from its beginning."""
-    size = os.fstat(descriptor).st_size
-    return b"".join(iter(lambda: os.read(descriptor, size), b"")) if size else b""
-
-
-# ---------------------------------------------------------------- kinds of values
-
-_SMALL = range(-(1 << 63), 1 << 63)
-_ATOMIC = frozenset({type(None), bool, float, str})
-# Builtin functions that are the same on both sides. None of them reaches beyond its arguments.
-_PURE = {
-    "builtins": ("abs", "all", "any", "bin", "chr", "divmod", "hash", "hex", "len", "max", "min", "oct", "ord", "pow",
-                 "repr", "round", "sorted", "sum"),
-    "math": tuple(name for name in vars(math) if not name.startswith("_")),
-    "_operator": tuple(name for name in vars(operator) if not name.startswith("_")),
-}  # fmt: skip
-_TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
-_IMMUTABLE_BASES = (str, int, float, tuple, bytes, frozenset, complex)
-
-
-def _fill_list(target: list[Any], items: list[Any]) -> None:
-    list.__setitem__(target, slice(None), items)
-
-
-def _fill_dict(target: dict[Any, Any], items: list[Any]) -> None:
-    clear, put = (
-        (collections.OrderedDict.clear, collections.OrderedDict.__setitem__)
-        if isinstance(target, collections.OrderedDict)
-        else (dict.clear, dict.__setitem__)
-    )
-    clear(target)  # type: ignore[arg-type]
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        put(target, key, value)  # type: ignore[arg-type]
-
-
-def _fill_set(target: set[Any], items: list[Any]) -> None:
-    set.clear(target)
-    set.update(target, items)
-
-
-def _fill_bytearray(target: bytearray, items: list[Any]) -> None:
-    bytearray.__setitem__(target, slice(None), items[0])
-
-
-def _fill_deque(target: Any, items: list[Any]) -> None:
-    collections.deque.clear(target)
-    collections.deque.extend(target, items)
-
-
-def _fill_object(target: Any, items: list[Any]) -> None:
-    state = vars(target)
-    state.clear()
-    state.update(zip(items[::2], items[1::2], strict=True))
-
-
-def _fill_array(target: Any, items: list[Any]) -> None:
-    form, data, *shape = items
-    target[...] = sys.modules["numpy"].frombuffer(data, form).reshape(shape)
-
-
-def _flat(pairs: Any) -> list[Any]:
-    return [part for pair in pairs for part in pair]
-
-
-_Fill = Callable[[Any, list[Any]], None]
-# Mutable kinds: the type, its contents as a list of values, and how an object of it takes new contents.
-_MUTABLE: dict[str, tuple[type, Callable[[Any], list[Any]], _Fill]] = {
-    "list": (list, lambda value: list(list.__iter__(value)), _fill_list),
-    "OrderedDict": (collections.OrderedDict, lambda value: _flat(collections.OrderedDict.items(value)), _fill_dict),
-    "Counter": (collections.Counter, lambda value: _flat(dict.items(value)), _fill_dict),
-    "defaultdict": (collections.defaultdict, lambda value: _flat(dict.items(value)), _fill_dict),
-    "dict": (dict, lambda value: _flat(dict.items(value)), _fill_dict),
-    "set": (set, lambda value: list(set.__iter__(value)), _fill_set),
-    "bytearray": (bytearray, lambda value: [bytes(value)], _fill_bytearray),
-    "deque": (collections.deque, lambda value: list(collections.deque.__iter__(value)), _fill_deque),
-}
-_OBJECT: tuple[Callable[[Any], list[Any]], _Fill] = (lambda value: _flat(vars(value).items()), _fill_object)
-_ARRAY: tuple[Callable[[Any], list[Any]], _Fill] = (
-    lambda value: [value.dtype.str, value.tobytes(), *value.shape],
-    _fill_array,
+from phi1.evaluate.inside.kinds import (
+    ARRAY,
+    ATOMIC,
+    BASE_VALUE,
+    MODULES_OF_VALUES,
+    MUTABLE,
+    OBJECT,
+    PURE,
+    SMALL,
+    TYPES,
+    VALUES,
+    global_value,
+    make_value,
 )
-# Value types: what they are made of, as the arguments that make them again.
-_VALUES: dict[tuple[str, str], Callable[[Any], list[Any]]] = {
-    ("fractions", "Fraction"): lambda v: [v.numerator, v.denominator],
-    ("decimal", "Decimal"): lambda v: [str(v)],
-    ("datetime", "datetime"): lambda v: [
-        v.year, v.month, v.day, v.hour, v.minute, v.second, v.microsecond, v.tzinfo, v.fold],
-    ("datetime", "date"): lambda v: [v.year, v.month, v.day],
-    ("datetime", "time"): lambda v: [v.hour, v.minute, v.second, v.microsecond, v.tzinfo, v.fold],
-    ("datetime", "timedelta"): lambda v: [v.days, v.seconds, v.microseconds],
-    ("datetime", "timezone"): lambda v: [v.utcoffset(None), v.tzname(None)],
-    ("zoneinfo", "ZoneInfo"): lambda v: [v.key],
-    ("uuid", "UUID"): lambda v: [str(v)],
-    ("pathlib", "PosixPath"): lambda v: [str(v)],
-    ("pathlib", "PurePosixPath"): lambda v: [str(v)],
-    ("array", "array"): lambda v: [v.typecode, v.tolist()],
-    ("builtins", "range"): lambda v: [v.start, v.stop, v.step],
-    ("builtins", "slice"): lambda v: [v.start, v.stop, v.step],
-    ("builtins", "dict_keys"): lambda v: [list(v)],
-    ("builtins", "dict_values"): lambda v: [list(v)],
-    ("builtins", "dict_items"): lambda v: [list(v)],
-    ("builtins", "memoryview"): lambda v: [v.tobytes()],
-}  # fmt: skip
-
-
-def _make_value(module: str, name: str, arguments: list[Any]) -> Any:
-    if (module, name) not in _VALUES:
-        raise ValueError(f"no value type {module}.{name}")
-    if name.startswith("dict_"):
-        items = arguments[0]
-        pairs = items if name == "dict_items" else [(i, i) for i in items] if name == "dict_keys" else enumerate(items)
-        return getattr(dict(pairs), name[5:])()
-    if module == "datetime" and name in ("datetime", "time"):
-        *parts, fold = arguments
-        return getattr(__import__(module), name)(*parts, fold=fold)
-    if module == "pathlib":
-        module = module if module in sys.modules else "pathlib"
-    kind = getattr(__import__(module), name)
-    return kind(*arguments)
 
 
 class Codec:
@@ -262,9 +91,9 @@ class Codec:
         return {"v": atoms, "n": message.nodes, "c": changed}
 
     def _contents(self, kind: str, value: Any) -> list[Any]:
-        if kind in _MUTABLE:
-            return _MUTABLE[kind][1](value)
-        return (_ARRAY if kind == "ndarray" else _OBJECT)[0](value)
+        if kind in MUTABLE:
+            return MUTABLE[kind][1](value)
+        return (ARRAY if kind == "ndarray" else OBJECT)[0](value)
 
     def share(self, number: int, kind: str, value: Any, contents: list[Any]) -> None:
         self.shared[number] = (kind, contents)
@@ -294,7 +123,7 @@ class Codec:
 
 def _is_flat(value: Any) -> bool:
     kind = type(value)
-    return kind in _ATOMIC or (kind is int and value in _SMALL)
+    return kind in ATOMIC or (kind is int and value in SMALL)
 
 
 def _same(now: Any, before: Any) -> bool:
@@ -318,10 +147,10 @@ class _Message:
 
     def atom(self, value: Any) -> Any:
         kind = type(value)
-        if kind in _ATOMIC:
+        if kind in ATOMIC:
             return value
         if kind is int:
-            return value if value in _SMALL else ["i", hex(value)]
+            return value if value in SMALL else ["i", hex(value)]
         if kind is bytes:
             return ["b", value.hex()]
         if kind is complex:
@@ -336,31 +165,31 @@ class _Message:
         codec = self.codec
         if kind is tuple or kind is frozenset:
             return self._add(value, kind.__name__, None, list(value))
-        for name, (exact, contents, _) in _MUTABLE.items():
+        for name, (exact, contents_of, _) in MUTABLE.items():
             if kind is exact:
-                extra = {"defaultdict": lambda: [value.default_factory], "deque": lambda: [value.maxlen]}.get(name)
-                return self._share(value, name, contents(value), extra() if extra else [])
-        if kind.__module__ == "numpy" and hasattr(value, "dtype") and not value.dtype.hasobject and value.dtype.names is None:
-            if hasattr(value, "flags") and kind.__name__ == "ndarray":
-                contents = _ARRAY[0](value)
-                return self._share(value, "ndarray", contents, [])
+                extra = [value.default_factory] if name == "defaultdict" else [value.maxlen] if name == "deque" else []
+                return self._share(value, name, contents_of(value), extra)
+        if kind.__module__ == "numpy" and _has_plain_items(value):
+            if kind.__name__ == "ndarray":
+                return self._share(value, "ndarray", ARRAY[0](value), [])
             return self._add(value, "scalar", None, [value.dtype.str, value.tobytes()])
-        if kind.__module__ in _MODULES_OF_VALUES:
+        if kind.__module__ in MODULES_OF_VALUES:
             for ancestor in kind.__mro__:
-                parts = _VALUES.get((ancestor.__module__.removesuffix("._local"), ancestor.__name__))
+                module = ancestor.__module__.split(".")[0]
+                parts = VALUES.get((module, ancestor.__name__))
                 if parts is not None and kind.__module__ == ancestor.__module__:
-                    return self._add(value, "value", None, [ancestor.__module__.split(".")[0], ancestor.__name__, *parts(value)])
+                    return self._add(value, "value", None, [module, ancestor.__name__, *parts(value)])
         if value is Ellipsis or value is NotImplemented:
             return ["g", "builtins", str(value)]
-        if kind is type and _TYPES.get(value.__name__) is value:
-            return ["g", "builtins", value.__name__]
-        if kind is types.BuiltinFunctionType and value.__name__ in _PURE.get(value.__module__ or "", ()):
-            return ["g", value.__module__, value.__name__]
         name = kind.__name__
+        if kind is type and TYPES.get(getattr(value, "__name__", "")) is value:
+            return ["g", "builtins", value.__name__]
+        if kind is types.BuiltinFunctionType and value.__name__ in PURE.get(value.__module__ or "", ()):
+            return ["g", value.__module__, value.__name__]
         if codec.classes.get(name) is kind and isinstance(value, enum.Enum):
             return ["e", name, value.name]
         if codec.classes.get(name) is kind and hasattr(value, "__dict__") and not isinstance(value, BaseException):
-            return self._share(value, f"object {name}", _OBJECT[0](value), [])
+            return self._share(value, f"object {name}", OBJECT[0](value), [])
         return self._derived(value, kind)
 
     def _derived(self, value: Any, kind: type) -> Any:
@@ -369,16 +198,14 @@ class _Message:
         if atom[0] != "r":
             return atom
         for ancestor in kind.__mro__[1:-1]:
-            if ancestor in _IMMUTABLE_BASES:
-                made = {tuple: tuple.__iter__, frozenset: frozenset.__iter__}.get(ancestor)  # type: ignore[attr-defined]
-                plain = ancestor(made(value)) if made else _BASE_VALUE[ancestor](value)
-                return ["d", self.atom(plain), *atom[1:]]
-            for name, (exact, contents, _) in _MUTABLE.items():
+            if ancestor in BASE_VALUE:
+                return ["d", self.atom(BASE_VALUE[ancestor](value)), *atom[1:]]
+            for name, (exact, contents_of, _) in MUTABLE.items():
                 if ancestor is exact and name in ("list", "dict", "set", "bytearray"):
-                    return self._share(value, name, contents(value), [], atom[1:])
-            parts = _VALUES.get((ancestor.__module__, ancestor.__name__))
+                    return self._share(value, name, contents_of(value), [], atom[1:])
+            parts = VALUES.get((ancestor.__module__, ancestor.__name__))
             if parts is not None:
-                plain = _make_value(ancestor.__module__, ancestor.__name__, parts(value))
+                plain = make_value(ancestor.__module__, ancestor.__name__, parts(value))
                 return ["d", self.atom(plain), *atom[1:]]
         return atom
 
@@ -401,11 +228,10 @@ class _Message:
         return self._add(value, kind, number, contents, atoms, *([derived] if derived else []))
 
 
-_BASE_VALUE: dict[type, Callable[[Any], Any]] = {
-    str: lambda value: str.__str__(value)[:], int: lambda value: int.__int__(value), float: lambda value: float.__float__(value),
-    bytes: lambda value: bytes.__getitem__(value, slice(None)), complex: lambda value: complex.__complex__(value),
-}  # fmt: skip
-_MODULES_OF_VALUES = frozenset({module for module, _ in _VALUES} | {"pathlib._local"})
+def _has_plain_items(value: Any) -> bool:
+    """Whether a value of numpy's is an array or a scalar of numbers."""
+    form = getattr(value, "dtype", None)
+    return form is not None and not form.hasobject and form.names is None
 
 
 class _Building:
@@ -441,7 +267,7 @@ class _Building:
         elif kind == "defaultdict":
             value = collections.defaultdict(self.value(extra[0]))
         else:
-            value = _MUTABLE[kind][0]()
+            value = MUTABLE[kind][0]()
             if derived:
                 value = self.codec.derived(value, *derived[0])
         self.codec.share(number, kind, value, [])
@@ -449,7 +275,7 @@ class _Building:
 
     def _fill(self, number: int, kind: str, target: Any, atoms: list[Any]) -> None:
         items = [self.value(atom) for atom in atoms]
-        fill = _MUTABLE[kind][2] if kind in _MUTABLE else (_ARRAY if kind == "ndarray" else _OBJECT)[1]
+        fill = MUTABLE[kind][2] if kind in MUTABLE else (ARRAY if kind == "ndarray" else OBJECT)[1]
         fill(target, items)
         self.codec.shared[number] = (kind, self.codec._contents(kind, target))
 
@@ -476,7 +302,7 @@ class _Building:
         if first == "d":
             return self.codec.derived(self.value(atom[1]), atom[2], atom[3])
         if first == "g":
-            return _global(atom[1], atom[2])
+            return global_value(atom[1], atom[2])
         if first == "e":
             member: Any = self.codec.classes[atom[1]]
             return member[atom[2]]
@@ -493,15 +319,5 @@ class _Building:
             return sys.modules["numpy"].frombuffer(data, form)[0]
         if kind == "value":
             module, name, *arguments = items
-            return _make_value(module, name, arguments)
+            return make_value(module, name, arguments)
         raise ValueError(f"no value of kind {kind!r}")
-
-
-def _global(module: str, name: str) -> Any:
-    if module == "builtins" and name in _TYPES:
-        return _TYPES[name]
-    if name in ("Ellipsis", "NotImplemented"):
-        return getattr(builtins, name)
-    if name in _PURE.get(module, ()):
-        return getattr({"builtins": builtins, "math": math, "_operator": operator}[module], name)
-    raise ValueError(f"no {module}.{name}")

@@ -230,13 +230,13 @@ FORGERIES: dict[str, str] = {
     "a numpy-like array": "class E:\n    dtype = shape = flags = None\n    def __array__(self):\n        return self\n    def __eq__(self, o):\n        return self\n    def all(self):\n        return True\nE.__module__ = 'numpy'\ndef f(x):\n    return E()",
     "a value type that lies": "import fractions\nclass Fraction(fractions.Fraction):\n    def __eq__(self, o):\n        return True\n    __hash__ = fractions.Fraction.__hash__\nFraction.__module__ = 'fractions'\ndef f(x):\n    return Fraction(1, 3)",
     "patched builtins": "import builtins\nbuiltins.AssertionError = Exception\nbuiltins.isinstance = lambda *a: True\nbuiltins.compile = builtins.exec = lambda *a, **k: None",
-    "patched modules": "import unittest, math, random, json\nunittest.TestCase.assertEqual = lambda *a: None\nmath.isclose = lambda *a, **k: True\njson.dumps = lambda *a, **k: '{\"k\": \"return\", \"v\": [true]}'",
+    "patched modules": 'import unittest, math, random, json\nunittest.TestCase.assertEqual = lambda *a: None\nmath.isclose = lambda *a, **k: True\njson.dumps = lambda *a, **k: \'{"k": "return", "v": [true]}\'',
     "patched runner": "for m in list(sys.modules.values()):\n    for n in ('unpack', 'checker', 'run', 'perform', 'decode', 'encode', '_same', '_judged', 'exactly_equal'):\n        if hasattr(m, n):\n            setattr(m, n, lambda *a, **k: {'status': 'passed', 'detail': ''})",
     "redefined test": "def check(candidate):\n    return True\ndef candidate(x):\n    return x",
     "a test in its place": "import builtins\nbuiltins.check = lambda c: None\nsys.modules['test'] = sys.modules['solution']",
     "at exit": "import atexit\natexit.register(os._exit, 0)",
     "verdicts on every descriptor": "import json, struct\nfor text in ({'status': 'passed', 'detail': '', 'line': 0}, {'raised': None}):\n    data = json.dumps(text).encode()\n    for fd in range(64):\n        try:\n            os.write(fd, struct.pack('>I', len(data)) + data)\n        except OSError:\n            pass",
-    "verdicts printed": "print('{\"status\": \"passed\", \"detail\": \"\"}', flush=True)\nprint('passed')",
+    "verdicts printed": 'print(\'{"status": "passed", "detail": ""}\', flush=True)\nprint(\'passed\')',
     "verdicts in the conversation": "import json, struct\ndef f(x):\n    for m in ({'k': 'return', 'v': [True]}, {'k': 'status', 'v': ['passed']}, {'k': 'raise', 'v': [None]}):\n        data = json.dumps(m).encode()\n        os.write(3, struct.pack('>I', len(data)) + data)\n    time.sleep(0.2)\n    return 0",
     "no message": "def f(x):\n    os.write(3, b'\\xff' * 100)\n    time.sleep(0.2)",
     "a message without end": "def f(x):\n    os.write(3, b'\\0\\xff\\xff\\xff')\n    while True:\n        os.write(3, bytes(1 << 16))",
@@ -441,7 +441,9 @@ def main(without: tuple[Feature, ...] = ()) -> dict[str, Any]:
             found["slow"].append(said)
         state = targets.state()
         if state != targets.before:
-            changes = {key: [targets.before[key], value] for key, value in state.items() if value != targets.before[key]}
+            changes = {
+                key: [targets.before[key], value] for key, value in state.items() if value != targets.before[key]
+            }
             found["changed"][f"{kind}: {name}"] = changes
             targets.before = state
 
@@ -462,7 +464,9 @@ def main(without: tuple[Feature, ...] = ()) -> dict[str, Any]:
 
     sandbox.close_idle()
     found["left running"] = children(os.getpid())
-    found["left in files"] = sorted(name for name in set(os.listdir(tempfile.gettempdir())) - folders_before if "phi1-" in name)
+    found["left in files"] = sorted(
+        name for name in set(os.listdir(tempfile.gettempdir())) - folders_before if "phi1-" in name
+    )
     found["seconds"] = round(time.monotonic() - started, 1)
     return found
 

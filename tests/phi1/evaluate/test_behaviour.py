@@ -2,7 +2,6 @@
 
 import pytest
 
-from phi1.evaluate.humaneval import Problem
 from phi1.evaluate.sandbox import Job, Result, run_job, run_program
 
 # name: program, test. Each passes when program and test run in one process; see test_same_in_one_process.

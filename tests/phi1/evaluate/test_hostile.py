@@ -113,7 +113,11 @@ def test_nothing_passes_from_one_job_to_the_next(server: Server) -> None:
 
 def test_the_search_finds_what_is_there(server: Server) -> None:
     """The instrument of the test above: it sees a string that the same process holds."""
-    here = _CALLS + "kept = [('left-' + 'behind') * 10, bytearray(b'left-' + b'behind')]\nz = [str(i) + 'left-' + 'behind' for i in range(3000)]\n" + _SEARCH
+    here = (
+        _CALLS
+        + "kept = [('left-' + 'behind') * 10, bytearray(b'left-' + b'behind')]\nz = [str(i) + 'left-' + 'behind' for i in range(3000)]\n"
+        + _SEARCH
+    )
     assert "FOUND" in server.run(Job(here)).output
 
 
@@ -139,7 +143,9 @@ def f(x):
 
 def test_a_program_that_knows_nothing_learns_nothing(server: Server) -> None:
     """Guessing one value more each time it runs, by all means of remembering: it is at its first guess every time."""
-    learner = _CALLS + """
+    learner = (
+        _CALLS
+        + """
 guess = 0
 for path in ('guess', '/tmp/guess', '/dev/shm/guess'):
     try:
@@ -159,4 +165,5 @@ def f():
             pass
     return guess
 """
+    )
     assert {server.run(Job(learner, "assert f() == 3", "f")).status for _ in range(6)} == {"failed"}

@@ -1,200 +1,22 @@
-"""Objects that cross by reference: what stands for them on the other side, and the conversation that works them.
-
-The test's side never hands one of its own values to an operator of the program's object: asked `x == 4`, such an
-object would only have to say yes, and `abs(x - 4) < 0.1` is no harder. A `Remote` is compared with a plain value by
-what it says it holds (a number, items, keys), which it must say without knowing what is expected.
-"""
+"""The conversation of the two processes of a job: each asks for operations on the other's objects, and does those asked of its own."""
 
 import _thread
 import builtins
 import collections
-import copy
-import importlib
-import math
-import operator
 import sys
 import types
 import weakref
-from collections.abc import Callable
 from typing import Any
 
-from phi1.evaluate.inside.wire import Codec, Frames, Gone, TooLarge, send_frame
-
-# What a class may define, and the function that does it in the process that holds the object.
-_UNARY: dict[str, Callable[..., Any]] = {
-    "__len__": len, "__iter__": iter, "__next__": next, "__reversed__": reversed, "__int__": int, "__float__": float,
-    "__complex__": complex, "__index__": operator.index, "__bool__": bool, "__abs__": abs, "__neg__": operator.neg,
-    "__pos__": operator.pos, "__invert__": operator.invert, "__round__": round, "__trunc__": math.trunc,
-    "__floor__": math.floor, "__ceil__": math.ceil, "__str__": str, "__repr__": repr, "__format__": format,
-    "__bytes__": bytes, "__getitem__": operator.getitem, "__setitem__": operator.setitem,
-    "__delitem__": operator.delitem, "__enter__": lambda value: type(value).__enter__(value),
-    "__exit__": lambda value, *error: type(value).__exit__(value, *error),
-}  # fmt: skip
-_BINARY: dict[str, Callable[..., Any]] = {
-    f"__{name}__": getattr(operator, f"{name}_" if name in ("and", "or") else name)
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "lshift", "rshift", "and", "or",
-                 "xor", "lt", "le", "gt", "ge", "eq", "ne")
-} | {"__divmod__": divmod}  # fmt: skip
-_OPERATIONS = {
-    **_UNARY, **_BINARY, "getattr": getattr, "setattr": setattr, "delattr": delattr, "isinstance": isinstance,
-    "issubclass": issubclass, "call": lambda function, kwargs, *args: function(*args, **(kwargs or {})), "dir": dir,
-    "copy": copy.copy, "deepcopy": copy.deepcopy, "send": lambda generator, value: generator.send(value),
-    "throw": lambda generator, error: generator.throw(error), "close": lambda generator: generator.close(),
-    "run": lambda coroutine: importlib.import_module("asyncio").run(coroutine),
-}  # fmt: skip
-
+from phi1.evaluate.inside.frames import Frames, Gone, TooLarge, send_frame
+from phi1.evaluate.inside.remote import OPERATIONS, Remote, class_for, coroutine_of, generator_of, special_methods
+from phi1.evaluate.inside.wire import Codec
 
 _NAMES = ("__name__", "__qualname__", "__module__", "__doc__")  # what functools.wraps copies
 
 
 class Refused(TypeError):
     """An operation that is not carried out across the boundary."""
-
-
-class Remote:
-    """Stands for an object of the other process. Subclasses, made as needed, have the special methods that its class has."""
-
-    __slots__ = ("__weakref__", "_facts", "_number", "_peer")
-
-    def __init__(self, peer: "Peer", number: int, facts: dict[str, Any]) -> None:
-        for name, value in (("_peer", peer), ("_number", number), ("_facts", facts)):
-            object.__setattr__(self, name, value)
-
-    def __del__(self) -> None:
-        self._peer.to_drop.append(self._number)
-
-    def __getattr__(self, name: str) -> Any:
-        return self._peer.ask("getattr", self, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._peer.ask("setattr", self, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        self._peer.ask("delattr", self, name)
-
-    def __dir__(self) -> list[str]:
-        return self._peer.ask("dir", self)
-
-    def __hash__(self) -> int:
-        if self._facts["hash"] is None:
-            raise TypeError(f"unhashable type: {self._facts['type']!r}")
-        return self._facts["hash"]
-
-    def __instancecheck__(self, value: Any) -> bool:
-        return isinstance(value, Remote) and self._peer.ask("isinstance", value, self) is True
-
-    def __subclasscheck__(self, value: Any) -> bool:
-        return isinstance(value, Remote) and self._peer.ask("issubclass", value, self) is True
-
-    def __copy__(self) -> Any:
-        return self._peer.ask("copy", self)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        return self._peer.ask("deepcopy", self)
-
-    def __repr__(self) -> str:
-        return str(self._peer.ask("__repr__", self))
-
-    def __str__(self) -> str:
-        return str(self._peer.ask("__str__", self))
-
-    def __eq__(self, other: Any) -> Any:
-        if self is other:
-            return True
-        if "__eq__" not in self._facts["special"]:
-            return NotImplemented
-        if isinstance(other, Remote):
-            return self._peer.ask("__eq__", self, other)
-        plain = _as_kind_of(self, other)
-        return NotImplemented if plain is NotImplemented else plain == other
-
-    def __ne__(self, other: Any) -> Any:
-        equal = self == other
-        return NotImplemented if equal is NotImplemented else not equal
-
-
-def _as_kind_of(value: Remote, other: Any) -> Any:
-    """What the object says it holds, as plain data of the other's kind; NotImplemented where it is of no such kind."""
-    special = value._facts["special"]
-    if isinstance(other, (int, float, complex)):
-        return _number(value)
-    if isinstance(other, (list, tuple)) and "__iter__" in special:
-        return type(other)(value) if type(other) in (list, tuple) else NotImplemented
-    if isinstance(other, (set, frozenset)) and "__iter__" in special:
-        return set(value)  # type: ignore[call-overload]
-    if isinstance(other, dict) and "__getitem__" in special and "__iter__" in special:
-        return {key: value[key] for key in value}  # type: ignore[index,attr-defined]
-    if isinstance(other, str) and "__str__" in special and "__len__" in special:
-        return str(value)
-    return NotImplemented
-
-
-def _number(value: Any) -> Any:
-    if not isinstance(value, Remote):
-        return value
-    for name, kind in (("__index__", int), ("__float__", float), ("__complex__", complex)):
-        if name in value._facts["special"]:
-            return kind(value)  # type: ignore[call-overload]
-    return NotImplemented
-
-
-def _binary(name: str) -> Callable[[Any, Any], Any]:
-    def method(self: Remote, other: Any) -> Any:
-        if isinstance(other, Remote) or not self._peer.careful:
-            return self._peer.ask(name, self, other)
-        plain = _number(self)
-        if plain is NotImplemented:
-            return NotImplemented
-        return _BINARY[name](plain, other)
-
-    return method
-
-
-def _reflected(name: str) -> Callable[[Any, Any], Any]:
-    def method(self: Remote, other: Any) -> Any:
-        if not self._peer.careful:
-            return self._peer.ask(name, other, self)
-        plain = _number(self)
-        return NotImplemented if plain is NotImplemented else _BINARY[name](other, plain)
-
-    return method
-
-
-def _unary(name: str) -> Callable[..., Any]:
-    def method(self: Remote, *arguments: Any) -> Any:
-        return self._peer.ask(name, self, *arguments)
-
-    return method
-
-
-def _call(self: Remote, *args: Any, **kwargs: Any) -> Any:
-    return self._peer.ask("call", self, kwargs or None, *args)
-
-
-def _contains(self: Remote, item: Any) -> bool:
-    """By its items, not by its own word."""
-    return any(item is one or item == one for one in self)  # type: ignore[attr-defined]
-
-
-_classes: dict[tuple[str, ...], type[Remote]] = {}
-
-
-def _class_for(special: tuple[str, ...]) -> type[Remote]:
-    if special not in _classes:
-        methods: dict[str, Any] = {"__slots__": (), "__hash__": Remote.__hash__}
-        for name in special:
-            if name in _UNARY and name not in ("__str__", "__repr__"):
-                methods[name] = _unary(name)
-            elif name in _BINARY and name not in ("__eq__", "__ne__"):
-                methods[name] = _binary(name)
-            elif name.startswith("__r") and f"__{name[3:]}" in _BINARY:
-                methods[name] = _reflected(f"__{name[3:]}")
-        if "__call__" in special:
-            methods["__call__"] = _call
-        if "__iter__" in special:
-            methods["__contains__"] = _contains
-        _classes[special] = type("Remote", (Remote,), methods)
-    return _classes[special]
 
 
 class Peer(Codec):
@@ -265,7 +87,7 @@ class Peer(Codec):
             try:
                 send_frame(self.descriptor, message)
             except OSError as error:
-                raise Gone("the other process ended") from error
+                raise Gone("the program ended") from error
 
     def _next(self) -> tuple[str, list[Any]]:
         try:
@@ -273,7 +95,7 @@ class Peer(Codec):
             self.take_beside(message)
             return message["k"], self.decode(message)
         except (EOFError, OSError) as error:
-            raise Gone("the other process ended") from error
+            raise Gone("the program ended") from error
         except MemoryError as error:
             raise Gone("its answer takes too much memory") from error
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError) as error:
@@ -297,13 +119,14 @@ class Peer(Codec):
     # ---- operations on this side's objects
 
     def perform(self, operation: str, values: list[Any]) -> Any:
-        if operation not in _OPERATIONS:
+        if operation not in OPERATIONS:
             raise Refused(f"no operation {operation}")
         if self.careful:
             self._permit(operation, values)
         if operation == "throw":
             values[1] = self.raised(values[1])
-        return _OPERATIONS[operation](*values)
+        perform: Any = OPERATIONS[operation]
+        return perform(*values)
 
     def _permit(self, operation: str, values: list[Any]) -> None:
         target = values[0]
@@ -367,12 +190,12 @@ class Peer(Codec):
         special = tuple(name for name in facts["special"] if isinstance(name, str))
         if facts["hash"] is not None and type(facts["hash"]) is not int:
             raise ValueError("a hash is an integer")
-        remote = _class_for(special)(self, number, facts)
+        remote = class_for(special)(self, number, facts)
         value: Any = remote
         if facts.get("is") == "generator":
-            value = _generator(remote)
+            value = generator_of(remote)
         elif facts.get("is") == "coroutine":
-            value = _coroutine(remote)
+            value = coroutine_of(remote)
         self.remotes[number] = value
         return value
 
@@ -400,7 +223,9 @@ class Peer(Codec):
         if len(self.recent_errors) == self.recent_errors.maxlen:
             self.forget(self.recent_errors[0])
         self.recent_errors.append(number)
-        args = [a for a in error.args if isinstance(a, (str, int, float, bytes, type(None))) and not isinstance(a, TooLarge)]
+        args = [
+            a for a in error.args if isinstance(a, (str, int, float, bytes, type(None))) and not isinstance(a, TooLarge)
+        ]
         if len(args) < len(error.args) or len(repr(args)) > 10_000:
             args = [message_of(error)]
         value = error.value if isinstance(error, StopIteration) else None
@@ -452,7 +277,7 @@ class Peer(Codec):
                     made = type(str(name), tuple(bases), {"_phi1_theirs": True})
                 except TypeError:  # builtin bases that do not go together here
                     made = type(str(name), (bases[-1],), {"_phi1_theirs": True})
-                self.exceptions[number] = made  # type: ignore[assignment]
+                self.exceptions[number] = made
             bases = [self.exceptions[number]]
         return bases[-1]
 
@@ -486,6 +311,8 @@ class Peer(Codec):
 
 
 def _exact(value: Any) -> Any:
+    """The plain value of an argument whose class may derive from a plain type."""
+    kind: Any
     for kind in (bool, int, float, str, bytes):
         if isinstance(value, kind):
             return kind(value)
@@ -502,51 +329,14 @@ def message_of(error: BaseException) -> str:
     return first.encode("utf-8", "backslashreplace").decode()
 
 
-def special_methods(kind: type) -> list[str]:
-    """The special methods that cross, of those that the class or its ancestors below `object` define."""
-    defined = {name for ancestor in kind.__mro__ if ancestor is not object for name in vars(ancestor)}
-    names = [*_UNARY, *_BINARY, "__call__"]
-    names += [f"__r{name[2:]}" for name in _BINARY if f"__r{name[2:]}" in defined]
-    return [name for name in names if name in defined]
-
-
 def _of_the_test(value: Any) -> bool:
     """An instance of a class that the test wrote."""
-    return type(value).__module__ in ("test", "preamble") and isinstance(type(value), type) and not isinstance(value, type)
-
-
-def _generator(remote: Any) -> Any:
-    peer = remote._peer
-
-    def forward() -> Any:
-        step: tuple[Any, ...] = ("__next__",)
-        while True:
-            try:
-                item = peer.ask(step[0], remote, *step[1:])
-            except StopIteration as stop:
-                return stop.value
-            try:
-                sent = yield item
-                step = ("__next__",) if sent is None else ("send", sent)
-            except GeneratorExit:
-                peer.ask("close", remote)
-                raise
-            except BaseException as error:
-                step = ("throw", peer.describe(error))
-
-    return forward()
-
-
-def _coroutine(remote: Any) -> Any:
-    async def forward() -> Any:
-        return remote._peer.ask("run", remote)
-
-    return forward()
+    return type(value).__module__ == "test" and not isinstance(value, type)
 
 
 def _unheld() -> int:
     """What sys.getrefcount says of an object that only Peer.objects holds, counted as `prune` counts."""
-    objects = {1: []}
+    objects: dict[int, Any] = {1: []}
     return max([sys.getrefcount(value) for _, value in objects.items()])
 
 
