@@ -182,8 +182,8 @@ class _Message:
         if value is Ellipsis or value is NotImplemented:
             return ["g", "builtins", str(value)]
         name = kind.__name__
-        if kind is type and TYPES.get(getattr(value, "__name__", "")) is value:
-            return ["g", "builtins", value.__name__]
+        if kind is type and TYPES.get(own_name := str(value.__name__)) is value:
+            return ["g", "builtins", own_name]
         if kind is types.BuiltinFunctionType and value.__name__ in PURE.get(value.__module__ or "", ()):
             return ["g", value.__module__, value.__name__]
         if codec.classes.get(name) is kind and isinstance(value, enum.Enum):
