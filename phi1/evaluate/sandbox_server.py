@@ -128,7 +128,7 @@ class Server:
         self.control = ours
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_SERVER)],
+                [sys.executable, "-I", "-S", "-X", "no_debug_ranges", str(_SERVER)],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,

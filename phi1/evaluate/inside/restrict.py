@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import os
 import resource
-import select
 import signal
 import struct
 from collections.abc import Sequence
@@ -102,10 +101,9 @@ def restrict(limits: Limits, fence: Fence, folder: str) -> None:
     no_new_privileges, parent_death_signal, dumpable, filter_calls = 38, 1, 4, 22
     _check(_libc.prctl(no_new_privileges, 1, 0, 0, 0), "no_new_privs")
     _check(_libc.prctl(parent_death_signal, int(signal.SIGKILL), 0, 0, 0), "parent-death signal")
-    ended = select.poll()
-    ended.register(fence.parent, select.POLLIN)
-    if ended.poll(0):  # before the signal was set
-        os._exit(1)
+    poll_in = 1
+    if _libc.poll(ctypes.create_string_buffer(struct.pack("ihh", fence.parent, poll_in, 0)), 1, 0):
+        os._exit(1)  # the server ended before that was set
     os.close(fence.parent)
     if fence.ruleset >= 0:
         _check(_libc.syscall(_RESTRICT, fence.ruleset, 0), "landlock_restrict_self")

@@ -10,8 +10,8 @@ import importlib
 import json
 import os
 import signal
+import struct
 import sys
-from array import array
 from typing import Any
 
 from phi1.evaluate.inside import candidate, checker, namespaces, visible
@@ -29,7 +29,7 @@ from phi1.evaluate.inside.restrict import (
 
 # What programs import most: loaded once. Every fork pays for `random` and `threading` (0.7 ms: they work after it in the
 # child) and for modules with shared libraries of their own: none of those here, nor what imports them.
-PRELOADED = ("bisect", "collections", "copy", "functools", "heapq", "itertools", "math", "re", "string", "typing")
+PRELOADED = ("collections", "copy", "functools", "itertools", "math", "re", "string", "typing")
 FILE_BYTES = namespaces.JOB_BYTES
 _PACKET = 1 << 17
 
@@ -74,6 +74,7 @@ class Server:
         self.program, self.test = candidate.Program(), checker.Test()
         hide_this_process()
         self.pids: list[int] = []
+        self.has_folder = False
         gc.freeze()
 
     def _other_users(self, trees: list[visible.Tree]) -> tuple[int | None, int | None]:
@@ -164,10 +165,12 @@ class Server:
             _, status, usage = os.wait4(pid, 0)
             ended.append((os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime))
         self.pids = []
-        self._remove_folder()
+        if self.has_folder:
+            self._remove_folder()
         return ended
 
     def _make_folder(self) -> None:
+        self.has_folder = True
         owner = self.fences[0].user
         if not self.folder:
             namespaces.mount_job_folder(os.geteuid() if owner is None else owner)
@@ -177,9 +180,10 @@ class Server:
             os.chown(self.job_folder, owner, owner)
 
     def _remove_folder(self) -> None:
+        self.has_folder = False
         if not self.folder:
             namespaces.unmount_job_folder()
-        elif os.path.exists(self.job_folder):
+        else:
             remove(self.job_folder)
 
     def close(self) -> None:
@@ -266,7 +270,7 @@ def serve(control: Any) -> None:
                 continue
             # By handle: the evaluator is in another process namespace, where the ids are others.
             started = [os.pidfd_open(pid) for pid in server.start(request, handles)]
-            control.sendmsg([b"{}"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array("i", started))])
+            control.sendmsg([b"{}"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(started)}i", *started))])
             for handle in started:
                 os.close(handle)
     finally:
@@ -275,10 +279,8 @@ def serve(control: Any) -> None:
 
 def _receive(control: Any) -> tuple[Any, list[int]]:
     data, beside, _, _ = control.recvmsg(_PACKET, _socket.CMSG_SPACE(8 * 4), _socket.MSG_CMSG_CLOEXEC)
-    handles = array("i")
-    for _, _, packed in beside:
-        handles.frombytes(packed)
-    return (json.loads(data) if data else None), list(handles)
+    handles = [handle for _, _, packed in beside for (handle,) in struct.iter_unpack("i", packed)]
+    return (json.loads(data) if data else None), handles
 
 
 def main() -> None:
