@@ -34,7 +34,6 @@ _IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ,
 _PRCTL = (15, 16)  # PR_SET_NAME, PR_GET_NAME
 _F_SETFL, _O_ASYNC = 4, 0x2000
 _CLONE_THREAD, _CLONE_NEW = 0x10000, 0x7E020080  # every CLONE_NEW* flag
-_UNKNOWN = -1  # a call that is newer than the library
 _AF_UNIX, _SOCK_STREAM, _SOCK_TYPE = 1, 1, 0xF
 
 
@@ -54,7 +53,7 @@ def compiled() -> bytes:
 
     def allow(name: str, *arguments: Arg) -> None:
         number = seccomp.resolve_syscall(seccomp.Arch.NATIVE, name)
-        if number != _UNKNOWN:
+        if number >= 0:  # negative: newer than the library, or not of this architecture
             rules.add_rule(seccomp.ALLOW, number, *arguments)
 
     for name in ALLOWED:
