@@ -127,6 +127,7 @@ def candidates(device: str, shape: Shape, parameters: list[Tensor], x: Tensor, g
         found.append(Candidate(name, mine, made, unavailable))
 
     options = {"dtype": x.dtype, "head_dim": shape[4], "hidden": shape[2], "inner": shape[5]}
+    options["rotary_dim"] = rotary_dim(shape[4])
     for backend, reason in suite.our_backends("parallel_block", device, **options):
         if backend == "torch":
             continue  # plain PyTorch is a peer here, below

@@ -171,6 +171,8 @@ class Benchmark:
         self.seconds, self.rounds = seconds, rounds
         self.rows: list[Row] = []
         self.notes: list[str] = []
+        self.failed = False
+        self.json: Path | None = None
         self.environment = environment(device)
         self._clock = _Clock(device)
         print(f"{name} on {self.environment['device']}, {self.environment['threads']} threads; {formula}")
@@ -199,9 +201,8 @@ class Benchmark:
                 row.unavailable = str(reason)
             except torch.OutOfMemoryError:
                 row.unavailable = "out of device memory"
-            except Exception as error:  # a peer's bug (a compiler that fails, say) is a result; ours is a failure
-                if candidate.ours:
-                    raise
+            except Exception as error:  # a bug (a compiler that fails, say) is a result; ours ends in a failure
+                self.failed |= candidate.ours
                 row.unavailable = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             else:
                 calls.append((row, call, []))
@@ -222,6 +223,8 @@ class Benchmark:
                 row.ratio = min(peers) / row.seconds
         shown = [f"{row.implementation} {row.rate:.4g}" for row in measured]
         print(f"  {case}, {work}: {', '.join(shown) if shown else 'no candidate can run'}", flush=True)
+        if self.json is not None:  # after each group: a run that is cut off keeps what it measured
+            self.json.write_text(self.document())
         del calls
         gc.collect()  # graphs and their tensors, before the next group allocates
 
@@ -263,33 +266,51 @@ class Benchmark:
             lines.append(f"\nNot measured: {implementation} ({places}): {reason}")
         return "\n".join(lines)
 
+    def document(self) -> str:
+        """Everything so far, as JSON."""
+        facts = {
+            "benchmark": self.name, "unit": self.unit, "formula": self.formula, "environment": self.environment,
+            "notes": self.notes, "rows": [dataclasses.asdict(row) for row in self.rows],
+        }  # fmt: skip
+        return json.dumps(facts, indent=1) + "\n"
+
+    @property
+    def header(self) -> str:
+        """What stands above the table."""
+        return f"{self.formula}. Ours in bold. Median of interleaved rounds."
+
     def finish(self, options: argparse.Namespace) -> None:
         """Prints the table and writes what the options ask for."""
-        header = f"{self.formula}. Ours in bold. Median of interleaved rounds."
-        print(f"\n{header}\n\n{self.table()}")
+        print(f"\n{self.header}\n\n{self.table()}")
         for note in self.notes:
             print(note)
-        document = json.dumps(
-            {
-                "benchmark": self.name, "unit": self.unit, "formula": self.formula, "environment": self.environment,
-                "notes": self.notes, "rows": [dataclasses.asdict(row) for row in self.rows],
-            },
-            indent=1,
-        )  # fmt: skip
         if options.json is not None:
-            options.json.write_text(document + "\n")
+            options.json.write_text(self.document())
         if options.save:
             slug = re.sub(r"[^a-z0-9]+", "-", self.environment["device"].lower()).strip("-")
-            stem = RESULTS / f"{self.name}-{slug}"
-            RESULTS.mkdir(parents=True, exist_ok=True)
-            stem.with_suffix(".json").write_text(document + "\n")
-            facts = "\n".join(f"- {key}: {value}" for key, value in self.environment.items())
-            notes = "".join(f"\n{note}\n" for note in self.notes)
-            stem.with_suffix(".md").write_text(
-                f"# {self.name}, {self.environment['device']}\n\n{header}\n\n{self.table()}\n{notes}\n{facts}\n"
-            )
-            self.plot(stem.with_suffix(".png"))
-            print(f"wrote {stem.relative_to(ROOT)}.json, .md, .png")
+            self.save(RESULTS / f"{self.name}-{slug}")
+
+    def save(self, stem: Path) -> None:
+        """Writes stem.json, .md and .png."""
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        stem.with_suffix(".json").write_text(self.document())
+        facts = "\n".join(f"- {key}: {value}" for key, value in self.environment.items())
+        notes = "".join(f"\n{note}\n" for note in self.notes)
+        stem.with_suffix(".md").write_text(
+            f"# {self.name}, {self.environment['device']}\n\n{self.header}\n\n{self.table()}\n{notes}\n{facts}\n"
+        )
+        self.plot(stem.with_suffix(".png"))
+        print(f"wrote {stem}.json, .md, .png")
+
+    @classmethod
+    def read(cls, path: Path) -> "Benchmark":
+        """A run that another machine wrote as JSON, to be drawn here."""
+        document = json.loads(path.read_text())
+        bench = cls.__new__(cls)  # without a clock: nothing is timed
+        bench.name, bench.unit, bench.formula = document["benchmark"], document["unit"], document["formula"]
+        bench.environment, bench.notes, bench.device = document["environment"], document["notes"], "none"
+        bench.rows = [Row(**row) for row in document["rows"]]
+        return bench
 
     def plot(self, path: Path) -> None:
         """Bars of the rate: one panel per work, one cluster per case, one colour per implementation."""
@@ -333,3 +354,10 @@ def matrix_peak(device: str, dtype: torch.dtype) -> float:
     clock = _Clock(device)
     a @ b
     return 2 * size**3 / min(clock(lambda: a @ b) for _ in range(10))
+
+
+if __name__ == "__main__":
+    # python bench/harness.py STEM=FILE.json ...: tables and plots of what another machine measured.
+    for argument in sys.argv[1:]:
+        stem, file = argument.split("=", 1)
+        Benchmark.read(Path(file)).save(Path(stem))

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,7 @@ def arguments(description: str, form: str) -> argparse.ArgumentParser:
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one"
     )  # fmt: skip
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--skip", help="leave out implementations whose name matches this regular expression")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
     parser.add_argument(
         "--save", action="store_true", help="write bench/results/<name>-<device>.json, .md and .png"
@@ -120,6 +122,7 @@ def main(suite: Suite, argv: Sequence[str] | None = None) -> None:
         suite.name, device, unit=f"{prefix}{suite.quantity}/s", formula=suite.formula,
         seconds=suite.seconds[0 if options.quick else 1], rounds=suite.rounds[device],
     )  # fmt: skip
+    bench.json = options.json
     for name in dtypes:
         peak = matrix_peak(device, DTYPES[name]) / scale if flop else None
         if peak is not None:
@@ -127,9 +130,12 @@ def main(suite: Suite, argv: Sequence[str] | None = None) -> None:
         for shape in shapes:
             for case in suite.cases(device, name, shape):
                 label = " ".join(["x".join(map(str, shape)), name, case.name]).rstrip()
+                wanted = [c for c in case.candidates if not (options.skip and re.search(options.skip, c.name))]
                 for work, amount in case.works.items():
-                    bench.group(label, work, amount / scale, case.candidates, peak)
+                    bench.group(label, work, amount / scale, wanted, peak)
     bench.finish(options)
+    if bench.failed:
+        raise SystemExit("one of our own implementations failed: see the table")
 
 
 def timed(

@@ -2,11 +2,13 @@
 
     python bench/train.py --quick
 
-Same shapes, weights in the benchmark's dtype, dropout off, `torch.optim.AdamW(fused=True)` for both.
+Same shapes, weights in the benchmark's dtype, `torch.optim.AdamW(fused=True)` for both; without dropout, and with phi-1's
+0.1 of attention and residual.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,12 @@ FORMULA = "FLOP per token = 6 x (parameters - input embedding) + 12 x layers x a
 HEAD_DIM = 64
 
 
-def model_config(shape: Sequence[int]) -> ModelConfig:
+def model_config(shape: Sequence[int], dropout: float = 0.0) -> ModelConfig:
     _, seq, hidden, layers, vocabulary = shape
     return ModelConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_layers=layers,
         num_heads=hidden // HEAD_DIM, num_kv_heads=hidden // HEAD_DIM, head_dim=HEAD_DIM, rotary_dim=32,
-        max_positions=seq, attention_dropout=0.0, residual_dropout=0.0,
+        max_positions=seq, attention_dropout=dropout, residual_dropout=dropout,
     )  # fmt: skip
 
 
@@ -46,8 +48,11 @@ def step_of(model: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], Any
     return step
 
 
-def ours(shape: Sequence[int], tokens: Tensor, dtype: torch.dtype, backend: str | None) -> Callable[[], Any]:
-    model = Phi1(model_config(shape)).to(tokens.device, dtype)
+def ours(
+    shape: Sequence[int], tokens: Tensor, dtype: torch.dtype, dropout: float, backend: str | None
+) -> Callable[[], Any]:
+    with tokens.device:  # a GPU draws 1.3G weights in no time, a CPU does not
+        model = Phi1(model_config(shape, dropout)).to(dtype)
     targets = tokens.roll(-1, 1)
 
     def loss() -> Tensor:
@@ -59,7 +64,9 @@ def ours(shape: Sequence[int], tokens: Tensor, dtype: torch.dtype, backend: str 
     return step_of(model, loss)
 
 
-def hugging_face(shape: Sequence[int], tokens: Tensor, dtype: torch.dtype, compiled: bool) -> Callable[[], Any]:
+def hugging_face(
+    shape: Sequence[int], tokens: Tensor, dtype: torch.dtype, dropout: float, compiled: bool
+) -> Callable[[], Any]:
     try:
         from transformers import PhiConfig, PhiForCausalLM
     except ImportError:
@@ -68,11 +75,17 @@ def hugging_face(shape: Sequence[int], tokens: Tensor, dtype: torch.dtype, compi
     config = PhiConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
         num_attention_heads=hidden // HEAD_DIM, partial_rotary_factor=32 / HEAD_DIM, max_position_embeddings=seq,
-        resid_pdrop=0.0, embd_pdrop=0.0, attention_dropout=0.0, use_cache=False, attn_implementation="sdpa",
+        resid_pdrop=dropout, embd_pdrop=0.0, attention_dropout=dropout, use_cache=False, attn_implementation="sdpa",
     )  # fmt: skip
-    model = PhiForCausalLM(config).to(tokens.device, dtype).train()
+    with tokens.device:
+        model = PhiForCausalLM(config)
+    model = model.to(dtype).train()
     run = torch.compile(model, dynamic=False) if compiled else model
     return step_of(model, lambda: run(input_ids=tokens, labels=tokens).loss)
+
+
+def _make(of: Callable[[Any], Callable[[], Any]], option: Any, _: str) -> Callable[[], Any]:
+    return of(option)
 
 
 def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
@@ -83,13 +96,22 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
         model = Phi1(model_config(shape))
     parameters = sum(p.numel() for p in model.parameters()) - model.embedding.numel()
     flops = batch * seq * (6 * parameters + 6 * layers * hidden * seq)
-    candidates = [
-        Candidate("phi1", True, lambda _: ours(shape, tokens, precision, None)),
-        Candidate("phi1 on torch ops", True, lambda _: ours(shape, tokens, precision, "torch")),
-        Candidate("Hugging Face eager", False, lambda _: hugging_face(shape, tokens, precision, compiled=False)),
-        Candidate("Hugging Face compiled", False, lambda _: hugging_face(shape, tokens, precision, compiled=True)),
-    ]
-    yield Case("", {"step": flops}, candidates)
+    for dropout in (0.0, 0.1):
+        mine = partial(ours, shape, tokens, precision, dropout)
+        theirs = partial(hugging_face, shape, tokens, precision, dropout)
+        backends = suite.our_backends(
+            "parallel_block", device, dtype=precision, head_dim=HEAD_DIM, hidden=hidden, inner=4 * hidden, rotary_dim=32
+        )
+        candidates = [
+            Candidate("phi1", True, partial(_make, mine, None)),
+            *(
+                Candidate(f"phi1 on {backend}", True, partial(_make, mine, backend), reason)
+                for backend, reason in backends
+            ),
+            Candidate("Hugging Face eager", False, partial(_make, theirs, False)),
+            Candidate("Hugging Face compiled", False, partial(_make, theirs, True)),
+        ]
+        yield Case(f"dropout {dropout}" if dropout else "", {"step": flops}, candidates)
 
 
 def check(shape: Shape) -> str | None:

@@ -1,29 +1,19 @@
 """The `cpu` backend: C++ kernels (csrc/cpu), chosen at run time by the CPU's instruction sets (PHI1_ISA overrides)."""
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from kernels import chunked_loss, native, reference
+from kernels.checks import check_offsets
 from kernels.fused_block import Dropout, Layout, Pieces, dropout_arguments, vendor_product
 from kernels.registry import register
-
-
-def _checked_positions(positions: Tensor | None, table_rows: int) -> Tensor | None:
-    if positions is None:
-        return None
-    low, high = (int(x) for x in torch.aminmax(positions)) if positions.numel() else (0, 0)
-    if low < 0 or high >= table_rows:
-        raise IndexError(f"positions in [{low}, {high}]: the rotary table has rows 0..{table_rows - 1}")
-    return positions.contiguous()
 
 
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """q and k rotated into new contiguous tensors; see `kernels.apply_rotary`."""
-    positions = _checked_positions(positions, cos.shape[0])
+    positions = None if positions is None else positions.contiguous()
     q, k = native.rows_contiguous(q), native.rows_contiguous(k)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     native._native.rotary_cpu(
@@ -46,14 +36,6 @@ def _attention_refuses(*, dtype: torch.dtype, head_dim: int, **_: object) -> str
     return native.refuses_dtype(dtype=dtype)
 
 
-def _check_starts(name: str, starts: Tensor, length: int) -> Tensor:
-    """`starts`, contiguous; raises ValueError unless it runs from 0 to length without a step back."""
-    values = starts.tolist()
-    if values[0] != 0 or values[-1] != length or any(a > b for a, b in itertools.pairwise(values)):
-        raise ValueError(f"{name} = {values}: must rise from 0 to the sequence length, {length}")
-    return starts.contiguous()
-
-
 def _attention_arguments(
     q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
     causal: bool, scale: float, dropout_p: float, dropout_seed: int,
@@ -63,7 +45,7 @@ def _attention_arguments(
     threshold = reference.dropout_threshold(dropout_p)
     return (
         (batch, seqlen_q, k.shape[1], heads, k.shape[2], head_dim),
-        (0, 0, 0) if cu_q is None or cu_k is None else (cu_q.data_ptr(), cu_k.data_ptr(), cu_q.shape[0] - 1),
+        (None, None, 0) if cu_q is None or cu_k is None else (cu_q, cu_k, cu_q.shape[0] - 1),
         causal, scale, (threshold, reference.dropout_scale(dropout_p), dropout_seed & (1 << 64) - 1),
         native.DTYPE_CODES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -76,12 +58,13 @@ def attention_forward(
     """out (a new tensor, or the one given) and the log-sum-exp; see `kernels.flash_attention`."""
     q, k, v = (native.rows_contiguous(x) for x in (q, k, v))
     if cu_q is not None and cu_k is not None:
-        cu_q, cu_k = _check_starts("cu_seqlens_q", cu_q, q.shape[1]), _check_starts("cu_seqlens_k", cu_k, k.shape[1])
+        check_offsets("cu_seqlens_q", cu_q, q.shape[1])
+        check_offsets("cu_seqlens_k", cu_k, k.shape[1])
+        cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     result = q.new_empty(q.shape) if out is None or out.stride(-1) != 1 else out
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     native._native.attention_forward_cpu(
-        *(native.heads_spec(x) for x in (q, k, v, result)), lse.data_ptr(),
-        *_attention_arguments(q, k, cu_q, cu_k, causal, scale, dropout_p, dropout_seed),
+        q, k, v, result, lse, *_attention_arguments(q, k, cu_q, cu_k, causal, scale, dropout_p, dropout_seed),
     )  # fmt: skip
     return result if out is None or out is result else out.copy_(result), lse
 
@@ -98,7 +81,7 @@ def attention_backward(
     grads = grads or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     lse = lse.contiguous()
     native._native.attention_backward_cpu(
-        *(native.heads_spec(x) for x in (grad_out, q, k, v, out, *grads)), lse.data_ptr(),
+        grad_out, q, k, v, out, *grads, lse,
         *_attention_arguments(q, k, cu_q, cu_k, causal, scale, dropout_p, dropout_seed),
     )  # fmt: skip
     return grads
@@ -106,9 +89,9 @@ def attention_backward(
 
 def residual_keep(seed: int, rows: int, columns: int, p: float) -> Tensor:
     """`kernels.reference.residual_keep` on the CPU, the same bits."""
-    keep = torch.empty(rows, columns, dtype=torch.bool)
+    keep = torch.empty((rows, columns), dtype=torch.bool, device="cpu")
     native._native.residual_keep_cpu(
-        keep.data_ptr(), rows, columns, reference.dropout_threshold(p), seed & (1 << 64) - 1, torch.get_num_threads()
+        keep, rows, columns, reference.dropout_threshold(p), seed & (1 << 64) - 1, torch.get_num_threads()
     )
     return keep
 
@@ -129,12 +112,11 @@ register(
 def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y (contiguous) and (mean, 1 / sqrt(variance + eps)) of each row; see `kernels.layer_norm`."""
     rows = native.rows_contiguous(x.reshape(-1, weight.numel()))
-    y = torch.empty(x.shape, dtype=x.dtype)
-    stats = torch.empty((rows.shape[0], 2), dtype=torch.float32)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    stats = torch.empty((rows.shape[0], 2), dtype=torch.float32, device=x.device)
     weight, bias = weight.contiguous(), bias.contiguous()
     native._native.layer_norm_forward_cpu(
-        rows.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), stats.data_ptr(),
-        (*rows.shape, rows.stride(0)), eps, native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+        rows, weight, bias, y, stats, (*rows.shape, rows.stride(0)), eps, native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y, stats
 
@@ -145,30 +127,26 @@ def layer_norm_backward(
     """Gradients of x (plus `residual`), weight and bias."""
     rows, grad, weight = native.rows_contiguous(x.reshape(-1, weight.numel())), grad.contiguous(), weight.contiguous()
     residual, stats = None if residual is None else residual.contiguous(), stats.contiguous()
-    grads = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(weight), torch.empty_like(weight)
+    grads = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight), torch.empty_like(weight)
     native._native.layer_norm_backward_cpu(
-        grad.data_ptr(), rows.data_ptr(), weight.data_ptr(), stats.data_ptr(),
-        0 if residual is None else residual.data_ptr(), *(g.data_ptr() for g in grads),
-        (*rows.shape, rows.stride(0)), native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+        grad, rows, weight, stats, residual, *grads, (*rows.shape, rows.stride(0)), native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return grads
 
 
 def _after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: Layout) -> tuple[object, ...]:
     """The arguments of `_native.after_in_cpu`, and the last of `_native.after_in_backward_cpu`."""
-    positions = _checked_positions(layout.positions, layout.cos.shape[0])
+    positions = None if layout.positions is None else layout.positions.contiguous()
     cos, sin = layout.cos.contiguous(), layout.sin.contiguous()
     sizes = (
         layout.batch, layout.seq, layout.heads + layout.kv_heads, layout.head_dim, cos.shape[1], z.shape[1], layout.inner,
         activated.stride(0),
     )  # fmt: skip
-    arguments = (
-        z.data_ptr(), bias.data_ptr(), activated.data_ptr(), sizes, cos.data_ptr(), sin.data_ptr(),
-        0 if positions is None else positions.data_ptr(),
+    return (
+        z, bias, activated, sizes, cos, sin, positions,
         positions.stride(0) if positions is not None and positions.dim() == 2 else 0,
         native.DTYPE_CODES[z.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    return arguments
 
 
 def _project_in(n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
@@ -180,16 +158,14 @@ def _project_in(n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout
 def _project_in_backward(grad_z: Tensor, z: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
     b_in = b_in.contiguous()
     grad_bias = torch.empty_like(b_in)
-    native._native.after_in_backward_cpu(
-        grad_z.data_ptr(), grad_bias.data_ptr(), *_after_in_arguments(z, b_in, activated, layout)
-    )
+    native._native.after_in_backward_cpu(grad_z, grad_bias, *_after_in_arguments(z, b_in, activated, layout))
     return grad_bias
 
 
 def _project_out(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
     y, b_out, x = vendor_product(g, w_out), b_out.contiguous(), x.contiguous()
     native._native.residual_cpu(
-        y.data_ptr(), b_out.data_ptr(), x.data_ptr(), *y.shape, dropout_arguments(dropout),
+        y, b_out, x, *y.shape, dropout_arguments(dropout),
         native.DTYPE_CODES[y.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y
@@ -200,7 +176,7 @@ def _project_out_backward(grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Ten
     grad_h = grad_y if threshold == 0 else torch.empty_like(grad_y)
     grad_bias = grad_y.new_empty(grad_y.shape[1])
     native._native.residual_backward_cpu(
-        grad_y.data_ptr(), grad_h.data_ptr(), grad_bias.data_ptr(), *grad_y.shape, (threshold, *rest),
+        grad_y, grad_h, grad_bias, *grad_y.shape, (threshold, *rest),
         native.DTYPE_CODES[grad_y.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return grad_h, grad_bias
@@ -225,8 +201,7 @@ def _cross_entropy(
             f"targets in [{int(kept.min())}, {int(kept.max())}]: must be in [0, {columns}) or ignore_index = {ignore_index}"
         )
     native._native.cross_entropy_cpu(
-        logits.data_ptr(), bias.data_ptr(), targets.data_ptr(), loss.data_ptr(),
-        0 if bias_sums is None else bias_sums.data_ptr(), (rows, columns, ignore_index), z_loss,
+        logits, bias, targets, loss, bias_sums, (rows, columns, ignore_index), z_loss,
         native.DTYPE_CODES[logits.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
@@ -234,7 +209,7 @@ def _cross_entropy(
 def _add_product(grad: Tensor, low: Tensor, product: Tensor, first: bool, last: bool) -> None:
     """The sum's upper 16 bits stand in grad's memory, whatever its dtype, and the lower in `low`."""
     native._native.add_product_cpu(
-        grad.data_ptr(), low.data_ptr(), product.data_ptr(), product.numel(), first, last,
+        grad, low, product, product.numel(), first, last,
         native.DTYPE_CODES[grad.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
@@ -249,7 +224,6 @@ register(
     Pieces(
         layer_norm_forward, layer_norm_backward, _project_in, _project_in_backward,
         attention_forward, attention_backward, _project_out, _project_out_backward,
-        saves_attention=True,  # made again it took 6% of forward + backward at hidden 512, 1,024 tokens (Zen 4)
     ),
     devices=("cpu",),
     missing=native.MISSING,

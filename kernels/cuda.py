@@ -6,12 +6,15 @@ The functions take the module that launches: kernels._native on a GPU; the tests
 
 import contextlib
 import functools
+import math
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import chunked_loss, native, reference
+from kernels.checks import check_offsets
 from kernels.fused_block import Dropout, Layout, Pieces, dropout_arguments, vendor_product
 from kernels.registry import register
 
@@ -62,6 +65,30 @@ def attention_refuses(*, dtype: torch.dtype, head_dim: int, **_: object) -> str 
     return None
 
 
+ATTENTION_VERSIONS = ("mma", "hopper")
+"""Of the attention kernels, by the number that the native module takes: mma.sync on any card; wgmma, compute capability
+9.0 and head_dim 64 or 128 only."""
+
+
+def _attention_version(module: Any, q: Tensor) -> int:
+    """Index in ATTENTION_VERSIONS for this call. The environment variable PHI1_CUDA_ATTENTION, mma or hopper, forces one."""
+    forced = os.environ.get("PHI1_CUDA_ATTENTION")
+    if forced is not None and forced not in ATTENTION_VERSIONS:
+        raise ValueError(f"PHI1_CUDA_ATTENTION = {forced!r}: must be {' or '.join(ATTENTION_VERSIONS)}")
+    on_hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
+    if not module.has_hopper:
+        refused = "this build has no hopper kernels; build with 90a in PHI1_CUDA_ARCHS"
+    elif q.is_cuda and not on_hopper:
+        refused = f"{torch.cuda.get_device_name(q.device)} has not compute capability 9.0"
+    elif q.shape[3] not in (64, 128):
+        refused = f"head_dim = {q.shape[3]}: the hopper kernels are made for 64 and 128"
+    else:
+        return ATTENTION_VERSIONS.index(forced or ("hopper" if on_hopper else "mma"))
+    if forced == "hopper":
+        raise ValueError(f"PHI1_CUDA_ATTENTION = 'hopper', but {refused}")
+    return 0
+
+
 def _is_aligned(x: Tensor) -> bool:
     """Each row of x is contiguous and starts at a multiple of 16 bytes."""
     strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
@@ -83,56 +110,68 @@ def _attention_arguments(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
     causal: bool, scale: float, dropout_p: float, dropout_seed: int,
 ) -> tuple[object, ...]:  # fmt: skip
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale = {scale}: the cuda backend takes a positive number; negate q for a negative one")
     for name, size in (("seqlen_q", q.shape[1]), ("seqlen_k", k.shape[1])):
         if size >= 2**30:
             raise ValueError(f"{name} = {size}: the cuda backend counts rows up to {2**30 - 1}; split the sequence")
     if q.shape[0] * q.shape[2] >= 2**31:
         raise ValueError(f"batch * heads = {q.shape[0] * q.shape[2]}: must be below {2**31}; split the batch")
-    cu = tuple(0 if x is None else x.data_ptr() for x in (cu_q, cu_k))
     return (
-        *(native.heads_spec(x) for x in (q, k, v, out)), lse.data_ptr(),
-        (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]),
-        cu, 0 if cu_q is None else cu_q.shape[0] - 1, causal, scale,
+        q, k, v, out, lse, (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]),
+        (cu_q, cu_k), 0 if cu_q is None else cu_q.shape[0] - 1, causal, scale,
         reference.dropout_threshold(dropout_p), reference.dropout_scale(dropout_p), dropout_seed % 2**64,
         native.DTYPE_CODES[q.dtype], _stream(q),
     )  # fmt: skip
 
 
 def attention_forward(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, *options: Any,
-    out: Tensor | None = None,
+    module: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    causal: bool, scale: float, *dropout: Any, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) float32; see `kernels.flash_attention`."""
+    q, scale, _ = native.positive_scale(q, scale)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    cu_q, cu_k = (None if x is None else x.contiguous() for x in (cu_q, cu_k))
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None or not _is_aligned(out) else out
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
+    if cu_q is not None and cu_k is not None:
+        check_offsets("cu_seqlens_q", cu_q, q.shape[1])
+        check_offsets("cu_seqlens_k", cu_k, k.shape[1])
+        cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
+        result.zero_(), lse.fill_(-math.inf)  # rows that no document holds
     if q.numel():
         with _device(q):
-            module.attention_forward_cuda(*_attention_arguments(q, k, v, result, lse, cu_q, cu_k, *options))
+            module.attention_forward_cuda(
+                *_attention_arguments(q, k, v, result, lse, cu_q, cu_k, causal, scale, *dropout),
+                _attention_version(module, q),
+            )
     return result if out is None or out is result else out.copy_(result), lse
 
 
 def attention_backward(
     module: Any, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_q: Tensor | None, cu_k: Tensor | None, *options: Any, grads: tuple[Tensor, Tensor, Tensor] | None = None,
+    cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, scale: float, *dropout: Any,
+    grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, in new tensors or in `grads` (rows as `_is_aligned` asks), bitwise reproducible."""
+    q, scale, sign = native.positive_scale(q, scale)
     grad_out, q, k, v, out = (_aligned(x) for x in (grad_out, q, k, v, out))
     cu_q, cu_k = (None if x is None else x.contiguous() for x in (cu_q, cu_k))
     lse = lse.contiguous()
     if grads is None:
         grads = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape)
+    if cu_q is not None:
+        for grad in grads:
+            grad.zero_()  # rows that no document holds
     row_stats = torch.empty((*lse.shape, 2), dtype=torch.float32, device=q.device)
     if q.numel():
         with _device(q):
             module.attention_backward_cuda(
-                [native.heads_spec(x) for x in (grad_out, *grads)],
-                row_stats.data_ptr(),
-                *_attention_arguments(q, k, v, out, lse, cu_q, cu_k, *options),
+                (grad_out, *grads),
+                row_stats,
+                *_attention_arguments(q, k, v, out, lse, cu_q, cu_k, causal, scale, *dropout),
+                _attention_version(module, q),
             )
+    if sign != 1:
+        grads[0].mul_(sign)
     return grads
 
 
@@ -151,7 +190,7 @@ def layer_norm_forward(module: Any, x: Tensor, weight: Tensor, bias: Tensor, eps
     if x.numel():
         with _device(x):
             module.layer_norm_forward_cuda(
-                rows.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), stats.data_ptr(),
+                rows, weight, bias, y, stats,
                 (*rows.shape, rows.stride(0)), eps, native.DTYPE_CODES[x.dtype], _stream(x),
             )  # fmt: skip
     return y, stats
@@ -175,9 +214,7 @@ def layer_norm_backward(
     if x.numel():
         with _device(x):
             module.layer_norm_backward_cuda(
-                grad.data_ptr(), rows.data_ptr(), weight.data_ptr(), stats.data_ptr(), grad_x.data_ptr(),
-                grad_weight.data_ptr(), grad_bias.data_ptr(), partial.data_ptr(),
-                0 if residual is None else residual.data_ptr(),
+                grad, rows, weight, stats, grad_x, grad_weight, grad_bias, partial, residual,
                 (*rows.shape, rows.stride(0), chunks), native.DTYPE_CODES[x.dtype], _stream(x),
             )  # fmt: skip
     return grad_x, grad_weight, grad_bias
@@ -221,8 +258,7 @@ def _after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: Layo
         activated.stride(0),
     )  # fmt: skip
     return (
-        z.data_ptr(), bias.data_ptr(), activated.data_ptr(), sizes, (cos.data_ptr(), sin.data_ptr()), cos.shape[0],
-        0 if positions is None else positions.data_ptr(),
+        z, bias, activated, sizes, (cos, sin), cos.shape[0], positions,
         positions.stride(0) if positions is not None and positions.dim() == 2 else 0,
         native.DTYPE_CODES[z.dtype], _stream(z),
     )  # fmt: skip
@@ -249,7 +285,7 @@ def project_in_backward(
     grad_bias, partial = torch.empty_like(b_in), _partial_sums(z)
     with _device(z):
         module.after_in_backward_cuda(
-            grad_z.data_ptr(), grad_bias.data_ptr(), partial.data_ptr(), partial.shape[0],
+            grad_z, grad_bias, partial, partial.shape[0],
             *_after_in_arguments(z, b_in, activated, layout),
         )  # fmt: skip
     return grad_bias
@@ -260,8 +296,7 @@ def project_out(module: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor,
     y, b_out, x = vendor_product(g, w_out), _dense(b_out), _dense(x)
     with _device(y):
         module.residual_cuda(
-            y.data_ptr(), b_out.data_ptr(), x.data_ptr(), tuple(y.shape), dropout_arguments(dropout),
-            native.DTYPE_CODES[y.dtype], _stream(y),
+            y, b_out, x, tuple(y.shape), dropout_arguments(dropout), native.DTYPE_CODES[y.dtype], _stream(y),
         )  # fmt: skip
     return y
 
@@ -274,7 +309,7 @@ def project_out_backward(module: Any, grad_y: Tensor, dropout: Dropout) -> tuple
     grad_bias, partial = grad_y.new_empty(grad_y.shape[1]), _partial_sums(grad_y)
     with _device(grad_y):
         module.residual_backward_cuda(
-            grad_y.data_ptr(), grad_h.data_ptr(), grad_bias.data_ptr(), partial.data_ptr(), partial.shape[0],
+            grad_y, grad_h, grad_bias, partial, partial.shape[0],
             tuple(grad_y.shape), (threshold, *rest), native.DTYPE_CODES[grad_y.dtype], _stream(grad_y),
         )  # fmt: skip
     return grad_h, grad_bias
@@ -299,8 +334,7 @@ def cross_entropy(
     parts = 0 if bias_sums is None else bias_sums.shape[0]
     with _device(logits):
         module.cross_entropy_cuda(
-            logits.data_ptr(), bias.data_ptr(), targets.data_ptr(), loss.data_ptr(), stats.data_ptr(),
-            0 if bias_sums is None else bias_sums.data_ptr(), (*logits.shape, parts, ignore_index), z_loss,
+            logits, bias, targets, loss, stats, bias_sums, (*logits.shape, parts, ignore_index), z_loss,
             native.DTYPE_CODES[logits.dtype], _stream(logits),
         )  # fmt: skip
 

@@ -1,4 +1,8 @@
-"""What the native backends share: how a tensor is handed to kernels._native."""
+"""What the native backends share: how tensors are handed to kernels._native.
+
+A binding takes tensors, never addresses, so that what a kernel reads and writes lives as long as the call: a copy made in
+the argument list too.
+"""
 
 import importlib
 from typing import Any
@@ -27,9 +31,11 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def heads_spec(x: Tensor) -> tuple[int, int, int, int]:
-    """(address, batch, seq and head strides in elements) of a (batch, seq, heads, head_dim) tensor."""
-    return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
+def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """(s q, t, s) with the same scores, t > 0 and s of -1, 0 and 1, for kernels whose running maximum grows with scale."""
+    if scale > 0:
+        return q, scale, 1.0
+    return (-q, -scale, -1.0) if scale < 0 else (q * 0.0, 1.0, 0.0)
 
 
 def rotary_arguments(
@@ -46,7 +52,6 @@ def rotary_arguments(
     batch, seq, heads, head_dim = q.shape
     position_stride = positions.stride(0) if positions is not None and positions.dim() == 2 else 0
     return (
-        heads_spec(q), heads_spec(k), heads_spec(q_out), heads_spec(k_out), (batch, seq, heads, k.shape[2], head_dim),
-        cos.data_ptr(), sin.data_ptr(), cos.shape[1], 0 if positions is None else positions.data_ptr(), position_stride,
-        inverse, DTYPE_CODES[q.dtype],
+        q, k, q_out, k_out, (batch, seq, heads, k.shape[2], head_dim),
+        cos, sin, cos.shape[1], positions, position_stride, inverse, DTYPE_CODES[q.dtype],
     )  # fmt: skip

@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from kernels.checks import check_device, check_dtype, check_like, check_shape
+from kernels.autocast import autocast_dtype, without_autocast
+from kernels.autograd import distinct, once_differentiable
+from kernels.checks import check, check_device, check_dtype, check_like, check_shape
 from kernels.registry import choose, implementation, register
 
 torch.library.define(
@@ -48,10 +50,12 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return *torch.ops.phi1.layer_norm_backward(grad, *ctx.saved_tensors, ctx.backend), None, None
+    @once_differentiable("layer_norm")
+    def backward(ctx, saved, grad):  # type: ignore[no-untyped-def]
+        return *torch.ops.phi1.layer_norm_backward(grad, *saved, ctx.backend), None, None
 
 
+@without_autocast
 def _torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
         # PyTorch adds up the gradients of weight and bias in 16 bits on a CPU: up to 7 times eager's error, with one thread.
@@ -67,10 +71,16 @@ register("layer_norm", "torch", _torch)
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, backend: str | None = None) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim, statistics in float32.
 
-    x: (..., hidden). weight, bias: (hidden,), x's dtype. Returns x's shape and dtype.
+    x: (..., hidden). weight, bias: (hidden,), x's dtype; under torch.autocast cast to it. Returns x's shape and dtype,
+    under autocast too (`torch.nn.functional.layer_norm` then returns float32 on a GPU).
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
     """
     check_dtype("x", x)
+    check(
+        x.dim() > 0 and x.shape[-1] > 0, lambda: f"x.shape = {tuple(x.shape)}: must be (..., hidden), hidden at least 1"
+    )
+    if autocast_dtype(x.device) is not None:
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     for name, parameter in (("weight", weight), ("bias", bias)):
         check_shape(name, parameter, (x.shape[-1],), "(hidden,), x's last dim")
         check_like(name, parameter, "x", x)
@@ -78,4 +88,4 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, ba
     name = choose("layer_norm", x.device, backend, dtype=x.dtype)
     if name in ("reference", "torch"):
         return implementation("layer_norm", name)(x, weight, bias, eps)
-    return _LayerNorm.apply(x, weight, bias, eps, name)
+    return _LayerNorm.apply(*distinct(x, weight, bias), eps, name)

@@ -4,8 +4,13 @@ Arithmetic is in float64 for float64 inputs and in float32 for all others; resul
 inputs' type. Every other backend is tested against this file.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
+
+from kernels.autocast import without_autocast
+from kernels.checks import check_offsets
 
 ATTENTION_OFFSET = 0
 """Philox offset of the attention mask."""
@@ -22,15 +27,16 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox 4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011).
+    """Philox 4x32-7 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011).
 
+    Seven rounds are the fewest that pass BigCrush (there, table 2).
     counter: four int64 tensors holding 32-bit words, broadcastable. seed: 64 bits, the key.
     Returns four int64 tensors of 32-bit words.
     """
     mask = 0xFFFFFFFF
     c0, c1, c2, c3 = counter
     k0, k1 = seed & mask, (seed >> 32) & mask
-    for _ in range(10):
+    for _ in range(7):
         # The int64 products wrap; their 64 bits are those of the unsigned product.
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = ((p1 >> 32) & mask) ^ c1 ^ k0, p1 & mask, ((p0 >> 32) & mask) ^ c3 ^ k1, p0 & mask
@@ -39,37 +45,53 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
 
 
 def dropout_threshold(p: float) -> int:
-    """Elements whose 16 random bits are below this are dropped: p rounded to a multiple of 1/65536."""
-    return min(round(p * 65536), 65535)
+    """Elements whose random byte is below this are dropped: 256 p rounded, for p > 0 from 1 to 255.
+
+    So that p is one of 1/256, ..., 255/256: 0.1 becomes 26/256 = 0.1016.
+    """
+    return min(max(round(256 * p), 1), 255) if p > 0 else 0
 
 
 def dropout_scale(p: float) -> float:
     """What kept elements are multiplied by: one over the exact probability of being kept."""
-    return 65536 / (65536 - dropout_threshold(p))
+    return 256 / (256 - dropout_threshold(p))
 
 
-def dropout_keep(seed: int, offset: int, plane: Tensor, row: Tensor, column: Tensor, p: float) -> Tensor:
-    """Which elements dropout keeps: a pure function of (seed, offset, plane, row, column), on every backend.
+def _random_byte(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int, word: Tensor, byte: Tensor) -> Tensor:
+    words = torch.stack(torch.broadcast_tensors(*philox(counter, seed)))
+    chosen = words.gather(0, word.expand(words[0].shape)[None])[0]
+    return (chosen >> 8 * byte) & 0xFF
 
-    plane, row, column: int64 tensors, broadcast together. plane is batch * heads + head for attention, 0
-    for the residual. One Philox counter (column / 32 * 4 + column % 8 / 2, row, plane, offset) yields eight
-    16-bit values, for the columns {0, 1, 8, 9, 16, 17, 24, 25} + 2 (column % 8 / 2) of a group of 32:
-    the columns that one thread holds of one row in four m16n8 tiles of `mma.sync`, so that a kernel
-    draws once for eight elements.
+
+def attention_keep(seed: int, plane: Tensor, query: Tensor, key: Tensor, p: float) -> Tensor:
+    """Which probabilities dropout keeps: a pure function of (seed, plane, query, key), on every backend.
+
+    plane, query, key: int64 tensors, broadcast together. plane is batch * heads + head, or document * heads + head.
+    One Philox counter (key / 16 * 4 + key % 8 / 2, query / 16 * 4 + query % 8 / 2, plane, ATTENTION_OFFSET) yields 16
+    bytes, for 4 queries and 4 keys: {0, 1, 8, 9} + 2 (query % 8 / 2) of a group of 16 and likewise keys. Byte
+    2 (query / 8 % 2) + key / 8 % 2, the lowest first, of word 2 (query % 2) + key % 2 is the element's.
+    Two neighbouring lanes hold the 16 elements of an accumulator of `mma.sync` or `wgmma` (rows lane / 4 and 8 further,
+    columns 2 (lane % 4), the next and 8 further), whether its rows are the queries or the keys, and each lane's eight
+    are two words.
     Returns a bool tensor of the broadcast shape.
     """
-    slot = column % 32 // 8 * 2 + column % 2
-    words = philox((column // 32 * 4 + column % 8 // 2, row, plane, torch.full_like(column, offset)), seed)
-    word = torch.stack(torch.broadcast_tensors(*words)).gather(0, (slot // 2).expand(words[0].shape)[None])[0]
-    value = (word >> (slot % 2 * 16)) & 0xFFFF
-    return value >= dropout_threshold(p)
+    counter = (key // 16 * 4 + key % 8 // 2, query // 16 * 4 + query % 8 // 2, plane, torch.full_like(key, ATTENTION_OFFSET))  # fmt: skip
+    word, byte = 2 * (query % 2) + key % 2, 2 * (query // 8 % 2) + key // 8 % 2
+    return _random_byte(counter, seed, word, byte) >= dropout_threshold(p)
 
 
 def residual_keep(seed: int, rows: int, columns: int, p: float, device: torch.device) -> Tensor:
-    """The (rows, columns) residual mask of a block: row is the token in the folded batch, column the hidden index."""
+    """The (rows, columns) residual mask of a block: row is the token in the folded batch, column the hidden index.
+
+    A pure function of (seed, row, column), on every backend. One Philox counter (column / 8, row / 2, 0,
+    RESIDUAL_OFFSET) yields 16 bytes, for 8 columns of 2 rows: byte column % 4, the lowest first, of word
+    2 (row % 2) + column % 8 / 4 is the element's.
+    """
     row = torch.arange(rows, device=device)[:, None]
     column = torch.arange(columns, device=device)[None, :]
-    return dropout_keep(seed, RESIDUAL_OFFSET, torch.zeros_like(row), row, column, p)
+    zero = torch.zeros_like(row)
+    counter = (column // 8, row // 2, zero, zero + RESIDUAL_OFFSET)
+    return _random_byte(counter, seed, 2 * (row % 2) + column % 8 // 4, column % 4) >= dropout_threshold(p)
 
 
 # ------------------------------------------------------------------------------------------------- rotary
@@ -100,6 +122,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, invers
     return torch.cat([(first * c - second * s).to(x.dtype), (second * c + first * s).to(x.dtype), rest], dim=-1)
 
 
+@without_autocast  # in a region of bfloat16 PyTorch's cat refuses float16
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -118,7 +141,9 @@ def _probabilities(q: Tensor, k: Tensor, lse: Tensor | None, causal: bool, scale
         visible = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m)
         scores = scores.masked_fill(~visible, float("-inf"))
     if lse is None:
-        lse = torch.logsumexp(scores, dim=-1)
+        # The derivative of a logsumexp of nothing but -inf would be NaN.
+        blind = (scores == float("-inf")).all(-1)
+        lse = torch.logsumexp(scores.masked_fill(blind[..., None], 0.0), dim=-1).masked_fill(blind, float("-inf"))
     # A row that sees no key has lse = -inf: its probabilities are zeros, not exp(-inf + inf).
     p = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     return p, lse
@@ -128,14 +153,22 @@ def _attention_keep(p: Tensor, dropout_p: float, seed: int, first_batch: int) ->
     batch, heads, m, n = p.shape
     index = [torch.arange(size, device=p.device) for size in (batch, heads, m, n)]
     plane = ((first_batch + index[0])[:, None] * heads + index[1])[:, :, None, None]
-    return dropout_keep(seed, ATTENTION_OFFSET, plane, index[2][:, None], index[3][None, :], dropout_p)
+    return attention_keep(seed, plane, index[2][:, None], index[3][None, :], dropout_p)
+
+
+def document_starts(name: str, offsets: Tensor, length: int) -> list[int]:
+    """Where each document starts, and the last ends; offsets that do not rise from 0 to length (which only a GPU's can)
+    count as their running maximum, no greater than length."""
+    check_offsets(name, offsets, length)
+    return list(itertools.accumulate((min(max(x, 0), length) for x in offsets.tolist()), max))
 
 
 def _documents(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) -> list[tuple[slice, slice, slice, int]]:
     """(batch slice, query slice, key slice, index of the first batch entry) per independent problem."""
     if cu_q is None or cu_k is None:
         return [(slice(None), slice(None), slice(None), 0)]
-    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
+    starts_q = document_starts("cu_seqlens_q", cu_q, q.shape[1])
+    starts_k = document_starts("cu_seqlens_k", cu_k, k.shape[1])
     return [
         (slice(None), slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1]), i)
         for i in range(len(starts_q) - 1)
@@ -218,8 +251,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Summed cross-entropy of softmax(hidden W^T + b) plus z_loss times the squared log-sum-exp, logits in full."""
     dtype = working_dtype(hidden.dtype)
-    logits = hidden.to(dtype) @ weight.to(dtype).T + bias.to(dtype)
     kept = targets != ignore_index
+    hidden = torch.where(kept[:, None], hidden, 0.0)  # a NaN in an ignored row times the gradient's 0 would be NaN
+    logits = hidden.to(dtype) @ weight.to(dtype).T + bias.to(dtype)
     picked = logits.gather(-1, torch.where(kept, targets, 0)[:, None])[:, 0]
     lse = torch.logsumexp(logits, -1)
     return torch.where(kept, lse - picked + z_loss * lse.square(), 0.0).sum()

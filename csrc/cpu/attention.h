@@ -17,7 +17,7 @@ struct AttentionArgs {
   int64_t documents;
   bool causal;  // query i sees key j if j <= i + seqlen_k - seqlen_q, in each document
   float scale;
-  uint32_t dropout_threshold;  // an element is dropped if its 16 random bits are below: 0 is no dropout
+  uint32_t dropout_threshold;  // an element is dropped if its random byte is below: 0 is no dropout
   float dropout_scale;
   uint64_t seed;
   DType dtype;

@@ -113,7 +113,13 @@ using Block = typename Dot::template Block<N>;
 
 constexpr int kPanel = kVecs * kLanes;  // queries side by side in a register block
 constexpr float kLog2e = 1.44269504088896341f;
-constexpr int kGroup = 32;  // keys that share Philox counters: key blocks are multiples of it
+// log(total exp(greatest)), of a row without a score above -inf: -inf, of one with +inf, whose total is NaN: +inf.
+inline float log_sum_exp(float greatest, double total) {
+  if (greatest == __builtin_inff()) return greatest;
+  return total == 0 ? -__builtin_inff() : float(greatest + __builtin_log(total));
+}
+
+constexpr int kGroup = 16;  // keys and queries that share Philox counters: key blocks are multiples of it
 
 // Calls f(integral_constant<int, n>) for n = 0 ... kVecs - 1.
 template <class F>
@@ -259,24 +265,49 @@ void pack_pairs(const Rows& x, DType dtype, int64_t first, int64_t valid, int64_
 
 // ----------------------------------------------------------------------------------------------- dropout
 
-// keep[key][v] for `keys` keys from first_key (a multiple of 32) and the kVecs vectors of queries from first_query:
-// bit i is set if dropout keeps query lane i. kernels.reference.dropout_keep, 8 keys from each draw.
+// Of the words of two queries that are neighbours and one key: four lanes are the four pairs of queries of a group
+// of 16. Puts the 16 bytes of the first of the two keys in the order of the queries, then (low, high) those of the
+// other one.
+template <size_t... I>
+inline void sort_queries(vuint even, vuint odd, vbytes& low, vbytes& high, std::index_sequence<I...>) {
+  // In each 16 bytes, 4 pair + 2 (query / 8) + key / 8 -> 8 (key / 8) + 4 (query / 8) + pair.
+  const auto sorted = [](vbytes x) {
+    return __builtin_shufflevector(x, x, (I / 16 * 16 + I % 4 * 4 + I / 4 % 2 * 2 + I / 8 % 2)...);
+  };
+  const vbytes a = sorted((vbytes)even), b = sorted((vbytes)odd);
+  low = __builtin_shufflevector(a, b, (I % 2 * sizeof...(I) + I / 16 * 16 + I % 16 / 2)...);
+  high = __builtin_shufflevector(a, b, (I % 2 * sizeof...(I) + I / 16 * 16 + I % 16 / 2 + 8)...);
+}
+
+// keep[key][v] for `keys` keys from first_key, both multiples of 16, and the kVecs vectors of queries from first_query,
+// which may be negative: bit i is set if dropout keeps query lane i. kernels.reference.attention_keep, a group of 16
+// queries x 16 keys at a time.
 void dropout_bits(const AttentionArgs& args, int64_t plane, int64_t first_query, int64_t first_key, int64_t keys,
                   uint32_t (*keep)[kVecs]) {
-  static constexpr int column[8] = {0, 1, 8, 9, 16, 17, 24, 25};
-  for (int64_t group = 0; group < keys; group += kGroup)
-    for (int pair = 0; pair < 4; ++pair)
-      for (int v = 0; v < kVecs; ++v) {
-        vuint words[4] = {splat_bits(uint32_t((first_key + group) / kGroup * 4 + pair)),
-                          (vuint)lane_index() + uint32_t(first_query + v * kLanes), splat_bits(uint32_t(plane)),
-                          vuint{}};
+  constexpr int parts = kGroup / kLanes, pairs = kLanes / 4;  // vectors of counters in a group; pairs of keys in a part
+  static_assert(kPanel + kGroup - 1 <= 64);
+  const int64_t skipped = first_query & (kGroup - 1), first_group = (first_query - skipped) / kGroup;
+  for (int64_t from = 0; from < keys; from += kGroup) {
+    uint64_t bits[kGroup] = {};  // of a key, for the queries from first_query - skipped
+    for (int64_t q = 0; q * kGroup < skipped + kPanel; ++q)
+      for (int part = 0; part < parts; ++part) {
+        const vuint lane = (vuint)lane_index();
+        vuint words[4] = {lane / 4 + uint32_t((first_key + from) / kGroup * 4 + part * pairs),
+                          lane % 4 + uint32_t((first_group + q) * 4), splat_bits(uint32_t(plane)), vuint{}};
         philox(words, args.seed);
-        for (int slot = 0; slot < 8; ++slot) {
-          const vuint word = words[slot / 2];
-          keep[group + column[slot] + 2 * pair][v] =
-              at_least(slot % 2 ? word >> 16 : word & 0xffffu, args.dropout_threshold);
+        for (int odd = 0; odd < 2; ++odd) {
+          vbytes half[2];
+          sort_queries(words[odd], words[2 + odd], half[0], half[1], std::make_index_sequence<4 * kLanes>());
+          for (int i = 0; i < 2; ++i) {
+            const uint64_t kept = bytes_at_least(half[i], args.dropout_threshold);
+            for (int pair = 0; pair < pairs; ++pair)
+              bits[2 * (part * pairs + pair) + odd + 8 * i] |= (kept >> kGroup * pair & 0xffff) << kGroup * q;
+          }
         }
       }
+    for (int key = 0; key < kGroup; ++key)
+      for (int v = 0; v < kVecs; ++v) keep[from + key][v] = uint32_t(bits[key] >> (skipped + v * kLanes));
+  }
 }
 
 // Calls run<Dot, head_dim>(args, threads) for the arithmetic that the inputs and this instruction set allow.

@@ -9,10 +9,11 @@ struct Gelu {
 template <bool kSlope>
 inline Gelu gelu(vfloat y) {
   constexpr float c = 0.797884560802865f, cubic = 0.044715f;
-  const vfloat square = y * y;
-  vfloat x = y * fma(square, splat(-2 * c * cubic * kLog2e), splat(-2 * c * kLog2e));
-  x = -vmax(-x, splat(-126.0f));  // exp2 ends at 127
-  const vfloat sigmoid = 1.0f / (1.0f + exp2(x)), value = y * sigmoid;
+  // Beyond 9.9 the sigmoid is 1, or less than 2^-122: there it and the slope are taken of 9.9, where exp2's argument is
+  // 122.7 and no square runs over. NaN stays.
+  const vfloat above = vmax(splat(-9.9f), y), t = vmin(splat(9.9f), above), square = t * t;
+  const vfloat x = t * fma(square, splat(-2 * c * cubic * kLog2e), splat(-2 * c * kLog2e));
+  const vfloat sigmoid = 1.0f / (1.0f + exp2(x)), value = above * sigmoid;
   if constexpr (!kSlope) return {value, value};
   const vfloat inner = fma(square, splat(6 * c * cubic), splat(2 * c));
   return {value, fma(value * (1.0f - sigmoid), inner, sigmoid)};
@@ -97,15 +98,16 @@ void after_in_backward_typed(const AfterInArgs& args, int threads) {
 template <typename T, bool kDropout>
 void residual_typed(const ResidualArgs& args, int threads) {
   const T* bias = static_cast<const T*>(args.bias);
-  Workspace factors(size_t(kDropout ? threads * args.columns : 1) * 4);
+  Workspace memory(kDropout ? size_t(threads) * ResidualFactors::bytes(args) : 1);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    float* factor = reinterpret_cast<float*>(factors.data) + (kDropout ? omp_get_thread_num() * args.columns : 0);
+    ResidualFactors factors(args,
+                            memory.data + (kDropout ? size_t(omp_get_thread_num()) * ResidualFactors::bytes(args) : 0));
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < args.rows; ++row) {
       const T* x = static_cast<const T*>(args.x) + row * args.columns;
       T* h = static_cast<T*>(args.h) + row * args.columns;
-      if constexpr (kDropout) residual_factors(args, row, factor);
+      const float* factor = kDropout ? factors.row(row) : nullptr;
       for_lanes(args.columns, [&](int64_t i, auto n) {
         vfloat y = vload(h + i, n) + vload(bias + i, n);
         if constexpr (kDropout) y *= vload(factor + i, n);
@@ -118,16 +120,17 @@ void residual_typed(const ResidualArgs& args, int threads) {
 template <typename T, bool kDropout>
 void residual_backward_typed(const ResidualArgs& args, int threads) {
   ColumnSums sums(args.rows, args.columns);
-  Workspace factors(size_t(kDropout ? threads * args.columns : 1) * 4);
+  Workspace memory(kDropout ? size_t(threads) * ResidualFactors::bytes(args) : 1);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    float* factor = reinterpret_cast<float*>(factors.data) + (kDropout ? omp_get_thread_num() * args.columns : 0);
+    ResidualFactors factors(args,
+                            memory.data + (kDropout ? size_t(omp_get_thread_num()) * ResidualFactors::bytes(args) : 0));
 #pragma omp for schedule(static)
     for (int64_t chunk = 0; chunk < sums.chunks; ++chunk) {
       float* column = sums.chunk(chunk);
       for (int64_t row = chunk * kSumRows; row < smaller((chunk + 1) * kSumRows, args.rows); ++row) {
         const T* grad = static_cast<const T*>(args.grad_y) + row * args.columns;
-        if constexpr (kDropout) residual_factors(args, row, factor);
+        const float* factor = kDropout ? factors.row(row) : nullptr;
         for_lanes(args.columns, [&](int64_t i, auto n) {
           vfloat d = vload(grad + i, n);
           if constexpr (kDropout) {

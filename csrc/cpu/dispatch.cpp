@@ -50,7 +50,7 @@ constexpr Isa kIsas[] = {
 #endif
     {"portable", &portable::table, [] { return true; }},
 #if defined(PHI1_HAS_avx2)
-    {"amx_bf16", &amx_bf16::table, [] { return has_avx512_bf16() && has_amx_bf16(); }},
+    {"amx_bf16", &amx_bf16::table, [] { return has_avx512_bf16() && why_no_amx_bf16() == nullptr; }},
 #endif
 };
 
@@ -61,6 +61,9 @@ const Isa* find(const std::string& name) {
     if (name == isa.name) return &isa;
     message.append(" ").append(isa.name);
   }
+#if defined(PHI1_HAS_avx2)
+  if (const char* why = name == "amx_bf16" ? why_no_amx_bf16() : nullptr) message.append("; ").append(why);
+#endif
   throw std::invalid_argument(message);
 }
 

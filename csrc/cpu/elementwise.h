@@ -46,7 +46,7 @@ struct ResidualArgs {
   const void* grad_y;
   void* grad_bias;  // (columns)
   int64_t rows, columns;
-  uint32_t dropout_threshold;  // an element is dropped if its 16 random bits are below: 0 is no dropout
+  uint32_t dropout_threshold;  // an element is dropped if its random byte is below: 0 is no dropout
   float dropout_scale;
   uint64_t seed;
   DType dtype;

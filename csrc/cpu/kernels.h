@@ -33,7 +33,7 @@ const char* isa_name();
 // Uses another one; throws std::invalid_argument if it is unknown, not built, or this CPU lacks it.
 void use_isa(const char* name);
 
-// Whether this process may use AMX's tiles and their products of bf16; asks the operating system for them.
-bool has_amx_bf16();
+// Why this process cannot use AMX's tiles and their products of bf16, or null; asks the operating system for them.
+const char* why_no_amx_bf16();
 
 }  // namespace phi1::cpu

@@ -13,6 +13,7 @@ constexpr int kLanes = 4, kRows = 4, kVecs = 2;
 typedef float vfloat __attribute__((vector_size(4 * kLanes)));
 typedef int32_t vint __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t vuint __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t vbytes __attribute__((vector_size(4 * kLanes)));
 
 inline vfloat vload(const float* p) {
   vfloat v;
@@ -68,6 +69,17 @@ inline vfloat vmax(vfloat a, vfloat b) {
 #endif
 }
 
+// b where either is NaN.
+inline vfloat vmin(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 inline vfloat fma(vfloat a, vfloat b, vfloat c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
@@ -78,9 +90,10 @@ inline vfloat fma(vfloat a, vfloat b, vfloat c) {
 #endif
 }
 
-// 2^x for x <= 127, relative error below 2^-22 where x >= -126; 0 for x <= -127, in between it goes to 0; NaN stays.
-// 2^x = 2^n 2^f, n = round(x): 2^f by a polynomial of degree 5, minimax on [-1/2, 1/2] (9.2e-8) with 2^0 = 1 exactly.
-// Short: of degree 4 (2.9e-6), error below 2^-18, for what is rounded to bf16.
+// 2^x for x <= 127, which each caller says why it keeps to: beyond, the exponent's bits run over. Relative error below
+// 2^-22 where x >= -126; 0 for x <= -127, in between it goes to 0; NaN stays. 2^x = 2^n 2^f, n = round(x): 2^f by a
+// polynomial of degree 5, minimax on [-1/2, 1/2] (9.2e-8) with 2^0 = 1 exactly. Short: of degree 4 (2.9e-6), error
+// below 2^-18, for what is rounded to bf16.
 template <bool Short = false>
 inline vfloat exp2(vfloat x) {
   x = vmax(splat(-127.0f), x);
@@ -168,10 +181,10 @@ inline void multiply_wide(vuint a, uint32_t c, vuint& high, vuint& low) {
 #endif
 }
 
-// Philox 4x32-10 of kernels/reference.py in every lane: counter in, random words out.
+// Philox 4x32-7 of kernels/reference.py in every lane: counter in, random words out.
 inline void philox(vuint (&c)[4], uint64_t seed) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 7; ++round) {
     vuint high0, low0, high2, low2;
     multiply_wide(c[0], 0xD2511F53u, high0, low0);
     multiply_wide(c[2], 0xCD9E8D57u, high2, low2);
@@ -184,17 +197,18 @@ inline void philox(vuint (&c)[4], uint64_t seed) {
   }
 }
 
-// Bit i: lane i of value is at least threshold. Both are below 2^16.
-inline uint32_t at_least(vuint value, uint32_t threshold) {
+// Bit i: byte i of value is at least threshold, which is below 256.
+inline uint64_t bytes_at_least(vbytes value, uint32_t threshold) {
+  const vbytes least = vbytes{} + uint8_t(threshold);
 #if defined(__AVX512F__)
-  return _mm512_cmpge_epu32_mask((__m512i)value, _mm512_set1_epi32(int(threshold)));
+  return _mm512_cmpge_epu8_mask((__m512i)value, (__m512i)least);
 #else
-  const vint yes = (vint)value >= int(threshold);
+  const vbytes yes = (vbytes)(value >= least);
 #if defined(__AVX2__)
-  return uint32_t(_mm256_movemask_ps((__m256)yes));
+  return uint32_t(_mm256_movemask_epi8((__m256i)yes));
 #else
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(yes[i] & 1) << i;
+  uint64_t bits = 0;
+  for (int i = 0; i < 4 * kLanes; ++i) bits |= uint64_t(yes[i] & 1) << i;
   return bits;
 #endif
 #endif

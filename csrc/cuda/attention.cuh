@@ -29,6 +29,12 @@ inline int64_t count_tiles(const AttentionArgs& args, int64_t seqlen, int rows) 
   return args.cu_seqlens_q ? seqlen / rows + args.documents : (seqlen + rows - 1) / rows * args.batch;
 }
 
+// A document's end: its offset, no smaller than its start and no greater than the sequence's length. Of wrong offsets,
+// which nobody on the host has looked at, the documents are others, but inside the sequence and apart.
+PHI1_DEVICE int document_end(const int32_t* offset, int64_t start, int64_t length) {
+  return minimum(maximum(ld_global(offset), int(start)), int(length));
+}
+
 // Finds this block's work; false: a document's tiles were fewer than the bound. kQueries: tiles of query rows, else of
 // key rows. Tiles of one head are neighbours, so that its keys and values stay in the L2 cache; the last tile, the
 // longest row of a causal mask, comes first.
@@ -47,11 +53,14 @@ PHI1_DEVICE bool find_work(const AttentionArgs& args, Work& work) {
     const int bound = int((kQueries ? args.seqlen_q : args.seqlen_k) / kRows + args.documents);
     tile = block_index() % bound;
     work.head = block_index() / bound;
+    int q_end = document_end(args.cu_seqlens_q, 0, args.seqlen_q);
+    int k_end = document_end(args.cu_seqlens_k, 0, args.seqlen_k);
     for (work.batch = 0;; ++work.batch, tile -= tiles) {
       if (work.batch == args.documents) return false;
-      work.q_row = ld_global(args.cu_seqlens_q + work.batch), work.k_row = ld_global(args.cu_seqlens_k + work.batch);
-      work.seqlen_q = ld_global(args.cu_seqlens_q + work.batch + 1) - int(work.q_row);
-      work.seqlen_k = ld_global(args.cu_seqlens_k + work.batch + 1) - int(work.k_row);
+      work.q_row = q_end, work.k_row = k_end;
+      q_end = document_end(args.cu_seqlens_q + work.batch + 1, q_end, args.seqlen_q);
+      k_end = document_end(args.cu_seqlens_k + work.batch + 1, k_end, args.seqlen_k);
+      work.seqlen_q = q_end - int(work.q_row), work.seqlen_k = k_end - int(work.k_row);
       tiles = ceil_div(kQueries ? work.seqlen_q : work.seqlen_k, kRows);
       if (tile < tiles) break;
     }
@@ -78,58 +87,68 @@ PHI1_DEVICE int visible_keys(const AttentionArgs& args, const Work& work) {
   return args.causal ? work.seqlen_k - work.seqlen_q + 1 : work.seqlen_k;
 }
 
-// Drops (or scales up) the kM x kN accumulators of a warp whose rows are queries from `row` and columns keys from
-// `column`, a multiple of 32: x = keep ? x * scale : 0. One Philox call for eight elements.
-template <int kM, int kN>
-PHI1_DEVICE void drop(const AttentionArgs& args, int plane, int row, int column, float scale, float (&x)[kM][kN][4]) {
+// log(total exp(greatest)), of a row without a score above -inf: -inf, of one with +inf, whose total is NaN: +inf.
+PHI1_DEVICE float log_sum_exp(float greatest, float total) {
+  if (greatest == kInfinity) return greatest;
+  return total == 0.0f ? -kInfinity : greatest + lg2(total) * kLn2;
+}
+
+// What P = 2^(scale S - lse) takes for lse, in units of log2. +inf, which makes P = 0, for a row without a score above
+// -inf. P is known to a factor of e^(the rounding of lse): from 2^24 on that says nothing any more. There lse is
+// lowered by more than it and the products have been rounded by, and with P <= 1, as it is in truth, a lone greatest
+// score has P = 1 and its gradient.
+PHI1_DEVICE float lse_to_take_off(float lse) {
+  if (lse == -kInfinity) return kInfinity;
+  const float x = lse * kLog2e;
+  if ((x < 0.0f ? -x : x) < 0x1p24f) return x;
+  return x * (x > 0.0f ? 1.0f - 0x1p-21f : 1.0f + 0x1p-21f);
+}
+
+// P of a score times log2(e) scale: at most 1, where rounding would make it more.
+PHI1_DEVICE float probability(float score, float lse) { return ex2(min_nan(score - lse, 0.0f)); }
+
+// Calls kept(m, n, i, keep) for each element x[m][n][i] of a warp's kM x kN accumulators from row `row`, a multiple of
+// 16, and column `column`, a multiple of 32. Rows are queries and columns keys, or, kTransposed, the other way round.
+template <bool kTransposed, int kM, int kN, class F>
+PHI1_DEVICE void for_kept(const AttentionArgs& args, int plane, int row, int column, F&& kept) {
   static_assert(kN % 4 == 0);
-  const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int group = 0; group < kN / 4; ++group) {
+      uint32_t word[2][2];
+      attention_random<kTransposed>(word, args.dropout_seed, plane, row + 16 * m, column + 32 * group);
 #pragma unroll
-      for (int group = 0; group < kN / 4; ++group) {
-        uint32_t word[4];
-        attention_random(word, args.dropout_seed, plane, row + 16 * m + 8 * half + g, column / 32 + group, t);
+      for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float (&pair)[4] = x[m][4 * group + i];
-          pair[2 * half] = (word[i] & 0xffff) >= args.dropout_threshold ? pair[2 * half] * scale : 0.0f;
-          pair[2 * half + 1] = (word[i] >> 16) >= args.dropout_threshold ? pair[2 * half + 1] * scale : 0.0f;
+        for (int j = 0; j < 2; ++j) {
+          bool keep[4];
+          keep_bytes(keep, word[i][j], args.dropout_threshold);
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int next = 0; next < 2; ++next)
+              kept(m, 4 * group + 2 * i + next, 2 * half + j, keep[kTransposed ? 2 * next + half : 2 * half + next]);
         }
-      }
+    }
 }
 
-// The same for the two matrices of a warp whose rows are keys from `key`, a multiple of 16 kM, and columns queries from
-// `query`: p = keep ? p : 0, dp = keep ? dp * scale : 0. Two lanes with neighbouring keys share a call: the even one
-// draws for the even query, the odd one for the odd, and they swap halves. kM 2: one call for eight elements; kM 1: for
-// four, since half of the 32 keys of a call belong to another warp.
+// Makes zeros of what is dropped of a warp's accumulators, whose rows are queries from `row` and columns keys from
+// `column`. The caller multiplies by dropout_scale.
 template <int kM, int kN>
-PHI1_DEVICE void drop_transposed(const AttentionArgs& args, int plane, int query, int key, float (&p)[kM][kN][4],
+PHI1_DEVICE void drop(const AttentionArgs& args, int plane, int row, int column, float (&x)[kM][kN][4]) {
+  for_kept<false, kM, kN>(args, plane, row, column,
+                          [&](int m, int n, int i, bool keep) { x[m][n][i] = keep ? x[m][n][i] : 0.0f; });
+}
+
+// The same for two matrices whose rows are keys from `row` and columns queries from `column`.
+template <int kM, int kN>
+PHI1_DEVICE void drop_transposed(const AttentionArgs& args, int plane, int row, int column, float (&p)[kM][kN][4],
                                  float (&dp)[kM][kN][4]) {
-  static_assert(kM == 1 || kM == 2);
-  const int g = lane_index() / 4, t = lane_index() % 4;
-#pragma unroll
-  for (int n = 0; n < kN; ++n) {
-    uint32_t word[4];
-    attention_random(word, args.dropout_seed, plane, query + 8 * n + 2 * t + g % 2, key / 32, g / 2);
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-      const bool second = kM == 2 ? m == 1 : key / 16 % 2 == 1;  // of the two 16s of the 32 keys
-      const uint32_t first_8 = second ? word[2] : word[0], last_8 = second ? word[3] : word[1];
-      const uint32_t even_key = (first_8 & 0xffff) | last_8 << 16, odd_key = first_8 >> 16 | (last_8 & 0xffff0000u);
-      const uint32_t mine = g % 2 ? odd_key : even_key;
-      const uint32_t others = shfl_xor(g % 2 ? even_key : odd_key, 4);
-      const uint32_t bits[2] = {g % 2 ? others : mine, g % 2 ? mine : others};  // of the even and the odd query
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool keep = (bits[i % 2] >> 16 * (i / 2) & 0xffff) >= args.dropout_threshold;
-        p[m][n][i] = keep ? p[m][n][i] : 0.0f;
-        dp[m][n][i] = keep ? dp[m][n][i] * args.dropout_scale : 0.0f;
-      }
-    }
-  }
+  for_kept<true, kM, kN>(args, plane, row, column, [&](int m, int n, int i, bool keep) {
+    p[m][n][i] = keep ? p[m][n][i] : 0.0f;
+    dp[m][n][i] = keep ? dp[m][n][i] : 0.0f;
+  });
 }
 
 }  // namespace phi1::cuda

@@ -16,7 +16,7 @@ struct AttentionArgs {
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // (documents + 1) offsets each, batch being 1; or null
   int64_t documents;
   float scale;                 // > 0
-  uint32_t dropout_threshold;  // elements with 16 random bits below it are dropped; 0: no dropout
+  uint32_t dropout_threshold;  // elements whose random byte is below it are dropped; 0: no dropout
   float dropout_scale;         // what kept elements are multiplied by
   uint64_t dropout_seed;
   bool causal;

@@ -7,7 +7,7 @@
 // run. Bytes moved an element, in bf16: q, k, v 4 forward and q, k 4, v 2 backward; u 4 forward, 8 backward; residual 6
 // forward, 4 backward (2 without dropout). phi-1 (width 14,336): 56 KiB a token forward, 84 KiB backward, against about
 // 10 instructions for each GELU forward (two of them on the special-function unit): 1.4 a byte, bound by memory.
-// Dropout: Philox once for eight elements, 4 shuffles to bring them to their lanes.
+// Dropout: Philox once for 16 elements, eight columns of two rows.
 // Column sums: at most 2^20 partial sums (4 MiB, less than an L2 cache), which is 131,072 threads of 8 columns at the
 // most; then a block of 256 threads adds up 32 columns, 8 chunks at a time, through 1 KiB of shared memory. The order
 // is fixed: the result is the same each time. Registers in bench/results/ptxas.md.
@@ -17,6 +17,7 @@
 #include "cuda/dropout.cuh"
 #include "cuda/eight.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/rotary.cuh"
 
 namespace phi1::cuda {
 
@@ -31,9 +32,10 @@ struct Gelu {
 
 PHI1_DEVICE Gelu gelu(float y) {
   constexpr float c = 0.797884560802865f, cubic = 0.044715f, log2e = 1.44269504088896f;
-  const float square = y * y;
-  const float sigmoid = rcp(1.0f + ex2(y * (square * (-2 * c * cubic * log2e) + -2 * c * log2e)));
-  const float value = y * sigmoid, inner = square * (6 * c * cubic) + 2 * c;
+  // Beyond 9.9 the sigmoid is 1, or less than 2^-122: there it and the slope are taken of 9.9, and no square runs over.
+  const float above = -min_nan(-y, 9.9f), t = min_nan(above, 9.9f), square = t * t;
+  const float sigmoid = rcp(1.0f + ex2(t * (square * (-2 * c * cubic * log2e) + -2 * c * log2e)));
+  const float value = above * sigmoid, inner = square * (6 * c * cubic) + 2 * c;
   return {value, value * (1.0f - sigmoid) * inner + sigmoid};
 }
 
@@ -57,19 +59,6 @@ PHI1_DEVICE HeadRuns head_runs(const AfterInArgs& args, int index) {
 PHI1_DEVICE int64_t table_offset(const AfterInArgs& args, int token) {
   const int b = token / int(args.seq), t = token % int(args.seq);
   return (args.position ? ld_global(args.position + b * args.position_batch_stride + t) : t) * args.half;
-}
-
-// Turns the pairs (a, b) by the angles of cos and sin, with sign -1 back.
-PHI1_DEVICE void turn(float (&a)[8], float (&b)[8], const float* cos, const float* sin, float sign) {
-  float c[8], s[8];
-  ld_global_8(c, cos);
-  ld_global_8(s, sin);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const float x = a[j], y = b[j], z = sign * s[j];
-    a[j] = x * c[j] - y * z;
-    b[j] = y * c[j] + x * z;
-  }
 }
 
 // The strips of a row: a block's threads take q, k and v by 16 columns each, or u by 8.
@@ -189,14 +178,17 @@ __global__ void __launch_bounds__(kBlockThreads) after_in_grad_kernel(const __gr
   }
 }
 
-// Multiplies x by dropout's factor, 0 or the scale (a NaN stays one). All 32 lanes of the warp take part.
-PHI1_DEVICE void drop_residual(float (&x)[8], const ResidualArgs& args, int row, int column) {
-  uint32_t word[4];
-  residual_random(word, args.seed, row, column);
+// Multiplies x by dropout's factor, 0 or the scale (a NaN stays one). A draw serves an even row and the next: `word`
+// keeps it from one row to the next of a thread that starts at row `begin`.
+PHI1_DEVICE void drop_residual(float (&x)[8], uint32_t (&word)[4], const ResidualArgs& args, int row, int begin,
+                               int column) {
+  if (row == begin || row % 2 == 0) residual_random(word, args.seed, row, column);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] *= (word[i] & 0xffff) >= args.dropout_threshold ? args.dropout_scale : 0.0f;
-    x[2 * i + 1] *= (word[i] >> 16) >= args.dropout_threshold ? args.dropout_scale : 0.0f;
+  for (int i = 0; i < 2; ++i) {
+    bool keep[4];
+    keep_bytes(keep, row % 2 ? word[2 + i] : word[i], args.dropout_threshold);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[4 * i + j] *= keep[j] ? args.dropout_scale : 0.0f;
   }
 }
 
@@ -210,17 +202,17 @@ __global__ void __launch_bounds__(kBlockThreads) residual_kernel(const __grid_co
   const int strips = residual_strips(args), strip = block_index() % strips;
   const int begin = block_index() / strips * kBlockRows, end = smaller(begin + kBlockRows, int(args.rows));
   const int column = 8 * (strip * kBlockThreads + thread_index());
-  const bool inside = column < args.columns;
-  float bias[8] = {};
-  if (inside) ld_global_8(bias, static_cast<const T*>(args.bias) + column);
+  if (column >= args.columns) return;
+  float bias[8];
+  uint32_t word[4];
+  ld_global_8(bias, static_cast<const T*>(args.bias) + column);
   for (int row = begin; row < end; ++row) {
     const int64_t at = row * args.columns + column;
-    float y[8] = {}, x[8];
-    if (inside) ld_global_8(y, static_cast<const T*>(args.h) + at);
+    float y[8], x[8];
+    ld_global_8(y, static_cast<const T*>(args.h) + at);
 #pragma unroll
     for (int j = 0; j < 8; ++j) y[j] += bias[j];
-    if constexpr (kDropout) drop_residual(y, args, row, column);
-    if (!inside) continue;
+    if constexpr (kDropout) drop_residual(y, word, args, row, begin, column);
     ld_global_8(x, static_cast<const T*>(args.x) + at);
 #pragma unroll
     for (int j = 0; j < 8; ++j) y[j] += x[j];
@@ -234,20 +226,21 @@ __global__ void __launch_bounds__(kBlockThreads) residual_grad_kernel(const __gr
   const int strips = residual_strips(args), strip = block_index() % strips, index = block_index() / strips;
   const Chunk chunk(args.rows, args.chunks, index);
   const int column = 8 * (strip * kBlockThreads + thread_index());
-  const bool inside = column < args.columns;
+  if (column >= args.columns) return;
   float sum[8] = {};
+  uint32_t word[4];
   for (int row = chunk.begin; row < chunk.end; ++row) {
     const int64_t at = row * args.columns + column;
-    float d[8] = {};
-    if (inside) ld_global_8(d, static_cast<const T*>(args.grad_y) + at);
+    float d[8];
+    ld_global_8(d, static_cast<const T*>(args.grad_y) + at);
     if constexpr (kDropout) {
-      drop_residual(d, args, row, column);
-      if (inside) st_global_8(static_cast<T*>(args.h) + at, d);
+      drop_residual(d, word, args, row, chunk.begin, column);
+      st_global_8(static_cast<T*>(args.h) + at, d);
     }
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum[j] += d[j];
   }
-  if (inside) st_global_8(args.partial + index * args.columns + column, sum);
+  st_global_8(args.partial + index * args.columns + column, sum);
 }
 
 // Adds up the chunks. grid: columns / kSumColumns, rounded up; block: kSumThreads.

@@ -36,7 +36,7 @@ struct ResidualArgs {
   void* grad_bias;  // (columns)
   float* partial;   // scratch: (chunks, columns)
   int64_t rows, columns, chunks;
-  uint32_t dropout_threshold;  // an element is dropped if its 16 random bits are below: 0 is no dropout
+  uint32_t dropout_threshold;  // an element is dropped if its random byte is below: 0 is no dropout
   float dropout_scale;
   uint64_t seed;
   DType dtype;

@@ -40,15 +40,16 @@ struct alignas(8) Float2 {
 
 PHI1_DEVICE int thread_index() { return PHI1_PTX(thread_index(), int(threadIdx.x)); }  // %tid.x
 PHI1_DEVICE int block_index() { return PHI1_PTX(block_index(), int(blockIdx.x)); }     // %ctaid.x
+PHI1_DEVICE int block_count() { return PHI1_PTX(block_count(), int(gridDim.x)); }      // %nctaid.x
 PHI1_DEVICE int lane_index() { return thread_index() % 32; }
 PHI1_DEVICE int warp_index() { return thread_index() / 32; }
 
-// The block's dynamic shared memory: its first byte, aligned to 256.
+// The block's dynamic shared memory: its first byte, aligned to 1,024.
 PHI1_DEVICE uint32_t shared_base() {
 #if defined(PHI1_EMULATOR)
   return emulator::shared_base();
 #else
-  extern __shared__ __align__(256) unsigned char phi1_shared[];
+  extern __shared__ __align__(1024) unsigned char phi1_shared[];
   return uint32_t(__cvta_generic_to_shared(phi1_shared));
 #endif
 }
@@ -218,11 +219,49 @@ PHI1_DEVICE void mma_m16n8k16(f16, float (&d)[4], const uint32_t (&a)[4], const 
 // The greater; of a number and NaN the number.
 PHI1_DEVICE float max_f32(float x, float y) { return PHI1_PTX(max_f32(x, y), fmaxf(x, y)); }
 
+// The lesser, NaN where either is NaN.
+PHI1_DEVICE float min_nan(float x, float y) {
+#if defined(PHI1_EMULATOR)
+  return x != x || x < y ? x : y;
+#else
+  float least;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(y));
+  return least;
+#endif
+}
+
 // sqrt(x), rounded to nearest.
 PHI1_DEVICE float sqrt_f32(float x) { return PHI1_PTX(sqrt_f32(x), __fsqrt_rn(x)); }
 
 PHI1_DEVICE float bits_to_float(uint32_t x) { return PHI1_PTX(bits_to_float(x), __uint_as_float(x)); }
 PHI1_DEVICE uint32_t float_to_bits(float x) { return PHI1_PTX(float_to_bits(x), __float_as_uint(x)); }
+
+// The 64-bit product a b. In C++, nvcc 13.0 adds 0 to the high half: an instruction more for each.
+PHI1_DEVICE void mul_wide(uint32_t& low, uint32_t& high, uint32_t a, uint32_t b) {
+#if defined(PHI1_EMULATOR)
+  emulator::mul_wide(low, high, a, b);
+#else
+  asm("{\n .reg .b64 d;\n mul.wide.u32 d, %2, %3;\n mov.b64 {%0, %1}, d;\n}" : "=r"(low), "=r"(high) : "r"(a), "r"(b));
+#endif
+}
+
+// Bytes of the eight of (low, high), low's first: nibble i of `selector` numbers the one that becomes byte i.
+PHI1_DEVICE uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
+  return PHI1_PTX(prmt(low, high, selector), __byte_perm(low, high, selector));
+}
+
+// Of each half, as half-precision numbers: is a's at least b's. Subnormal numbers are compared as they are.
+PHI1_DEVICE void setp_ge_f16x2(bool& low, bool& high, uint32_t a, uint32_t b) {
+#if defined(PHI1_EMULATOR)
+  emulator::setp_ge_f16x2(low, high, a, b);
+#else
+  uint32_t x, y;
+  asm("{\n .reg .pred p, q;\n setp.ge.f16x2 p|q, %2, %3;\n selp.b32 %0, 1, 0, p;\n selp.b32 %1, 1, 0, q;\n}"
+      : "=r"(x), "=r"(y)
+      : "r"(a), "r"(b));
+  low = x, high = y;
+#endif
+}
 
 // 2^x; subnormal results are flushed to zero.
 PHI1_DEVICE float ex2(float x) {

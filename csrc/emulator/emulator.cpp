@@ -48,11 +48,12 @@ void reset_counters() { total = {}; }
 
 int thread_index() { return block->current->thread; }
 int block_index() { return block->index; }
+int block_count() { return block->launch.blocks; }
 uint32_t shared_base() { return kSharedBase; }
 
 void bar_sync() { block->bar_sync(); }
 void bar_warp_sync() {
-  block->meet(Wait::bar_warp_sync, {}, [](Lane*) { ++block->warp().epoch; });
+  block->meet(Wait::bar_warp_sync, {}, [](Lane*) { block->release_warp(); });
 }
 
 [[gnu::noinline]] void ld_global(void* to, const void* from, int bytes) {
@@ -174,6 +175,27 @@ float max_f32(float x, float y) { return std::fmax(x, y); }
 float sqrt_f32(float x) { return std::sqrt(x); }
 float bits_to_float(uint32_t x) { return std::bit_cast<float>(x); }
 uint32_t float_to_bits(float x) { return std::bit_cast<uint32_t>(x); }
+
+void mul_wide(uint32_t& low, uint32_t& high, uint32_t a, uint32_t b) {
+  const uint64_t product = uint64_t(a) * b;
+  low = uint32_t(product), high = uint32_t(product >> 32);
+}
+
+uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = low | uint64_t(high) << 32;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t from = selector >> 4 * i & 15;
+    if (from & 8) block->fail("prmt: selector " + std::to_string(selector) + " copies a sign: not emulated");
+    result |= uint32_t(bytes >> 8 * from & 0xff) << 8 * i;
+  }
+  return result;
+}
+
+void setp_ge_f16x2(bool& low, bool& high, uint32_t a, uint32_t b) {
+  low = to_float(uint16_t(a), true) >= to_float(uint16_t(b), true);
+  high = to_float(uint16_t(a >> 16), true) >= to_float(uint16_t(b >> 16), true);
+}
 
 float ex2(float x) {
   const float y = std::exp2(x);

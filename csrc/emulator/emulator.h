@@ -53,6 +53,7 @@ void reset_counters();
 // The twins: see csrc/cuda/ptx.cuh for what each does.
 int thread_index();
 int block_index();
+int block_count();
 uint32_t shared_base();
 void bar_sync();
 void bar_warp_sync();
@@ -69,6 +70,9 @@ float max_f32(float x, float y);
 float sqrt_f32(float x);
 float bits_to_float(uint32_t x);
 uint32_t float_to_bits(float x);
+void mul_wide(uint32_t& low, uint32_t& high, uint32_t a, uint32_t b);
+uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector);
+void setp_ge_f16x2(bool& low, bool& high, uint32_t a, uint32_t b);
 float ex2(float x);
 float lg2(float x);
 float rcp(float x);

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.checks import check_offsets
 from kernels.native import rows_contiguous
 from kernels.reference import dropout_scale, dropout_threshold
 from kernels.triton import descriptors
@@ -51,14 +52,20 @@ def _grid(x: Tensor, cu: Tensor | None, block: str):
     return lambda meta: (batch * heads, triton.cdiv(seq, meta[block]) + more)
 
 
-def _offsets(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
+def _offsets(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """The document offsets to load from; any tensor where there are none."""
-    return (q, q) if cu_q is None or cu_k is None else (cu_q.contiguous(), cu_k.contiguous())
+    if cu_q is None or cu_k is None:
+        return q, q
+    check_offsets("cu_seqlens_q", cu_q, q.shape[1])
+    check_offsets("cu_seqlens_k", cu_k, k.shape[1])
+    return cu_q.contiguous(), cu_k.contiguous()
 
 
-def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """(q, scale) with the same products and scale >= 0, by which the kernel may scale a row's maximum."""
-    return (-q, -scale) if scale < 0 else (q, scale)
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
+    """(sign q, scale, sign) with the same products and scale > 0: the kernel takes the maximum before it scales."""
+    if scale > 0:
+        return q, scale, 1
+    return (-q, -scale, -1) if scale < 0 else (q * 0, 1.0, 0)
 
 
 def attention_forward(
@@ -66,7 +73,7 @@ def attention_forward(
     causal: bool, scale: float, dropout_p: float, dropout_seed: int, *, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) of `kernels.flash_attention`."""
-    q, scale = _positive(q, scale)
+    q, scale, _ = _positive(q, scale)
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     result = q.new_empty(q.shape) if out is None or out.stride(-1) != 1 else out
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
@@ -74,7 +81,7 @@ def attention_forward(
         result.zero_(), lse.fill_(-math.inf)  # rows that no document holds
     with on_device(q.device):
         _forward[_grid(q, cu_seqlens_q, "BLOCK_M")](
-            q, k, v, result, lse, *_offsets(cu_seqlens_q, cu_seqlens_k, q),
+            q, k, v, result, lse, *_offsets(cu_seqlens_q, cu_seqlens_k, q, k),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *result.stride()[:3],
             *_common((q, k, v), cu_seqlens_q, causal, scale, dropout_p, dropout_seed),
         )  # fmt: skip
@@ -88,15 +95,14 @@ def attention_backward(
     *, grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, in new tensors or in `grads` (contiguous last dims), bitwise reproducible."""
-    negative = scale < 0
-    q, scale = _positive(q, scale)
+    q, scale, sign = _positive(q, scale)
     grad_out, q, k, v, out = (rows_contiguous(x) for x in (grad_out, q, k, v, out))
     lse = lse.contiguous()
     dq, dk, dv = grads = grads or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     delta = torch.empty_like(lse)
     if cu_seqlens_q is not None:
         dq.zero_(), dk.zero_(), dv.zero_()
-    cu = _offsets(cu_seqlens_q, cu_seqlens_k, q)
+    cu = _offsets(cu_seqlens_q, cu_seqlens_k, q, k)
     common = _common((q, k, v, grad_out), cu_seqlens_q, causal, scale, dropout_p, dropout_seed)
     strides = [stride for x in (grad_out, q, k, v) for stride in x.stride()[:3]]
     with on_device(q.device):
@@ -106,6 +112,6 @@ def attention_backward(
         _dkv[_grid(k, cu_seqlens_q, "BLOCK_N")](
             grad_out, q, k, v, lse, delta, dk, dv, *cu, *strides, *dk.stride()[:3], *dv.stride()[:3], *common
         )
-    if negative:
-        dq.neg_()
+    if sign != 1:
+        dq.mul_(sign)
     return grads

@@ -4,6 +4,8 @@ Each of the two products has two forms: "vendor", the vendor's library and one e
 "triton", one kernel that does all of it (kernels/triton/block_product.py). `kernels.triton.CHOICES` says which runs.
 """
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -28,6 +30,7 @@ PRODUCT_TILES = [(128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 64, 64, 8, 3)
 DESCRIPTOR_TILES = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4)]
 # Of project_out: one warp group loads, two multiply, each half of the rows (triton counts the first one's warps).
 SPECIALIZED_TILES = [(128, 128, 64, 4, 3), (128, 128, 64, 4, 4)]
+_NO_SPECIALIZED_DROPOUT = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 # The interpreter runs one program after another: few tiles, but enough for the tests to cross their borders.
 _INTERPRETER_TILE = (32, 64, 32, 4, 1)
 # Tiles of the elementwise kernels, (rows, columns); unmeasured on a GPU.
@@ -46,12 +49,20 @@ def candidates(specialized: bool) -> list[triton.Config]:
     return found
 
 
+def _prune(configs: list[triton.Config], named: dict[str, Any], **options: Any) -> list[triton.Config]:
+    """For triton.autotune: `descriptors.prune`, and no warp specialisation with dropout before triton 3.7, whose compiler fails."""
+    found = descriptors.prune(configs, named, **options)
+    if _NO_SPECIALIZED_DROPOUT and {**named, **options}.get("DROPOUT"):
+        found = [config for config in found if not config.kwargs.get("WARP_SPECIALIZE")]
+    return found
+
+
 def _tuned(function, key: list[str], specialized: bool):
     """Times the candidates at the first call of each kind and keeps the winner on disk, beside Triton's other files."""
     return triton.autotune(
         candidates(specialized),
         key=[*key, "row_class", "DESCRIPTORS"],
-        prune_configs_by={"early_config_prune": descriptors.prune},
+        prune_configs_by={"early_config_prune": _prune},
         cache_results=True,
     )(function)
 

@@ -9,7 +9,7 @@ width fits any tile.
 import triton
 import triton.language as tl
 
-from kernels.triton.numeric import RESIDUAL_OFFSET, gelu, keep, round_to
+from kernels.triton.numeric import gelu, residual_keep, round_to
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def load_angles(
     HALF: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """cos and sin (tokens, angles); 1 and 0 for an angle that does not exist."""
-    row = token % seq
+    row = (token % seq).to(tl.int64)
     if POSITIONS:
         row = tl.load(position_ptr + (token // seq) * position_batch + row, mask=token < tokens, other=0)
     mask = (token < tokens)[:, None] & (angle < HALF)[None, :]
@@ -174,7 +174,7 @@ def after_out_kernel(
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
     h = _load(y_ptr + at, mask) + _load(bias_ptr + column, column < columns)[None, :]
     if DROPOUT:
-        kept = keep(seed_low, seed_high, RESIDUAL_OFFSET, 0, first_row, first_column, threshold, ROWS, BLOCK, False)
+        kept = residual_keep(seed_low, seed_high, first_row, first_column, threshold, ROWS, BLOCK)
         h *= tl.where(kept, keep_scale, 0.0)
     _store(y_ptr + at, _load(x_ptr + at, mask) + h, mask)
 
@@ -194,7 +194,7 @@ def after_out_backward_kernel(
         at = row.to(tl.int64)[:, None] * columns + column[None, :]
         d = _load(grad_ptr + at, mask)
         if DROPOUT:
-            kept = keep(seed_low, seed_high, RESIDUAL_OFFSET, 0, first_row, first_column, threshold, ROWS, BLOCK, False)
+            kept = residual_keep(seed_low, seed_high, first_row, first_column, threshold, ROWS, BLOCK)
             d *= tl.where(kept, keep_scale, 0.0)
             _store(dh_ptr + at, d, mask)
         total += d

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.block_elementwise import find_region, load_angles, pair_columns, region_tiles, turn
-from kernels.triton.numeric import RESIDUAL_OFFSET, dot, gelu, keep, round_to
+from kernels.triton.numeric import dot, gelu, residual_keep, round_to
 
 BLOCK_HALVES = (8, 16, 32)
 """The HALF for which a tile of any candidate is whole blocks of 2 HALF columns, and so is a head that has a HALF so wide."""
@@ -159,9 +159,7 @@ def project_out_kernel(
         )  # fmt: skip
         h += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
         if DROPOUT:
-            kept = keep(
-                seed_low, seed_high, RESIDUAL_OFFSET, 0, first_row, first_column, threshold, BLOCK_M, BLOCK_N, False
-            )  # fmt: skip
+            kept = residual_keep(seed_low, seed_high, first_row, first_column, threshold, BLOCK_M, BLOCK_N)
             h *= tl.where(kept, keep_scale, 0.0)
         mask = (row < tokens)[:, None] & (column < columns)[None, :]
         at = row.to(tl.int64)[:, None] * columns + column[None, :]

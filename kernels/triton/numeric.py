@@ -9,7 +9,6 @@ from kernels import reference
 from kernels.triton import INTERPRETED
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 ATTENTION_OFFSET = tl.constexpr(reference.ATTENTION_OFFSET)
 RESIDUAL_OFFSET = tl.constexpr(reference.RESIDUAL_OFFSET)
 
@@ -42,47 +41,77 @@ _DOUBLE_C = tl.constexpr(1.5957691216057308)
 @triton.jit
 def gelu(y):
     """(GELU(y), its slope), tanh approximation (arXiv 1606.08415): y sigmoid(2 c (y + 0.044715 y^3)), c = sqrt(2 / pi)."""
-    square = y * y
-    # exp2 overflows to infinity for y below -11 or so, where sigmoid is 0 as it should be.
-    sigmoid = 1.0 / (1.0 + tl.exp2(y * (1.0 + 0.044715 * square) * (-LOG2E * _DOUBLE_C)))
-    value = y * sigmoid
+    # Beyond 9.9 the sigmoid is 1, or less than 2^-122: there it and the slope are taken of 9.9, and no square runs over.
+    above = tl.maximum(y, -9.9, propagate_nan=tl.PropagateNan.ALL)
+    t = tl.minimum(above, 9.9, propagate_nan=tl.PropagateNan.ALL)
+    square = t * t
+    sigmoid = 1.0 / (1.0 + tl.exp2(t * (1.0 + 0.044715 * square) * (-LOG2E * _DOUBLE_C)))
+    value = above * sigmoid
     return value, sigmoid + value * (1.0 - sigmoid) * (1.0 + 3 * 0.044715 * square) * _DOUBLE_C
 
 
 @triton.jit
-def keep(
-    seed_low, seed_high, offset, plane, first_row, first_column, threshold,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr,
+def attention_keep(
+    seed_low, seed_high, plane, first_query, first_key, threshold,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """reference.dropout_keep of a tile, (ROWS, COLUMNS) or transposed; one Philox call for eight columns.
+    """reference.attention_keep of a tile, (QUERIES, KEYS) or transposed; one Philox call for 4 x 4 elements.
 
-    first_column is a multiple of 32. Column 32 g + 8 w + 2 t + h is half h of word w of counter 4 g + t.
+    first_query, first_key, QUERIES and KEYS are multiples of 16.
     """
-    counter = (first_column // 8 + tl.arange(0, COLUMNS // 8)).to(tl.uint32)
-    row = (first_row + tl.arange(0, ROWS)).to(tl.uint32)
+    query = (first_query // 4 + tl.arange(0, QUERIES // 4)).to(tl.uint32)
+    key = (first_key // 4 + tl.arange(0, KEYS // 4)).to(tl.uint32)
     if TRANSPOSED:
-        zero = tl.zeros((COLUMNS // 8, ROWS), tl.uint32)
-        counter, row = zero + counter[:, None], zero + row[None, :]
+        query, key = query[None, :], key[:, None]
     else:
-        zero = tl.zeros((ROWS, COLUMNS // 8), tl.uint32)
-        counter, row = zero + counter[None, :], zero + row[:, None]
-    low, high = tl.cast(seed_low, tl.uint32, bitcast=True), tl.cast(seed_high, tl.uint32, bitcast=True)
-    w0, w1, w2, w3 = philox_impl(counter, row, zero + tl.cast(plane, tl.uint32), zero + offset, low, high)
-    even, odd = tl.join(_halves(w0, threshold), _halves(w2, threshold)), tl.join(_halves(w1, threshold), _halves(w3, threshold))  # fmt: skip
-    kept = tl.join(even, odd)  # (..., h, w // 2, w % 2)
+        query, key = query[:, None], key[None, :]
+    kept = _kept(seed_low, seed_high, key, query, plane, ATTENTION_OFFSET, threshold)
+    # Of each dim of the tile: group of 16, pair of a group's 8; then query / 8, key / 8, key % 2, query % 2.
     if TRANSPOSED:
-        kept = tl.permute(tl.reshape(kept, (COLUMNS // 32, 4, ROWS, 2, 2, 2)), (0, 4, 5, 1, 3, 2))
-        kept = tl.reshape(kept, (COLUMNS, ROWS))
+        kept = tl.reshape(kept, (KEYS // 16, 4, QUERIES // 16, 4, 2, 2, 2, 2))
+        kept = tl.reshape(tl.permute(kept, (0, 5, 1, 6, 2, 4, 3, 7)), (KEYS, QUERIES))
     else:
-        kept = tl.permute(tl.reshape(kept, (ROWS, COLUMNS // 32, 4, 2, 2, 2)), (0, 1, 4, 5, 2, 3))
-        kept = tl.reshape(kept, (ROWS, COLUMNS))
+        kept = tl.reshape(kept, (QUERIES // 16, 4, KEYS // 16, 4, 2, 2, 2, 2))
+        kept = tl.reshape(tl.permute(kept, (0, 4, 1, 7, 2, 5, 3, 6)), (QUERIES, KEYS))
     return kept != 0
 
 
 @triton.jit
-def _halves(word, threshold):
-    """Is each 16-bit half of the word kept: low half first, along a new last dim."""
-    return tl.join(((word & 0xFFFF) >= threshold).to(tl.int8), ((word >> 16) >= threshold).to(tl.int8))
+def residual_keep(
+    seed_low, seed_high, first_row, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """reference.residual_keep of a tile, (ROWS, COLUMNS); one Philox call for 8 columns of 2 rows.
+
+    first_row and ROWS are multiples of 2, first_column and COLUMNS of 8.
+    """
+    row = (first_row // 2 + tl.arange(0, ROWS // 2)).to(tl.uint32)[:, None]
+    column = (first_column // 8 + tl.arange(0, COLUMNS // 8)).to(tl.uint32)[None, :]
+    kept = _kept(seed_low, seed_high, column, row, 0, RESIDUAL_OFFSET, threshold)
+    # (pair of rows, eight columns, the bits of byte column % 4, column % 8 / 4, row % 2)
+    return tl.reshape(tl.permute(kept, (0, 5, 1, 4, 2, 3)), (ROWS, COLUMNS)) != 0
+
+
+@triton.jit
+def _kept(seed_low, seed_high, c0, c1, c2, c3, threshold):
+    """Is each byte of Philox 4x32-7 kept: along four new last dims, the bits of the byte's index, then the word's.
+
+    The higher bit of the byte's index, the lower one; the lower bit of the word's index, the higher one.
+    """
+    low, high = tl.cast(seed_low, tl.uint32, bitcast=True), tl.cast(seed_high, tl.uint32, bitcast=True)
+    zero = (c0 + c1) * 0
+    w0, w1, w2, w3 = philox_impl(
+        zero + c0, zero + c1, zero + tl.cast(c2, tl.uint32), zero + c3, low, high, n_rounds=7
+    )  # fmt: skip
+    first, second = tl.join(_bytes(w0, threshold), _bytes(w1, threshold)), tl.join(_bytes(w2, threshold), _bytes(w3, threshold))  # fmt: skip
+    return tl.join(first, second)
+
+
+@triton.jit
+def _bytes(word, threshold):
+    """Is each byte of the word kept, the lowest first: along two new last dims, the higher bit of its index first."""
+    b0, b1 = ((word & 0xFF) >= threshold).to(tl.int8), (((word >> 8) & 0xFF) >= threshold).to(tl.int8)
+    b2, b3 = (((word >> 16) & 0xFF) >= threshold).to(tl.int8), ((word >> 24) >= threshold).to(tl.int8)
+    return tl.join(tl.join(b0, b2), tl.join(b1, b3))
 
 
 def int32(word: int) -> int:
@@ -97,5 +126,5 @@ def on_device(device: torch.device):
 
 
 def seed_words(seed: int) -> tuple[int, int]:
-    """A 64-bit seed as the two int32 that `keep` takes."""
+    """A 64-bit seed as the two int32 that the masks take."""
     return int32(seed), int32(seed >> 32)

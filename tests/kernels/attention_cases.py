@@ -14,6 +14,7 @@ import functools
 from typing import Any
 
 import torch
+from error_rule import record
 from torch import Tensor
 
 from kernels import flash_attention, reference
@@ -215,6 +216,7 @@ def check_results(results: dict[str, Tensor], case: Case, dtype: torch.dtype) ->
         expected = torch.float32 if name == "lse" and dtype != torch.float64 else dtype
         assert value.dtype == expected, f"{name}: {value.dtype}, not {expected}"
         error = _error(value.cpu(), truth[name])
+        record(f"{case.name}: {name}", dtype, error, bounds[name])
         assert error <= bounds[name], (
             f"{case.name}, {dtype}: error of {name} is {error:.3g}, allowed {bounds[name]:.3g}"
         )

@@ -125,7 +125,7 @@ def eager(tensors: list[Tensor], options: dict[str, object], case: Case) -> list
         scores = (q[:, part] * dim**-0.5) @ k[:, part].transpose(-1, -2)
         hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
         plane, at = index * case.heads + torch.arange(case.heads)[:, None, None], torch.arange(n)
-        keep = reference.dropout_keep(SEED, reference.ATTENTION_OFFSET, plane, at[:, None], at[None], case.p)
+        keep = reference.attention_keep(SEED, plane, at[:, None], at[None], case.p)
         parts.append(_drop(torch.softmax(scores.masked_fill(hidden, float("-inf")), -1), keep, case.p) @ v[:, part])
         start += n
     attention = torch.cat(parts, 1).transpose(0, 1).reshape(tokens, -1)

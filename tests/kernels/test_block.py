@@ -250,7 +250,7 @@ _CACHE = tuple(torch.zeros(2, 16, KV_HEADS, HEAD_DIM) for _ in range(2))
         (_changed(6, torch.zeros(HIDDEN).half()), {}, "b_out.dtype = torch.float16, x.dtype = torch.float32"),
         (make(), {"residual_dropout": 1.0}, r"residual_dropout = 1.0: must be in \[0, 1\)"),
         (make(), {"attention_dropout": -0.1}, r"attention_dropout = -0.1: must be in \[0, 1\)"),
-        (make(), {"kv_cache": (*_CACHE, 10)}, "kv_cache holds 10 of 16 tokens: 11 more do not fit"),
+        (make(), {"kv_cache": (*_CACHE, 10)}, r"kv_cache\[0\] holds 10 of 16 tokens: 11 more do not fit"),
         (make(), {"kv_cache": (*_CACHE, 0), "cu_seqlens": torch.tensor([0, 22], dtype=torch.int32)}, "both given"),
     ],
 )  # fmt: skip

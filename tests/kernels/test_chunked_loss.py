@@ -33,7 +33,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
 def _check(module: ModuleType, name: str, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error rule with `module` for the loop: chunks of 7, 7 and 2 rows, runs of 200, 200 and 120 columns."""
     monkeypatch.setattr(importlib.import_module("kernels.loss"), "chunked_loss", module)
-    monkeypatch.setattr(module, "_CHUNK_LOGITS", 7 * 520)
+    monkeypatch.setattr(module, "_CHUNK_LOGITS", dict.fromkeys(("cpu", "cuda"), 7 * 520))
     monkeypatch.setattr(module, "_WEIGHT_COLUMNS", 200)
     inputs, targets = make(16, 16, 520, dtype)
     truth, low = (with_grads(lambda *a: plain(*a, targets), inputs, kind) for kind in (torch.float64, dtype))
@@ -48,7 +48,7 @@ def _check(module: ModuleType, name: str, device: str, dtype: torch.dtype, monke
         assert all(map(torch.equal, *runs)), "error: not the bits of float32 sums"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_loop_obeys_the_error_rule(backend, dtype, monkeypatch):
     _check(chunked_loss, *backend, dtype, monkeypatch)
 
@@ -56,10 +56,12 @@ def test_the_loop_obeys_the_error_rule(backend, dtype, monkeypatch):
 @pytest.mark.parametrize(
     ("dtype", "old", "new"),
     [
-        (torch.bfloat16, "d[:, run].T", "d[:, : grad.shape[0]].T"),
-        (torch.bfloat16, "scratch[run]", "scratch[: grad.shape[0]]"),
-        (torch.bfloat16, "start == 0, start + chunk", "True, start + chunk"),
-        (torch.float32, "beta=int(start > 0)", "beta=0"),
+        (torch.bfloat16, "part = torch.mm(d[:, run].T", "part = torch.mm(d[:, : grad.shape[0]].T"),
+        (torch.float16, "(grad, d[:, run].T, h, first)", "(grad, d[:, run].T, h, True)"),
+        (torch.float16, "weight[run], first_column == 0", "weight[run], True"),
+        (torch.bfloat16, "scratch[run], part", "scratch[: grad.shape[0]], part"),
+        (torch.bfloat16, "part, first, last", "part, True, last"),
+        (torch.float32, "beta=int(not first)", "beta=0"),
         (torch.bfloat16, "targets[block]", "targets[: h.shape[0]]"),
         (torch.float32, "h = hidden[block]", "h = hidden[: len(hidden[block])]"),
     ],

@@ -8,25 +8,50 @@ import torch
 from attention_cases import CASES, OUTPUTS, Case
 from emulator import DEVICES, check_attention, cuda_device, emulator, emulator_module  # noqa: F401
 
-from kernels import BackendError, flash_attention, reference
+from kernels import BackendError, cuda, flash_attention, reference
+
+# head_dim 32 has no hopper kernel.
+VERSIONS_AND_CASES = [
+    pytest.param(version, case, id=f"{version}-{case.name}")
+    for version in cuda.ATTENTION_VERSIONS
+    for case in CASES
+    if version == "mma" or case.head_dim != 32
+]
+VERSIONS_AND_DIMS = [("mma", 32), ("mma", 64), ("mma", 128), ("hopper", 64), ("hopper", 128)]
+HOPPER = "cuda" in DEVICES and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """A function that makes the calls of this test take one version of the kernels."""
+
+    def force(version, device="cpu"):
+        if version == "hopper" and device == "cuda" and not HOPPER:
+            pytest.skip("the GPU has not compute capability 9.0: the hopper kernels are tested under the emulator")
+        monkeypatch.setenv("PHI1_CUDA_ATTENTION", version)
+
+    return force
+
 
 DTYPES = (torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_attention_keeps_the_error_rule(cuda_device, emulator_module, case, dtype):  # noqa: F811
+@pytest.mark.parametrize(("version", "case"), VERSIONS_AND_CASES)
+def test_attention_keeps_the_error_rule(cuda_device, request, force, version, case, dtype):  # noqa: F811
+    force(version, cuda_device)
     check_attention(case, dtype, cuda_device)
     if cuda_device == "cuda":
         return
-    counters = emulator_module.counters()
+    counters = request.getfixturevalue("emulator_module").counters()  # built only where it is used
     assert counters["launches"] == 4, "forward, rows' numbers, dK and dV, dQ"
     assert counters["shared_wavefronts"] == counters["shared_wavefronts_least"] > 0, "bank conflicts"
 
 
-@pytest.mark.parametrize("head_dim", (32, 64, 128))
-def test_bits_do_not_depend_on_the_order_of_threads(emulator, head_dim):  # noqa: F811
-    case = Case("order", batch=1, seqlen_q=70, seqlen_k=100, heads=2, kv_heads=1, head_dim=head_dim, dropout_p=0.1)
+@pytest.mark.parametrize(("version", "head_dim"), VERSIONS_AND_DIMS)
+def test_bits_do_not_depend_on_the_order_of_threads(emulator, force, version, head_dim):  # noqa: F811
+    force(version)
+    case = Case("order", batch=1, seqlen_q=170, seqlen_k=300, heads=2, kv_heads=1, head_dim=head_dim, dropout_p=0.1)
     first = attention_cases.run_case(case, torch.bfloat16, "cuda")
     for seed in range(1, 9):
         emulator.set_seed(seed)
@@ -36,8 +61,9 @@ def test_bits_do_not_depend_on_the_order_of_threads(emulator, head_dim):  # noqa
 
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU: thread orders are tested under the emulator")
-@pytest.mark.parametrize("head_dim", (32, 64, 128))
-def test_repeated_runs_on_the_gpu_give_the_same_bits(head_dim):
+@pytest.mark.parametrize(("version", "head_dim"), VERSIONS_AND_DIMS)
+def test_repeated_runs_on_the_gpu_give_the_same_bits(force, version, head_dim):
+    force(version, "cuda")
     case = Case("repeat", batch=2, seqlen_q=500, seqlen_k=700, heads=4, kv_heads=2, head_dim=head_dim, dropout_p=0.1)
     first = attention_cases.run_case(case, torch.bfloat16, "cuda", "cuda")
     for _ in range(50):
@@ -45,10 +71,11 @@ def test_repeated_runs_on_the_gpu_give_the_same_bits(head_dim):
         assert all(torch.equal(first[name], again[name]) for name in OUTPUTS)
 
 
-@pytest.mark.parametrize("head_dim", (32, 64, 128))
+@pytest.mark.parametrize(("version", "head_dim"), VERSIONS_AND_DIMS)
 @pytest.mark.parametrize("documents", ((), ((40, 40), (33, 50))))
-def test_dropout_mask_is_the_reference_bit_for_bit(emulator, head_dim, documents):  # noqa: F811
+def test_dropout_mask_is_the_reference_bit_for_bit(emulator, force, version, head_dim, documents):  # noqa: F811
     """With q = 0 every probability is 1 / n, and with v = the identity's columns out is the row's mask itself."""
+    force(version)
     columns = 50
     case = Case("mask", batch=1, seqlen_q=40, seqlen_k=columns, heads=2, kv_heads=1, head_dim=head_dim, causal=False,
                 dropout_p=0.3, documents=documents)  # fmt: skip
@@ -84,7 +111,9 @@ def test_gradients_flow_through_strided_grad_out(emulator):  # noqa: F811
         assert all(torch.equal(x, y) for x, y in zip(ours, dense, strict=True))
 
 
-def test_writes_into_a_slice_of_another_tensor(emulator):  # noqa: F811
+@pytest.mark.parametrize("version", cuda.ATTENTION_VERSIONS)
+def test_writes_into_a_slice_of_another_tensor(emulator, force, version):  # noqa: F811
+    force(version)
     q, k, v = (torch.randn(1, 20, 2, 64).to(torch.bfloat16) for _ in range(3))
     wide = torch.zeros(1, 20, 4, 64, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -93,7 +122,9 @@ def test_writes_into_a_slice_of_another_tensor(emulator):  # noqa: F811
     assert not wide[:, :, 0].any() and not wide[:, :, 3].any()
 
 
-def test_nan_in_the_inputs_reaches_the_output(emulator):  # noqa: F811
+@pytest.mark.parametrize("version", cuda.ATTENTION_VERSIONS)
+def test_nan_in_the_inputs_reaches_the_output(emulator, force, version):  # noqa: F811
+    force(version)
     q, k, v = (torch.randn(1, 9, 1, 64).to(torch.bfloat16) for _ in range(3))
     q[0, 4, 0, 7] = float("nan")
     out = flash_attention(q, k, v, backend="cuda")
@@ -135,26 +166,63 @@ def test_what_the_kernels_are_not_made_for_is_refused(emulator, change, message)
         flash_attention(x, x, x, backend="cuda")
 
 
-@pytest.mark.parametrize("scale", (0.0, -0.125, float("nan"), float("inf")))
-def test_scale_must_be_positive(emulator, scale):  # noqa: F811
-    x = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"scale = .*: the cuda backend takes a positive number"):
-        flash_attention(x, x, x, scale=scale, backend="cuda")
-    assert emulator.counters()["launches"] == 0
-
-
 def test_a_grid_too_large_is_refused_with_the_kernels_name(emulator_module):  # noqa: F811
-    spec = (0, 0, 0, 0)
+    x = torch.empty(0, 0, 0, 0)
     with pytest.raises(ValueError, match=r"CUDA kernel attention_forward: 4294967296 blocks: must be in 1..2147483647"):
         emulator_module.attention_forward_cuda(
-            spec, spec, spec, spec, 0, (2**31, 2, 2, 2, 2, 64), (0, 0), 0, True, 1.0, 0, 1.0, 0, 1, 0
+            x, x, x, x, None, (2**31, 2, 2, 2, 2, 64), (None, None), 0, True, 1.0, 0, 1.0, 0, 1, 0, 0
         )
 
 
-def test_global_memory_is_read_in_whole_sectors(emulator):  # noqa: F811
+@pytest.mark.parametrize("version", cuda.ATTENTION_VERSIONS)
+def test_global_memory_is_read_in_whole_sectors(emulator, force, version):  # noqa: F811
     """16 bytes a lane, whole rows: no sector of 32 bytes is fetched for half of it, forward and backward."""
+    force(version)
     case = dataclasses.replace(CASES[0], name="sectors", seqlen_q=128, seqlen_k=128)
     attention_cases.run_case(case, torch.bfloat16, "cuda")
     counters = emulator.counters()
     # The rows' numbers are read by 8 lanes at 8 different places: the only requests that are not dense.
     assert counters["global_sectors"] <= 1.01 * counters["global_sectors_least"]
+
+
+def test_nan_in_a_neighbouring_document_stays_there(emulator, force):  # noqa: F811
+    """A tile of 128 keys reaches over the end of a document: what lies there is not even multiplied by zero."""
+    force("hopper")
+    q, k, v = (torch.randn(1, 60, 1, 64).to(torch.bfloat16) for _ in range(3))
+    cu = torch.tensor([0, 33, 60], dtype=torch.int32)
+    clean = flash_attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, backend="cuda")
+    for x in (k, v):
+        x[:, 33:] = float("nan")
+    out = flash_attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, backend="cuda")
+    assert torch.equal(out[:, :33], clean[:, :33]) and out[:, 33:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("version", "head_dim", "message"),
+    [
+        ("wgmma", 64, "PHI1_CUDA_ATTENTION = 'wgmma': must be mma or hopper"),
+        ("hopper", 32, "PHI1_CUDA_ATTENTION = 'hopper', but head_dim = 32"),
+    ],
+)
+def test_a_version_that_cannot_serve_is_refused(emulator, force, version, head_dim, message):  # noqa: F811
+    force(version)
+    x = torch.zeros(1, 4, 1, head_dim, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=message):
+        flash_attention(x, x, x, backend="cuda")
+
+
+def test_a_build_without_hopper_kernels_takes_the_others(emulator, force, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(emulator, "has_hopper", False)
+    x = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)
+    flash_attention(x, x, x, backend="cuda")
+    force("hopper")
+    with pytest.raises(ValueError, match="this build has no hopper kernels; build with 90a in PHI1_CUDA_ARCHS"):
+        flash_attention(x, x, x, backend="cuda")
+
+
+def test_an_unknown_version_is_refused_by_the_module(emulator_module):  # noqa: F811
+    spec = (0, 0, 0, 0)
+    with pytest.raises(ValueError, match=r"attention: version = 2: this build has 0 \(mma\) and 1 \(hopper\)"):
+        emulator_module.attention_forward_cuda(
+            spec, spec, spec, spec, 0, (1, 2, 2, 2, 2, 64), (0, 0), 0, True, 1.0, 0, 1.0, 0, 1, 0, 2
+        )

@@ -4,6 +4,7 @@ A mutant that survives means that the tests cannot see such a mistake, or that t
 """
 
 import dataclasses
+import itertools
 import pathlib
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import torch
 from attention_cases import Case
 from test_cuda_layer_norm import check_equal_numbers, check_layer_norm
 from test_cuda_loss import check_extremes, check_loss, check_parts, check_wrong_targets
+from test_extreme_values import check_extreme_scores
 
 from kernels import reference
 
@@ -70,12 +72,13 @@ MUTATIONS = [
         ("maximum of two lanes, not four", "        highest = max_f32(highest, shfl_xor(highest, 2));\n", ""),
         ("sum of two lanes, not four", "      total += shfl_xor(total, 2);\n", ""),
         ("running maximum lost", "float highest = most[m][half];", "float highest = -kInfinity;"),
-        ("no guard for rows that see no key", "highest == -kInfinity ? 0.0f : highest * scale", "highest * scale"),
+        ("no guard for rows that see no key", "highest == -kInfinity ? 0.0f : highest;", "highest;"),
+        ("scaled before the maximum is taken off", "ex2((p[m][n][i] - shift) * scale)", "ex2(__builtin_fmaf(p[m][n][i], scale, -(shift * scale)))"),
         ("division by zero for rows that see no key", "total == 0.0f ? 0.0f : args.dropout_scale / total",
          "args.dropout_scale / total"),
-        ("lse in base 2", "(most[m][half] * scale + lg2(total)) * kLn2", "most[m][half] * scale + lg2(total)"),
-        ("lse without the maximum", "(most[m][half] * scale + lg2(total)) * kLn2", "lg2(total) * kLn2"),
-        ("lse of a row that sees no key is 0", "total == 0.0f ? -kInfinity", "total == 0.0f ? 0.0f"),
+        ("lse without the maximum", "log_sum_exp(most[m][half] * args.scale, total)", "log_sum_exp(0.0f, total)"),
+        ("lse with the maximum in base 2", "log_sum_exp(most[m][half] * args.scale, total)",
+         "log_sum_exp(most[m][half] * scale, total)"),
         ("lse written past the end", "t == 0 && query < work.seqlen_q", "t == 0"),
         ("dropout's scale missing", "args.dropout_scale / total", "1.0f / total"),
         ("same dropout in every batch entry", "int(work.batch * args.heads) + work.head;", "work.head;"),
@@ -86,6 +89,13 @@ MUTATIONS = [
     *_mutations(
         "attention.cuh",
         "attention",
+        ("lse in base 2", "greatest + lg2(total) * kLn2", "greatest + lg2(total)"),
+        ("lse of a row that sees no key is 0", "total == 0.0f ? -kInfinity", "total == 0.0f ? 0.0f"),
+        ("lse of a row with an infinite score is NaN", "  if (greatest == kInfinity) return greatest;\n", ""),
+        ("lse in the wrong base", "const float x = lse * kLog2e;", "const float x = lse;"),
+        ("backward: rows without a score above -inf", "  if (lse == -kInfinity) return kInfinity;\n", ""),
+        ("backward: large lse as rounded", "1.0f - 0x1p-21f : 1.0f + 0x1p-21f", "1.0f : 1.0f"),
+        ("backward: P of more than 1", "ex2(min_nan(score - lse, 0.0f))", "ex2(score - lse)"),
         ("causal mask aligned top left", "work.seqlen_k - work.seqlen_q + 1", "1"),
         ("causal mask ignored", "args.causal ? work.seqlen_k - work.seqlen_q + 1 : work.seqlen_k", "work.seqlen_k"),
         ("document's rows in lse forgotten", "* args.seqlen_q + work.q_row", "* args.seqlen_q"),
@@ -135,9 +145,10 @@ MUTATIONS = [
     *_mutations(
         "attention_backward.cuh",
         "attention",
-        ("dK, dV: mask lets the next key through", "+ g >= query + 8 * n", "+ g > query + 8 * n"),
-        ("dK, dV: mask hides the last visible key", "+ g >= query + 8 * n", "+ g + 1 >= query + 8 * n"),
-        ("dK, dV: no mask", "const bool diagonal = row + 16 * kM > query + visible;", "const bool diagonal = false;"),
+        ("dK, dV: mask lets the next key through", "key >= of + visible", "key > of + visible"),
+        ("dK, dV: mask hides the last visible key", "key >= of + visible", "key + 1 >= of + visible"),
+        ("dK, dV: no mask", "const bool edge = row + 16 * kM > query", "const bool edge = false && row + 16 * kM > query"),
+        ("dK, dV: zeros past the queries times infinite keys", " || of >= work.seqlen_q))", "))"),
         ("dK, dV: first tile of queries skipped", "maximum(work.first - visible + 1, 0) / Sizes::kQueries;",
          "maximum(work.first - visible + 1, 0) / Sizes::kQueries + 1;"),
         ("dK, dV: last tile of queries skipped", "ceil_div(work.seqlen_q, Sizes::kQueries)",
@@ -146,7 +157,7 @@ MUTATIONS = [
         ("dK, dV: barrier removed", "    bar_sync();  // this step's", "    // this step's"),
         ("dK, dV: cp.async wait removed", "    cp_async_wait<0>();\n    bar_sync();  // this step's",
          "    bar_sync();  // this step's"),
-        ("dK, dV: numbers of even and odd queries swapped", "(i % 2 ? odd.x : even.x)", "(i % 2 ? even.x : odd.x)"),
+        ("dK, dV: numbers of even and odd queries swapped", "i % 2 ? odd.x : even.x", "i % 2 ? even.x : odd.x"),
         ("dK, dV: delta missing", "(ds[m][n][i] - (i % 2 ? odd.y : even.y))", "ds[m][n][i]"),
         ("dK: scale missing", "store<T>(grad_k, args.scale,", "store<T>(grad_k, 1.0f,"),
         ("dV: dropout's scale missing", "store<T>(grad_v, args.dropout_scale,", "store<T>(grad_v, 1.0f,"),
@@ -168,7 +179,6 @@ MUTATIONS = [
         ("dQ: numbers past the end read", "minimum(row + 16 * m + 8 * half + g, work.seqlen_q - 1)",
          "row + 16 * m + 8 * half + g"),
         ("delta of half a row", "mask < kLanes;", "mask < kLanes / 2;"),
-        ("lse in the wrong base", "ld_global(args.lse + index) * kLog2e", "ld_global(args.lse + index)"),
     ),
     *_mutations(
         "rotary.cuh",
@@ -182,6 +192,13 @@ MUTATIONS = [
          "t"),
         ("rotary: positions of the first batch entry", "b * args.position_batch_stride + t", "t"),
         ("rotary: last pair skipped", "i < args.half;", "i < args.half - 1;"),
+        ("rotary in runs: neighbours turned apart", "b[j] = y * c[j] + x * z;", "b[j] = y * c[j] - x * z;"),
+        ("rotary in runs: first angles for every pair", "* half + i;", "* half;"),
+        ("rotary in runs: rest not copied", "if (!turned && in == out) return;", "if (!turned) return;"),
+        ("rotary in runs: rest turned", "  if (turned) {", "  {"),
+        ("rotary in runs: rest at a wrong offset", "(turned ? half : (int(args.head_dim) - 2 * half) / 2)", "half"),
+        ("rotary in runs: k's first head is q's last", "head >= args.heads[0], h =", "head > args.heads[0], h ="),
+        ("rotary in runs: a token too many", "  if (b >= args.batch) return;\n", ""),
     ),
     *_mutations(
         "layer_norm.cuh",
@@ -258,7 +275,6 @@ MUTATIONS = [
         "block",
         ("q, k: wrong pairing", "{start + i, start + i + half, i}", "{start + i, start + i + dim / 2, i}"),
         ("q, k: first angles for every pair", "{start + i, start + i + half, i}", "{start + i, start + i + half, 0}"),
-        ("q, k: neighbours turned apart", "b[j] = y * c[j] + x * z;", "b[j] = y * c[j] - x * z;"),
         ("q, k: turned the wrong way", "args.sin + at, 1.0f)", "args.sin + at, -1.0f)"),
         ("q, k: gradient turned forward", "args.sin + at, -1.0f)", "args.sin + at, 1.0f)"),
         ("q, k: bias missing", "a[j] += bias_a[j], b[j] += bias_b[j]", "b[j] += bias_b[j]"),
@@ -314,6 +330,7 @@ ATTENTION = [
 def _check_attention(module: ModuleType) -> None:
     for case in ATTENTION:
         emulator.check_attention(case, torch.bfloat16)
+    check_extreme_scores("cuda", torch.bfloat16)
     counters = module.counters()
     assert counters["shared_wavefronts"] == counters["shared_wavefronts_least"], "bank conflicts"
 
@@ -321,12 +338,14 @@ def _check_attention(module: ModuleType) -> None:
 def _check_rotary(module: ModuleType) -> None:
     generator = torch.Generator().manual_seed(1)
     q, k = (torch.randn(2, 3, heads, 64, generator=generator).to(torch.bfloat16) for heads in (9, 2))
-    cos, sin = reference.rotary_table(32, 36)
-    for positions in (None, torch.randint(32, (2, 3), generator=generator)):
-        for inverse in (False, True):
-            ours = torch.ops.phi1.rotary(q, k, cos, sin, positions, inverse, "cuda")
-            for x, y in zip(ours, reference.rotary(q, k, cos, sin, positions, inverse), strict=True):
-                torch.testing.assert_close(x, y, rtol=2**-7, atol=1e-6)
+    where = torch.randint(32, (2, 3), generator=generator)
+    for dims, positions, inverse in itertools.product(
+        (36, 16, 32), (None, where), (False, True)
+    ):  # by element, in runs
+        cos, sin = reference.rotary_table(32, dims)
+        ours = torch.ops.phi1.rotary(q, k, cos, sin, positions, inverse, "cuda")
+        for x, y in zip(ours, reference.rotary(q, k, cos, sin, positions, inverse), strict=True):
+            torch.testing.assert_close(x, y, rtol=2**-7, atol=1e-6)
 
 
 def _check_layer_norm(module: ModuleType) -> None:

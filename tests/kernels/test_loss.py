@@ -25,7 +25,7 @@ def name(request):
 
 
 def set_chunk(monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
-    monkeypatch.setattr(chunked_loss, "_CHUNK_LOGITS", logits)
+    monkeypatch.setattr(chunked_loss, "_CHUNK_LOGITS", dict.fromkeys(("cpu", "cuda"), logits))
 
 
 def make(rows: int, width: int, columns: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:

@@ -16,7 +16,6 @@ import kernels.triton
 from kernels import BackendError, reference
 from kernels.fused_block import Dropout, Layout
 from kernels.triton import attention as triton_attention
-from kernels.triton import descriptors
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -231,7 +230,7 @@ def test_mutations_fail(product_, module, old, new, monkeypatch, tmp_path):
         ("vendor", "numeric", "zero + offset, low, high", "zero, low, high"),
         ("vendor", "block_elementwise", "h *= tl.where(kept, keep_scale, 0.0)", "h *= tl.where(kept, 1.0, 0.0)"),
         ("vendor", "block_elementwise", "d *= tl.where(kept, keep_scale, 0.0)", "d *= tl.where(kept, 0.0, keep_scale)"),
-        ("descriptors", "block_product", "RESIDUAL_OFFSET, 0, first_row, first_column", "RESIDUAL_OFFSET, 1, first_row, first_column"),
+        ("descriptors", "block_product", "seed_high, first_row, first_column", "seed_high, first_row + 2, first_column"),
         ("descriptors", "block_product", "h *= tl.where(kept, keep_scale, 0.0)", "h *= tl.where(kept, keep_scale, 1.0)"),
     ],
 )  # fmt: skip
@@ -248,7 +247,7 @@ def test_every_candidate(kernel, monkeypatch):
     """The first call takes the fastest, right or wrong: here each gets its turn."""
     choose("descriptors", monkeypatch)
     tuner, inputs = getattr(block(), f"_{kernel}_kernel"), make(2, 69, dtype=torch.bfloat16)
-    for config in descriptors.prune(tuner.configs, {}, DESCRIPTORS=torch.cuda.get_device_capability()[0] == 9):
+    for config in block()._prune(tuner.configs, {}, DESCRIPTORS=torch.cuda.get_device_capability()[0] == 9):
         monkeypatch.setattr(tuner, "early_config_prune", lambda *_, config=config, **__: [config])
         monkeypatch.setattr(tuner, "cache", {})
         check_run(run_with_grads(inputs), inputs)

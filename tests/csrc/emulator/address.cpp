@@ -62,7 +62,7 @@ void block() {
   after_in_backward(args, nullptr);
 
   Buffer<bf16> h(kTokens * kHidden), x(kTokens * kHidden);
-  for (const uint32_t threshold : {0u, 20000u}) {
+  for (const uint32_t threshold : {0u, 80u}) {
     ResidualArgs out{};
     out.h = h.get(), out.x = x.get(), out.bias = bias.get(), out.grad_y = x.get(), out.grad_bias = grad_bias.get();
     out.partial = partial.get();
@@ -104,7 +104,7 @@ void attention() {
   args.lse = lse.get(), args.row_stats = row_stats.get();
   args.batch = kBatch, args.seqlen_q = args.seqlen_k = kSeq;
   args.heads = kHeads, args.kv_heads = kKvHeads, args.head_dim = kDim;
-  args.scale = 0.125f, args.dropout_threshold = 9000, args.dropout_scale = 1.2f, args.dropout_seed = 5;
+  args.scale = 0.125f, args.dropout_threshold = 35, args.dropout_scale = 1.2f, args.dropout_seed = 5;
   args.causal = true, args.dtype = DType::bf16;
   attention_forward(args, nullptr);
   attention_backward(args, nullptr);
