@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from phi1.evaluate import sandbox
+from phi1.evaluate import sandbox, sandbox_server
 from phi1.evaluate.sandbox import Job, run_each, run_many, run_program
 
 TEST = """
@@ -308,15 +308,15 @@ def test_a_lost_server_is_replaced_and_its_job_run_again(monkeypatch: pytest.Mon
     run_program("pass")
     kill_server(sandbox._idle[0])
     assert judged(RIGHT).status == "passed"
-    start = sandbox._Run._start
+    start = sandbox_server._Run._start
 
-    def lost(self: sandbox._Run) -> tuple[int, int]:
+    def lost(self: sandbox_server._Run) -> tuple[int, int]:
         started = start(self)
         if "square" in self.job.source:
             kill_server(self.server)
         return started
 
-    monkeypatch.setattr(sandbox._Run, "_start", lost)
+    monkeypatch.setattr(sandbox_server._Run, "_start", lost)
     result = judged(RIGHT)
     assert result.status == "failed" and "server ended, twice, while the program ran" in result.detail
     assert run_program("pass").status == "passed"
@@ -381,13 +381,13 @@ def test_strength_is_what_was_tried() -> None:
 
 
 def test_without_the_library_the_sandbox_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    sandbox._filter.cache_clear()
+    sandbox_server._filter.cache_clear()
     monkeypatch.setitem(sys.modules, "pyseccomp", None)
     try:
         server = sandbox.Server()
         server.close()
     finally:
-        sandbox._filter.cache_clear()
+        sandbox_server._filter.cache_clear()
     assert server.strength.level == "weak" and "pip install pyseccomp" in server.strength.missing[0]
 
 
