@@ -270,7 +270,9 @@ def serve(control: Any) -> None:
                 continue
             # By handle: the evaluator is in another process namespace, where the ids are others.
             started = [os.pidfd_open(pid) for pid in server.start(request, handles)]
-            control.sendmsg([b"{}"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(started)}i", *started))])
+            control.sendmsg(
+                [b"{}"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(started)}i", *started))]
+            )
             for handle in started:
                 os.close(handle)
     finally:

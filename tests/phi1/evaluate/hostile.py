@@ -141,6 +141,9 @@ ATTEMPTS: dict[str, dict[str, str]] = {
         "reboot": "return call(169, 0xfee1dead, 0x28121969, 0, 0)",
         "the clock": "return time.clock_settime(time.CLOCK_REALTIME, 0)",
         "the host's name": "return libc.sethostname(b'x', 1)",
+        "int 0x80": "import mmap\ncode = mmap.mmap(-1, 4096, prot=7)\ncode.write(b'\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3')\naddress = ctypes.addressof(ctypes.c_char.from_buffer(code))\nreturn ctypes.CFUNCTYPE(ctypes.c_int)(address)()",
+        "x32": "return call(0x40000000 + 39)",
+        "an unnamed call": "return call(9999)",
         "swap": "return call(167, b'/x', 0)",
     },
     "ipc": {
@@ -464,9 +467,8 @@ def main(without: tuple[Feature, ...] = ()) -> dict[str, Any]:
 
     sandbox.close_idle()
     found["left running"] = children(os.getpid())
-    found["left in files"] = sorted(
-        name for name in set(os.listdir(tempfile.gettempdir())) - folders_before if "phi1-" in name
-    )
+    left = set(os.listdir(tempfile.gettempdir())) - folders_before - {targets.folder.name}
+    found["left in files"] = sorted(name for name in left if name.startswith("phi1-sandbox-"))
     found["seconds"] = round(time.monotonic() - started, 1)
     return found
 

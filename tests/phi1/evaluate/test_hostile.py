@@ -58,6 +58,14 @@ def test_without_namespaces() -> None:
     holds(run("namespaces", **({"user": USER} if os.geteuid() == 0 else {})), "partial")
 
 
+def test_the_programs_have_teeth() -> None:
+    """Mutation: without the list of system calls many attacks succeed, and are seen to; a verdict is forged even so by none."""
+    found = run("seccomp", **({"user": USER} if os.geteuid() == 0 else {}))
+    kinds = {kind for kind, *_ in found["escaped"]}
+    assert len(found["escaped"]) >= 20 and kinds >= {"signals", "processes", "ipc", "network"}, found["escaped"]
+    assert found["level"] == "weak" and found["passed"] == []
+
+
 # ---------------------------------------------------------------- from one job to the next
 
 _CALLS = "import ctypes, os, sys\nlibc = ctypes.CDLL(None, use_errno=True)\n"
