@@ -258,6 +258,7 @@ def test_test_may_use_the_function_by_name_and_the_preamble() -> None:
 
 
 def test_many_in_order_and_nothing_left_behind() -> None:
+    sandbox.close_idle()
     sources = [f"def square(x):\n    return x * x + {i % 2}\n" for i in range(60)]
     seen: list[tuple[int, int]] = []
     results = run_many([Job(s, TEST, "square") for s in sources], workers=2, progress=lambda d, n: seen.append((d, n)))
