@@ -137,7 +137,7 @@ _SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--kernel-name", "kn
 def steps(mode: Mode) -> list[Step]:
     """In the order in which they matter."""
     few = "8x2048x32x64,1x16384x32x64,8x2048x16x64"
-    peers = "pointers|Flex|math|flash_attn|mem-eff|SDPA$|torch$"
+    peers = "pointers|Flex|math|flash_attn|mem-eff|SDPA$"
     small = mode.rehearsal
     result = [right(mode)]
     if (ROOT / "tests" / "csrc" / "emulator" / "twins.cu").exists() and not small:
@@ -146,7 +146,7 @@ def steps(mode: Mode) -> list[Step]:
         )
         result.insert(0, Step("twins", 60, {"twins": ["bash", "-c", f"mkdir -p build && {build} && build/twins"]}))
     result += [
-        bench(mode, "attn", "attn", 60, "--skip", f"triton|{peers.replace("|torch$", "")}", shapes=few, toy="1x64x1x64"),
+        bench(mode, "attn", "attn", 60, "--skip", f"triton|{peers}", shapes=few, toy="1x64x1x64"),
         bench(mode, "train", "train", 60, "--skip", "triton|compiled|torch$|phi1$",
               shapes="4x2048x2048x24x51200,8x2048x2048x24x51200", toy="1x64x64x1x512"),
         probe(mode, "layer", 30),
@@ -158,7 +158,7 @@ def steps(mode: Mode) -> list[Step]:
     ]  # fmt: skip
     if not small:
         result.append(probe(mode, "triton", 75, TRITON_PRINT_AUTOTUNING="1"))
-        skip = f"phi1 cuda|0.125|{peers.replace('torch$', 'cpu')}"
+        skip = f"phi1 cuda|0.125|{peers}"
         result.append(bench(mode, "attn-triton", "attn", 45, "--skip", skip, shapes="8x2048x32x64", toy=""))
     for tool in ("memcheck", "racecheck"):
         # Without torch's caching, so that memcheck sees each tensor's end; blocking, so that an error is its kernel's.

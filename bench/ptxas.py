@@ -184,7 +184,11 @@ def compile_kernels(archs: tuple[str, ...] = ARCHS, jobs: int = 2) -> list[Kerne
     with tempfile.TemporaryDirectory() as name, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         folder = Path(name)
         sizes = _launch_sizes(folder)
-        return [kernel for found in pool.map(lambda item: _compile(*item, folder, sizes), work) for kernel in found]
+        return [
+            kernel
+            for found in pool.map(lambda item: _compile(item[0], item[1], folder, sizes), work)
+            for kernel in found
+        ]
 
 
 def table(kernels: list[Kernel], version: str) -> str:
