@@ -3,11 +3,13 @@
 The program is prompt + completion, never stripped; the test runs apart from it (`sandbox.py`).
 """
 
+import ast
 import dataclasses
 import gzip
 import importlib.util
 import json
 import pathlib
+import sys
 from collections.abc import Iterable
 
 from phi1.errors import UserError
@@ -33,14 +35,46 @@ class Problem:
     group: str = ""
 
     def job(self, completion: str, timeout: float) -> Job:
-        """The sandbox's job. The test's process gets the prompt as well: tests may use its helper functions
-        (HumanEval/32, 38 and 50 do). A docstring is body enough for it to compile; without one it gets `pass`."""
-        preamble = self.prompt
+        """The sandbox's job. The test's process gets what the prompt defines before the function to complete, and
+        program and test the installed packages that the prompt or the test import."""
+        lines = self.prompt.splitlines(keepends=True)
         try:
-            compile(preamble, "prompt", "exec")
-        except SyntaxError:
-            preamble += "    pass\n"
-        return Job(self.prompt + completion, self.test, self.entry_point, preamble, timeout)
+            body = "" if _parses(self.prompt) else "    pass\n"  # a docstring is body enough; without one it has none
+            tree = ast.parse(self.prompt + body)
+            last = tree.body[-1] if tree.body else None
+            decorators = getattr(last, "decorator_list", [])
+            first = min((node.lineno for node in [last, *decorators] if node is not None), default=1)
+            imports = _imports(tree) | _imports(ast.parse(self.test))
+        except SyntaxError:  # the sandbox says which of the two it is
+            return Job(self.prompt + completion, self.test, self.entry_point, "", timeout)
+        preamble = "".join(lines[: first - 1])
+        return Job(
+            self.prompt + completion,
+            self.test,
+            self.entry_point,
+            preamble,
+            timeout,
+            packages=tuple(sorted(imports - sys.stdlib_module_names)),
+        )
+
+
+def _parses(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return False
+    return True
+
+
+def _imports(tree: ast.AST) -> set[str]:
+    """Names of the top-level modules that a program imports."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
 
 
 def packaged() -> pathlib.Path:

@@ -56,9 +56,11 @@ class Config:
     seed: int = 0
     """Seed of sampling."""
     timeout: float = sandbox.TIMEOUT
-    """Seconds for a program and its test."""
+    """Seconds for a program and its test: of CPU time, and of waiting."""
     workers: int = 2
     """Programs that run at a time."""
+    allow_weak_sandbox: bool = False
+    """Run untrusted programs even where the kernel does not keep them in (docs/sandbox.md)."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     judge_model: str | None = None
@@ -82,12 +84,16 @@ def run(config: Config) -> None:
         "problems": sha256_json([dataclasses.asdict(problem) for problem in problems]),
         **{name: getattr(config, name) for name in ("samples", "temperature", "top_p", "max_new_tokens", "seed", "timeout")},
     }  # fmt: skip
-    print(
-        f"sandbox: guarded by {', '.join(f'{by} ({what})' for what, by in sandbox.isolation().items())}",
-        file=sys.stderr,
-    )
+    strength = sandbox.strength()
+    print(f"sandbox: {strength}", file=sys.stderr)
+    if strength.level == "weak" and not config.allow_weak_sandbox:
+        raise UserError(
+            f"the sandbox cannot keep programs in on this machine: {'; '.join(strength.missing)}; use another, or "
+            "--allow-weak-sandbox where you would run the model's programs without a sandbox"
+        )
     rows = sample(problems, generate, output, settings, config)
-    results = settings | {"checkpoint_folder": str(checkpoint)} | score(problems, rows, config.k)
+    results = settings | {"checkpoint_folder": str(checkpoint), "sandbox": dataclasses.asdict(strength)}
+    results |= score(problems, rows, config.k)
     if config.judge_model is not None:
         first = {row["task_id"]: row["completion"] for row in rows if row["sample"] == 0}
         grades = judge.grade(
@@ -144,7 +150,8 @@ def sample(
 ) -> list[dict[str, Any]]:
     """Completes and runs what `output`/samples.jsonl does not hold yet; returns all rows.
 
-    A row: task_id, sample, prompt, completion, status, detail, seconds. Raises UserError if the folder holds samples of
+    A row: task_id, sample, prompt, completion, status, detail, seconds, cpu_seconds, in the order in which they were
+    done. Raises UserError if the folder holds samples of
     another checkpoint, benchmark or sampling.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -164,14 +171,14 @@ def sample(
         completions = [humaneval.cut(completion) for completion in completions]
         jobs = [by_id[task_id].job(text, config.timeout) for (task_id, _), text in zip(chunk, completions, strict=True)]
         with open(path, "a", encoding="utf-8") as file:
-            for (task_id, i), text, result in zip(
-                chunk, completions, sandbox.run_many(jobs, workers=config.workers), strict=True
-            ):
-                row = {"task_id": task_id, "sample": i, "prompt": by_id[task_id].prompt, "completion": text, "status": result.status,
-                       "detail": result.detail, "seconds": round(result.seconds, 4)}  # fmt: skip
+            for place, result in sandbox.run_each(jobs, workers=config.workers):
+                task_id, i = chunk[place]
+                row = {"task_id": task_id, "sample": i, "prompt": by_id[task_id].prompt, "completion": completions[place],
+                       "status": result.status, "detail": result.detail, "seconds": round(result.seconds, 4),
+                       "cpu_seconds": round(result.cpu, 4)}  # fmt: skip
                 file.write(json.dumps(row) + "\n")
+                file.flush()  # as they come: what ended this process would not end them
                 rows.append(row)
-            file.flush()
             os.fsync(file.fileno())
         report(start + len(chunk), len(todo))
     return [row for row in rows if row["task_id"] in by_id]

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from phi1.errors import UserError
-from phi1.evaluate import exercises, humaneval, run
+from phi1.evaluate import exercises, humaneval, run, sandbox
 from phi1.evaluate.humaneval import Problem
 from phi1.evaluate.run import Config
 from phi1.files import sha256_file
@@ -35,11 +35,9 @@ def sample(folder: pathlib.Path, generate: Any = right_if_even, **options: Any) 
 
 def test_samples_are_cut_run_and_scored(tmp_path: pathlib.Path) -> None:
     rows = sample(tmp_path)
-    assert (
-        rows[0]["completion"] == "    return x + 0\n"
-        and rows[0]["status"] == "passed"
-        and rows[1]["status"] == "failed"
-    )
+    by_id = {row["task_id"]: row for row in rows}
+    assert by_id["P/0"]["completion"] == "    return x + 0\n"
+    assert by_id["P/0"]["status"] == "passed" and by_id["P/1"]["status"] == "failed"
     results = run.score(PROBLEMS, rows)
     assert [(s["group"], s["problems"], s["pass"]) for s in results["scores"]] == [
         ("all", 100, 0.5), ("even", 50, 1.0), ("odd", 50, 0.0)]  # fmt: skip
@@ -132,9 +130,44 @@ def test_the_command_end_to_end(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
     assert "pass@1     0.0%  0.0–56.1%" in out, out
     results = json.loads((tmp_path / "model-humaneval" / "results.json").read_text())
     assert results["scores"][0]["pass"] == 0 and results["scores"][0]["problems"] == 3
+    assert results["sandbox"]["level"] == sandbox.strength().level and results["sandbox"]["system_calls"] is True
     run.run(Config(checkpoint=tmp_path / "model", benchmark="exercises", exercises=exercise_dataset(tmp_path / "e"),
                    output=tmp_path / "out", max_new_tokens=8, device="cpu"))  # fmt: skip
     assert "two steps" in capsys.readouterr().out
+
+
+def test_a_weak_sandbox_is_refused_unless_told_otherwise(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weak = sandbox.Strength("weak", (), False, 0, False, ("no seccomp here",))
+    monkeypatch.setattr(sandbox, "strength", lambda: weak)
+    monkeypatch.setattr(run, "_generator", lambda config: (tmp_path / "model", right_if_even))
+    monkeypatch.setattr(run, "_problems", lambda config: PROBLEMS[:2])
+    monkeypatch.setattr(run, "_digest", lambda checkpoint: "x")
+    config = Config(checkpoint=tmp_path, output=tmp_path / "out")
+    with pytest.raises(UserError, match=r"no seccomp here.*--allow-weak-sandbox"):
+        run.run(config)
+    assert not (tmp_path / "out").exists()
+    run.run(dataclasses.replace(config, allow_weak_sandbox=True))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["sandbox"]["level"] == "weak" and results["sandbox"]["missing"] == ["no seccomp here"]
+
+
+def test_rows_are_on_disk_as_they_come(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out" / "samples.jsonl"
+    real = sandbox.run_each
+
+    def watched(jobs: Any, *, workers: int) -> Any:
+        for count, one in enumerate(real(jobs, workers=workers)):
+            assert len(path.read_text().splitlines()) == count
+            yield one
+            if count == 9:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sandbox, "run_each", watched)
+    with pytest.raises(KeyboardInterrupt):
+        sample(tmp_path)
+    assert len(path.read_text().splitlines()) == 10
 
 
 def test_bad_options(tmp_path: pathlib.Path) -> None:

@@ -1,0 +1,138 @@
+"""The process that holds the test: asks the program's process for what the test asks, and writes the verdict."""
+
+import contextlib
+import enum
+import marshal
+import signal
+import sys
+from typing import Any
+
+from phi1.evaluate.inside.candidate import line_of
+from phi1.evaluate.inside.frames import Gone, read_all, send_frame
+from phi1.evaluate.inside.peer import Peer, message_of
+from phi1.evaluate.inside.remote import Remote
+
+CHANNEL, TEST, VERDICT = 3, 4, 5
+"""Descriptors: the conversation with the program, the prepared test, and where the verdict goes."""
+_FILE = "test.py"
+
+
+class Test(Peer):
+    """The test's end of the conversation."""
+
+    def __init__(self) -> None:
+        super().__init__(CHANNEL, careful=True)
+        self.calls = 0
+        self.own_outputs = {"stdout": sys.stdout, "stderr": sys.stderr}
+
+    def line_of(self, error: BaseException) -> int:
+        return line_of(error, _FILE)
+
+    def beside(self) -> dict[str, Any]:
+        listen = [name for name, own in self.own_outputs.items() if getattr(sys, name) is not own]
+        return {"listen": listen} if listen else {}
+
+    def take_beside(self, message: dict[str, Any]) -> None:
+        if "heard" in message:
+            for name, text in message["heard"].items():
+                if name in self.own_outputs:
+                    getattr(sys, name).write(str(text))
+
+
+def run(peer: Test) -> None:
+    """Judges, then waits to be ended: the program sees its test stop in the same way whatever the verdict."""
+    preamble, test, names, entry_point = marshal.loads(read_all(TEST))
+    status, detail, line = _judged(preamble, test, names, entry_point, peer)
+    detail = detail.encode("utf-8", "backslashreplace").decode()
+    send_frame(VERDICT, {"status": status, "detail": detail, "line": line})
+    while True:
+        signal.pause()
+
+
+def _judged(preamble: Any, test: Any, names: list[str], entry_point: str, peer: Test) -> tuple[str, str, int]:
+    """Status, detail, and the line of the test where it failed (0: none)."""
+    try:
+        peer.answer()  # the program is loaded without being asked to
+    except Gone as gone:
+        return "failed", f"while it was loaded, {gone}", 0
+    except BaseException as raised:
+        return "failed", _line(raised), 0
+    try:
+        space = _space(preamble, names, entry_point, peer)
+        exec(test, space)
+        check = space.get("check")
+        if callable(check) and not isinstance(check, Remote):
+            check(space["candidate"])
+        error = peer.failure
+        if error is None:
+            return ("passed", "", 0) if peer.calls else ("error", "the test never calls the function", 0)
+    except Gone as gone:
+        return "failed", f"during a call, {gone}", 0
+    except BaseException as raised:
+        error = peer.failure or raised
+        if isinstance(error, MemoryError) and not hasattr(error, "_phi1_facts"):
+            return "error", "the test takes more memory than it may have", 0
+    # What goes wrong before the first call is the test's own fault.
+    return "failed" if peer.calls else "error", _line(error), line_of(error, _FILE)
+
+
+def _space(preamble: Any, names: list[str], entry_point: str, peer: Test) -> dict[str, Any]:
+    """The test's names: those of the preamble, the function, and what else it uses of the program's."""
+    space: dict[str, Any] = {"__name__": "test", "exactly_equal": exactly_equal}
+    exec(preamble, space)
+    known = {name: kind for name, kind in space.items() if isinstance(kind, type) and kind.__module__ == "test"}
+    known = {name: kind for name, kind in known.items() if name != entry_point and _by_attributes(kind)}
+    if known:
+        peer.ask("classes", *known)
+        peer.classes |= known
+    for name in names:
+        if name not in space:
+            with contextlib.suppress(NameError):  # the test's own, or it raises the NameError itself
+                space[name] = peer.ask("global", name)
+    space["candidate"] = space[entry_point] = _function(peer, entry_point)
+    return space
+
+
+def _by_attributes(kind: type) -> bool:
+    """Whether objects of this class can cross as their attributes."""
+    return issubclass(kind, enum.Enum) or (not issubclass(kind, BaseException) and kind.__new__ is object.__new__)
+
+
+def _function(peer: Test, name: str) -> Any:
+    """The program's function of that name. Its attributes, if a test wants them, are asked for."""
+
+    def candidate(*args: Any, **kwargs: Any) -> Any:
+        peer.calls += 1
+        return peer.ask("entry", name, kwargs or None, *args)
+
+    return candidate
+
+
+def _line(error: BaseException) -> str:
+    """One line on an exception: the program's own, or one that arose in the test."""
+    facts = getattr(error, "_phi1_facts", None)
+    if facts is None:
+        message = message_of(error)
+        return f"{type(error).__name__}{': ' if message else ''}{message}"
+    where = f" (line {facts['line']})" if facts["line"] else ""
+    return f"{facts['type']}{': ' if facts['message'] else ''}{facts['message']}{where}"
+
+
+def exactly_equal(left: Any, right: Any) -> bool:
+    """`==` that tells 1 from True and from 1.0, within containers too."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(exactly_equal, left, right))
+    if isinstance(left, dict):
+        return len(left) == len(right) and all(
+            key in right and exactly_equal(value, right[key]) for key, value in left.items()
+        ) and exactly_equal(_by_type(left), _by_type(right))  # fmt: skip
+    if isinstance(left, (set, frozenset)):
+        return bool(left == right) and _by_type(left) == _by_type(right)
+    return bool(left == right)
+
+
+def _by_type(values: Any) -> list[tuple[str, int]]:
+    names = [type(value).__name__ for value in values]
+    return sorted((name, names.count(name)) for name in set(names))
