@@ -116,7 +116,7 @@ def candidates(device: str, shape: Shape, parameters: list[Tensor], x: Tensor, g
 
         found.append(Candidate(name, mine, made, unavailable, version, chosen))
 
-    options = {"dtype": x.dtype, "head_dim": shape[4], "hidden": shape[2], "inner": shape[5]}
+    options: dict[str, Any] = {"dtype": x.dtype, "head_dim": shape[4], "hidden": shape[2], "inner": shape[5]}
     options["rotary_dim"] = rotary_dim(shape[4])
     automatic = partial(suite.automatic_choice, "parallel_block", device, size=size_class(shape[1]), **options)
     add("phi1", partial(ours, None, shape, parameters), mine=True, chosen=automatic)
