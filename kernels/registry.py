@@ -205,7 +205,8 @@ def fixed_order(machine: Machine, cell: Cell) -> tuple[str, ...]:
       multiplications beat it in every case (2 cores of a Xeon, Emerald Rapids, torch 2.13.0).
     - Without AMX PyTorch's attention in bf16 beats both there on long sequences, in the forward pass (up to 2.6 times) and,
       from head_dim 64 on, with the backward.
-    - AVX2 with few queries in float32, at 0.88 of PyTorch's speed for two (Zen 4, 2,048 keys).
+    - AVX2's attention with few queries in float32, at 0.88 of PyTorch's speed for two (Zen 4, 2,048 keys), 0.75 for one (Zen 3,
+      544 keys), and its LayerNorm, at 0.54 to 0.89 (Zen 3, hidden 512; bf16 and float32, one thread).
     - Code without vector instructions always.
     """
     if machine.device != "cpu":
@@ -226,8 +227,8 @@ def fixed_order(machine: Machine, cell: Cell) -> tuple[str, ...]:
     slower = False  # than PyTorch's op
     if attention and bf16 and intel and cell.size == "long" and native[:1] == ["cpu/avx512"]:
         slower = cell.work == "forward" or cell.head_dim != 32
-    if attention and cell.dtype == torch.float32 and cell.size == "few" and native[:1] == ["cpu/avx2"]:
-        slower = True
+    if native[:1] == ["cpu/avx2"]:
+        slower = cell.op == "layer_norm" or (attention and cell.dtype == torch.float32 and cell.size == "few")
     ordered = ["torch", *native] if slower else [*native, "torch"]
     if bf16 and missing_here("cpu/amx_bf16")(machine) is None:  # without bf16 it is avx512_bf16's code
         ordered.insert(0, "cpu/amx_bf16")

@@ -15,7 +15,6 @@ import datetime
 import fcntl
 import functools
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -39,8 +38,7 @@ SECONDS = {"cpu": 60.0, "cuda": 90.0}
 """At most so long a measurement takes, by type of device."""
 _LONGEST = {"cpu": 544, "cuda": 4096}
 _SHORT, _FEW = 256, 1
-_LOSS_ROWS = {"cpu": 256, "cuda": 4096}
-"""On a CPU one chunk of kernels/chunked_loss.py at phi-1's 51,200 columns: more rows are more of the same."""
+_LOSS_ROWS = {"cpu": 544, "cuda": 4096}
 
 
 class TuneError(ValueError):
@@ -101,8 +99,8 @@ def works(of: Machine, device: torch.device, shape: Shape, dtypes: Sequence[torc
         return torch.randn(size, device=device) * 0.1
 
     def add(
-        op: str, dtype: torch.dtype, head_dim: int | None, queries: int, keys: int, make: Any, **options: Any
-    ) -> None:
+        op: str, dtype: torch.dtype, head_dim: int | None, queries: int, keys: int, make: Any, flops: float, **options: Any
+    ) -> None:  # fmt: skip
         size = size_class(queries, keys)
         for work in ("training", "forward") if size != "few" else ("forward",):
             cell = Cell(op, of.kind, dtype, head_dim, size, work)
@@ -226,27 +224,29 @@ def measure(of: Machine, work: Work, device: torch.device, seconds: float) -> Ro
         timer = _timer(work, version, device, op, inputs)
         try:
             first = timer()  # compiles, fills caches
-            # On a CPU a call that is long, or far behind, is what it seems: a second would only take its time again.
-            slow = device.type == "cpu" and first > min(
-                0.3 * seconds, 4 * min((min(t) for t in times.values()), default=1e9)
-            )
-            times[version] = [first if slow else timer()]
+            # A call that takes this much of the time is, on a CPU, what it seems.
+            times[version] = [first if device.type == "cpu" and first > 0.2 * seconds else timer()]
         except Exception as error:  # a compiler's, a driver's: anything may come, and none may stop the rest
             failed[version] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
         else:
             timers[version] = timer
-    # Those that are far behind the first after a call each take no more of the time.
-    best = min((min(found) for found in times.values()), default=0.0)
-    rounds = 0
-    while sum(map(len, times.values())) > rounds and time.perf_counter() - started < seconds:
-        rounds = sum(map(len, times.values()))
+    called = True
+    while called and time.perf_counter() - started < seconds:
+        called, best = False, min(map(min, times.values()))
         for version, timer in timers.items():
-            if min(times[version]) < 4 * best and time.perf_counter() - started + min(times[version]) < seconds:
-                times[version].append(timer())
+            found = times[version]
+            # From the third call on those that are far behind take no more of the time.
+            if (len(found) < 3 or min(found) < 4 * best) and time.perf_counter() - started + min(found) < seconds:
+                found.append(timer())
+                called = True
     if len(times) + len(failed) < 2 or not times:
         return None
-    medians = {version: statistics.median(found) for version, found in times.items()}
-    return Row(measured.speeds([medians]), (f"measured here {datetime.date.today().isoformat()}",), failed)
+    # Of the rounds the shortest: what else runs on the machine only adds.
+    return Row(
+        measured.speeds([{version: min(found) for version, found in times.items()}]),
+        (f"measured here {datetime.date.today().isoformat()}",),
+        failed,
+    )
 
 
 def tune(

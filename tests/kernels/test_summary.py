@@ -17,11 +17,11 @@ def lines_of(page: str, op: str) -> list[str]:
 
 
 def test_the_page_says_what_each_op_takes_and_why(monkeypatch):
-    cell = Cell("layer_norm", HERE.kind, torch.float32, None, "short", "training")
+    cell = Cell("apply_rotary", HERE.kind, torch.float32, None, "short", "training")
     monkeypatch.setattr(registry, "_rows", {cell: Row({"reference": 1.0, "torch": 0.5}, ("norm.json 2026-01-01",))})
     page = kernels.backends()
     assert page.splitlines()[0].startswith(f"CPU      {HERE.name} ({HERE.kind})")
-    rows = [line.split(maxsplit=5) for line in lines_of(page, "layer_norm")]
+    rows = [line.split(maxsplit=5) for line in lines_of(page, "apply_rotary")]
     found = [row[2:] for row in rows if row[1] == "float32"]
     assert found == [
         ["forward,", "few/short/long", BEST, "fixed order: not measured on this kind of machine"],
