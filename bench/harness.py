@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from kernels.measured import device_kind
+from kernels.registry import machine_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -44,6 +44,10 @@ class Candidate:
     """Given the work, prepares (graph, compilation) and returns the call to time; raises Unavailable."""
     unavailable: str | None = None
     """Why it is not even made, if that is known."""
+    version: str | None = None
+    """Of `kernels` the version that it is, so that bench/choose.py counts it."""
+    chosen: Callable[[str], str] | None = None
+    """Of automatic choice: given the work, the version that it takes."""
 
 
 @dataclasses.dataclass
@@ -55,6 +59,14 @@ class Row:
     """What of the case is timed: "forward", "backward", ..."""
     implementation: str
     ours: bool
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    size: str | None = None
+    """Of the call, as automatic choice sees it (`kernels.measured.size_class`)."""
+    backend: str | None = None
+    """The version of `kernels` that it is; None for a peer, and for automatic choice."""
+    chosen: str | None = None
+    """The version that automatic choice took."""
     seconds: float | None = None
     """Median over the rounds."""
     seconds_quartiles: tuple[float, float] | None = None
@@ -84,7 +96,7 @@ def environment(device: str) -> dict[str, Any]:
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": f"python bench/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
         "device": device_name(device),
-        "kind": device_kind(torch.device(device)),  # bench/choose.py: whose choice the figures decide
+        "kind": machine_of(torch.device(device)).kind,  # bench/choose.py: whose choice the figures decide
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "load": os.getloadavg()[0],
@@ -181,15 +193,18 @@ class Benchmark:
             print(self.notes[-1])
 
     def group(
-        self, case: str, work: str, amount: float, candidates: Sequence[Candidate], peak: float | None = None
-    ) -> None:
+        self, case: str, work: str, amount: float, candidates: Sequence[Candidate], peak: float | None = None,
+        shape: tuple[int, ...] = (), dtype: str = "", size: str | None = None,
+    ) -> None:  # fmt: skip
         """Times the candidates in turns.
 
-        amount: work of one call, so that amount / seconds is the rate. peak: the rate of a matrix product.
+        amount: work of one call, so that amount / seconds is the rate. peak: the rate of a matrix product. shape, dtype,
+        size: `Row`'s.
         """
         calls: list[tuple[Row, Callable[[], Any], list[float]]] = []
         for candidate in candidates:
-            row = Row(case, work, candidate.name, candidate.ours)
+            row = Row(case, work, candidate.name, candidate.ours, shape, dtype, size, candidate.version)
+            row.chosen = None if candidate.chosen is None else candidate.chosen(work)
             self.rows.append(row)
             try:
                 if candidate.unavailable is not None:

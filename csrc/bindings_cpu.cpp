@@ -52,20 +52,21 @@ cpu::ResidualArgs residual_args(int64_t rows, int64_t columns, std::tuple<uint32
 }  // namespace
 
 void bind_cpu(py::module_& m) {
-  m.def("isa_name", &cpu::isa_name);
-  m.def("use_isa", &cpu::use_isa);
+  py::class_<cpu::Isa> isa(m, "Isa", "The kernels of one instruction set.");
+  isa.def_readonly("name", &cpu::Isa::name);
+  isa.def_readonly("missing", &cpu::Isa::missing, "Why this process cannot run them, or None.");
+  m.def("isas", &cpu::isas, "All that were compiled, the most capable first.");
 
-  m.def("rotary_cpu", [](HeadsTensor q, HeadsTensor k, HeadsTensor q_out, HeadsTensor k_out,
+  isa.def("rotary", [](const cpu::Isa& isa, HeadsTensor q, HeadsTensor k, HeadsTensor q_out, HeadsTensor k_out,
                          std::array<int64_t, 5> sizes, Memory cos, Memory sin, int64_t half, Memory position,
                          int64_t position_batch_stride, bool inverse, int dtype, int threads) {
     py::gil_scoped_release release;
-    cpu::kernels().rotary(
+    isa.table->rotary(
         rotary_args(q, k, q_out, k_out, sizes, cos, sin, half, position, position_batch_stride, inverse, dtype),
         threads);
   });
 
-  m.def("attention_forward_cpu",
-        [](HeadsTensor q, HeadsTensor k, HeadsTensor v, HeadsTensor out, Memory lse, std::array<int64_t, 6> sizes,
+  isa.def("attention_forward", [](const cpu::Isa& isa, HeadsTensor q, HeadsTensor k, HeadsTensor v, HeadsTensor out, Memory lse, std::array<int64_t, 6> sizes,
            std::tuple<Memory, Memory, int64_t> documents, bool causal, float scale,
            std::tuple<uint32_t, float, uint64_t> dropout, int dtype, int threads) {
           py::gil_scoped_release release;
@@ -75,11 +76,10 @@ void bind_cpu(py::module_& m) {
           args.v = v;
           args.out = out;
           args.lse = address<float>(lse);
-          cpu::kernels().attention_forward(args, threads);
+          isa.table->attention_forward(args, threads);
         });
 
-  m.def("attention_backward_cpu",
-        [](HeadsTensor grad_out, HeadsTensor q, HeadsTensor k, HeadsTensor v, HeadsTensor out, HeadsTensor grad_q,
+  isa.def("attention_backward", [](const cpu::Isa& isa, HeadsTensor grad_out, HeadsTensor q, HeadsTensor k, HeadsTensor v, HeadsTensor out, HeadsTensor grad_q,
            HeadsTensor grad_k, HeadsTensor grad_v, Memory lse, std::array<int64_t, 6> sizes,
            std::tuple<Memory, Memory, int64_t> documents, bool causal, float scale,
            std::tuple<uint32_t, float, uint64_t> dropout, int dtype, int threads) {
@@ -94,10 +94,10 @@ void bind_cpu(py::module_& m) {
           args.grad_k = grad_k;
           args.grad_v = grad_v;
           args.lse = address<float>(lse);
-          cpu::kernels().attention_backward(args, threads);
+          isa.table->attention_backward(args, threads);
         });
 
-  m.def("layer_norm_forward_cpu", [](Memory x, Memory weight, Memory bias, Memory y, Memory stats,
+  isa.def("layer_norm_forward", [](const cpu::Isa& isa, Memory x, Memory weight, Memory bias, Memory y, Memory stats,
                                      std::array<int64_t, 3> sizes, float eps, int dtype, int threads) {
     py::gil_scoped_release release;
     cpu::LayerNormArgs args = {};
@@ -106,11 +106,10 @@ void bind_cpu(py::module_& m) {
     std::tie(args.rows, args.hidden, args.x_stride) = std::tuple_cat(sizes);
     args.eps = eps;
     args.dtype = static_cast<DType>(dtype);
-    cpu::kernels().layer_norm_forward(args, threads);
+    isa.table->layer_norm_forward(args, threads);
   });
 
-  m.def("layer_norm_backward_cpu",
-        [](Memory grad_y, Memory x, Memory weight, Memory stats, Memory residual, Memory grad_x, Memory grad_weight,
+  isa.def("layer_norm_backward", [](const cpu::Isa& isa, Memory grad_y, Memory x, Memory weight, Memory stats, Memory residual, Memory grad_x, Memory grad_weight,
            Memory grad_bias, std::array<int64_t, 3> sizes, int dtype, int threads) {
           py::gil_scoped_release release;
           cpu::LayerNormArgs args = {};
@@ -120,42 +119,42 @@ void bind_cpu(py::module_& m) {
           args.y = address(grad_x), args.grad_weight = address(grad_weight), args.grad_bias = address(grad_bias);
           std::tie(args.rows, args.hidden, args.x_stride) = std::tuple_cat(sizes);
           args.dtype = static_cast<DType>(dtype);
-          cpu::kernels().layer_norm_backward(args, threads);
+          isa.table->layer_norm_backward(args, threads);
         });
 
-  m.def("after_in_cpu", [](Memory z, Memory bias, Memory activated, std::array<int64_t, 8> sizes, Memory cos,
+  isa.def("after_in", [](const cpu::Isa& isa, Memory z, Memory bias, Memory activated, std::array<int64_t, 8> sizes, Memory cos,
                            Memory sin, Memory position, int64_t position_batch_stride, int dtype, int threads) {
     py::gil_scoped_release release;
-    cpu::kernels().after_in(after_in_args(z, bias, activated, sizes, cos, sin, position, position_batch_stride, dtype),
+    isa.table->after_in(after_in_args(z, bias, activated, sizes, cos, sin, position, position_batch_stride, dtype),
                             threads);
   });
 
-  m.def("after_in_backward_cpu", [](Memory grad_z, Memory grad_bias, Memory z, Memory bias, Memory activated,
+  isa.def("after_in_backward", [](const cpu::Isa& isa, Memory grad_z, Memory grad_bias, Memory z, Memory bias, Memory activated,
                                     std::array<int64_t, 8> sizes, Memory cos, Memory sin, Memory position,
                                     int64_t position_batch_stride, int dtype, int threads) {
     py::gil_scoped_release release;
     cpu::AfterInArgs args = after_in_args(z, bias, activated, sizes, cos, sin, position, position_batch_stride, dtype);
     args.grad_z = address(grad_z), args.grad_bias = address(grad_bias);
-    cpu::kernels().after_in_backward(args, threads);
+    isa.table->after_in_backward(args, threads);
   });
 
-  m.def("residual_cpu", [](Memory h, Memory bias, Memory x, int64_t rows, int64_t columns,
+  isa.def("residual", [](const cpu::Isa& isa, Memory h, Memory bias, Memory x, int64_t rows, int64_t columns,
                            std::tuple<uint32_t, float, uint64_t> dropout, int dtype, int threads) {
     py::gil_scoped_release release;
     cpu::ResidualArgs args = residual_args(rows, columns, dropout, dtype);
     args.h = address(h), args.bias = address(bias), args.x = address(x);
-    cpu::kernels().residual(args, threads);
+    isa.table->residual(args, threads);
   });
 
-  m.def("residual_backward_cpu", [](Memory grad_y, Memory grad_h, Memory grad_bias, int64_t rows, int64_t columns,
+  isa.def("residual_backward", [](const cpu::Isa& isa, Memory grad_y, Memory grad_h, Memory grad_bias, int64_t rows, int64_t columns,
                                     std::tuple<uint32_t, float, uint64_t> dropout, int dtype, int threads) {
     py::gil_scoped_release release;
     cpu::ResidualArgs args = residual_args(rows, columns, dropout, dtype);
     args.grad_y = address(grad_y), args.h = address(grad_h), args.grad_bias = address(grad_bias);
-    cpu::kernels().residual_backward(args, threads);
+    isa.table->residual_backward(args, threads);
   });
 
-  m.def("cross_entropy_cpu", [](Memory logits, Memory bias, Memory targets, Memory loss, Memory grad_bias,
+  isa.def("cross_entropy", [](const cpu::Isa& isa, Memory logits, Memory bias, Memory targets, Memory loss, Memory grad_bias,
                                 std::array<int64_t, 3> sizes, float z_loss, int dtype, int threads) {
     py::gil_scoped_release release;
     cpu::CrossEntropyArgs args = {};
@@ -164,28 +163,26 @@ void bind_cpu(py::module_& m) {
     args.loss = address<float>(loss), args.grad_bias = address<float>(grad_bias);
     std::tie(args.rows, args.columns, args.ignore_index) = std::tuple_cat(sizes);
     args.dtype = static_cast<DType>(dtype);
-    cpu::kernels().cross_entropy(args, threads);
+    isa.table->cross_entropy(args, threads);
   });
 
-  m.def("add_product_cpu",
-        [](Memory high, Memory low, Memory product, int64_t count, bool first, bool last, int dtype, int threads) {
+  isa.def("add_product", [](const cpu::Isa& isa, Memory high, Memory low, Memory product, int64_t count, bool first, bool last, int dtype, int threads) {
           py::gil_scoped_release release;
           cpu::AddProductArgs args = {};
           args.high = address<uint16_t>(high), args.low = address<uint16_t>(low), args.product = address(product);
           args.count = count, args.first = first, args.last = last;
           args.dtype = static_cast<DType>(dtype);
-          cpu::kernels().add_product(args, threads);
+          isa.table->add_product(args, threads);
         });
 
-  m.def("residual_keep_cpu",
-        [](Memory keep, int64_t rows, int64_t columns, uint32_t threshold, uint64_t seed, int threads) {
+  isa.def("residual_keep", [](const cpu::Isa& isa, Memory keep, int64_t rows, int64_t columns, uint32_t threshold, uint64_t seed, int threads) {
           py::gil_scoped_release release;
-          cpu::kernels().residual_keep(address<uint8_t>(keep), rows, columns, threshold, seed, threads);
+          isa.table->residual_keep(address<uint8_t>(keep), rows, columns, threshold, seed, threads);
         });
 
   // For tests: 2^x as the kernels compute it, of `count` floats at `in`.
-  m.def("exp2_cpu", [](Memory in, Memory out, int64_t count, bool short_form) {
-    cpu::kernels().exp2(address<const float>(in), address<float>(out), count, short_form);
+  isa.def("exp2", [](const cpu::Isa& isa, Memory in, Memory out, int64_t count, bool short_form) {
+    isa.table->exp2(address<const float>(in), address<float>(out), count, short_form);
   });
 }
 

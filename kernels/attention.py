@@ -20,7 +20,8 @@ from kernels.checks import (
     seed_bits,
     share_memory,
 )
-from kernels.registry import choose, implementation, register
+from kernels.measured import size_class
+from kernels.registry import choose, differentiated, implementation, in_graph, register
 
 _OPTIONS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, float dropout_p, SymInt dropout_seed, str backend"
 torch.library.define("phi1::attention_forward", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)")
@@ -33,7 +34,7 @@ torch.library.define(
 @torch.library.impl("phi1::attention_forward", ("cpu", "cuda"))
 @without_autocast
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    return implementation("flash_attention", options[-1])[0](q, k, v, *options[:-1])
+    return implementation("flash_attention", options[-1]).forward(q, k, v, *options[:-1])
 
 
 # The same, into the caller's tensor.
@@ -46,7 +47,7 @@ torch.library.define(
 @without_autocast
 def _forward_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options) -> Tensor:  # type: ignore[no-untyped-def]
     torch.autograd.graph.increment_version(out)  # a native kernel's writing PyTorch does not see
-    return implementation("flash_attention", options[-1])[0](q, k, v, *options[:-1], out=out)[1]
+    return implementation("flash_attention", options[-1]).forward(q, k, v, *options[:-1], out=out)[1]
 
 
 @torch.library.register_fake("phi1::attention_forward_out")
@@ -57,7 +58,9 @@ def _forward_out_fake(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options) ->
 @torch.library.impl("phi1::attention_backward", ("cpu", "cuda"))
 @without_autocast
 def _backward(grad_out, q, k, v, out, lse, *options) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    return implementation("flash_attention", options[-1])[1](grad_out, q, k, v, out, lse, *options[:-1])
+    backward = implementation("flash_attention", options[-1]).backward
+    assert backward is not None
+    return backward(grad_out, q, k, v, out, lse, *options[:-1])
 
 
 @torch.library.register_fake("phi1::attention_forward")
@@ -90,13 +93,10 @@ class _Attention(torch.autograd.Function):
         return *grads, None, None, None, None, None, None, None
 
 
-register("flash_attention", "reference", (reference.attention_forward, reference.attention_backward))
-register(
-    "flash_attention",
-    "torch",
-    torch_backend.attention,
-    refuses=torch_backend.attention_refuses,
-)
+# (q, k, v, cu_q, cu_k, causal, scale, p, seed, out=) -> (out, lse);
+# (grad_out, q, k, v, out, lse, cu_q, cu_k, causal, scale, p, seed) -> gradients of q, k and v.
+register("flash_attention", "reference", reference.attention_forward, reference.attention_backward, differentiable=True)
+register("flash_attention", "torch", torch_backend.attention, refuses=torch_backend.attention_refuses)
 
 
 def _check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -166,8 +166,10 @@ def flash_attention(
     causal: query i sees key j if j <= i + seqlen_k - seqlen_q (bottom-right aligned). A row that sees no
         key gives zeros and lse = -inf.
     scale: default head_dim ** -0.5.
-    dropout_p, dropout_seed: dropout of the probabilities; the mask is `kernels.reference.dropout_keep`, bit for bit
-        the same on every backend that serves dropout. A seed has 64 bits, a negative one those of its two's complement.
+    dropout_p, dropout_seed: dropout of the probabilities; the mask is `kernels.reference.attention_keep`, bit for bit
+        the same on every backend that serves dropout. p is rounded to a multiple of 1/256 (for p > 0 at least 1/256, at
+        most 255/256): 0.1 becomes 26/256 = 0.1016, and what is kept is divided by one minus that. A seed has 64 bits, a
+        negative one those of its two's complement.
     cu_seqlens_q, cu_seqlens_k: packed documents: batch is 1, int32 (documents + 1,) offsets into the sequence that rise
         from 0 to its length; document i's queries see document i's keys only. In the mask, plane counts documents, and
         rows and columns start at 0 in each. Other offsets are an error, but on a GPU, where looking at them would stop
@@ -218,18 +220,14 @@ def flash_attention(
     dropout_seed = seed_bits("dropout_seed", dropout_seed)
     if out is not None:
         _check_out(out, q, k, v)
-    options = {
-        "dropout_p": dropout_p, "return_lse": return_lse, "dtype": q.dtype, "head_dim": head_dim,
-        "packed": cu_seqlens_q is not None,
-    }  # fmt: skip
-    name = choose("flash_attention", q.device, backend, **options)
-    if name == "torch":  # refuses return_lse
-        result = torch_backend.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
-        return result if out is None else out.copy_(result)
-    if name == "reference" and out is None and not torch.compiler.is_compiling():
-        result, lse = reference.attention_forward(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p, dropout_seed
-        )
+    name = choose(
+        "flash_attention", q.device, backend,
+        dtype=q.dtype, head_dim=head_dim, size=size_class(q.shape[1], k.shape[1]), training=differentiated(q, k, v),
+        dropout_p=dropout_p, return_lse=return_lse, packed=cu_seqlens_q is not None,
+    )  # fmt: skip
+    forward = in_graph("flash_attention", name)
+    if forward is not None:
+        result, lse = forward(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p, dropout_seed, out=out)
         return (result, lse.detach()) if return_lse else result
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         cu_seqlens_q, cu_seqlens_k = distinct(cu_seqlens_q, cu_seqlens_k)

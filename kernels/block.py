@@ -9,6 +9,7 @@ fused there is one sum to drop from, and each element is dropped with the same p
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +19,44 @@ from kernels import cpu, native, reference
 from kernels.attention import check_documents, flash_attention
 from kernels.autocast import cast_inputs
 from kernels.checks import check, check_dtype, check_like, check_shape, seed_bits
-from kernels.fused_block import Dropout, FusedBlock, Pieces
+from kernels.fused_block import FusedBlock
+from kernels.measured import size_class
 from kernels.norm import layer_norm
-from kernels.registry import choose, forced_backend, implementation, register
+from kernels.reference import Dropout
+from kernels.registry import choose, differentiated, forced_backend, in_graph, register
 from kernels.rotary import apply_rotary, check_table
 
 KVCache = tuple[Tensor, Tensor, int]
 """Keys and values (batch or more, capacity, kv_heads, head_dim) of the tokens so far, and how many there are."""
 
-# Without fusion: (linear, gelu); the other parts are ops and choose for themselves. Native backends bring `Pieces`.
-register("parallel_block", "reference", (reference.linear, reference.gelu))
-register("parallel_block", "torch", (F.linear, functools.partial(F.gelu, approximate="tanh")))
+
+def _attention(
+    piece: str | None, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, dropout: Dropout
+) -> Tensor:
+    options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "backend": piece}
+    attention = flash_attention(q, k, v, dropout_p=dropout.p, dropout_seed=dropout.seed, **options)  # type: ignore[arg-type]
+    assert isinstance(attention, Tensor)
+    return attention
+
+
+def _dropped(y: Tensor, dropout: Dropout) -> Tensor:
+    if dropout.p == 0:
+        return y
+    keep = torch.ops.phi1.residual_keep(y.detach(), dropout.seed, dropout.p)
+    return y * (keep * reference.dropout_scale(dropout.p)).to(y.dtype)
+
+
+def _composed(linear: Callable[..., Tensor], gelu: Callable[..., Tensor], *arguments: Any, piece: str | None) -> Tensor:
+    """`reference.parallel_block` of the package's ops, each on the backend `piece`, or None: on its own choice."""
+    norm, rotary = functools.partial(layer_norm, backend=piece), functools.partial(apply_rotary, backend=piece)
+    steps = reference.Steps(norm, linear, rotary, functools.partial(_attention, piece), gelu, _dropped)
+    return reference.parallel_block(steps, *arguments)
+
+
+register("parallel_block", "reference", functools.partial(_composed, reference.linear, reference.gelu))
+register(
+    "parallel_block", "torch", functools.partial(_composed, F.linear, functools.partial(F.gelu, approximate="tanh"))
+)
 
 # An op, so that torch.compile carries the seed as a symbol (no new graph for each seed) and does not look inside.
 torch.library.define("phi1::residual_keep", "(Tensor like, SymInt seed, float p) -> Tensor")
@@ -93,7 +121,8 @@ def parallel_block(
     w_out: (hidden, heads * head_dim + inner), columns [attention | gelu]; b_out: (hidden,). All of x's dtype.
     cos, sin: (positions, rotary_dim / 2) float32. positions: as in `apply_rotary`.
     cu_seqlens: int32 (documents + 1,), offsets into the folded batch * seq tokens; attention stays inside a document.
-    attention_dropout, residual_dropout, dropout_seed: masks are `kernels.reference.dropout_keep` of the seed.
+    attention_dropout, residual_dropout, dropout_seed: masks are `kernels.reference.attention_keep` and `residual_keep`
+        of the seed. Both probabilities are rounded to a multiple of 1/256, as in `flash_attention`: 0.1 becomes 0.1016.
     kv_cache: (k, v, length): this call's keys and values are written at [length, length + seq), then attention
         runs over the first length + seq. k and v have x's dtype and device. For inference: such a call records no
         gradient, on any backend, whatever requires one.
@@ -150,59 +179,27 @@ def parallel_block(
     check_table(x, batch, seq, head_dim, cos, sin, positions)
     name = choose(
         "parallel_block", x.device, backend,
-        dtype=x.dtype, head_dim=head_dim, hidden=hidden, inner=inner, rotary_dim=2 * cos.shape[-1],
+        dtype=x.dtype, head_dim=head_dim, size=size_class(seq, seq if kv_cache is None else kv_cache[2] + seq),
+        training=kv_cache is None and differentiated(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out),
+        hidden=hidden, inner=inner, rotary_dim=2 * cos.shape[-1],
     )  # fmt: skip
-    pieces = implementation("parallel_block", name)
+    forward = in_graph("parallel_block", name)
     parameters = (norm_weight, norm_bias, w_in, b_in, w_out, b_out)
-    if isinstance(pieces, Pieces):
-        rows = x.reshape(batch * seq, hidden)
-        options = (
-            cos, sin, positions, cu_seqlens, seq, heads, kv_heads, head_dim, eps, attention_dropout, residual_dropout,
-            dropout_seed, name,
-        )  # fmt: skip
-        if kv_cache is not None:
-            with torch.no_grad():
-                y = torch.ops.phi1.parallel_block_cached(rows, *parameters, *kv_cache, *options)
-        else:
-            with_grads = torch.is_grad_enabled() and any(t.requires_grad for t in (rows, *parameters))
-            y = FusedBlock.apply(rows, *parameters, with_grads, *options)[0]
-        return y.view(batch, seq, hidden)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
-        return _composed(
-            x, *parameters, cos, sin, positions, cu_seqlens, heads, kv_heads, head_dim, eps,
-            Dropout(attention_dropout, dropout_seed), Dropout(residual_dropout, dropout_seed), kv_cache, pieces,
-            forced_backend(backend),
-        )  # fmt: skip
-
-
-def _composed(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
-    cos: Tensor, sin: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None,
-    heads: int, kv_heads: int, head_dim: int, eps: float, attention_dropout: Dropout, residual_dropout: Dropout,
-    kv_cache: KVCache | None, pieces: tuple[Callable[..., Tensor], Callable[..., Tensor]], piece: str | None,
-) -> Tensor:  # fmt: skip
-    """The block of the package's ops, each on the backend `piece`; pieces: (linear, gelu)."""
-    batch, seq, _ = x.shape
-    q_width, kv_width = heads * head_dim, kv_heads * head_dim
-    linear, gelu = pieces
-    z = linear(layer_norm(x, norm_weight, norm_bias, eps, backend=piece), w_in, b_in)
-    q, k, v, u = z.split([q_width, kv_width, kv_width, z.shape[-1] - q_width - 2 * kv_width], dim=-1)
-    q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in (q, k, v))
-    q, k = apply_rotary(q, k, cos, sin, positions=positions, backend=piece)
-    if kv_cache is not None:
-        keys, values, length = kv_cache
-        keys[:batch, length : length + seq] = k
-        values[:batch, length : length + seq] = v
-        k, v = keys[:batch, : length + seq], values[:batch, : length + seq]
-    if cu_seqlens is not None:
-        q, k, v = (part.reshape(1, batch * seq, -1, head_dim) for part in (q, k, v))
-    attention = flash_attention(
-        q, k, v, dropout_p=attention_dropout.p, dropout_seed=attention_dropout.seed,
-        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, backend=piece,
+    if forward is not None:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
+            return forward(
+                x, *parameters, cos, sin, positions, cu_seqlens, heads, kv_heads, head_dim, eps,
+                Dropout(attention_dropout, dropout_seed), Dropout(residual_dropout, dropout_seed), kv_cache,
+                piece="reference" if name == "reference" else forced_backend(backend),
+            )  # fmt: skip
+    rows = x.reshape(batch * seq, hidden)
+    options = (
+        cos, sin, positions, cu_seqlens, seq, heads, kv_heads, head_dim, eps, attention_dropout, residual_dropout,
+        dropout_seed, name,
     )  # fmt: skip
-    assert isinstance(attention, Tensor)
-    y = linear(torch.cat([attention.reshape(batch, seq, q_width), gelu(u)], dim=-1), w_out, b_out)
-    if residual_dropout.p > 0:
-        keep = torch.ops.phi1.residual_keep(y.detach(), residual_dropout.seed, residual_dropout.p)
-        y = y * (keep * reference.dropout_scale(residual_dropout.p)).to(y.dtype)
-    return x + y
+    if kv_cache is not None:
+        with torch.no_grad():
+            y = torch.ops.phi1.parallel_block_cached(rows, *parameters, *kv_cache, *options)
+    else:
+        y = FusedBlock.apply(rows, *parameters, differentiated(rows, *parameters), *options)[0]
+    return y.view(batch, seq, hidden)

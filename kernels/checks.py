@@ -40,22 +40,23 @@ def check_dtype(name: str, x: Tensor) -> None:
     check(x.dtype in DTYPES, lambda: f"{name}.dtype = {x.dtype}: must be float64, float32, bfloat16 or float16")
 
 
-def check_tensor(name: str, x: object, instead: str = "") -> None:
+def check_tensor(name: str, x: object, meaning: str = "") -> None:
     """x is a tensor, and not None, say."""
-    check(isinstance(x, Tensor), lambda: f"{name} = {x!r}: must be a tensor{instead}")
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} = {x!r}: must be a tensor{': ' if meaning else ''}{meaning}")
 
 
 def check_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     """x is a tensor and has exactly this shape."""
-    check_tensor(
-        name, x, f" of shape {shape} {meaning}; where there is none, give zeros (ones for a LayerNorm's weight)"
-    )
+    if not isinstance(x, Tensor):
+        instead = "where there is none, give zeros (ones for a LayerNorm's weight)"
+        raise ValueError(f"{name} = {x!r}: must be a tensor of shape {shape} {meaning}; {instead}")
     check(tuple(x.shape) == shape, lambda: f"{name}.shape = {tuple(x.shape)}: must be {shape} {meaning}")
 
 
 def check_rank(name: str, x: Tensor, rank: int, meaning: str) -> None:
     """x is a tensor and has this many dims."""
-    check_tensor(name, x, f": {meaning}")
+    check_tensor(name, x, meaning)
     check(x.dim() == rank, lambda: f"{name}.shape = {tuple(x.shape)}: must be {meaning}")
 
 

@@ -22,8 +22,9 @@ instead of 2 until the backward pass is done. On a CPU with bf16 instructions, t
 A backend brings `Pieces`; the order of the steps is here, once for all of them.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,8 +96,8 @@ def _add_product(sums: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, z_loss: float, with_grads: bool,
-    pieces: Pieces,
+    pieces: Pieces, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, z_loss: float,
+    with_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Summed cross-entropy (with z_loss, see `kernels.linear_cross_entropy`) and, in the same pass, its gradients.
 
@@ -160,3 +161,8 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         run = slice(first, first + _WEIGHT_COLUMNS)
         torch.mul(gradient[run], factor, out=result[run])
     return result
+
+
+def operators(pieces: Pieces) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What a backend registers: its forward of `linear_cross_entropy`, which makes the gradients, and their scaling."""
+    return functools.partial(linear_cross_entropy, pieces), scaled

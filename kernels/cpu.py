@@ -1,29 +1,33 @@
-"""The `cpu` backend: C++ kernels (csrc/cpu), chosen at run time by the CPU's instruction sets (PHI1_ISA overrides)."""
+"""The `cpu` backend: C++ kernels (csrc/cpu), a version for each instruction set that they are compiled for.
+
+The functions take the instruction set's kernels first, an entry of `native.ISAS`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import chunked_loss, native, reference
+from kernels import chunked_loss, fused_block, native, reference
 from kernels.checks import check_offsets
 from kernels.fused_block import Dropout, Layout, Pieces, dropout_arguments, vendor_product
 from kernels.registry import register
 
 
 def rotary(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
+    isa: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """q and k rotated into new contiguous tensors; see `kernels.apply_rotary`."""
     positions = None if positions is None else positions.contiguous()
     q, k = native.rows_contiguous(q), native.rows_contiguous(k)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    native._native.rotary_cpu(
+    isa.rotary(
         *native.rotary_arguments(q, k, q_out, k_out, cos.contiguous(), sin.contiguous(), positions, inverse),
         torch.get_num_threads(),
     )
     return q_out, k_out
-
-
-register("apply_rotary", "cpu", rotary, devices=("cpu",), missing=native.MISSING, refuses=native.refuses_dtype)
 
 
 HEAD_DIMS = (32, 64, 128)
@@ -40,7 +44,7 @@ def _attention_arguments(
     q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
     causal: bool, scale: float, dropout_p: float, dropout_seed: int,
 ) -> tuple[object, ...]:  # fmt: skip
-    """The last arguments of `_native.attention_forward_cpu` and `_native.attention_backward_cpu`."""
+    """The last arguments of `Isa.attention_forward` and `Isa.attention_backward`."""
     batch, seqlen_q, heads, head_dim = q.shape
     threshold = reference.dropout_threshold(dropout_p)
     return (
@@ -52,7 +56,7 @@ def _attention_arguments(
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    isa: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
     causal: bool, scale: float, dropout_p: float, dropout_seed: int, *, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (a new tensor, or the one given) and the log-sum-exp; see `kernels.flash_attention`."""
@@ -63,14 +67,14 @@ def attention_forward(
         cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     result = q.new_empty(q.shape) if out is None or out.stride(-1) != 1 else out
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    native._native.attention_forward_cpu(
+    isa.attention_forward(
         q, k, v, result, lse, *_attention_arguments(q, k, cu_q, cu_k, causal, scale, dropout_p, dropout_seed),
     )  # fmt: skip
     return result if out is None or out is result else out.copy_(result), lse
 
 
 def attention_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    isa: Any, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
     causal: bool, scale: float, dropout_p: float, dropout_seed: int,
     *, grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -80,62 +84,53 @@ def attention_backward(
     cu_k = None if cu_k is None else cu_k.contiguous()
     grads = grads or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     lse = lse.contiguous()
-    native._native.attention_backward_cpu(
+    isa.attention_backward(
         grad_out, q, k, v, out, *grads, lse,
         *_attention_arguments(q, k, cu_q, cu_k, causal, scale, dropout_p, dropout_seed),
     )  # fmt: skip
     return grads
 
 
-def residual_keep(seed: int, rows: int, columns: int, p: float) -> Tensor:
-    """`kernels.reference.residual_keep` on the CPU, the same bits."""
+def residual_keep(seed: int, rows: int, columns: int, p: float, isa: Any = None) -> Tensor:
+    """`kernels.reference.residual_keep` on the CPU, the same bits. isa: default the most capable."""
+    isa = isa or next(isa for isa in native.ISAS if isa.missing is None)
     keep = torch.empty((rows, columns), dtype=torch.bool, device="cpu")
-    native._native.residual_keep_cpu(
+    isa.residual_keep(
         keep, rows, columns, reference.dropout_threshold(p), seed & (1 << 64) - 1, torch.get_num_threads()
     )
     return keep
 
 
-register(
-    "flash_attention",
-    "cpu",
-    (attention_forward, attention_backward),
-    devices=("cpu",),
-    missing=native.MISSING,
-    refuses=_attention_refuses,
-)
-
-
 # ------------------------------------------------------------------------------------- LayerNorm and the block
 
 
-def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def layer_norm_forward(isa: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y (contiguous) and (mean, 1 / sqrt(variance + eps)) of each row; see `kernels.layer_norm`."""
     rows = native.rows_contiguous(x.reshape(-1, weight.numel()))
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    stats = torch.empty((rows.shape[0], 2), dtype=torch.float32, device=x.device)
+    y = x.new_empty(x.shape)
+    stats = x.new_empty((rows.shape[0], 2), dtype=torch.float32)
     weight, bias = weight.contiguous(), bias.contiguous()
-    native._native.layer_norm_forward_cpu(
+    isa.layer_norm_forward(
         rows, weight, bias, y, stats, (*rows.shape, rows.stride(0)), eps, native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y, stats
 
 
 def layer_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, stats: Tensor, residual: Tensor | None = None
+    isa: Any, grad: Tensor, x: Tensor, weight: Tensor, stats: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (plus `residual`), weight and bias."""
     rows, grad, weight = native.rows_contiguous(x.reshape(-1, weight.numel())), grad.contiguous(), weight.contiguous()
     residual, stats = None if residual is None else residual.contiguous(), stats.contiguous()
     grads = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight), torch.empty_like(weight)
-    native._native.layer_norm_backward_cpu(
+    isa.layer_norm_backward(
         grad, rows, weight, stats, residual, *grads, (*rows.shape, rows.stride(0)), native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return grads
 
 
 def _after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: Layout) -> tuple[object, ...]:
-    """The arguments of `_native.after_in_cpu`, and the last of `_native.after_in_backward_cpu`."""
+    """The arguments of `Isa.after_in`, and the last of `Isa.after_in_backward`."""
     positions = None if layout.positions is None else layout.positions.contiguous()
     cos, sin = layout.cos.contiguous(), layout.sin.contiguous()
     sizes = (
@@ -149,33 +144,35 @@ def _after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: Layo
     )  # fmt: skip
 
 
-def _project_in(n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
+def _project_in(isa: Any, n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
     z, b_in = vendor_product(n, w_in), b_in.contiguous()
-    native._native.after_in_cpu(*_after_in_arguments(z, b_in, activated, layout))
+    isa.after_in(*_after_in_arguments(z, b_in, activated, layout))
     return z
 
 
-def _project_in_backward(grad_z: Tensor, z: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
+def _project_in_backward(
+    isa: Any, grad_z: Tensor, z: Tensor, b_in: Tensor, activated: Tensor, layout: Layout
+) -> Tensor:
     b_in = b_in.contiguous()
     grad_bias = torch.empty_like(b_in)
-    native._native.after_in_backward_cpu(grad_z, grad_bias, *_after_in_arguments(z, b_in, activated, layout))
+    isa.after_in_backward(grad_z, grad_bias, *_after_in_arguments(z, b_in, activated, layout))
     return grad_bias
 
 
-def _project_out(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
+def _project_out(isa: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
     y, b_out, x = vendor_product(g, w_out), b_out.contiguous(), x.contiguous()
-    native._native.residual_cpu(
+    isa.residual(
         y, b_out, x, *y.shape, dropout_arguments(dropout),
         native.DTYPE_CODES[y.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def _project_out_backward(grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
+def _project_out_backward(isa: Any, grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
     threshold, *rest = dropout_arguments(dropout)
     grad_h = grad_y if threshold == 0 else torch.empty_like(grad_y)
     grad_bias = grad_y.new_empty(grad_y.shape[1])
-    native._native.residual_backward_cpu(
+    isa.residual_backward(
         grad_y, grad_h, grad_bias, *grad_y.shape, (threshold, *rest),
         native.DTYPE_CODES[grad_y.dtype], torch.get_num_threads(),
     )  # fmt: skip
@@ -186,6 +183,7 @@ def _project_out_backward(grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Ten
 
 
 def _cross_entropy(
+    isa: Any,
     logits: Tensor,
     bias: Tensor,
     targets: Tensor,
@@ -200,36 +198,47 @@ def _cross_entropy(
         raise IndexError(
             f"targets in [{int(kept.min())}, {int(kept.max())}]: must be in [0, {columns}) or ignore_index = {ignore_index}"
         )
-    native._native.cross_entropy_cpu(
+    isa.cross_entropy(
         logits, bias, targets, loss, bias_sums, (rows, columns, ignore_index), z_loss,
         native.DTYPE_CODES[logits.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
-def _add_product(grad: Tensor, low: Tensor, product: Tensor, first: bool, last: bool) -> None:
+def _add_product(isa: Any, grad: Tensor, low: Tensor, product: Tensor, first: bool, last: bool) -> None:
     """The sum's upper 16 bits stand in grad's memory, whatever its dtype, and the lower in `low`."""
-    native._native.add_product_cpu(
+    isa.add_product(
         grad, low, product, product.numel(), first, last,
         native.DTYPE_CODES[grad.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
-register(
-    "layer_norm", "cpu", (layer_norm_forward, layer_norm_backward),
-    devices=("cpu",), missing=native.MISSING, refuses=native.refuses_dtype,
-)  # fmt: skip
-register(
-    "parallel_block",
-    "cpu",
-    Pieces(
-        layer_norm_forward, layer_norm_backward, _project_in, _project_in_backward,
-        attention_forward, attention_backward, _project_out, _project_out_backward,
-    ),
-    devices=("cpu",),
-    missing=native.MISSING,
-    refuses=_attention_refuses,
-)  # fmt: skip
-register(
-    "linear_cross_entropy", "cpu", chunked_loss.Pieces(_cross_entropy, add_product=_add_product, scratch=torch.int16),
-    devices=("cpu",), missing=native.MISSING, refuses=native.refuses_dtype,
-)  # fmt: skip
+# ------------------------------------------------------------------------------------------------- registration
+
+
+def register_kernels(name: str, isa: Any) -> None:
+    """Makes the kernels of an instruction set the version `cpu/<name>` of every op; None: it was not compiled."""
+
+    def of(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(function, isa)
+
+    attention = of(attention_forward), of(attention_backward)
+    norm = of(layer_norm_forward), of(layer_norm_backward)
+    block = fused_block.operators(Pieces(
+        *norm, of(_project_in), of(_project_in_backward), *attention, of(_project_out), of(_project_out_backward),
+    ))  # fmt: skip
+    loss = chunked_loss.operators(
+        chunked_loss.Pieces(of(_cross_entropy), add_product=of(_add_product), scratch=torch.int16)
+    )
+    for op, run, refuses in (
+        ("apply_rotary", (of(rotary), of(rotary)), native.refuses_dtype),
+        ("flash_attention", attention, _attention_refuses),
+        ("layer_norm", norm, native.refuses_dtype),
+        ("parallel_block", block, _attention_refuses),
+        ("linear_cross_entropy", loss, native.refuses_dtype),
+    ):
+        register(op, f"cpu/{name}", *run, devices=("cpu",), refuses=refuses)
+
+
+_compiled = {isa.name: isa for isa in native.ISAS}
+for _name in native.ISA_NAMES:
+    register_kernels(_name, _compiled.get(_name))

@@ -7,27 +7,17 @@ The functions take the module that launches: kernels._native on a GPU; the tests
 import contextlib
 import functools
 import math
-import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import chunked_loss, native, reference
+from kernels import chunked_loss, fused_block, native, reference
 from kernels.checks import check_offsets
 from kernels.fused_block import Dropout, Layout, Pieces, dropout_arguments, vendor_product
-from kernels.registry import register
-
-
-def missing() -> str | None:
-    """Why there is no GPU to launch on, or None."""
-    if native.MISSING is not None:
-        return native.MISSING
-    if not native._native.has_cuda:
-        return "kernels._native was built without CUDA; build it where nvcc is, with PHI1_CUDA=on"
-    if not torch.cuda.is_available():
-        return "torch.cuda.is_available() is False: no usable NVIDIA GPU, or a CPU build of torch"
-    return None
+from kernels.machine import Machine
+from kernels.registry import missing_here, register
 
 
 def _device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -70,23 +60,17 @@ ATTENTION_VERSIONS = ("mma", "hopper")
 9.0 and head_dim 64 or 128 only."""
 
 
-def _attention_version(module: Any, q: Tensor) -> int:
-    """Index in ATTENTION_VERSIONS for this call. The environment variable PHI1_CUDA_ATTENTION, mma or hopper, forces one."""
-    forced = os.environ.get("PHI1_CUDA_ATTENTION")
-    if forced is not None and forced not in ATTENTION_VERSIONS:
-        raise ValueError(f"PHI1_CUDA_ATTENTION = {forced!r}: must be {' or '.join(ATTENTION_VERSIONS)}")
-    on_hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
-    if not module.has_hopper:
-        refused = "this build has no hopper kernels; build with 90a in PHI1_CUDA_ARCHS"
-    elif q.is_cuda and not on_hopper:
-        refused = f"{torch.cuda.get_device_name(q.device)} has not compute capability 9.0"
-    elif q.shape[3] not in (64, 128):
-        refused = f"head_dim = {q.shape[3]}: the hopper kernels are made for 64 and 128"
-    else:
-        return ATTENTION_VERSIONS.index(forced or ("hopper" if on_hopper else "mma"))
-    if forced == "hopper":
-        raise ValueError(f"PHI1_CUDA_ATTENTION = 'hopper', but {refused}")
-    return 0
+def _hopper_needs(machine: Machine) -> str | None:
+    if machine.capability == (9, 0):
+        return missing_here("cuda/hopper")(machine)
+    return machine.missing.get("cuda") or f"{machine.name} has not compute capability 9.0"
+
+
+def _hopper_refuses(refuses: Callable[..., str | None], *, head_dim: int, **options: Any) -> str | None:
+    """Why those of the kernels that are made for Hopper cannot serve a call, or None; refuses: of the others."""
+    if head_dim not in (64, 128):
+        return f"head_dim = {head_dim}: the hopper kernels are made for 64 and 128"
+    return refuses(head_dim=head_dim, **options)
 
 
 def _is_aligned(x: Tensor) -> bool:
@@ -124,10 +108,12 @@ def _attention_arguments(
 
 
 def attention_forward(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    module: Any, version: int, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
     causal: bool, scale: float, *dropout: Any, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) float32; see `kernels.flash_attention`."""
+    """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) float32; see `kernels.flash_attention`.
+
+    version: index in ATTENTION_VERSIONS."""
     q, scale, _ = native.positive_scale(q, scale)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None or not _is_aligned(out) else out
@@ -141,13 +127,13 @@ def attention_forward(
         with _device(q):
             module.attention_forward_cuda(
                 *_attention_arguments(q, k, v, result, lse, cu_q, cu_k, causal, scale, *dropout),
-                _attention_version(module, q),
+                version,
             )
     return result if out is None or out is result else out.copy_(result), lse
 
 
 def attention_backward(
-    module: Any, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    module: Any, version: int, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, scale: float, *dropout: Any,
     grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -168,7 +154,7 @@ def attention_backward(
                 (grad_out, *grads),
                 row_stats,
                 *_attention_arguments(q, k, v, out, lse, cu_q, cu_k, causal, scale, *dropout),
-                _attention_version(module, q),
+                version,
             )
     if sign != 1:
         grads[0].mul_(sign)
@@ -339,38 +325,41 @@ def cross_entropy(
         )  # fmt: skip
 
 
-def register_kernels(module: Any, devices: tuple[str, ...], why_not: str | None = None) -> None:
-    """Makes the launches of `module` the `cuda` backend of every op, for tensors on `devices`."""
-    register(
-        "apply_rotary", "cuda", functools.partial(rotary, module),
-        devices=devices, missing=why_not, refuses=native.refuses_dtype,
-    )  # fmt: skip
-    register(
-        "flash_attention", "cuda",
-        (functools.partial(attention_forward, module), functools.partial(attention_backward, module)),
-        devices=devices, missing=why_not, refuses=attention_refuses,
-    )  # fmt: skip
-    register(
-        "layer_norm", "cuda",
-        (functools.partial(layer_norm_forward, module), functools.partial(layer_norm_backward, module)),
-        devices=devices, missing=why_not, refuses=native.refuses_dtype,
-    )  # fmt: skip
-    pieces: list[Any] = [
-        functools.partial(piece, module)
-        for piece in (
-            layer_norm_forward, layer_norm_backward, project_in, project_in_backward,
-            attention_forward, attention_backward, project_out, project_out_backward,
+def register_kernels(
+    module: Any, devices: tuple[str, ...], needs: Callable[[Machine], str | None] | None = None
+) -> None:
+    """Makes the launches of `module` the `cuda` backend of every op, for tensors on `devices`.
+
+    Attention has the versions `cuda/mma` and `cuda/hopper`, and so has the layer with it; other ops have one, `cuda`.
+    needs: in place of what a GPU and the build of the native module must have.
+    """
+
+    def of(function: Callable[..., Any], *more: Any) -> Callable[..., Any]:
+        return functools.partial(function, module, *more)
+
+    norm, loss = (
+        (of(layer_norm_forward), of(layer_norm_backward)),
+        chunked_loss.Pieces(of(cross_entropy), bias_parts=_sum_parts),
+    )
+    refuses: Callable[..., str | None]
+    for op, run, refuses in (
+        ("apply_rotary", (of(rotary), of(rotary)), native.refuses_dtype),
+        ("layer_norm", norm, native.refuses_dtype),
+        ("linear_cross_entropy", chunked_loss.operators(loss), loss_refuses),
+    ):
+        register(op, "cuda", *run, devices=devices, needs=needs, refuses=refuses)
+    for number, name in enumerate(ATTENTION_VERSIONS):
+        attention = of(attention_forward, number), of(attention_backward, number)
+        pieces = Pieces(
+            *norm, of(project_in), of(project_in_backward), *attention, of(project_out), of(project_out_backward)
         )
-    ]  # fmt: skip
-    register(
-        "parallel_block", "cuda", Pieces(*pieces),
-        devices=devices, missing=why_not, refuses=block_refuses,
-    )  # fmt: skip
-    register(
-        "linear_cross_entropy", "cuda",
-        chunked_loss.Pieces(functools.partial(cross_entropy, module), bias_parts=_sum_parts),
-        devices=devices, missing=why_not, refuses=loss_refuses,
-    )  # fmt: skip
+        for op, run, refuses in (
+            ("flash_attention", attention, attention_refuses),
+            ("parallel_block", fused_block.operators(pieces), block_refuses),
+        ):
+            here = needs or (_hopper_needs if name == "hopper" else None)
+            refused = functools.partial(_hopper_refuses, refuses) if name == "hopper" else refuses
+            register(op, f"cuda/{name}", *run, devices=devices, needs=here, refuses=refused)
 
 
-register_kernels(native._native, devices=("cuda",), why_not=missing())
+register_kernels(native._native, devices=("cuda",))

@@ -15,8 +15,9 @@ of its forward and backward on an H200 (8% with dropout), 6% on a CPU (hidden 51
 A backend brings `Pieces`; the order of the steps is here, once for all of them.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from kernels import reference
 from kernels.autocast import without_autocast
 from kernels.autograd import once_differentiable
 from kernels.checks import check_positions
+from kernels.reference import Dropout
 from kernels.registry import implementation
 
 
@@ -68,13 +70,6 @@ class Layout(NamedTuple):
         return g[:, : self.attention_width].view(*lead, self.heads, self.head_dim)
 
 
-class Dropout(NamedTuple):
-    """p and the seed of a mask of `kernels.reference`."""
-
-    p: float
-    seed: int
-
-
 class Pieces(NamedTuple):
     """A backend's part of the block. Matrices are (tokens, columns); all but views of z and g are contiguous."""
 
@@ -99,9 +94,9 @@ class Pieces(NamedTuple):
 
 
 def block_forward(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
+    pieces: Pieces, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
     layout: Layout, cu_seqlens: Tensor | None, eps: float, attention_dropout: Dropout, residual_dropout: Dropout,
-    pieces: Pieces, kv_cache: tuple[Tensor, Tensor, int] | None = None,
+    kv_cache: tuple[Tensor, Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y (tokens, hidden), z, attention's part of g, lse) for x (tokens, hidden)."""
     check_positions(layout.positions, layout.cos.shape[0])
@@ -124,10 +119,9 @@ def block_forward(
 
 
 def block_backward(
-    grad_y: Tensor, x: Tensor, z: Tensor, attention: Tensor, lse: Tensor,
+    pieces: Pieces, grad_y: Tensor, x: Tensor, z: Tensor, attention: Tensor, lse: Tensor,
     norm_weight: Tensor, norm_bias: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor,
     layout: Layout, cu_seqlens: Tensor | None, eps: float, attention_dropout: Dropout, residual_dropout: Dropout,
-    pieces: Pieces,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, norm_weight, norm_bias, w_in, b_in, w_out, b_out."""
     documents = cu_seqlens is not None
@@ -150,6 +144,11 @@ def block_backward(
     grad_normed = torch.mm(grad_z, w_in)
     grad_x, grad_norm_weight, grad_norm_bias = pieces.norm_backward(grad_normed, x, norm_weight, stats, grad_y)
     return grad_x, grad_norm_weight, grad_norm_bias, grad_w_in, grad_b_in, grad_w_out, grad_b_out
+
+
+def operators(pieces: Pieces) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What a backend registers: its forward and backward of `parallel_block`."""
+    return functools.partial(block_forward, pieces), functools.partial(block_backward, pieces)
 
 
 # ------------------------------------------------------------------------------------------- as torch operators
@@ -178,7 +177,7 @@ def _arguments(x, w_in, cos, sin, positions, cu_seqlens, seq, heads, kv_heads, h
         x.shape[0] // seq, seq, heads, kv_heads, head_dim, w_in.shape[0] - (heads + 2 * kv_heads) * head_dim,
         cos, sin, positions,
     )  # fmt: skip
-    return layout, cu_seqlens, eps, Dropout(p, seed), Dropout(residual_p, seed), implementation("parallel_block", name)
+    return layout, cu_seqlens, eps, Dropout(p, seed), Dropout(residual_p, seed)
 
 
 def _saved_shapes(layout: Layout, documents: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -190,8 +189,9 @@ def _saved_shapes(layout: Layout, documents: bool) -> tuple[tuple[int, ...], tup
 @torch.library.impl("phi1::parallel_block_forward", ("cpu", "cuda"))
 @without_autocast
 def _forward(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grads, *options):  # type: ignore[no-untyped-def]
+    forward = implementation("parallel_block", options[-1]).forward
     arguments = _arguments(x, w_in, *options)
-    y, z, attention, lse = block_forward(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, *arguments)
+    y, z, attention, lse = forward(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, *arguments)
     if not with_grads:
         return y, z, x.new_empty(0), x.new_empty(0, dtype=torch.float32)
     return y, z, attention.contiguous(), lse
@@ -210,7 +210,8 @@ def _forward_fake(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grad
 def _cached(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, keys, values, length, *options):  # type: ignore[no-untyped-def]
     arguments = _arguments(x, w_in, *options)
     parameters = (norm_weight, norm_bias, w_in, b_in, w_out, b_out)
-    return block_forward(x, *parameters, *arguments, kv_cache=(keys, values, length))[0]
+    forward = implementation("parallel_block", options[-1]).forward
+    return forward(x, *parameters, *arguments, kv_cache=(keys, values, length))[0]
 
 
 @torch.library.register_fake("phi1::parallel_block_cached")
@@ -221,11 +222,12 @@ def _cached_fake(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, keys, valu
 @torch.library.impl("phi1::parallel_block_backward", ("cpu", "cuda"))
 @without_autocast
 def _backward(grad_y, x, z, attention, lse, norm_weight, norm_bias, w_in, b_in, w_out, *options):  # type: ignore[no-untyped-def]
-    grads = block_backward(
+    backward = implementation("parallel_block", options[-1]).backward
+    assert backward is not None
+    return backward(
         grad_y.contiguous(), x, z, attention, lse, norm_weight, norm_bias, w_in, b_in, w_out,
         *_arguments(x, w_in, *options),
     )  # fmt: skip
-    return grads
 
 
 @torch.library.register_fake("phi1::parallel_block_backward")

@@ -10,7 +10,8 @@ from kernels import torch as torch_backend
 from kernels.autocast import cast_inputs, without_autocast
 from kernels.autograd import once_differentiable
 from kernels.checks import check, check_device, check_dtype, check_like, check_shape
-from kernels.registry import choose, implementation, register
+from kernels.measured import size_class
+from kernels.registry import choose, differentiated, implementation, in_graph, register
 
 torch.library.define(
     "phi1::linear_cross_entropy",
@@ -27,8 +28,8 @@ torch.library.define("phi1::scaled_gradient", "(Tensor gradient, Tensor scale, S
 def _impl(hidden, weight, bias, targets, ignore_index, z_loss, with_grads, backend):  # type: ignore[no-untyped-def]
     if targets.device.type == "cpu":
         chunked_loss.check_targets(targets, weight.shape[0], ignore_index)
-    pieces = implementation("linear_cross_entropy", backend)
-    return chunked_loss.linear_cross_entropy(hidden, weight, bias, targets, ignore_index, z_loss, with_grads, pieces)
+    forward = implementation("linear_cross_entropy", backend).forward
+    return forward(hidden, weight, bias, targets, ignore_index, z_loss, with_grads)
 
 
 @torch.library.register_fake("phi1::linear_cross_entropy")
@@ -93,7 +94,7 @@ def _differentiable_gradients(ctx, grad, ignore_index, z_loss):  # type: ignore[
 
 
 register("linear_cross_entropy", "reference", reference.linear_cross_entropy)
-register("linear_cross_entropy", "torch", chunked_loss.Pieces(torch_backend.cross_entropy))
+register("linear_cross_entropy", "torch", *chunked_loss.operators(chunked_loss.Pieces(torch_backend.cross_entropy)))
 
 
 @cast_inputs("hidden", "weight", "bias")
@@ -141,13 +142,18 @@ def linear_cross_entropy(
     check_device("targets", targets, "hidden", hidden)
     check(z_loss >= 0, lambda: f"z_loss = {z_loss}: must be at least 0")
     check(reduction in ("mean", "sum"), lambda: f"reduction = {reduction!r}: must be 'mean' or 'sum'")
-    name = choose("linear_cross_entropy", hidden.device, backend, dtype=hidden.dtype, columns=columns)
+    name = choose(
+        "linear_cross_entropy", hidden.device, backend,
+        dtype=hidden.dtype, size=size_class(targets.numel()), training=differentiated(hidden, weight, bias),
+        columns=columns,
+    )  # fmt: skip
     flat, flat_targets = hidden.reshape(targets.numel(), width), targets.reshape(-1)
-    if name == "reference":
+    forward = in_graph("linear_cross_entropy", name)
+    if forward is not None:
         if targets.device.type == "cpu" and not torch.compiler.is_compiling():  # there gather fails by itself
             chunked_loss.check_targets(flat_targets, columns, ignore_index)
-        loss = reference.linear_cross_entropy(flat, weight, bias, flat_targets, ignore_index, z_loss)
+        loss = forward(flat, weight, bias, flat_targets, ignore_index, z_loss)
     else:
-        with_grads = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))
+        with_grads = differentiated(hidden, weight, bias)
         loss, *_ = _LinearCrossEntropy.apply(flat, weight, bias, flat_targets, ignore_index, z_loss, with_grads, name)
     return loss if reduction == "sum" else loss / (flat_targets != ignore_index).sum().clamp(min=1)

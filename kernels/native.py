@@ -18,6 +18,10 @@ try:
 except ImportError as error:  # not built, or built for another Python
     MISSING = f"kernels._native cannot be imported ({error}); build it with `pip install -e .`"
 
+ISA_NAMES = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable")
+ISAS: list[Any] = [] if MISSING is not None else _native.isas()
+"""The CPU's kernels of each instruction set (`name`, `missing`: why not here, and the kernels), most capable first."""
+
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -48,7 +52,7 @@ def rotary_arguments(
     positions: Tensor | None,
     inverse: bool,
 ) -> tuple[object, ...]:
-    """The arguments of `_native.rotary_cpu` and `_native.rotary_cuda`, but for the last (threads or stream)."""
+    """The arguments of `Isa.rotary` (an entry of `ISAS`) and `_native.rotary_cuda`, but for the last (threads or stream)."""
     batch, seq, heads, head_dim = q.shape
     position_stride = positions.stride(0) if positions is not None and positions.dim() == 2 else 0
     return (

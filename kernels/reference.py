@@ -5,6 +5,8 @@ inputs' type. Every other backend is tested against this file.
 """
 
 import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -257,3 +259,54 @@ def linear_cross_entropy(
     picked = logits.gather(-1, torch.where(kept, targets, 0)[:, None])[:, 0]
     lse = torch.logsumexp(logits, -1)
     return torch.where(kept, lse - picked + z_loss * lse.square(), 0.0).sum()
+
+
+# ---------------------------------------------------------------------------------------------- the parallel block
+
+
+class Dropout(NamedTuple):
+    """p and the seed of a mask."""
+
+    p: float
+    seed: int
+
+
+class Steps(NamedTuple):
+    """What `parallel_block` is made of."""
+
+    layer_norm: Callable[..., Tensor]
+    """(x, weight, bias, eps) -> x's shape"""
+    linear: Callable[..., Tensor]
+    """(x, weight, bias) -> x W^T + b"""
+    rotary: Callable[..., tuple[Tensor, Tensor]]
+    """(q, k, cos, sin, positions=) -> q, k, turned"""
+    attention: Callable[..., Tensor]
+    """(q, k, v, cu_seqlens, dropout) -> q's shape; causal"""
+    gelu: Callable[..., Tensor]
+    """elementwise, the tanh form"""
+    dropout: Callable[..., Tensor]
+    """(y, dropout) -> y's shape"""
+
+
+def parallel_block(
+    steps: Steps, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
+    cos: Tensor, sin: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, heads: int, kv_heads: int,
+    head_dim: int, eps: float, attention_dropout: Dropout, residual_dropout: Dropout,
+    kv_cache: tuple[Tensor, Tensor, int] | None,
+) -> Tensor:  # fmt: skip
+    """phi-1's layer: attention and MLP side by side on one LayerNorm. See `kernels.parallel_block` for the arguments."""
+    batch, seq, _ = x.shape
+    z = steps.linear(steps.layer_norm(x, norm_weight, norm_bias, eps), w_in, b_in)
+    qkv, u = z.tensor_split([(heads + 2 * kv_heads) * head_dim], dim=-1)
+    q, k, v = qkv.unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=2)
+    q, k = steps.rotary(q, k, cos, sin, positions=positions)
+    if kv_cache is not None:  # keys and values of earlier tokens stand there, these are added
+        keys, values, length = kv_cache
+        keys[:batch, length : length + seq], values[:batch, length : length + seq] = k, v
+        k, v = keys[:batch, : length + seq], values[:batch, : length + seq]
+    if cu_seqlens is not None:  # documents of all sequences, one after another
+        q, k, v = (part.reshape(1, batch * seq, -1, head_dim) for part in (q, k, v))
+    attention = steps.attention(q, k, v, cu_seqlens, attention_dropout).reshape(batch, seq, heads * head_dim)
+    return x + steps.dropout(
+        steps.linear(torch.cat([attention, steps.gelu(u)], dim=-1), w_out, b_out), residual_dropout
+    )

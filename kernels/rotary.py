@@ -6,7 +6,8 @@ from torch import Tensor
 from kernels import reference
 from kernels.autograd import distinct
 from kernels.checks import check, check_device, check_dtype, check_float32, check_like, check_positions, check_rank
-from kernels.registry import choose, implementation, register
+from kernels.measured import size_class
+from kernels.registry import choose, differentiated, implementation, in_graph, register
 
 torch.library.define(
     "phi1::rotary",
@@ -19,7 +20,7 @@ def _rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     check_positions(positions, cos.shape[0])
-    return implementation("apply_rotary", backend)(q, k, cos, sin, positions, inverse)
+    return implementation("apply_rotary", backend).forward(q, k, cos, sin, positions, inverse)
 
 
 @torch.library.register_fake("phi1::rotary")
@@ -45,7 +46,8 @@ class _Rotary(torch.autograd.Function):
         return *turn(grad_q, grad_k, cos, sin, positions, not ctx.inverse, ctx.backend), None, None, None, None, None
 
 
-register("apply_rotary", "reference", reference.rotary)
+# (q, k, cos, sin, positions, inverse) -> q, k; the backward is the forward with the other `inverse`.
+register("apply_rotary", "reference", reference.rotary, reference.rotary, differentiable=True)
 # Plain PyTorch again, but in the caller's graph: torch.compile fuses it with its neighbours.
 register("apply_rotary", "torch", reference.rotary)
 
@@ -113,8 +115,11 @@ def apply_rotary(
         lambda: f"k.shape = {tuple(k.shape)}: must be ({batch}, {seq}, kv_heads, {head_dim}), q being {tuple(q.shape)}",
     )
     check_table(q, batch, seq, head_dim, cos, sin, positions)
-    name = choose("apply_rotary", q.device, backend, dtype=q.dtype)
-    if name == "torch" or (name == "reference" and not torch.compiler.is_compiling()):
+    name = choose(
+        "apply_rotary", q.device, backend, dtype=q.dtype, size=size_class(batch * seq), training=differentiated(q, k)
+    )
+    forward = in_graph("apply_rotary", name)
+    if forward is not None:
         check_positions(positions, cos.shape[0])
-        return reference.rotary(q, k, cos, sin, positions, False)
+        return forward(q, k, cos, sin, positions, False)
     return _Rotary.apply(*distinct(q, k, cos, sin), positions, False, name)

@@ -22,9 +22,18 @@ def attention_refuses(
 
 
 def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, scale: float,
+    dropout_p: float, dropout_seed: int, *, out: Tensor | None = None,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """`kernels.flash_attention` by scaled_dot_product_attention, without dropout; there is no log-sum-exp."""
+    result = _documents(q, k, v, cu_q, cu_k, causal, scale)
+    return result if out is None else out.copy_(result), None
+
+
+def _documents(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
-    """`kernels.flash_attention` by scaled_dot_product_attention; documents one after another."""
+    """Documents one after another."""
     if cu_q is None or cu_k is None:
         return _sdpa(q, k, v, causal, scale)
     starts_q = document_starts("cu_seqlens_q", cu_q, q.shape[1])

@@ -208,7 +208,12 @@ inline uint64_t bytes_at_least(vbytes value, uint32_t threshold) {
   return uint32_t(_mm256_movemask_epi8((__m256i)yes));
 #else
   uint64_t bits = 0;
-  for (int i = 0; i < 4 * kLanes; ++i) bits |= uint64_t(yes[i] & 1) << i;
+  for (int i = 0; i < 4 * kLanes; i += 8) {
+    uint64_t eight;
+    std::memcpy(&eight, reinterpret_cast<const char*>(&yes) + i, 8);
+    // The last bits of eight bytes side by side: byte j's goes to bit 56 + j, and no two meet.
+    bits |= ((eight & 0x0101010101010101u) * 0x0102040810204080u >> 56) << i;
+  }
   return bits;
 #endif
 #endif

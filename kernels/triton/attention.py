@@ -26,8 +26,9 @@ _forward, _dq, _dkv = tuned(forward_kernel, "forward"), tuned(dq_kernel, "dq"), 
 
 
 def _common(
-    loaded: tuple[Tensor, ...], cu_q: Tensor | None, causal: bool, scale: float, dropout_p: float, seed: int
-) -> tuple:
+    loaded: tuple[Tensor, ...], cu_q: Tensor | None, causal: bool, scale: float, dropout_p: float, seed: int,
+    by_descriptors: bool,
+) -> tuple:  # fmt: skip
     """The arguments from `documents` on, but for the candidate's; loaded: q, k, and what else is loaded by tiles.
 
     Packed documents are loaded by pointers: a descriptor would give a neighbour's rows for those past a document's end,
@@ -41,7 +42,7 @@ def _common(
         dropout_scale(dropout_p), threshold, *seed_words(seed),
         # Calls of one power of two share a winner; from 8,192 queries on the choice has settled.
         min(max(seqlen_q.bit_length(), 7), 14), head_dim, causal, threshold > 0, cu_q is not None,
-        cu_q is None and descriptors.allowed(*loaded),
+        by_descriptors and cu_q is None and descriptors.allowed(*loaded),
     )  # fmt: skip
 
 
@@ -70,7 +71,8 @@ def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-    causal: bool, scale: float, dropout_p: float, dropout_seed: int, *, out: Tensor | None = None,
+    causal: bool, scale: float, dropout_p: float, dropout_seed: int,
+    *, out: Tensor | None = None, by_descriptors: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) of `kernels.flash_attention`."""
     q, scale, _ = _positive(q, scale)
@@ -83,7 +85,7 @@ def attention_forward(
         _forward[_grid(q, cu_seqlens_q, "BLOCK_M")](
             q, k, v, result, lse, *_offsets(cu_seqlens_q, cu_seqlens_k, q, k),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *result.stride()[:3],
-            *_common((q, k, v), cu_seqlens_q, causal, scale, dropout_p, dropout_seed),
+            *_common((q, k, v), cu_seqlens_q, causal, scale, dropout_p, dropout_seed, by_descriptors),
         )  # fmt: skip
     return result if out is None or out is result else out.copy_(result), lse
 
@@ -92,7 +94,7 @@ def attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
     causal: bool, scale: float, dropout_p: float, dropout_seed: int,
-    *, grads: tuple[Tensor, Tensor, Tensor] | None = None,
+    *, grads: tuple[Tensor, Tensor, Tensor] | None = None, by_descriptors: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, in new tensors or in `grads` (contiguous last dims), bitwise reproducible."""
     q, scale, sign = _positive(q, scale)
@@ -103,7 +105,7 @@ def attention_backward(
     if cu_seqlens_q is not None:
         dq.zero_(), dk.zero_(), dv.zero_()
     cu = _offsets(cu_seqlens_q, cu_seqlens_k, q, k)
-    common = _common((q, k, v, grad_out), cu_seqlens_q, causal, scale, dropout_p, dropout_seed)
+    common = _common((q, k, v, grad_out), cu_seqlens_q, causal, scale, dropout_p, dropout_seed, by_descriptors)
     strides = [stride for x in (grad_out, q, k, v) for stride in x.stride()[:3]]
     with on_device(q.device):
         _dq[_grid(q, cu_seqlens_q, "BLOCK_M")](

@@ -106,8 +106,9 @@ bool run(DType dtype, const Shape& s, double tolerance, double& greatest) {
         const double log_sum = top == INFINITY ? top : std::log(sum) + top;
         if (sum == 0) sum = 1;
         auto keep = [&](int64_t j) {
-          return attention_kept(args.seed, args.dropout_threshold, problem * h + head, i, j) ? double(args.dropout_scale)
-                                                                                      : 0.0;
+          return attention_kept(args.seed, args.dropout_threshold, problem * h + head, i, j)
+                     ? double(args.dropout_scale)
+                     : 0.0;
         };
         for (int64_t j = 0; j < seen; ++j)
           for (int64_t e = 0; e < d; ++e) o[size_t(e)] += p[size_t(j)] / sum * keep(j) * load(v(bi, k0 + j, kv, e));

@@ -18,6 +18,9 @@ U = 2.0**-24
 EXP2 = 2.0**-18
 """Relative error of the least exact exp2, csrc/cpu/vector.h's short form."""
 
+FLUSHED = 2.0**-126
+"""A probability below it may be 0."""
+
 
 def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
@@ -70,7 +73,7 @@ def attention(
         of_row = of_score.amax(-1, keepdim=True) if n else torch.zeros_like(row)
         difference = log_p.abs().nan_to_num(posinf=0.0)
         x = of_score + of_row + (4 * difference + n) * U + 2 * EXP2
-        forward = _spread(log_p, x)
+        forward = _spread(log_p, x) + FLUSHED * seen
         p = torch.exp(log_p)
         # A row's probabilities sum to 1: the greatest is off by no more than what the others can be together.
         top = p.amax(-1, keepdim=True) if n else p
@@ -88,6 +91,7 @@ def attention(
 
         # Backward: P again, from an lse in float32.
         backward = _spread(log_p, of_score + of_lse[..., None] + 8 * U * finite.abs() + 4 * U * difference + 2 * EXP2)
+        backward = backward + FLUSHED * seen
         dp, of_dp = do @ vs.transpose(-1, -2), dim * U * (do.abs() @ vs.abs().transpose(-1, -2))
         delta = (do * o).sum(-1, keepdim=True)
         of_delta = (do.abs() * (of_o + dim * U * o.abs())).sum(-1, keepdim=True)
@@ -212,7 +216,7 @@ def loss(
         of_loss = (of_term * kept[:, None]).sum() + 2 * U * float((term * kept[:, None]).sum())
         log_p = logits - lse
         gap = log_p.abs().nan_to_num(posinf=0)
-        p, of_p = log_p.exp(), _spread(log_p, of_logits + of_lse + 4 * U * gap)
+        p, of_p = log_p.exp(), _spread(log_p, of_logits + of_lse + 4 * U * gap) + FLUSHED
         one_hot = torch.zeros_like(p).scatter_(1, index, 1.0)
         more = 1 + 2 * z_loss * lse
         d = (p * more - one_hot) * kept[:, None]

@@ -14,7 +14,7 @@ from typing import Any
 import bounds
 import error_rule
 import torch
-from cpu_isa import chosen, use_threads
+from cpu_isa import use_threads
 from hypothesis import strategies as st
 from memory import laid_out, layouts, poisoned_and_guarded
 from torch import Tensor
@@ -56,16 +56,13 @@ def _unchanged(*tensors: Tensor | None) -> Iterator[None]:
 
 def _runs(backend: str, threads: tuple[int, int], run: Callable[[str], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The results of run(backend name); on the CPU equal bits with either number of threads."""
-    with chosen(backend) as name:
-        with use_threads(threads[0]), poisoned_and_guarded():
-            found = run(name)
-        if is_cpu(backend):
-            with use_threads(threads[1]), poisoned_and_guarded():
-                again = run(name)
-            for key, value in found.items():
-                assert torch.equal(value.nan_to_num(nan=0.5), again[key].nan_to_num(nan=0.5)), (
-                    f"{key}: threads {threads}"
-                )
+    with use_threads(threads[0]), poisoned_and_guarded():
+        found = run(backend)
+    if is_cpu(backend):
+        with use_threads(threads[1]), poisoned_and_guarded():
+            again = run(backend)
+        for key, value in found.items():
+            assert torch.equal(value.nan_to_num(nan=0.5), again[key].nan_to_num(nan=0.5)), f"{key}: threads {threads}"
     return found
 
 

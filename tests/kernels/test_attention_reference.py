@@ -11,25 +11,25 @@ from kernels import flash_attention, reference
 
 
 def _philox(counter: list[int], seed: int) -> list[int]:
-    """Philox 4x32-10 on Python integers."""
+    """Philox 4x32-7 on Python integers."""
     c, k = list(counter), [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
-    for _ in range(10):
+    for _ in range(7):
         a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
         c = [b >> 32 ^ c[1] ^ k[0], b & 0xFFFFFFFF, a >> 32 ^ c[3] ^ k[1], a & 0xFFFFFFFF]
         k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
     return c
 
 
-# Known answers of Random123 (kat_vectors, philox4x32 10 rounds).
+# Known answers of Random123 (kat_vectors, philox4x32 7 rounds).
 @pytest.mark.parametrize(
     ("counter", "key", "answer"),
     [
-        ([0] * 4, 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-        ([0xFFFFFFFF] * 4, 0xFFFFFFFFFFFFFFFF, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        ([0] * 4, 0, [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]),
+        ([0xFFFFFFFF] * 4, 0xFFFFFFFFFFFFFFFF, [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]),
         (
             [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
             0x299F31D0A4093822,
-            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+            [0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A],
         ),
     ],
 )
@@ -39,26 +39,135 @@ def test_philox_known_answers(counter: list[int], key: int, answer: list[int]) -
     assert _philox(counter, key) == answer
 
 
-def test_dropout_keep_is_the_stated_layout() -> None:
-    plane, row = 5, 7
-    columns = torch.arange(100)
-    kept = reference.dropout_keep(SEED, 0, torch.tensor(plane), torch.tensor(row), columns, 0.3)
-    held = [0, 1, 8, 9, 16, 17, 24, 25]  # of one thread, in slot order
-    for column in range(100):
-        thread = column % 8 // 2
-        words = _philox([column // 32 * 4 + thread, row, plane, 0], SEED)
-        slot = held.index(column % 32 - 2 * thread)
-        value = words[slot // 2] >> (16 * (slot % 2)) & 0xFFFF
-        assert bool(kept[column]) == (value >= round(0.3 * 65536)), column
+def _attention_byte(seed: int, plane: int, query: int, key: int) -> int:
+    """The element's place among the 16 of a Philox call, looked up: queries {0, 1, 8, 9} + 2 b, keys {0, 1, 8, 9} + 2 d."""
+    held = [0, 1, 8, 9]
+    (a, b), (c, d) = (divmod(x // 16 * 4 + x % 8 // 2, 4) for x in (query, key))
+    i, j = held.index(query - 16 * a - 2 * b), held.index(key - 16 * c - 2 * d)
+    word, byte = 2 * (i % 2) + j % 2, 2 * (i // 2) + j // 2
+    return _philox([4 * c + d, 4 * a + b, plane, 0], seed)[word] >> (8 * byte) & 0xFF
 
 
-def test_dropout_keeps_the_stated_share() -> None:
-    row, column = torch.arange(512)[:, None], torch.arange(512)[None, :]
-    kept = reference.dropout_keep(SEED, 0, torch.tensor(0), row, column, 0.1)
-    # 262,144 draws at 0.9: standard deviation 0.0006.
-    assert abs(float(kept.double().mean()) - (1 - round(6553.6) / 65536)) < 5 * 0.0006
-    # Unbiased: the scale is one over the exact probability of being kept, not over 1 - p.
-    assert reference.dropout_scale(0.1) * (65536 - reference.dropout_threshold(0.1)) == 65536
+def test_attention_keep_is_the_stated_layout() -> None:
+    plane, query, key = 5, torch.arange(20, 40), torch.arange(50)
+    kept = reference.attention_keep(SEED, torch.tensor(plane), query[:, None], key[None, :], 0.3)
+    expected = [[_attention_byte(SEED, plane, i, j) >= 77 for j in key.tolist()] for i in query.tolist()]
+    assert kept.tolist() == expected
+
+
+def test_residual_keep_is_the_stated_layout() -> None:
+    kept = reference.residual_keep(SEED, 5, 30, 0.3, torch.device("cpu"))
+    for row in range(5):
+        for column in range(30):
+            words = _philox([column // 8, row // 2, 0, 1], SEED)
+            byte = b"".join(word.to_bytes(4, "little") for word in words)[8 * (row % 2) + column % 8]
+            assert bool(kept[row, column]) == (byte >= 77), (row, column)
+
+
+GOLDEN_ATTENTION = [
+    0xFA4417DA, 0x0AD6B100, 0xC51C823F, 0xD135C494, 0x3CB06889, 0x38762946, 0xD7F3126D, 0xF2262DCD,
+]  # fmt: skip
+GOLDEN_RESIDUAL = [0x09CD142E, 0xEBA792A8, 0x76EFED80, 0x2B85945E]
+"""Bit j of word i: is element (i, j) kept."""
+
+
+def test_dropout_masks_do_not_change() -> None:
+    """A training run that goes on draws the masks that it drew before: these bits are for ever."""
+    index = torch.arange(32)
+    kept = reference.attention_keep(0x123456789ABCDEF, torch.tensor(3), index[:8, None], index[None, :], 0.5)
+    found = [sum(int(bit) << j for j, bit in enumerate(row)) for row in kept.tolist()]
+    assert found == GOLDEN_ATTENTION
+    rows = reference.residual_keep(0x123456789ABCDEF, 4, 32, 0.5, torch.device("cpu")).tolist()
+    assert [sum(int(bit) << j for j, bit in enumerate(row)) for row in rows] == GOLDEN_RESIDUAL
+
+
+@pytest.mark.parametrize(
+    ("p", "threshold"), [(0.0, 0), (1e-9, 1), (0.002, 1), (0.1, 26), (0.125, 32), (0.5, 128), (0.999, 255), (1 - 1e-9, 255)]
+)  # fmt: skip
+def test_dropout_threshold_is_the_nearest_of_256(p: float, threshold: int) -> None:
+    """The least p drops something, the greatest not everything; the scale is one over the exact share that is kept."""
+    assert reference.dropout_threshold(p) == threshold
+    assert reference.dropout_scale(p) * (256 - threshold) == 256
+
+
+# ---------------------------------------------------------------------------------------------- statistics of the mask
+
+ROWS, COLUMNS = 512, 1024
+
+
+def _attention_mask(p: float, seed: int = SEED, plane: int = 2, rows: int = ROWS) -> Tensor:
+    row, column = torch.arange(rows)[:, None], torch.arange(COLUMNS)[None, :]
+    return reference.attention_keep(seed, torch.tensor(plane), row, column, p)
+
+
+def _residual_mask(p: float, seed: int = SEED, rows: int = ROWS) -> Tensor:
+    return reference.residual_keep(seed, rows, COLUMNS, p, torch.device("cpu"))
+
+
+MASKS = {"attention": _attention_mask, "residual": _residual_mask}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
+def test_dropout_drops_the_stated_share(name: str, p: float) -> None:
+    """In all, and of each place in a Philox call: within 5 standard deviations of a binomial distribution."""
+    dropped, share = ~MASKS[name](p), reference.dropout_threshold(p) / 256
+    deviation = (share * (1 - share)) ** 0.5
+    assert abs(float(dropped.double().mean()) - share) < 5 * deviation / (ROWS * COLUMNS) ** 0.5
+    places = dropped.double().unflatten(0, (-1, 16)).unflatten(2, (-1, 16)).mean((0, 2))  # each of 16 x 16
+    assert float((places - share).abs().max()) < 5 * deviation / (ROWS * COLUMNS / 256) ** 0.5
+
+
+def _dependence(a: Tensor, b: Tensor, share: float) -> float:
+    """Correlation of two masks in standard deviations of what independent ones have."""
+    x, y = (a.double() - (1 - share)).flatten(), (b.double() - (1 - share)).flatten()
+    return float((x * y).mean()) / (share * (1 - share)) * x.numel() ** 0.5
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_of_neighbours_is_independent(name: str, p: float) -> None:
+    """Of elements (down, right) apart, whether one Philox call, one word or calls with neighbouring counters drew them."""
+    kept, share = MASKS[name](p), reference.dropout_threshold(p) / 256
+    steps = [(i, j) for i in (0, 1, 2, 7, 8, 9, 16, 64) for j in (0, 1, 2, 4, 7, 8, 9, 16, 32, 64) if i or j]
+    for down, right in steps:
+        one, other = kept[: ROWS - down, : COLUMNS - right], kept[down:, right:]
+        assert abs(_dependence(one, other, share)) < 5, (down, right)
+        mirrored = kept[: ROWS - down, right:], kept[down:, : COLUMNS - right]
+        assert abs(_dependence(*mirrored, share)) < 5, (down, -right)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_of_other_seeds_planes_and_places_is_independent(p: float) -> None:
+    share = reference.dropout_threshold(p) / 256
+    masks = [_attention_mask(p), _residual_mask(p), _attention_mask(p).T.reshape(ROWS, COLUMNS)]
+    masks += [_attention_mask(p, SEED ^ 1 << bit) for bit in (0, 1, 31, 32, 52, 63)]
+    masks += [_attention_mask(p, plane=plane) for plane in (0, 1, 3, 1 << 20)]
+    masks += [_residual_mask(p, SEED ^ 1 << bit) for bit in (0, 32, 52)]
+    for i, one in enumerate(masks):
+        for j, other in enumerate(masks[:i]):
+            assert abs(_dependence(one, other, share)) < 5, (i, j)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_every_byte_is_as_frequent(name: str) -> None:
+    """Chi-square of the 256 values, which the masks of all thresholds give: 255 degrees of freedom, 5 deviations."""
+    value = sum(MASKS[name](threshold / 256, rows=64).long() for threshold in range(1, 256))
+    assert isinstance(value, Tensor)
+    counts, expected = torch.bincount(value.flatten(), minlength=256).double(), value.numel() / 256
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    assert abs(chi_square - 255) < 5 * (2 * 255) ** 0.5
+
+
+def test_statistics_notice_a_call_for_32_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share is right; but elements 16 keys apart would be dropped together."""
+    keep = reference.attention_keep
+    monkeypatch.setattr(
+        reference, "attention_keep", lambda *args: keep(*args[:3], args[3] // 32 * 32 + args[3] % 16, args[4])
+    )
+    test_dropout_drops_the_stated_share("attention", 0.5)
+    with pytest.raises(AssertionError, match="16"):
+        test_dropout_of_neighbours_is_independent("attention", 0.5)
 
 
 def _by_definition(
@@ -79,12 +188,9 @@ def _by_definition(
                 weights = scores.exp() / scores.exp().sum()
                 row = torch.zeros(q.shape[2], dtype=q.dtype)
                 for j, weight in zip(seen, weights, strict=True):
-                    thread = j % 8 // 2
-                    words = _philox([j // 32 * 4 + thread, i, document * heads + head, 0], SEED)
-                    slot = [0, 1, 8, 9, 16, 17, 24, 25].index(j % 32 - 2 * thread)
-                    threshold = round(p * 65536)
-                    if words[slot // 2] >> (16 * (slot % 2)) & 0xFFFF >= threshold:
-                        row = row + weight * (65536 / (65536 - threshold)) * v[first_k + j, head // group]
+                    threshold = round(256 * p)
+                    if _attention_byte(SEED, document * heads + head, i, j) >= threshold:
+                        row = row + weight * (256 / (256 - threshold)) * v[first_k + j, head // group]
                 out = out.index_put((torch.tensor(first_q + i), torch.tensor(head)), row)
         first_q, first_k = first_q + m, first_k + n
     return out, lse

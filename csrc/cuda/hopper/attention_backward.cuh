@@ -87,10 +87,9 @@ PHI1_DEVICE void load_key_grad(const ScheduledArgs& scheduled, const R& rings, i
   Loader loader{thread};
   Turn<Sizes::kPlaces> k_turn;
   Turn<Sizes::kStages> q_turn, grad_turn;
-  Works<false, Sizes::kKeys> works{scheduled};
-  for (Work work; works.next(work);) {
+  for_each_work<false, Sizes::kKeys>(scheduled, [&](const Work& work) {
     const QueryTiles<Sizes> tiles(args, work);
-    if (tiles.steps() == 0) continue;
+    if (tiles.steps() == 0) return;
     const Rows k{head_data(args, args.k, work, work.head, work.k_row), args.k.seq_stride};
     const Rows v{head_data(args, args.v, work, work.head, work.k_row), args.v.seq_stride};
     loader.load(rings.a, k_turn, [&](uint32_t to) {
@@ -115,7 +114,7 @@ PHI1_DEVICE void load_key_grad(const ScheduledArgs& scheduled, const R& rings, i
     }
     // With one place the next K waits until this one was read, for which the last tile must be there.
     if (Sizes::kPlaces == 1) loader.finish();
-  }
+  });
   loader.finish();
 }
 
@@ -131,8 +130,7 @@ PHI1_DEVICE void compute_key_grad(const ScheduledArgs& scheduled, const R& rings
   Turn<Sizes::kPlaces> k_turn;
   Turn<Sizes::kStages> turn;  // of Q and of dO
 
-  Works<false, Sizes::kKeys> works{scheduled};
-  for (Work work; works.next(work);) {
+  for_each_work<false, Sizes::kKeys>(scheduled, [&](const Work& work) {
     const QueryTiles<Sizes> tiles(args, work);
     const int visible = visible_keys(args, work), row = work.first + warp_row;
     float grad_k[kHeadDim / 8][4], grad_v[kHeadDim / 8][4], p[kN][4], ds[kN][4];
@@ -228,7 +226,7 @@ PHI1_DEVICE void compute_key_grad(const ScheduledArgs& scheduled, const R& rings
     };
     store(grad_k, args.scale, args.grad_k);
     store(grad_v, args.dropout_scale, args.grad_v);
-  }
+  });
 }
 
 // grid: a block for each multiprocessor; block: BackwardThreads::kThreads.
@@ -258,10 +256,9 @@ PHI1_DEVICE void load_query_grad(const ScheduledArgs& scheduled, const R& rings,
   Loader loader{thread};
   Turn<Sizes::kPlaces> q_turn;
   Turn<Sizes::kStages> k_turn, v_turn;
-  Works<true, Sizes::kQueries> works{scheduled};
-  for (Work work; works.next(work);) {
+  for_each_work<true, Sizes::kQueries>(scheduled, [&](const Work& work) {
     const int tiles = key_tiles<Sizes::kQueries, Sizes::kKeys>(args, work);
-    if (tiles == 0) continue;
+    if (tiles == 0) return;
     const int kv_head = int(work.head / (args.heads / args.kv_heads));
     const Rows q{head_data(args, args.q, work, work.head, work.q_row), args.q.seq_stride};
     const Rows grad{head_data(args, args.grad_out, work, work.head, work.q_row), args.grad_out.seq_stride};
@@ -277,7 +274,7 @@ PHI1_DEVICE void load_query_grad(const ScheduledArgs& scheduled, const R& rings,
       loader.load(rings.c, v_turn, [&](uint32_t to) { Sizes::K::load(to, v, key, work.seqlen_k, thread); });
     }
     if (Sizes::kPlaces == 1) loader.finish();
-  }
+  });
   loader.finish();
 }
 
@@ -293,8 +290,7 @@ PHI1_DEVICE void compute_query_grad(const ScheduledArgs& scheduled, const R& rin
   Turn<Sizes::kPlaces> q_turn;
   Turn<Sizes::kStages> turn;  // of K and of V
 
-  Works<true, Sizes::kQueries> works{scheduled};
-  for (Work work; works.next(work);) {
+  for_each_work<true, Sizes::kQueries>(scheduled, [&](const Work& work) {
     const int tiles = key_tiles<Sizes::kQueries, Sizes::kKeys>(args, work), visible = visible_keys(args, work);
     const int row = work.first + warp_row;
     float grad_q[kHeadDim / 8][4], p[kN][4], ds[kN][4];
@@ -355,7 +351,7 @@ PHI1_DEVICE void compute_query_grad(const ScheduledArgs& scheduled, const R& rin
     const float factor[2] = {args.scale, args.scale};
     uint16_t* const to = head_data(args, args.grad_q, work, work.head, work.q_row) + row * args.grad_q.seq_stride;
     store_rows<T>(grad_q, factor, to, args.grad_q.seq_stride, work.seqlen_q - row);
-  }
+  });
 }
 
 template <typename T, int kHeadDim>

@@ -3,17 +3,17 @@
 // As FlashAttention-3 (arXiv 2407.08608) lays it out: a warpgroup that loads, two that compute 64 query rows each. A
 // computing warpgroup issues Q K^T of the next tile before P V of this one, so that the softmax of the one runs under
 // the product of the other; the two warpgroups take turns at issuing, so that the softmax of the one runs under the
-// products of the other, too. The next tile may be the next work's first: the stream of tiles does not end with a work.
+// products of the other, too.
 #pragma once
 
 #include "cuda/hopper/attention.cuh"
 
 namespace phi1::cuda::hopper {
 
-// Tile sizes. Shared memory: 2 Q + kStages (K + V).
+// Tile sizes. Shared memory: Q + kStages (K + V).
 //   head_dim   queries x keys   stages   shared memory
-//   64         128 x 128        3        32 +  96 = 128 KiB
-//   128        128 x 128        2        64 + 128 = 192 KiB
+//   64         128 x 128        3        16 +  96 = 112 KiB
+//   128        128 x 128        2        32 + 128 = 160 KiB
 // Registers of a computing thread at head_dim 64 / 128: scores 64, P 32, out 32 / 64.
 template <int kHeadDim>
 struct ForwardTile {
@@ -21,13 +21,12 @@ struct ForwardTile {
   static constexpr int kQueries = 64 * kComputing, kKeys = 128, kStages = kHeadDim == 128 ? 2 : 3;
   static constexpr int kThreads = kWarpgroup * (1 + kComputing);
   // 65,536 in all: launched with 168 each, the loading warpgroup gives to the others.
-  static constexpr int kLoadingRegisters = 32, kComputingRegisters = kComputing == 2 ? 240 : 160;
-  static constexpr bool kTakeTurns = true;          // at issuing products
-  static constexpr bool kCrosses = kHeadDim == 64;  // from one work to the next; at head_dim 128 ptxas spills 136 bytes
+  static constexpr int kLoadingRegisters = 40, kComputingRegisters = kComputing == 2 ? 232 : 152;
+  static constexpr bool kTakeTurns = true;  // at issuing products
 
   using Q = Tile<kQueries, kHeadDim>;
   using K = Tile<kKeys, kHeadDim>;  // and V
-  using QRing = Ring<2, Q::kBytes>;
+  using QRing = Ring<1, Q::kBytes>;
   using KRing = Ring<kStages, K::kBytes>;
   static constexpr int kBarriers = QRing::kSharedBytes + 2 * KRing::kSharedBytes;  // where they start
   static constexpr int kSharedBytes = kBarriers + QRing::kBarrierBytes + 2 * KRing::kBarrierBytes;
@@ -91,34 +90,30 @@ struct Softmax {
 template <int kHeadDim>
 PHI1_DEVICE void load_forward(const ScheduledArgs& scheduled, const Forward<kHeadDim>& shared, int thread) {
   using Sizes = ForwardTile<kHeadDim>;
-  using K = typename Sizes::K;
   const AttentionArgs& args = scheduled.attention;
   Loader loader{thread};
-  Turn<2> q_turn;
+  Turn<1> q_turn;
   Turn<Sizes::kStages> k_turn, v_turn;
-  Rows v{};  // of the work whose V follows
-  int v_end = 0;
-  const auto load_v = [&](int tile) {
-    loader.load(shared.v_ring, v_turn, [&](uint32_t to) { K::load(to, v, tile * Sizes::kKeys, v_end, thread); });
-  };
-  Works<true, Sizes::kQueries> works{scheduled};
-  for (Work work; works.next(work);) {
+  for_each_work<true, Sizes::kQueries>(scheduled, [&](const Work& work) {
     const int tiles = key_tiles<Sizes::kQueries, Sizes::kKeys>(args, work);
-    if (tiles == 0) continue;
+    if (tiles == 0) return;
     const int kv_head = int(work.head / (args.heads / args.kv_heads));
     const Rows q{head_data(args, args.q, work, work.head, work.q_row), args.q.seq_stride};
     const Rows k{head_data(args, args.k, work, kv_head, work.k_row), args.k.seq_stride};
+    const Rows v{head_data(args, args.v, work, kv_head, work.k_row), args.v.seq_stride};
     const auto load_k = [&](int tile) {
       loader.load(shared.k_ring, k_turn,
-                  [&](uint32_t to) { K::load(to, k, tile * Sizes::kKeys, work.seqlen_k, thread); });
+                  [&](uint32_t to) { Sizes::K::load(to, k, tile * Sizes::kKeys, work.seqlen_k, thread); });
+    };
+    const auto load_v = [&](int tile) {
+      loader.load(shared.v_ring, v_turn,
+                  [&](uint32_t to) { Sizes::K::load(to, v, tile * Sizes::kKeys, work.seqlen_k, thread); });
     };
     loader.load(shared.q_ring, q_turn, [&](uint32_t to) { Sizes::Q::load(to, q, work.first, work.seqlen_q, thread); });
     load_k(tiles - 1);
-    if (v_end > 0) load_v(0);  // the last of the work before
-    v = {head_data(args, args.v, work, kv_head, work.k_row), args.v.seq_stride}, v_end = work.seqlen_k;
     for (int tile = tiles - 2; tile >= 0; --tile) load_k(tile), load_v(tile + 1);
-  }
-  if (v_end > 0) load_v(0);
+    load_v(0);
+  });
   loader.finish();
 }
 
@@ -130,7 +125,7 @@ PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<k
   const AttentionArgs& args = scheduled.attention;
   const int g = lane_index() / 4, t = lane_index() % 4;
   const int warp_row = 64 * group + warp_index() % 4 * 16;  // in the tile
-  Turn<2> q_turn;
+  Turn<1> q_turn;
   Turn<Sizes::kStages> k_turn, v_turn;
 
   // Named barrier 1 + i: warpgroup i may issue. Warpgroup 0 starts, and the last one to have issued hands on to it.
@@ -143,132 +138,92 @@ PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<k
   };
   if (group == Sizes::kComputing - 1) next_turn();
 
-  float out[kHeadDim / 8][4], s[kN][4], correction[2];
-  uint32_t p[kN / 2][4];
-  Softmax softmax{args.scale * kLog2e};
-
-  // Writes the warp's rows of work number `index`, found once more: to keep it would take registers all along.
-  const auto finish = [&](int index, const Softmax& done, const float (&acc)[kHeadDim / 8][4]) {
-    Work work;
-    find_work<true, Sizes::kQueries>(scheduled, index, work);
-    const int row = work.first + warp_row;
-    float* const lse = args.lse + stats_row(args, work, work.head);
-    float factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float total = done.sum[half];
-      total += shfl_xor(total, 1);
-      total += shfl_xor(total, 2);
-      factor[half] = total == 0.0f ? 0.0f : args.dropout_scale / total;
-      const int query = row + 8 * half + g;
-      if (t == 0 && query < work.seqlen_q) st_global(lse + query, log_sum_exp(done.most[half] * args.scale, total));
-    }
-    uint16_t* const to = head_data(args, args.out, work, work.head, work.q_row) + row * args.out.seq_stride;
-    store_rows<T>(acc, factor, to, args.out.seq_stride, work.seqlen_q - row);
-  };
-  // The next work that sees a key, and the number of its last tile of keys. Works that see none are finished at once.
-  Works<true, Sizes::kQueries> works{scheduled};
-  const auto next_work = [&](Work& work, int& tile) {
-    while (works.next(work)) {
-      tile = key_tiles<Sizes::kQueries, Sizes::kKeys>(args, work) - 1;
-      if (tile >= 0) return true;
-      const float nothing[kHeadDim / 8][4] = {};
-      finish(works.index, Softmax{softmax.scale}, nothing);
-    }
-    return false;
-  };
-  // The raw scores of a tile become exponentials, hidden and dropped.
-  const auto exponentials = [&](const Work& work, int tile) {
-    const int column = tile * Sizes::kKeys, visible = visible_keys(args, work);
+  for_each_work<true, Sizes::kQueries>(scheduled, [&](const Work& work) {
+    const int tiles = key_tiles<Sizes::kQueries, Sizes::kKeys>(args, work), visible = visible_keys(args, work);
     const int row = work.first + warp_row;  // the warp's first, in the sequence
-    // Only tiles on the diagonal, or over the end of the keys, have something to hide.
-    if (column + Sizes::kKeys > minimum(work.seqlen_k, row + visible)) {
-      const int first = row + g + visible;
-      const int limit[2] = {minimum(work.seqlen_k, first) - column - 2 * t,
-                            minimum(work.seqlen_k, first + 8) - column - 2 * t};
-      hide_from(limit, -kInfinity, s);
-    }
-    softmax.update(s, correction);
-    if (args.dropout_threshold)  // the scale is applied at the end
-      drop(args, work.batch * int(args.heads) + work.head, row, column, as_tiles<kN>(s));
-  };
-  const auto issue_scores = [&] {
-    shared.k_ring.wait_full(k_turn);
-    wgmma_fence();
-    product_rows<T, typename Sizes::Q, typename Sizes::K, kHeadDim>(s, shared.q_ring.tile(q_turn), 64 * group,
-                                                                    shared.k_ring.tile(k_turn));
-    wgmma_commit();
-  };
-  const auto issue_out = [&] {
-    shared.v_ring.wait_full(v_turn);
-    wgmma_fence();
-    product_columns<T, typename Sizes::K>(out, p, shared.v_ring.tile(v_turn));
-    wgmma_commit();
-  };
-  const auto release_k = [&] {
-    shared.k_ring.release(k_turn);
-    k_turn.next();
-  };
-  const auto release_v = [&] {
-    shared.v_ring.release(v_turn);
-    v_turn.next();
-  };
-  const auto release_q = [&] {
-    shared.q_ring.release(q_turn);
-    q_turn.next();
-  };
+    float out[kHeadDim / 8][4], s[kN][4], correction[2];
+    uint32_t p[kN / 2][4];
+    Softmax softmax{args.scale * kLog2e};
+    clear(as_tiles(out));
 
-  clear(as_tiles<kHeadDim / 8>(out));
-  Work work;
-  int tile;
-  while (next_work(work, tile)) {
-    shared.q_ring.wait_full(q_turn);
-    my_turn();
-    issue_scores();
-    next_turn();
-    wgmma_wait<0>(s);
-    release_k();
-    exponentials(work, tile);
-    round_to<T>(p, s);
-    int done;  // number of the work that p belongs to
-    while (true) {
-      // p is of one tile; what comes after it is the same work's next tile, or another work's first.
-      const bool crosses = --tile < 0;
-      done = works.index;
-      if (crosses) {
-        release_q();
-        if (!Sizes::kCrosses || !next_work(work, tile)) break;
-        shared.q_ring.wait_full(q_turn);
+    // The raw scores of a tile become exponentials, hidden and dropped.
+    const auto exponentials = [&](int tile) {
+      const int column = tile * Sizes::kKeys;
+      // Only tiles on the diagonal, or over the end of the keys, have something to hide.
+      if (column + Sizes::kKeys > minimum(work.seqlen_k, row + visible)) {
+        const int first = row + g + visible;
+        const int limit[2] = {minimum(work.seqlen_k, first) - column - 2 * t,
+                              minimum(work.seqlen_k, first + 8) - column - 2 * t};
+        hide_from(limit, -kInfinity, s);
       }
+      softmax.update(s, correction);
+      if (args.dropout_threshold)  // the scale is applied at the end
+        drop(args, work.batch * int(args.heads) + work.head, row, column, as_tiles<kN>(s));
+    };
+    const auto issue_scores = [&] {
+      shared.k_ring.wait_full(k_turn);
+      wgmma_fence();
+      product_rows<T, typename Sizes::Q, typename Sizes::K, kHeadDim>(s, shared.q_ring.tile(q_turn), 64 * group,
+                                                                      shared.k_ring.tile(k_turn));
+      wgmma_commit();
+    };
+    const auto issue_out = [&] {
+      shared.v_ring.wait_full(v_turn);
+      wgmma_fence();
+      product_columns<T, typename Sizes::K>(out, p, shared.v_ring.tile(v_turn));
+      wgmma_commit();
+    };
+
+    if (tiles > 0) {
+      shared.q_ring.wait_full(q_turn);
       my_turn();
-      issue_scores();  // of what comes after
-      issue_out();     // of p
+      issue_scores();
       next_turn();
-      wgmma_wait<1>(s);
-      release_k();
-      const Softmax before = softmax;
-      if (crosses) softmax = Softmax{softmax.scale};
-      exponentials(work, tile);
-      wgmma_wait<0>(out);
-      release_v();
-      if (crosses) {
-        finish(done, before, out);
-        clear(as_tiles<kHeadDim / 8>(out));
-      } else {
+      wgmma_wait<0>(s);
+      shared.k_ring.release(k_turn);
+      k_turn.next();
+      exponentials(tiles - 1);
+      round_to<T>(p, s);
+      for (int tile = tiles - 2; tile >= 0; --tile) {
+        my_turn();
+        issue_scores();  // of this tile
+        issue_out();     // of the tile before
+        next_turn();
+        wgmma_wait<1>(s);
+        shared.k_ring.release(k_turn);
+        k_turn.next();
+        exponentials(tile);
+        wgmma_wait<0>(out);
+        shared.v_ring.release(v_turn);
+        v_turn.next();
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) out[n][i] *= correction[i / 2];
+        round_to<T>(p, s);
       }
-      round_to<T>(p, s);
+      shared.q_ring.release(q_turn);
+      q_turn.next();
+      issue_out();
+      wgmma_wait<0>(out);
+      shared.v_ring.release(v_turn);
+      v_turn.next();
     }
-    issue_out();
-    wgmma_wait<0>(out);
-    release_v();
-    finish(done, softmax, out);
-    clear(as_tiles<kHeadDim / 8>(out));
-    softmax = Softmax{softmax.scale};
-  }
+
+    float* const lse = args.lse + stats_row(args, work, work.head);
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float total = softmax.sum[half];
+      total += shfl_xor(total, 1);
+      total += shfl_xor(total, 2);
+      factor[half] = total == 0.0f ? 0.0f : args.dropout_scale / total;
+      const int query = row + 8 * half + g;
+      if (t == 0 && query < work.seqlen_q) st_global(lse + query, log_sum_exp(softmax.most[half] * args.scale, total));
+    }
+    uint16_t* const to = head_data(args, args.out, work, work.head, work.q_row) + row * args.out.seq_stride;
+    store_rows<T>(out, factor, to, args.out.seq_stride, work.seqlen_q - row);
+  });
   if (group == 0) my_turn();  // the last one handed on is taken
 }
 

@@ -52,20 +52,13 @@ PHI1_DEVICE bool find_work(const ScheduledArgs& scheduled, int index, Work& work
   return true;
 }
 
-// This block's tiles, one after the other.
-template <bool kQueries, int kRows>
-struct Works {
-  const ScheduledArgs& scheduled;
-  int index = block_index() - block_count();  // of the last one that was found
-
-  // Finds the next; false: there is none.
-  PHI1_DEVICE bool next(Work& work) {
-    do {
-      index += block_count();
-      if (index >= scheduled.works) return false;
-    } while (!find_work<kQueries, kRows>(scheduled, index, work));
-    return true;
+// Calls f(work) for each of this block's tiles.
+template <bool kQueries, int kRows, typename F>
+PHI1_DEVICE void for_each_work(const ScheduledArgs& scheduled, F f) {
+  for (int index = block_index(); index < scheduled.works; index += block_count()) {
+    Work work;
+    if (find_work<kQueries, kRows>(scheduled, index, work)) f(work);
   }
-};
+}
 
 }  // namespace phi1::cuda::hopper
