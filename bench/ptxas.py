@@ -2,8 +2,8 @@
 
     python bench/ptxas.py            writes bench/results/ptxas.md
 
-Exit status 1 if a kernel spills, or if ptxas warns that it ignores setmaxnreg (C7508), makes wgmma wait for each other
-(C7510) or had to add a wgmma.fence (C7519), or if a kernel of csrc/cuda/hopper has no HGMMA, which is wgmma as assembled.
+Exit status 1 if a kernel spills, or if ptxas remarks that it ignores setmaxnreg (C7508), makes wgmma wait for each other
+(C7510, C7512, C7514) or had to add a wait or a fence (C7517, C7519), or if a kernel of csrc/cuda/hopper has no HGMMA, which is wgmma as assembled.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 ARCHS = ("sm_80", "sm_90a")
-REMARKS = ("C7508", "C7510", "C7519")
+REMARKS = ("C7508", "C7510", "C7512", "C7514", "C7517", "C7519")
 
 # Shared memory of a multiprocessor in bytes (CUDA C++ Programming Guide, technical specifications per compute
 # capability). Of both: 65,536 registers, 2,048 threads, 32 blocks; the system takes 1 KiB of shared memory a block,
@@ -34,6 +34,7 @@ _SIZES = r"""
 #include "cuda/attention_forward.cuh"
 #include "cuda/block.cuh"
 #include "cuda/cross_entropy.cuh"
+#include "cuda/hopper/attention_backward.cuh"
 #include "cuda/hopper/attention_forward.cuh"
 #include "cuda/layer_norm.cuh"
 #include "cuda/rotary.cuh"
@@ -49,6 +50,8 @@ template <typename Sizes> void print_hopper(const char* name, int head_dim) {
 }
 template <int kHeadDim> void hopper_attention() {
   print_hopper<hopper::ForwardTile<kHeadDim>>("attention_forward", kHeadDim);
+  print_hopper<hopper::KeyGradTile<kHeadDim>>("attention_key_grad", kHeadDim);
+  print_hopper<hopper::QueryGradTile<kHeadDim>>("attention_query_grad", kHeadDim);
 }
 int main() {
   hopper_attention<64>(), hopper_attention<128>();

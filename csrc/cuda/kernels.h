@@ -12,6 +12,7 @@ namespace phi1::cuda {
 void rotary(const RotaryArgs& args, void* stream);
 void attention_forward(const AttentionArgs& args, void* stream);
 void attention_backward(const AttentionArgs& args, void* stream);
+void attention_row_stats(const AttentionArgs& args, void* stream);  // what every version of the backward begins with
 namespace hopper {  // compute capability 9.0a, head_dim 64 and 128; a build may lack it
 void attention_forward(const AttentionArgs& args, void* stream);
 void attention_backward(const AttentionArgs& args, void* stream);

@@ -43,6 +43,8 @@ void entry() { block->live(); }
 
 Reader& reader(size_t word, int warp) { return readers[word * reader_warps + size_t(warp)]; }
 
+int launch_registers(int threads) { return std::min(65536 / threads / 8 * 8, 255); }
+
 void join(Knowledge& mine, const Knowledge& other) {
   for (size_t i = 0; i < mine.size(); ++i) mine[i] = std::max(mine[i], other[i]);
 }
@@ -73,7 +75,7 @@ void Block::run() {
   knowledge_.assign(size_t(threads), Knowledge(2 * reader_warps, first_tick_));
   for (Warp& warp : warps_) {
     warp.tick = warp.waits = first_tick_;
-    warp.registers = std::min(65536 / threads / 8 * 8, 255);
+    warp.registers = launch_registers(threads);
   }
   for (int t = 0; t < threads; ++t) {
     Lane& lane = lanes_[size_t(t)];
@@ -150,7 +152,14 @@ Lane* Block::next() {
       std::string what = "divergence: no thread can go on;";
       for (int w = 1; w < kWaits; ++w)
         if (waiting[w]) what += " " + std::to_string(waiting[w]) + " wait at " + name_of(Wait(w)) + ",";
-      fail(what + " " + std::to_string(done_) + " have exited");
+      what += " " + std::to_string(done_) + " have exited";
+      if (waiting[int(Wait::setmaxnreg)]) {
+        int taken = 0;
+        for (const Warp& warp : warps_) taken += 32 * warp.registers;
+        what += "; of " + std::to_string(launch_registers(launch.threads) * launch.threads) +
+                " registers that the block was launched with " + std::to_string(taken) + " are taken";
+      }
+      fail(what);
     }
     running_warp_ = candidates[random() % uint64_t(n)];
     burst_ = 1 << random() % 14;

@@ -36,6 +36,9 @@ using Knowledge = std::vector<Tick>;
 
 void join(Knowledge& mine, const Knowledge& other);
 
+// Registers a thread of a block that has a multiprocessor to itself, __launch_bounds__(threads, 1): a multiple of 8.
+int launch_registers(int threads);
+
 // What a lane brings to a warp-wide instruction.
 struct Operands {
   void* d;

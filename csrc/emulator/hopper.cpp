@@ -131,10 +131,12 @@ void setmaxnreg(int registers, bool increase) {
                 for (int thread : block->hopper.want_registers) block->wake(thread);
                 block->hopper.want_registers.clear();
               });
+  // The pool is what the block was launched with, not all that a multiprocessor has.
+  const int pool = launch_registers(block->launch.threads) * block->launch.threads;
   while (block->warp().registers != registers) {
     int taken = 0;
     for (const Warp& warp : block->warps()) taken += 32 * warp.registers;
-    if (taken + 32 * (registers - block->warp().registers) <= 65536) {
+    if (taken + 32 * (registers - block->warp().registers) <= pool) {
       block->warp().registers = registers;
     } else {
       block->hopper.want_registers.push_back(block->current->thread);

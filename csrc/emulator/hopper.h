@@ -11,7 +11,7 @@
 //                    use before init (and a barrier after it), ordinary access, arrivals left over at the end
 //   named barriers   counts that differ, number 0, whole warps only, arrivals left over at the end
 //   setmaxnreg       a decrease that increases and the reverse, counts that the instruction does not take; an increase
-//                    waits for what others give back
+//                    waits for what others give back of what the block was launched with (168 a thread of 384: 64,512)
 //
 // Memory is ordered by barriers and by mbarrier arrive -> wait. A lane that arrives releases its own accesses, and
 // those of its warp if a barrier of all lanes (bar.warp.sync) came after them.

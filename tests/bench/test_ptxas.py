@@ -23,14 +23,19 @@ def test_no_kernel_has_a_fault():
     # cross_entropy: 2 kernels, 3 dtypes; attention: 4 kernels, 2 dtypes, 3 head_dims
     hopper = [k for k in kernels if k.name.startswith("hopper_")]
     assert len(kernels) - len(hopper) == (3 + 4 * 3 + (3 + 2 * 2) * 3 + 2 * 3 + 4 * 2 * 3) * len(ptxas.ARCHS)
-    assert len(hopper) == 2 * 2  # forward, 2 dtypes, 2 head_dims
+    assert len(hopper) == 3 * 2 * 2  # forward, dK and dV, dQ, 2 dtypes, 2 head_dims
     assert [(k, k.fault()) for k in kernels if k.fault()] == []
     others = [k for k in kernels if k not in hopper]
     assert all(k.blocks() >= 2 for k in others), "a block alone on a multiprocessor cannot hide its own barriers"
     assert all(k.blocks() == 1 for k in hopper), "one block has all registers"
-    # A step of 16 for each wgmma. Scores: first tile and loop, head_dim / 16 each; P V: loop and last tile, 128 keys.
-    expected = {64: 2 * 4 + 2 * 8, 128: 2 * 8 + 2 * 8}
-    assert all(k.hgmma in (None, expected[k.head_dim]) for k in hopper)
+    # A wgmma for each 16 of the sum. Forward: scores and P V in the loop, scores of the first tile, P V of the last, 128
+    # keys. dK and dV: two over head_dim, two over 64 queries. dQ: two over head_dim, one over 128 keys (64).
+    expected = {
+        "hopper_attention_forward": {64: 2 * (4 + 8), 128: 2 * (8 + 8)},
+        "hopper_attention_key_grad": {64: 2 * 4 + 2 * 4, 128: 2 * 8 + 2 * 4},
+        "hopper_attention_query_grad": {64: 2 * 4 + 8, 128: 2 * 8 + 4},
+    }
+    assert all(k.hgmma in (None, expected[k.name][k.head_dim]) for k in hopper)
 
 
 def test_a_fault_is_named():

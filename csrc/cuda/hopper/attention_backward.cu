@@ -1,4 +1,3 @@
-#include "cuda/attention_backward_launch.h"
 #include "cuda/hopper/attention_backward.cuh"
 #include "cuda/hopper/launch.h"
 #include "cuda/kernels.h"
@@ -6,10 +5,10 @@
 namespace phi1::cuda::hopper {
 
 void attention_backward(const AttentionArgs& args, void* stream) {
+  attention_row_stats(args, stream);
   hopper::dispatch(args, [&](auto element, auto head_dim) {
     using T = decltype(element);
     constexpr int kHeadDim = decltype(head_dim)::value;
-    launch_row_stats<T, kHeadDim>(args, stream);
     launch_keys<hopper::KeyGradTile<kHeadDim>>(
         "hopper_attention_key_grad", hopper::attention_key_grad_kernel<T, kHeadDim>, args, stream,
         {query_region(args, args.q), key_region(args, args.k), key_region(args, args.v),

@@ -11,19 +11,21 @@
 
 namespace phi1::cuda::hopper {
 
-// What both kernels are launched with.
+// What both kernels are launched with: 168 registers a thread, 64,512 in all. The loading warpgroup gives some to the
+// others.
 struct BackwardThreads {
   static constexpr int kComputing = 2;  // warpgroups
   static constexpr int kThreads = kWarpgroup * (1 + kComputing);
-  static constexpr int kLoadingRegisters = 32, kComputingRegisters = 240;
 };
 
 // Tile sizes of dK, dV. Shared memory: kPlaces (K + V) + kStages (Q + rows' numbers + dO).
 //   head_dim   keys x queries   places   stages   shared memory                     registers of a thread
 //   64         128 x 64         2        4        64 + 4 ( 8 + 1 +  8) = 132 KiB    P, dS 64 + 32; dK, dV  64
 //   128        128 x 64         1        3        64 + 3 (16 + 1 + 16) = 163 KiB    P, dS 64 + 32; dK, dV 128
+// The computing threads take all registers that there are: at head_dim 128 with 232 ptxas serialises wgmma (C7512).
 template <int kHeadDim>
 struct KeyGradTile : BackwardThreads {
+  static constexpr int kLoadingRegisters = 24, kComputingRegisters = 240, kUnroll = 1;
   static constexpr int kKeys = 64 * kComputing, kQueries = 64;
   static constexpr int kPlaces = kHeadDim == 128 ? 1 : 2, kStages = kHeadDim == 128 ? 3 : 4;
   using K = Tile<kKeys, kHeadDim>;     // and V
@@ -44,6 +46,7 @@ struct KeyGradTile : BackwardThreads {
 //   128        128 x 64         1        3        64 +  96 = 160 KiB    P, dS  64; dQ 64
 template <int kHeadDim>
 struct QueryGradTile : BackwardThreads {
+  static constexpr int kLoadingRegisters = 40, kComputingRegisters = 232, kUnroll = 2;
   static constexpr int kQueries = 64 * kComputing, kKeys = kHeadDim == 128 ? 64 : 128;
   static constexpr int kPlaces = kHeadDim == 128 ? 1 : 2, kStages = 3;
   using Q = Tile<kQueries, kHeadDim>;          // and dO
@@ -77,7 +80,7 @@ struct QueryTiles {
       : first(maximum(work.first - visible_keys(args, work) + 1, 0) / Sizes::kQueries),
         end(ceil_div(work.seqlen_q, Sizes::kQueries)),
         heads(int(args.heads / args.kv_heads)) {}
-  PHI1_DEVICE int steps() const { return first < end ? (end - first) * heads : 0; }
+  PHI1_DEVICE bool empty() const { return first >= end; }
 };
 
 template <int kHeadDim, typename R>
@@ -89,12 +92,12 @@ PHI1_DEVICE void load_key_grad(const ScheduledArgs& scheduled, const R& rings, i
   Turn<Sizes::kStages> q_turn, grad_turn;
   for_each_work<false, Sizes::kKeys>(scheduled, [&](const Work& work) {
     const QueryTiles<Sizes> tiles(args, work);
-    if (tiles.steps() == 0) return;
+    if (tiles.empty()) return;
     const Rows k{head_data(args, args.k, work, work.head, work.k_row), args.k.seq_stride};
     const Rows v{head_data(args, args.v, work, work.head, work.k_row), args.v.seq_stride};
     loader.load(rings.a, k_turn, [&](uint32_t to) {
-      Sizes::K::load(to, k, work.first, work.seqlen_k, thread);
-      Sizes::K::load(to + uint32_t(Sizes::K::kBytes), v, work.first, work.seqlen_k, thread);
+      Sizes::K::template load<Sizes::kUnroll>(to, k, work.first, work.seqlen_k, thread);
+      Sizes::K::template load<Sizes::kUnroll>(to + uint32_t(Sizes::K::kBytes), v, work.first, work.seqlen_k, thread);
     });
     for (int head = work.head * tiles.heads; head < (work.head + 1) * tiles.heads; ++head) {
       const Rows q{head_data(args, args.q, work, head, work.q_row), args.q.seq_stride};
@@ -103,13 +106,15 @@ PHI1_DEVICE void load_key_grad(const ScheduledArgs& scheduled, const R& rings, i
       for (int tile = tiles.first; tile < tiles.end; ++tile) {
         const int query = tile * Sizes::kQueries;
         loader.load(rings.b, q_turn, [&](uint32_t to) {
-          Sizes::Q::load(to, q, query, work.seqlen_q, thread);
+          Sizes::Q::template load<Sizes::kUnroll>(to, q, query, work.seqlen_q, thread);
           const bool inside = query + thread < work.seqlen_q;
           if (thread < Sizes::kQueries)
             cp_async_8(to + uint32_t(Sizes::Q::kBytes + 8 * thread), inside ? stats + 2 * (query + thread) : stats,
                        inside ? 8 : 0);
         });
-        loader.load(rings.c, grad_turn, [&](uint32_t to) { Sizes::Q::load(to, grad, query, work.seqlen_q, thread); });
+        loader.load(rings.c, grad_turn, [&](uint32_t to) {
+          Sizes::Q::template load<Sizes::kUnroll>(to, grad, query, work.seqlen_q, thread);
+        });
       }
     }
     // With one place the next K waits until this one was read, for which the last tile must be there.
@@ -134,7 +139,7 @@ PHI1_DEVICE void compute_key_grad(const ScheduledArgs& scheduled, const R& rings
     const QueryTiles<Sizes> tiles(args, work);
     const int visible = visible_keys(args, work), row = work.first + warp_row;
     float grad_k[kHeadDim / 8][4], grad_v[kHeadDim / 8][4], p[kN][4], ds[kN][4];
-    uint32_t left_p[kN / 2][4], left_ds[kN / 2][4];
+    uint32_t left[kN / 2][4];
     clear(as_tiles(grad_k));
     clear(as_tiles(grad_v));
 
@@ -168,49 +173,38 @@ PHI1_DEVICE void compute_key_grad(const ScheduledArgs& scheduled, const R& rings
         hide_before(limit, 0.0f, p);
       }
 
-      // The dropped P^T for dV, whose scale is applied at the end, and dO V^T dropped.
+      // P^T, rounded and dropped, for dV, whose scale is applied at the end; dO V^T dropped.
       wgmma_wait<0>(ds);
-#pragma unroll
-      for (int first = 0; first < kN; first += 4) {
-        float kept[1][4][4], grad[1][4][4];
-#pragma unroll
-        for (int n = 0; n < 4; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) kept[0][n][i] = p[first + n][i], grad[0][n][i] = ds[first + n][i];
-        if (args.dropout_threshold) drop_transposed(args, plane, row, query + 8 * first, kept, grad);
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) ds[first + n][i] = grad[0][n][i];
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-            left_p[(first + n) / 2][n % 2 * 2 + half] = pack_pair(T{}, kept[0][n][2 * half], kept[0][n][2 * half + 1]);
-        }
-      }
+      round_to<T>(left, p);
+      if (args.dropout_threshold)
+        for_kept<true, 1, kN>(args, plane, row, query, [&](int, int n, int i, bool keep) {
+          if (keep) return;
+          left[n / 2][n % 2 * 2 + i / 2] &= i % 2 ? 0x0000ffffu : 0xffff0000u;
+          ds[n][i] = 0.0f;
+        });
       wgmma_fence();
-      product_columns<T, typename Sizes::Q>(grad_v, left_p, grad_tile);
+      product_columns<T, typename Sizes::Q>(grad_v, left, grad_tile);
       wgmma_commit();
 
-      // dS^T. At head_dim 128 there are no registers for a left operand while the other is in use.
-      if (kHeadDim == 128) wgmma_wait<0>(grad_v);
+      // dS^T, in the same registers as P^T
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
         read_stats(n);
 #pragma unroll
         for (int i = 0; i < 4; ++i) ds[n][i] = p[n][i] * (ds[n][i] * args.dropout_scale - stats[i % 2].y);
       }
-      round_to<T>(left_ds, ds);
-      wgmma_fence();
-      product_columns<T, typename Sizes::Q>(grad_k, left_ds, q_tile);
-      wgmma_commit();
-      wgmma_wait<1>(grad_v);
+      wgmma_wait<0>(grad_v);
       rings.c.release(turn);
+      round_to<T>(left, ds);
+      wgmma_fence();
+      product_columns<T, typename Sizes::Q>(grad_k, left, q_tile);
+      wgmma_commit();
       wgmma_wait<0>(grad_k);
       rings.b.release(turn);
       turn.next();
     };
 
-    if (tiles.steps() > 0) {
+    if (!tiles.empty()) {
       rings.a.wait_full(k_turn);
       int plane = work.batch * int(args.heads) + work.head * tiles.heads;
       for (const int end = plane + tiles.heads; plane < end; ++plane)
@@ -265,13 +259,15 @@ PHI1_DEVICE void load_query_grad(const ScheduledArgs& scheduled, const R& rings,
     const Rows k{head_data(args, args.k, work, kv_head, work.k_row), args.k.seq_stride};
     const Rows v{head_data(args, args.v, work, kv_head, work.k_row), args.v.seq_stride};
     loader.load(rings.a, q_turn, [&](uint32_t to) {
-      Sizes::Q::load(to, q, work.first, work.seqlen_q, thread);
-      Sizes::Q::load(to + uint32_t(Sizes::Q::kBytes), grad, work.first, work.seqlen_q, thread);
+      Sizes::Q::template load<Sizes::kUnroll>(to, q, work.first, work.seqlen_q, thread);
+      Sizes::Q::template load<Sizes::kUnroll>(to + uint32_t(Sizes::Q::kBytes), grad, work.first, work.seqlen_q, thread);
     });
     for (int tile = tiles - 1; tile >= 0; --tile) {
       const int key = tile * Sizes::kKeys;
-      loader.load(rings.b, k_turn, [&](uint32_t to) { Sizes::K::load(to, k, key, work.seqlen_k, thread); });
-      loader.load(rings.c, v_turn, [&](uint32_t to) { Sizes::K::load(to, v, key, work.seqlen_k, thread); });
+      loader.load(rings.b, k_turn,
+                  [&](uint32_t to) { Sizes::K::template load<Sizes::kUnroll>(to, k, key, work.seqlen_k, thread); });
+      loader.load(rings.c, v_turn,
+                  [&](uint32_t to) { Sizes::K::template load<Sizes::kUnroll>(to, v, key, work.seqlen_k, thread); });
     }
     if (Sizes::kPlaces == 1) loader.finish();
   });

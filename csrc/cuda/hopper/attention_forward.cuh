@@ -20,7 +20,7 @@ struct ForwardTile {
   static constexpr int kComputing = 2;  // warpgroups
   static constexpr int kQueries = 64 * kComputing, kKeys = 128, kStages = kHeadDim == 128 ? 2 : 3;
   static constexpr int kThreads = kWarpgroup * (1 + kComputing);
-  // 65,536 in all: launched with 168 each, the loading warpgroup gives to the others.
+  // Launched with 168 each, 64,512 in all (3 warpgroups); the loading warpgroup gives some to the others.
   static constexpr int kLoadingRegisters = 40, kComputingRegisters = kComputing == 2 ? 232 : 152;
   static constexpr bool kTakeTurns = true;  // at issuing products
 

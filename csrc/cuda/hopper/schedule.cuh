@@ -11,7 +11,12 @@
 
 namespace phi1::cuda::hopper {
 
-constexpr int64_t kSectionBytes = int64_t(32) << 20;  // of keys and values
+// Of keys and values, or of queries and gradients. Under the emulator little, so that there are several sections.
+#if defined(PHI1_EMULATOR)
+constexpr int64_t kSectionBytes = int64_t(64) << 10;
+#else
+constexpr int64_t kSectionBytes = int64_t(32) << 20;
+#endif
 
 struct ScheduledArgs {
   AttentionArgs attention;

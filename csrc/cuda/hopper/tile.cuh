@@ -27,13 +27,14 @@ struct Tile {
   }
 
   // Starts the copy of rows [first, first + kRows) of `from` by the threads of one warpgroup, of which this is number
-  // `thread`; rows from `end` on become zeros.
+  // `thread`; rows from `end` on become zeros. kUnroll: turns of the loop written out, for more registers.
+  template <int kUnroll = kRows>
   static PHI1_DEVICE void load(uint32_t tile, const Rows& from, int first, int end, int thread) {
     constexpr int kStep = kWarpgroup / 8;  // rows that a warpgroup copies at a time
     const int row = thread / 8, chunk = thread % 8;
     const uint32_t to = tile + uint32_t(128 * row + 16 * (chunk ^ row % 8));
     const uint16_t* source = from.data + (first + row) * from.stride + 8 * chunk;
-#pragma unroll 2
+#pragma unroll kUnroll
     for (int i = 0; i < kRows; i += kStep) {
       const bool inside = first + row + i < end;
 #pragma unroll

@@ -172,6 +172,19 @@ void barriers() {
     else
       setmaxnreg_inc<232>();
   });
+  // 32 x 128 + 240 x 256 = 65,536: a multiprocessor's all, but 168 x 384 = 64,512 were allocated.
+  expect("registers_that_were_not_launched_with", 384, [&] {
+    if (warpgroup_index() == 0)
+      setmaxnreg_dec<32>();
+    else
+      setmaxnreg_inc<240>();
+  });
+  expect("registers_all_given_and_taken", 384, [&] {
+    if (warpgroup_index() == 0)
+      setmaxnreg_dec<24>();
+    else
+      setmaxnreg_inc<240>();
+  });
   expect("registers_that_nobody_gives", 384, [&] {
     if (warpgroup_index() > 0) setmaxnreg_inc<232>();
   });
