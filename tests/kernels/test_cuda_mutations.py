@@ -304,7 +304,7 @@ MUTATIONS = [
         ("residual: scale missing", "keep[j] ? args.dropout_scale", "keep[j] ? 1.0f"),
         ("residual: rows of a pair swapped", "row % 2 ? word[2 + i] : word[i]", "row % 2 ? word[i] : word[2 + i]"),
         ("residual: one draw for all rows", "row == begin || row % 2 == 0", "row == begin"),
-        ("residual: no draw for a first row that is odd", "row == begin || row % 2 == 0", "row % 2 == 0"),
+        ("residual: pairs of rows counted from the chunk", "row == begin || row % 2 == 0", "(row - begin) % 2 == 0"),
         ("residual: fours of columns swapped", "x[4 * i + j] *=", "x[4 * (1 - i) + j] *="),
         ("residual: columns past the end", "  if (column >= args.columns) return;\n  float bias[8];", "  float bias[8];"),
         ("residual: gradient's columns past the end", "  if (column >= args.columns) return;\n  float sum[8] = {};\n  uint32_t",
