@@ -1,6 +1,7 @@
 # Two commands for a fresh machine:
 #   make quickstart   sets up .venv and runs the whole of phi-1, small: data, training, evaluation, report
 #   make test         sets up .venv if needed and runs all tests
+# make fuzz looks for what the tests do not know: every op on every backend, for FUZZ_MINUTES from seed FUZZ_SEED.
 # Both may be interrupted and run again. PYTHON=... chooses the interpreter, PHI1_CUDA=off leaves CUDA out.
 
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test fuzz lint format clean
 
 quickstart: $(READY)
 	$(BIN)/phi1 quickstart
@@ -18,6 +19,13 @@ PYTEST_OPTIONS ?= -n 2 --dist loadfile
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+# Single-threaded but for the calls that try several threads; the seed and the count of calls are printed.
+FUZZ_MINUTES ?= 60
+FUZZ_SEED ?= $(shell date +%s)
+
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz $(FUZZ_MINUTES) $(FUZZ_SEED)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -4,15 +4,13 @@
 
 Layout (batch, seq, heads, head_dim) for all: peers that want heads first get the transposed view, as a model
 would pass it. Dropout masks differ between libraries; their cost does not depend on the values.
-Triton's is measured twice: with tensor descriptors among its candidates, on a GPU that has them, and by pointers alone.
+Beside whole sequences the last 1, 4 and 16 queries after a cache of the others are measured.
 """
 
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels.triton
 from bench import suite
-from bench.harness import Candidate, Unavailable
+from bench.harness import Unavailable
 from bench.suite import Case, Shape
 from kernels import flash_attention
+from kernels.measured import size_class
 
 FORMULA = "FLOPs: forward 4·B·S²·H·D, backward 2.5 times that, halved if causal"
 FORM = "batch x seq x heads x head_dim [x kv_heads]"
@@ -124,6 +122,23 @@ def flash_attn_3(device: str, causal: bool, dropout: float) -> Attention:
     return run
 
 
+def flash_attn_4(device: str, causal: bool, dropout: float) -> Attention:
+    try:
+        from flash_attn.cute import flash_attn_func
+    except ImportError as error:
+        raise Unavailable(f"FlashAttention-4's flash_attn.cute cannot be imported ({error})") from error
+    if device != "cuda":
+        raise Unavailable("it takes CUDA tensors only")
+    if dropout > 0:
+        raise Unavailable("it has no dropout")
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = flash_attn_func(q, k, v, causal=causal)
+        return result[0] if isinstance(result, tuple) else result
+
+    return run
+
+
 def peers(device: str, causal: bool, dropout: float, shape: Shape) -> dict[str, Callable[[], Attention]]:
     """By name, what makes each. shape: with kv_heads."""
     kernels: dict[str, SDPBackend | None] = {"SDPA": None, "SDPA math": SDPBackend.MATH}
@@ -141,25 +156,21 @@ def peers(device: str, causal: bool, dropout: float, shape: Shape) -> dict[str, 
     found["FlexAttention"] = partial(flex, device, causal, dropout, shape)
     found["flash_attn 2"] = partial(flash_attn_2, device, causal, dropout)
     found["flash_attn 3"] = partial(flash_attn_3, device, causal, dropout)
+    found["flash_attn 4"] = partial(flash_attn_4, device, causal, dropout)
     return found
 
 
-def forms(candidate: Candidate) -> list[Candidate]:
-    """The candidate; of Triton's also, as another, the form that loads by pointers alone (`kernels.triton.CHOICES`)."""
-    if candidate.name != "phi1 triton":
-        return [candidate]
+def sdpa_of_last(queries: int) -> Attention:
+    """scaled_dot_product_attention of the last queries of a sequence, whose keys are in a cache."""
 
-    def make(loads: str, work: str) -> Callable[[], Any]:
-        call = candidate.make(work)
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys = k.shape[1]
+        mask = None if queries == 1 else q.new_ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa).transpose(1, 2)
 
-        def run() -> Any:
-            kernels.triton.CHOICES["loads"] = loads
-            return call()
-
-        return run
-
-    names = {"either": candidate.name, "pointers": f"{candidate.name}, pointers"}
-    return [dataclasses.replace(candidate, name=name, make=partial(make, loads)) for loads, name in names.items()]
+    return run
 
 
 def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
@@ -175,11 +186,18 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
         ours = partial(flash_attention, causal=causal, dropout_p=dropout, dropout_seed=1)
         candidates = suite.op_candidates(
             "flash_attention", device, ours, peers(device, causal, dropout, (*shape[:4], kv_heads)), inputs, grad,
-            head_dim=head_dim, dropout_p=dropout, return_lse=False,
+            head_dim=head_dim, size=size_class(seq), dropout_p=dropout, return_lse=False,
         )  # fmt: skip
-        candidates = [form for candidate in candidates for form in forms(candidate)]
         name = ("causal" if causal else "full") + (f" dropout {dropout}" if dropout else "")
-        yield Case(name, {"forward": flops, "backward": 2.5 * flops, "both": 3.5 * flops}, candidates)
+        yield Case(name, {"forward": flops, "backward": 2.5 * flops, "both": 3.5 * flops}, candidates, size_class(seq))
+    for queries in (1, 4, 16) if seq > 16 else ():
+        few = [inputs[0][:, :queries], *inputs[1:]]
+        last: dict[str, Callable[[], Attention]] = {"SDPA": partial(sdpa_of_last, queries)}
+        candidates = suite.op_candidates(
+            "flash_attention", device, flash_attention, last, few, head_dim=head_dim, size=size_class(queries, seq)
+        )
+        works = {"forward": 4.0 * batch * queries * seq * heads * head_dim}
+        yield Case(f"{queries} after a cache", works, candidates, size_class(queries, seq))
 
 
 def check(shape: Shape) -> str | None:

@@ -2,8 +2,7 @@
 
     python bench/block.py --quick
 
-The same weights and inputs for all, no dropout (Hugging Face's masks are PyTorch's own). Triton's layer is measured with
-each form of its matrix products: the vendor's, its own, and its own by pointers alone, as is its attention then.
+The same weights and inputs for all, no dropout (Hugging Face's masks are PyTorch's own).
 """
 
 import sys
@@ -17,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-import kernels.triton
 from bench import suite
 from bench.harness import Candidate, Unavailable
 from bench.suite import Case, Shape
 from kernels import parallel_block, reference
+from kernels.measured import size_class
 
 FORMULA = (
     "FLOPs forward: 2 * tokens * weights of both products + 2 * batch * seq^2 * heads * head_dim (causal attention); "
@@ -46,25 +45,14 @@ def make_parameters(shape: Sequence[int], dtype: torch.dtype, device: str) -> li
     return [(0.02 * torch.randn(size, device=device)).to(dtype).requires_grad_() for size in sizes]
 
 
-_PRODUCTS = {
-    "vendor product": {"block_product": "vendor", "loads": "either"},
-    "triton product": {"block_product": "triton", "loads": "either"},
-    "triton product by pointers": {"block_product": "triton", "loads": "pointers"},
-}
-
-
-def ours(
-    backend: str, shape: Sequence[int], parameters: Sequence[Tensor], product: str | None = None
-) -> tuple[Layer, list[Tensor]]:
-    """Our layer and its parameters. product: of _PRODUCTS, the choices of Triton's backend (`kernels.triton.CHOICES`)."""
+def ours(version: str | None, shape: Sequence[int], parameters: Sequence[Tensor]) -> tuple[Layer, list[Tensor]]:
+    """Our layer, by a version or, None, by automatic choice, and its parameters."""
     _, seq, _, heads, head_dim, _ = shape
     cos, sin = reference.rotary_table(seq, rotary_dim(head_dim), device=parameters[0].device)
 
     def layer(x: Tensor) -> Tensor:
-        if product is not None:
-            kernels.triton.CHOICES.update(_PRODUCTS[product])
         tensors: Any = (*parameters, cos, sin)
-        return parallel_block(x, *tensors, heads=heads, kv_heads=heads, head_dim=head_dim, backend=backend)
+        return parallel_block(x, *tensors, heads=heads, kv_heads=heads, head_dim=head_dim, backend=version)
 
     return layer, list(parameters)
 
@@ -119,22 +107,26 @@ def candidates(device: str, shape: Shape, parameters: list[Tensor], x: Tensor, g
         compiled: bool = False,
         mine: bool = False,
         unavailable: str | None = None,
+        version: str | None = None,
+        chosen: Callable[[str], str] | None = None,
     ) -> None:
         def made(work: str) -> Callable[[], Any]:
             layer, own = make()
             return suite.timed(torch.compile(layer, dynamic=False) if compiled else layer, [x], grad, work, own)
 
-        found.append(Candidate(name, mine, made, unavailable))
+        found.append(Candidate(name, mine, made, unavailable, version, chosen))
 
-    options = {"dtype": x.dtype, "head_dim": shape[4], "hidden": shape[2], "inner": shape[5]}
-    for backend, reason in suite.our_backends("parallel_block", device, **options):
-        if backend == "torch":
-            continue  # plain PyTorch is a peer here, below
-        for product in _PRODUCTS if backend == "triton" else (None,):
-            name = f"phi1 {backend}" + (f", {product}" if product else "")
-            add(name, partial(ours, backend, shape, parameters, product), mine=True, unavailable=reason)
-    for compiled in (False, True):
-        add("plain PyTorch" + " compiled" * compiled, partial(ours, "torch", shape, parameters), compiled)
+    options: dict[str, Any] = {"dtype": x.dtype, "head_dim": shape[4], "hidden": shape[2], "inner": shape[5]}
+    options["rotary_dim"] = rotary_dim(shape[4])
+    automatic = partial(suite.automatic_choice, "parallel_block", device, size=size_class(shape[1]), **options)
+    add("phi1", partial(ours, None, shape, parameters), mine=True, chosen=automatic)
+    for version, reason in suite.our_backends("parallel_block", device, **options):
+        if version != "torch":  # plain PyTorch is a peer here, below
+            make = partial(ours, version, shape, parameters)
+            add(f"phi1 {version}", make, mine=True, unavailable=reason, version=version)
+    plain = partial(ours, "torch", shape, parameters)
+    add("plain PyTorch", plain, version="torch")
+    add("plain PyTorch compiled", plain, compiled=True)
     for compiled in (False, True):
         add("Hugging Face" + " compiled" * compiled, partial(hugging_face, shape, parameters), compiled)
     return found
@@ -148,7 +140,7 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
     products = 2 * batch * seq * weights
     attention = 2 * batch * seq**2 * heads * head_dim
     works = {"forward": products + attention, "forward + backward": 3 * products + 3.5 * attention}
-    yield Case("", works, candidates(device, shape, parameters, x, grad))
+    yield Case("", works, candidates(device, shape, parameters, x, grad), size_class(seq))
 
 
 _GPU: list[Shape] = [(8, 2048, 2048, 32, 64, 8192), (8, 2048, 1024, 16, 64, 4096)]

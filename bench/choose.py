@@ -2,27 +2,25 @@
 
     python bench/choose.py bench/results/*.json
 
-Give it the results of all machines: the table is written anew. Where several cases fall into one cell (op, device,
-dtype, head_dim), a backend's speed is the geometric mean over the cases that all of its backends were measured in. Training
-decides: forward alone counts only in a cell without forward and backward. Peers that are not backends do not count.
+Give it the results of all machines: the table is written anew. Where several cases fall into one cell (op, kind of machine,
+dtype, head_dim, size, work), a version's speed is that of the case in which it does worst against PyTorch's op, of the
+cases that all of the cell's versions were measured in: what comes before PyTorch's op was slower in none of them. Peers
+that are no version of ours do not count.
 """
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import kernels.triton
 from bench.suite import DTYPES
 from kernels import measured
-from kernels.measured import BACKENDS, Cell
+from kernels.measured import Cell, Row
 
-# Of each benchmark of an op, by the name in its results: the op, and which number of a case's shape is the head_dim, if the
+# Of each benchmark of an op, by the name in its results: the op, and which number of a shape is the head_dim, if the
 # choice asks for it. (A training step, bench/train.py, is not an op.)
 BENCHMARKS: dict[str, tuple[str, int | None]] = {
     "attn": ("flash_attention", 3),
@@ -30,17 +28,10 @@ BENCHMARKS: dict[str, tuple[str, int | None]] = {
     "loss": ("linear_cross_entropy", None),
     "rotary": ("apply_rotary", None),
 }
-TRAINING = ("both", "forward + backward")
+WORKS = {"forward": "forward", "both": "training", "forward + backward": "training"}
 
-Times = dict[tuple[str, str, str], dict[str, float]]
-"""(file, case, work) -> seconds of each backend."""
-
-
-def backend_of(implementation: str) -> str | None:
-    """The backend that automatic choice would run so, or None for a peer and for a form that it would not take."""
-    # bench/block.py lists the torch backend as the peer that it is there.
-    names = {"plain PyTorch": "torch", f"phi1 triton, {kernels.triton.CHOICES['block_product']} product": "triton"}
-    return (names | {f"phi1 {backend}": backend for backend in BACKENDS}).get(implementation)
+Times = dict[tuple[str, str], dict[str, float]]
+"""(file, case) -> seconds of each version."""
 
 
 def collect(paths: Sequence[Path]) -> tuple[dict[Cell, Times], dict[str, str]]:
@@ -56,34 +47,22 @@ def collect(paths: Sequence[Path]) -> tuple[dict[Cell, Times], dict[str, str]]:
         environment = document["environment"]
         dates[path.name] = environment["time"][:10]
         for row in document["rows"]:
-            backend = backend_of(row["implementation"])
-            if backend is None or row["seconds"] is None:
+            if row["backend"] is None or row["seconds"] is None or row["work"] not in WORKS:
                 continue
-            shape, dtype = row["case"].split()[:2]
-            head_dim = None if place is None else int(shape.split("x")[place])
-            kind = environment.get("kind", "cpu")  # the first results, all of a CPU, do not say
-            cell = Cell(op, kind, DTYPES[dtype], head_dim)
-            cells.setdefault(cell, {}).setdefault((path.name, row["case"], row["work"]), {})[backend] = row["seconds"]
+            head_dim = None if place is None else row["shape"][place]
+            cell = Cell(op, environment["kind"], DTYPES[row["dtype"]], head_dim, row["size"], WORKS[row["work"]])
+            cells.setdefault(cell, {}).setdefault((path.name, row["case"]), {})[row["backend"]] = row["seconds"]
     return cells, dates
 
 
-def entry(cell: Cell, times: Times, dates: dict[str, str]) -> dict[str, Any]:
-    """The cell's row of the table. Raises SystemExit if no case measures all of its backends."""
-    training = {key: seconds for key, seconds in times.items() if key[2] in TRAINING}
-    backends = {backend for seconds in (training or times).values() for backend in seconds}
-    shared = {key: seconds for key, seconds in (training or times).items() if set(seconds) == backends}
+def row_of(cell: Cell, times: Times, dates: dict[str, str]) -> Row:
+    """The cell's row of the table. Raises SystemExit if no case measures all of its versions."""
+    versions = {version for seconds in times.values() for version in seconds}
+    shared = {key: seconds for key, seconds in times.items() if set(seconds) == versions}
     if not shared:
-        raise SystemExit(f"{cell}: no case measures all of {', '.join(sorted(backends))}: measure one")
-    mean = {b: statistics.geometric_mean(seconds[b] for seconds in shared.values()) for b in sorted(backends)}
-    order = sorted(mean, key=lambda backend: mean[backend])
-    return {
-        "op": cell.op,
-        "device": cell.device,
-        "dtype": str(cell.dtype).removeprefix("torch."),
-        "head_dim": cell.head_dim,
-        "speed": {backend: round(mean[order[0]] / mean[backend], 3) for backend in order},
-        "results": [f"{name} {dates[name]}" for name in sorted({name for name, _, _ in shared})],
-    }
+        raise SystemExit(f"{cell.name}: no case measures all of {', '.join(sorted(versions))}: measure one")
+    results = tuple(f"{name} {dates[name]}" for name in sorted({name for name, _ in shared}))
+    return Row(measured.speeds(list(shared.values())), results)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -92,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=measured.PATH, help="default: %(default)s")
     options = parser.parse_args(argv)
     cells, dates = collect(options.results)
-    rows = [entry(cell, times, dates) for cell, times in cells.items()]
-    rows.sort(key=lambda row: (row["op"], row["device"], row["dtype"], row["head_dim"] or 0))
+    rows = [measured.entry(cell, row_of(cell, times, dates)) for cell, times in cells.items()]
+    rows.sort(key=lambda row: [str(row[name]).zfill(4) for name in Cell._fields])
     options.out.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     measured.read(options.out)
     print(f"wrote {options.out}: {len(rows)} rows")

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from kernels.measured import device_kind
+from kernels.registry import machine_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -44,6 +44,10 @@ class Candidate:
     """Given the work, prepares (graph, compilation) and returns the call to time; raises Unavailable."""
     unavailable: str | None = None
     """Why it is not even made, if that is known."""
+    version: str | None = None
+    """Of `kernels` the version that it is, so that bench/choose.py counts it."""
+    chosen: Callable[[str], str] | None = None
+    """Of automatic choice: given the work, the version that it takes."""
 
 
 @dataclasses.dataclass
@@ -55,6 +59,14 @@ class Row:
     """What of the case is timed: "forward", "backward", ..."""
     implementation: str
     ours: bool
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    size: str | None = None
+    """Of the call, as automatic choice sees it (`kernels.measured.size_class`)."""
+    backend: str | None = None
+    """The version of `kernels` that it is; None for a peer, and for automatic choice."""
+    chosen: str | None = None
+    """The version that automatic choice took."""
     seconds: float | None = None
     """Median over the rounds."""
     seconds_quartiles: tuple[float, float] | None = None
@@ -84,7 +96,7 @@ def environment(device: str) -> dict[str, Any]:
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": f"python bench/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
         "device": device_name(device),
-        "kind": device_kind(torch.device(device)),  # bench/choose.py: whose choice the figures decide
+        "kind": machine_of(torch.device(device)).kind,  # bench/choose.py: whose choice the figures decide
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "load": os.getloadavg()[0],
@@ -181,15 +193,18 @@ class Benchmark:
             print(self.notes[-1])
 
     def group(
-        self, case: str, work: str, amount: float, candidates: Sequence[Candidate], peak: float | None = None
-    ) -> None:
+        self, case: str, work: str, amount: float, candidates: Sequence[Candidate], peak: float | None = None,
+        shape: tuple[int, ...] = (), dtype: str = "", size: str | None = None,
+    ) -> None:  # fmt: skip
         """Times the candidates in turns.
 
-        amount: work of one call, so that amount / seconds is the rate. peak: the rate of a matrix product.
+        amount: work of one call, so that amount / seconds is the rate. peak: the rate of a matrix product. shape, dtype,
+        size: `Row`'s.
         """
         calls: list[tuple[Row, Callable[[], Any], list[float]]] = []
         for candidate in candidates:
-            row = Row(case, work, candidate.name, candidate.ours)
+            row = Row(case, work, candidate.name, candidate.ours, shape, dtype, size, candidate.version)
+            row.chosen = None if candidate.chosen is None else candidate.chosen(work)
             self.rows.append(row)
             try:
                 if candidate.unavailable is not None:
@@ -274,27 +289,43 @@ class Benchmark:
         }  # fmt: skip
         return json.dumps(facts, indent=1) + "\n"
 
+    @property
+    def header(self) -> str:
+        """What stands above the table."""
+        return f"{self.formula}. Ours in bold. Median of interleaved rounds."
+
     def finish(self, options: argparse.Namespace) -> None:
         """Prints the table and writes what the options ask for."""
-        header = f"{self.formula}. Ours in bold. Median of interleaved rounds."
-        print(f"\n{header}\n\n{self.table()}")
+        print(f"\n{self.header}\n\n{self.table()}")
         for note in self.notes:
             print(note)
-        document = self.document()
         if options.json is not None:
-            options.json.write_text(document)
+            options.json.write_text(self.document())
         if options.save:
             slug = re.sub(r"[^a-z0-9]+", "-", self.environment["device"].lower()).strip("-")
-            stem = RESULTS / f"{self.name}-{slug}"
-            RESULTS.mkdir(parents=True, exist_ok=True)
-            stem.with_suffix(".json").write_text(document)
-            facts = "\n".join(f"- {key}: {value}" for key, value in self.environment.items())
-            notes = "".join(f"\n{note}\n" for note in self.notes)
-            stem.with_suffix(".md").write_text(
-                f"# {self.name}, {self.environment['device']}\n\n{header}\n\n{self.table()}\n{notes}\n{facts}\n"
-            )
-            self.plot(stem.with_suffix(".png"))
-            print(f"wrote {stem.relative_to(ROOT)}.json, .md, .png")
+            self.save(RESULTS / f"{self.name}-{slug}")
+
+    def save(self, stem: Path) -> None:
+        """Writes stem.json, .md and .png."""
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        stem.with_suffix(".json").write_text(self.document())
+        facts = "\n".join(f"- {key}: {value}" for key, value in self.environment.items())
+        notes = "".join(f"\n{note}\n" for note in self.notes)
+        stem.with_suffix(".md").write_text(
+            f"# {self.name}, {self.environment['device']}\n\n{self.header}\n\n{self.table()}\n{notes}\n{facts}\n"
+        )
+        self.plot(stem.with_suffix(".png"))
+        print(f"wrote {stem}.json, .md, .png")
+
+    @classmethod
+    def read(cls, path: Path) -> "Benchmark":
+        """A run that another machine wrote as JSON, to be drawn here."""
+        document = json.loads(path.read_text())
+        bench = cls.__new__(cls)  # without a clock: nothing is timed
+        bench.name, bench.unit, bench.formula = document["benchmark"], document["unit"], document["formula"]
+        bench.environment, bench.notes, bench.device = document["environment"], document["notes"], "none"
+        bench.rows = [Row(**row) for row in document["rows"]]
+        return bench
 
     def plot(self, path: Path) -> None:
         """Bars of the rate: one panel per work, one cluster per case, one colour per implementation."""
@@ -338,3 +369,10 @@ def matrix_peak(device: str, dtype: torch.dtype) -> float:
     clock = _Clock(device)
     a @ b
     return 2 * size**3 / min(clock(lambda: a @ b) for _ in range(10))
+
+
+if __name__ == "__main__":
+    # python bench/harness.py STEM=FILE.json ...: tables and plots of what another machine measured.
+    for argument in sys.argv[1:]:
+        stem, file = argument.split("=", 1)
+        Benchmark.read(Path(file)).save(Path(stem))

@@ -59,7 +59,12 @@ class Mode:
 
     @property
     def rehearsal(self) -> bool:
+        """Without a GPU, under the emulator."""
         return self.device == "cpu"
+
+    def script(self, name: str) -> list[str]:
+        """The command that runs a script of this folder."""
+        return [self.python, *(["bench/rehearse.py"] if self.rehearsal else []), f"bench/{name}.py"]
 
 
 # ------------------------------------------------------------------------------------------------------- the steps
@@ -108,90 +113,31 @@ def right(mode: Mode) -> Step:
 def bench(mode: Mode, name: str, script: str, limit: int, *arguments: str, shapes: str, toy: str) -> Step:
     """One of bench's scripts; its table is in the log, its JSON written after each group."""
     command = [
-        mode.python, f"bench/{script}.py", "--quick", "--device", mode.device, "--shapes", toy if mode.rehearsal else shapes,
+        *mode.script(script), "--quick", "--device", mode.device, "--shapes", toy if mode.rehearsal else shapes,
         "--json", str(mode.out / f"{name}.json"), *arguments,
     ]  # fmt: skip
     return Step(name, limit, {name: command}, digest=digest_rates)
 
 
-def profile(mode: Mode, limit: int) -> Step:
-    """One launch of each attention kernel under Nsight Compute, the clocks left as they are."""
-    run = [mode.python, "-c", _ATTENTION_ONCE.format(device=mode.device, seq=64 if mode.rehearsal else 2048)]
-    sections = ["SpeedOfLight", "ComputeWorkloadAnalysis", "WarpStateStats", "InstructionStats", "LaunchStats"]
-    tool = ["ncu", "--clock-control", "none", "--kernel-name", "regex:attention", "--launch-skip", "4"]
-    tool += ["--launch-count", "8", *(f"--section={s}" for s in sections)]
-    return Step("profile", limit, {"profile": [*([] if mode.rehearsal else tool), *run]})
+def probe(mode: Mode, program: str, limit: int, *, under: tuple[str, ...] = (), **environment: str) -> Step:
+    """A program of bench/gpu_probe.py, on a GPU under a tool."""
+    name = f"{program}-{Path(under[0]).name}-{under[-1]}".replace("=", "-") if under else program
+    run = [*mode.script("gpu_probe"), program, "--device", mode.device]
+    return Step(name, limit, {name: [*(() if mode.rehearsal else under), *run]}, environment, digest_marked)
 
 
-_ATTENTION_ONCE = """
-import torch
-from kernels import flash_attention
-q, k, v = (torch.randn(4, {seq}, 16, 64, device="{device}", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
-for p in (0.0, 0.0, 0.1):
-    out = flash_attention(q, k, v, dropout_p=p, backend="cuda" if "{device}" == "cuda" else None)
-    torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
-print("ran", out.float().abs().mean().item())
-"""
-
-_LOSS_CHUNKS = """
-import statistics, torch
-from kernels import chunked_loss, linear_cross_entropy
-device, rows, width, columns = {arguments}
-h, w, b = (torch.randn(s, device=device, dtype=torch.bfloat16).div_(s[-1] ** 0.5).requires_grad_() for s in ((rows, width), (columns, width), (columns,)))
-targets = torch.randint(columns, (rows,), device=device)
-for backend in {backends}:
-    for chunk in {chunks}:
-        chunked_loss._CHUNK_LOGITS = chunk * columns
-        def step():
-            torch.autograd.grad(linear_cross_entropy(h, w, b, targets, backend=backend), (h, w, b))
-        step()
-        if device == "cuda":
-            times = []
-            for _ in range(5):
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record(); step(); end.record(); end.synchronize()
-                times.append(start.elapsed_time(end))
-            ms = statistics.median(times)
-            print(f"RATE loss {{backend}} {{chunk}} rows a chunk: {{ms:.2f}} ms, {{6 * rows * width * columns / ms / 1e9:.0f}} TFLOP/s", flush=True)
-"""
-
-_SIX_CALLS = """
-import torch
-import kernels
-from kernels import apply_rotary, flash_attention, layer_norm, linear_cross_entropy, reference
-d = "{device}"
-backend = "cuda" if d == "cuda" else None
-def leaf(*s):
-    return torch.randn(s, device=d).to(torch.bfloat16).requires_grad_()
-cu = torch.tensor([0, 5, 40, 77], dtype=torch.int32, device=d)
-for q, k, v, o in (
-    (leaf(1, 77, 4, 64), leaf(1, 77, 2, 64), leaf(1, 77, 2, 64), dict(cu_seqlens_q=cu, cu_seqlens_k=cu, dropout_p=0.1)),
-    (leaf(2, 65, 2, 128), leaf(2, 99, 1, 128), leaf(2, 99, 1, 128), dict(causal=False)),
-    (leaf(1, 203, 2, 32), leaf(1, 113, 2, 32), leaf(1, 113, 2, 32), dict()),
-):
-    flash_attention(q, k, v, backend=backend, **o).float().sum().backward()
-cos, sin = reference.rotary_table(9, 32, device=d)
-sum(x.float().sum() for x in apply_rotary(leaf(2, 9, 3, 64), leaf(2, 9, 3, 64), cos, sin, backend=backend)).backward()
-layer_norm(leaf(7, 264), leaf(264), leaf(264), backend=backend).float().sum().backward()
-linear_cross_entropy(leaf(13, 64), leaf(520, 64), leaf(520), torch.arange(13, device=d), backend=backend).backward()
-print("ran")
-"""
-
-_TRITON_ONCE = """
-import torch
-from kernels import flash_attention
-q, k, v = (torch.randn(8, 2048, 32, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
-out = flash_attention(q, k, v, dropout_p={p}, backend="triton")
-torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
-torch.cuda.synchronize()
-print("chose", flush=True)
-"""
+# One launch of each attention kernel, without and with dropout, the clocks left as they are.
+_NCU = (
+    "ncu", "--clock-control", "none", "--kernel-name", "regex:attention", "--launch-skip", "4", "--launch-count", "8",
+    *(f"--section={s}" for s in ("SpeedOfLight", "ComputeWorkloadAnalysis", "InstructionStats", "LaunchStats", "WarpStateStats")),
+)  # fmt: skip
+_SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--kernel-name", "kns=phi1", "--tool")
 
 
 def steps(mode: Mode) -> list[Step]:
     """In the order in which they matter."""
     few = "8x2048x32x64,1x16384x32x64,8x2048x16x64"
-    peers = "pointers|Flex|math|flash_attn|mem-eff|SDPA$|torch$"
+    peers = "pointers|Flex|math|flash_attn|mem-eff|SDPA$"
     small = mode.rehearsal
     result = [right(mode)]
     if (ROOT / "tests" / "csrc" / "emulator" / "twins.cu").exists() and not small:
@@ -201,28 +147,23 @@ def steps(mode: Mode) -> list[Step]:
         result.insert(0, Step("twins", 60, {"twins": ["bash", "-c", f"mkdir -p build && {build} && build/twins"]}))
     result += [
         bench(mode, "attn", "attn", 60, "--skip", f"triton|{peers}", shapes=few, toy="1x64x1x64"),
-        bench(mode, "train", "train", 75, "--skip", "triton|compiled|torch$|phi1$",
+        bench(mode, "train", "train", 60, "--skip", "triton|compiled|torch$|phi1$",
               shapes="4x2048x2048x24x51200,8x2048x2048x24x51200", toy="1x64x64x1x512"),
-        profile(mode, 45),
-        Step("loss-chunks", 40, {"loss-chunks": [mode.python, "-c", _LOSS_CHUNKS.format(
-            arguments=(mode.device, 64, 64, 512) if small else (mode.device, 16384, 2048, 51200),
-            backends=["cpu"] if small else ["cuda", "torch"], chunks=[16] if small else [256, 1024, 4096])]},
-            digest=digest_marked),
-        bench(mode, "rotary", "rotary", 30, "--skip", "compiled", shapes="8x2048x32x64", toy="1x16x2x64"),
+        probe(mode, "layer", 30),
+        probe(mode, "attention", 45, under=_NCU),
+        probe(mode, "loss-chunks", 30),
+        probe(mode, "elementwise", 30),
         bench(mode, "block", "block", 45, "--skip", "compiled|triton", shapes="8x2048x2048x32x64x8192", toy="1x64x64x1x64x128"),
+        bench(mode, "rotary", "rotary", 30, "--skip", "compiled", shapes="8x2048x32x64", toy="1x16x2x64"),
     ]  # fmt: skip
     if not small:
-        warm = {f"triton-{p}": [mode.python, "-c", _TRITON_ONCE.format(p=p)] for p in (0.0, 0.1)}
-        result.append(Step("triton-choice", 75, warm, {"TRITON_PRINT_AUTOTUNING": "1"}))
-        skip = f"phi1 cuda|0.125|{peers.replace('torch$', 'cpu')}"
+        result.append(probe(mode, "triton", 75, TRITON_PRINT_AUTOTUNING="1"))
+        skip = f"phi1 cuda|0.125|{peers}"
         result.append(bench(mode, "attn-triton", "attn", 45, "--skip", skip, shapes="8x2048x32x64", toy=""))
     for tool in ("memcheck", "racecheck"):
-        run = [mode.python, "-c", _SIX_CALLS.format(device=mode.device)]
-        sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=phi1"]
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that memcheck sees each tensor's end
-        result.append(
-            Step(f"sanitizer-{tool}", 60, {f"sanitizer-{tool}": [*([] if small else sanitizer), *run]}, environment)
-        )
+        # Without torch's caching, so that memcheck sees each tensor's end; blocking, so that an error is its kernel's.
+        plain = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
+        result.append(probe(mode, "calls", 60, under=(*_SANITIZER, tool), **plain))
     if not small:
         triton_tests = pytest(
             mode, "tests/kernels/test_triton_attention.py", "tests/kernels/test_triton_block.py", workers=12
@@ -264,28 +205,29 @@ def digest_errors(out: Path, log: Path) -> list[str]:
 
 
 def digest_rates(out: Path, log: Path) -> list[str]:
-    """The table's rows, short."""
+    """A line a case: the rate of each implementation in each work, ours with its ratio to the fastest peer."""
     path = out / f"{log.stem}.json"
     if not path.exists():
         return []
     table = json.loads(path.read_text())
-    groups: dict[str, list[str]] = {}
+    cases: dict[str, dict[str, list[str]]] = {}
     for row in table["rows"]:
-        if row["rate"] is None:
-            if row["ours"]:
-                groups.setdefault(f"{row['case']} {row['work']}", []).append(
-                    f"{row['implementation']}: {row['unavailable']}"[:90]
-                )
-            continue
-        text = f"{row['implementation']} {row['rate']:.0f}" + (
-            f" ({row['ratio']:.2f}x)" if row["ours"] and row["ratio"] else ""
-        )
-        if log.stem.startswith("train"):
-            batch, seq = (int(x) for x in row["case"].split("x")[:2])
-            tokens = batch * seq / row["seconds"]
-            text += f" {tokens:,.0f} tokens/s, strict MFU {100 * tokens * PHI1_TOKEN_FLOP / H100_FLOPS:.1f}%, {row['peak_bytes'] / 2**30:.0f} GiB"
-        groups.setdefault(f"{row['case']} {row['work']}", []).append(text)
-    return [f"  {group}, {table['unit']}: {', '.join(rows)}" for group, rows in groups.items()]
+        found = cases.setdefault(row["case"], {}).setdefault(row["implementation"], [])
+        if row["rate"] is not None:
+            text = f"{row['rate']:.0f}" + (f" ({row['ratio']:.2f})" if row["ours"] and row["ratio"] else "")
+            if log.stem.startswith("train"):
+                batch, seq = (int(x) for x in row["case"].split("x")[:2])
+                tokens = batch * seq / row["seconds"]
+                share = 100 * tokens * PHI1_TOKEN_FLOP / H100_FLOPS
+                text += f", {tokens:,.0f} tokens/s, strict MFU {share:.1f}%, {row['peak_bytes'] / 2**30:.0f} GiB"
+            found.append(text)
+        elif row["ours"] and "it takes tensors on" not in row["unavailable"]:
+            found.append(row["unavailable"][:90])
+    works = " / ".join(dict.fromkeys(row["work"] for row in table["rows"]))
+    lines = [f"  {table['unit']}, {works} (times the fastest peer)"]
+    for case, names in cases.items():
+        lines.append(f"  {case}: " + "; ".join(f"{name} {' / '.join(found)}" for name, found in names.items() if found))
+    return lines
 
 
 def digest_marked(out: Path, log: Path) -> list[str]:

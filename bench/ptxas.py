@@ -2,12 +2,14 @@
 
     python bench/ptxas.py            writes bench/results/ptxas.md
 
-Exit status 1 if a kernel spills.
+Exit status 1 if a kernel spills, or if ptxas warns that it ignores setmaxnreg (C7508), makes wgmma wait for each other
+(C7510) or had to add a wgmma.fence (C7519), or if a kernel of csrc/cuda/hopper has no HGMMA, which is wgmma as assembled.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
+import importlib.util
 import os
 import re
 import shutil
@@ -19,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 ARCHS = ("sm_80", "sm_90a")
+REMARKS = ("C7508", "C7510", "C7519")
 
 # Shared memory of a multiprocessor in bytes (CUDA C++ Programming Guide, technical specifications per compute
 # capability). Of both: 65,536 registers, 2,048 threads, 32 blocks; the system takes 1 KiB of shared memory a block,
@@ -31,6 +34,7 @@ _SIZES = r"""
 #include "cuda/attention_forward.cuh"
 #include "cuda/block.cuh"
 #include "cuda/cross_entropy.cuh"
+#include "cuda/hopper/attention_forward.cuh"
 #include "cuda/layer_norm.cuh"
 #include "cuda/rotary.cuh"
 using namespace phi1::cuda;
@@ -40,7 +44,14 @@ template <int kHeadDim> void attention() {
   std::printf("attention_key_grad %d %d %d\n", kHeadDim, kAttentionThreads, KeyGradTile<kHeadDim>::kSharedBytes);
   std::printf("attention_query_grad %d %d %d\n", kHeadDim, kAttentionThreads, QueryGradTile<kHeadDim>::kSharedBytes);
 }
+template <typename Sizes> void print_hopper(const char* name, int head_dim) {
+  std::printf("hopper_%s %d %d %d\n", name, head_dim, Sizes::kThreads, Sizes::kSharedBytes);
+}
+template <int kHeadDim> void hopper_attention() {
+  print_hopper<hopper::ForwardTile<kHeadDim>>("attention_forward", kHeadDim);
+}
 int main() {
+  hopper_attention<64>(), hopper_attention<128>();
   attention<32>(), attention<64>(), attention<128>();
   std::printf("rotary 0 %d 0\n", 32 * kRotaryWarps);
   for (const char* name : {"layer_norm", "layer_norm_grad", "layer_norm_sum"}) std::printf("%s 0 %d 0\n", name, kNormThreads);
@@ -67,6 +78,20 @@ class Kernel:
     threads: int
     shared: int
     """Dynamic shared memory in bytes, a block."""
+    hgmma: int | None = None
+    """HGMMA instructions; None: no disassembler (cuobjdump) was found."""
+    remarks: tuple[str, ...] = ()
+    """Of REMARKS, those that ptxas made."""
+
+    def fault(self) -> str | None:
+        """What is wrong with it, or None."""
+        if self.spilled:
+            return f"spills {self.spilled} bytes"
+        if self.remarks:
+            return f"ptxas remarks {', '.join(self.remarks)}"
+        if self.name.startswith("hopper_") and self.hgmma == 0:
+            return "has no HGMMA"
+        return None
 
     def blocks(self) -> int:
         """Blocks that a multiprocessor holds at once."""
@@ -98,12 +123,37 @@ def _launch_sizes(folder: Path) -> dict[tuple[str, int], tuple[int, int]]:
     return {(name, int(head_dim)): (int(threads), int(shared)) for name, head_dim, threads, shared in rows}
 
 
-def _compile(source: Path, arch: str, folder: Path) -> list[tuple[str, str, int, int, int]]:
-    """(kernel, dtype, head_dim, registers, spilled bytes) of each kernel in a .cu file."""
+def _disassembler() -> str | None:
+    """cuobjdump of the CUDA toolkit, or of triton's package."""
+    found = shutil.which("cuobjdump")
+    if found is None and (spec := importlib.util.find_spec("triton")) is not None and spec.origin is not None:
+        bundled = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(bundled) if bundled.exists() else None
+    return found
+
+
+def _hgmma(compiled: str) -> dict[str, int] | None:
+    """Mangled name -> HGMMA instructions, of each kernel in an object file."""
+    tool = _disassembler()
+    if tool is None:
+        return None
+    parts = _run([tool, "-sass", compiled]).split("Function : ")[1:]
+    return {part.split()[0]: part.count("HGMMA") for part in parts}
+
+
+def _compile(source: Path, arch: str, folder: Path, sizes: dict[tuple[str, int], tuple[int, int]]) -> list[Kernel]:
+    """The kernels in a .cu file."""
     code = f"arch=compute_{arch[3:]},code={arch}"
-    target = str(folder / f"{source.stem}.{arch}.o")
+    is_hopper = source.parent.name == "hopper"
+    target = str(folder / f"{source.parent.name}.{source.stem}.{arch}.o")
     flags = ["-std=c++20", "-O3", f"-I{CSRC}", "-gencode", code, "-Xptxas", "-v"]
     output = _run(["nvcc", *flags, "-c", str(source), "-o", target])
+    hgmma = _hgmma(target) if is_hopper else None
+    remarks = dict.fromkeys(REMARKS, "")  # ptxas names the kernel in the line itself
+    for line in output.splitlines():
+        for remark in REMARKS:
+            if f"({remark})" in line:
+                remarks[remark] += line
     found = []
     for part in output.split("Compiling entry function ")[1:]:
         mangled = part[1 : part.index("'", 1)]
@@ -114,22 +164,30 @@ def _compile(source: Path, arch: str, folder: Path) -> list[tuple[str, str, int,
         dtype, *dims = (x.strip().removeprefix("phi1::cuda::") for x in name[2].split(","))
         # A number is head_dim, a bool says whether the kernel draws dropout.
         head_dim = int(re.sub(r"\D", "", dims[0])) if dims and dims[0] not in ("true", "false") else 0
-        kernel = f"{name[1]}_dropout" if dims == ["true"] else name[1]
-        found.append((kernel, dtype, head_dim, int(registers[1]), int(spills[1]) + int(spills[2])))
+        kernel = f"hopper_{name[1]}" if is_hopper else name[1]
+        threads, shared = sizes[kernel, head_dim]
+        found.append(
+            Kernel(
+                f"{kernel}_dropout" if dims == ["true"] else kernel, dtype, head_dim, arch, int(registers[1]),
+                int(spills[1]) + int(spills[2]), threads, shared, None if hgmma is None else hgmma[mangled],
+                tuple(remark for remark, lines in remarks.items() if mangled in lines),
+            )
+        )  # fmt: skip
     return found
 
 
 def compile_kernels(archs: tuple[str, ...] = ARCHS, jobs: int = 2) -> list[Kernel]:
-    """Compiles every csrc/cuda/*.cu for each of `archs`."""
+    """Compiles every csrc/cuda/*.cu for each of `archs`, and csrc/cuda/hopper/*.cu for sm_90a."""
     work = [(source, arch) for source in sorted((CSRC / "cuda").glob("*.cu")) for arch in archs]
+    if "sm_90a" in archs:
+        work += [(source, "sm_90a") for source in sorted((CSRC / "cuda" / "hopper").glob("*.cu"))]
     with tempfile.TemporaryDirectory() as name, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         folder = Path(name)
         sizes = _launch_sizes(folder)
-        results = pool.map(lambda item: _compile(item[0], item[1], folder), work)
         return [
-            Kernel(kernel, dtype, head_dim, arch, registers, spilled, *sizes[kernel.removesuffix("_dropout"), head_dim])
-            for (_, arch), found in zip(work, results, strict=True)
-            for kernel, dtype, head_dim, registers, spilled in found
+            kernel
+            for found in pool.map(lambda item: _compile(item[0], item[1], folder, sizes), work)
+            for kernel in found
         ]
 
 
@@ -139,15 +197,15 @@ def table(kernels: list[Kernel], version: str) -> str:
         "# What ptxas makes of the CUDA kernels",
         "",
         f"Written by `python bench/ptxas.py`; nvcc {version}. Occupancy is computed from registers, shared memory and",
-        "threads, not measured: blocks a multiprocessor, and resident threads over the 2,048 there can be.",
+        "threads, not measured: blocks a multiprocessor, and resident threads over the 2,048 there can be. HGMMA: wgmma in SASS.",
         "",
-        "| kernel | dtype | head_dim | arch | registers | spilled bytes | threads | shared bytes | blocks | occupancy |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | dtype | head_dim | arch | registers | spilled bytes | threads | shared bytes | blocks | occupancy | HGMMA |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for k in sorted(kernels, key=lambda k: (k.name, k.head_dim, k.dtype, k.arch)):
         lines.append(
             f"| {k.name} | {k.dtype} | {k.head_dim or ''} | {k.arch} | {k.registers} | {k.spilled} | {k.threads} "
-            f"| {k.shared} | {k.blocks()} | {k.occupancy():.1%} |"
+            f"| {k.shared} | {k.blocks()} | {k.occupancy():.1%} | {'' if k.hgmma is None else k.hgmma} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -164,11 +222,11 @@ def main() -> int:
     version = re.search(r"release [^,]*, V(\S+)", _run(["nvcc", "--version"]))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(table(kernels, version[1] if version else "of unknown version"))
-    spilling = [k for k in kernels if k.spilled]
-    for k in spilling:
-        print(f"{k.name} {k.dtype} {k.head_dim} on {k.arch} spills {k.spilled} bytes", file=sys.stderr)
-    print(f"{arguments.output}: {len(kernels)} kernels, {len(spilling)} spill")
-    return 1 if spilling else 0
+    faults = [(k, fault) for k in kernels if (fault := k.fault())]
+    for k, fault in faults:
+        print(f"{k.name} {k.dtype} {k.head_dim} on {k.arch} {fault}", file=sys.stderr)
+    print(f"{arguments.output}: {len(kernels)} kernels, {len(faults)} with a fault")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

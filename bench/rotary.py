@@ -19,6 +19,7 @@ from torch import Tensor
 from bench import suite
 from bench.suite import Case, Shape
 from kernels import apply_rotary, reference
+from kernels.measured import size_class
 
 FORMULA = "bytes: every element of q and k read once and written once, cos and sin not counted"
 ROTARY_DIM = 32
@@ -49,8 +50,8 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
         "PyTorch compiled": lambda: partial(torch.compile(plain, dynamic=False), cos=cos, sin=sin),
     }
     ours = partial(apply_rotary, cos=cos, sin=sin)
-    candidates = suite.op_candidates("apply_rotary", device, ours, peers, inputs, grads)
-    yield Case("", {"forward": moved, "forward + backward": 2 * moved}, candidates)
+    candidates = suite.op_candidates("apply_rotary", device, ours, peers, inputs, grads, size=size_class(batch * seq))
+    yield Case("", {"forward": moved, "forward + backward": 2 * moved}, candidates, size_class(batch * seq))
 
 
 def check(shape: Shape) -> str | None:

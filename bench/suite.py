@@ -25,6 +25,8 @@ class Case:
     works: dict[str, float]
     """What is timed ("forward", ...) and how much it is: FLOPs or bytes."""
     candidates: Sequence[Candidate]
+    size: str | None = None
+    """Of the call, as automatic choice sees it (`kernels.measured.size_class`); None: it is no op's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +134,7 @@ def main(suite: Suite, argv: Sequence[str] | None = None) -> None:
                 label = " ".join(["x".join(map(str, shape)), name, case.name]).rstrip()
                 wanted = [c for c in case.candidates if not (options.skip and re.search(options.skip, c.name))]
                 for work, amount in case.works.items():
-                    bench.group(label, work, amount / scale, wanted, peak)
+                    bench.group(label, work, amount / scale, wanted, peak, shape, name, case.size)
     bench.finish(options)
     if bench.failed:
         raise SystemExit("one of our own implementations failed: see the table")
@@ -165,20 +167,29 @@ def timed(
 
 
 def our_backends(op: str, device: str, **options: Any) -> list[tuple[str, str | None]]:
-    """(backend, why it cannot be measured here or None) for every backend of `op` but the reference."""
+    """(version, why it cannot be measured here or None) for every version of `op` but the reference."""
     import kernels.triton
-    from kernels.registry import BACKENDS, BackendError, choose
+    from kernels import registry
 
     found: list[tuple[str, str | None]] = []
-    for backend in BACKENDS[1:]:
+    for version in registry.versions():
+        if version == "reference" or not registry.has(op, version):
+            continue
         try:
-            choose(op, torch.device(device), backend, **options)
-        except BackendError as error:
-            found.append((backend, str(error).split("cannot serve this call: ")[-1].split("; able:")[0]))
+            registry.choose(op, torch.device(device), version, **options)
+        except registry.BackendError as error:
+            found.append((version, str(error).split("cannot serve this call: ")[-1].split("; able:")[0]))
         else:
-            interpreted = backend == "triton" and kernels.triton.INTERPRETED
-            found.append((backend, "it runs in Triton's interpreter, for correctness only" if interpreted else None))
+            interpreted = registry.backend_of(version) == "triton" and kernels.triton.INTERPRETED
+            found.append((version, "it runs in Triton's interpreter, for correctness only" if interpreted else None))
     return found
+
+
+def automatic_choice(op: str, device: str, work: str, **options: Any) -> str:
+    """The version that automatic choice takes for such a call."""
+    from kernels import registry
+
+    return registry.choose(op, torch.device(device), None, training=work != "forward", **options)
 
 
 def op_candidates(
@@ -190,14 +201,20 @@ def op_candidates(
     grads: Tensor | Sequence[Tensor] | None = None,
     **options: Any,
 ) -> list[Candidate]:
-    """Every backend of `op`, called as ours(*inputs, backend=...), and the peers, of each a function that makes it.
+    """Automatic choice ("phi1"), every version of `op`, called as ours(*inputs, backend=...), and the peers, of each a
+    function that makes it.
 
     grads: see `timed`. options: what the choice of a backend looks at, besides the dtype.
     """
-    found = [
-        Candidate(f"phi1 {backend}", True, partial(timed, partial(ours, backend=backend), inputs, grads), reason)
-        for backend, reason in our_backends(op, device, dtype=inputs[0].dtype, **options)
-    ]
+
+    def mine(version: str | None, reason: str | None) -> Candidate:
+        make = partial(timed, partial(ours, backend=version), inputs, grads)
+        name, chosen = ("phi1", automatic) if version is None else (f"phi1 {version}", None)
+        return Candidate(name, True, make, reason, version, chosen)
+
+    automatic = partial(automatic_choice, op, device, dtype=inputs[0].dtype, **options)
+    versions = our_backends(op, device, dtype=inputs[0].dtype, **options)
+    found = [mine(None, None), *(mine(version, reason) for version, reason in versions)]
 
     def peer(name: str, make: Callable[[], Callable[..., Any]]) -> Candidate:
         return Candidate(name, False, lambda work: timed(make(), inputs, grads, work))

@@ -84,6 +84,10 @@ def hugging_face(
     return step_of(model, lambda: run(input_ids=tokens, labels=tokens).loss)
 
 
+def _make(of: Callable[[Any], Callable[[], Any]], option: Any, _: str) -> Callable[[], Any]:
+    return of(option)
+
+
 def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
     batch, seq, hidden, layers, vocabulary = shape
     precision = suite.DTYPES[dtype]
@@ -95,15 +99,17 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
     for dropout in (0.0, 0.1):
         mine = partial(ours, shape, tokens, precision, dropout)
         theirs = partial(hugging_face, shape, tokens, precision, dropout)
-        backends = suite.our_backends("parallel_block", device, dtype=precision, head_dim=HEAD_DIM)
+        backends = suite.our_backends(
+            "parallel_block", device, dtype=precision, head_dim=HEAD_DIM, hidden=hidden, inner=4 * hidden, rotary_dim=32
+        )
         candidates = [
-            Candidate("phi1", True, lambda _, mine=mine: mine(None)),
+            Candidate("phi1", True, partial(_make, mine, None)),
             *(
-                Candidate(f"phi1 on {backend}", True, lambda _, mine=mine, backend=backend: mine(backend), reason)
+                Candidate(f"phi1 on {backend}", True, partial(_make, mine, backend), reason)
                 for backend, reason in backends
             ),
-            Candidate("Hugging Face eager", False, lambda _, theirs=theirs: theirs(compiled=False)),
-            Candidate("Hugging Face compiled", False, lambda _, theirs=theirs: theirs(compiled=True)),
+            Candidate("Hugging Face eager", False, partial(_make, theirs, False)),
+            Candidate("Hugging Face compiled", False, partial(_make, theirs, True)),
         ]
         yield Case(f"dropout {dropout}" if dropout else "", {"step": flops}, candidates)
 

@@ -1,4 +1,4 @@
-// The Python module kernels._native: raw pointers, sizes, strides and a stream in; exceptions out. No torch.
+// The Python module kernels._native: tensors, sizes, strides and a stream in; exceptions out. No torch.
 #include "bindings.h"
 
 PYBIND11_MODULE(_native, m) {

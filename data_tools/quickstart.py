@@ -39,6 +39,8 @@ class Config:
     """Folder of the run; started again there it goes on."""
     scale: float = 1.0
     """Multiplies the numbers of documents, annotations, exercises and training steps; 0.02 is a smoke test."""
+    tune: bool = True
+    """Measure first which kernels are fastest (phi1 tune), on a machine of whose kind there is no measurement."""
     recipes: pathlib.Path = pathlib.Path(__file__).resolve().parent.parent / "recipes"
     """Folder with quickstart-pretrain.toml and quickstart-finetune.toml."""
 
@@ -186,6 +188,7 @@ def _train(config: Config, name: str, data: str, init_from: str | None = None) -
         run_folder=root / name,
         init_from=None if init_from is None else root / init_from,
         steps=max(20, round(recipe.train.steps * config.scale)),
+        tune=config.tune,
     )
     shards = dataclasses.replace(
         recipe.data, tokens=root / f"{data}-tokens", validation_tokens=root / f"{data}-validation"

@@ -9,9 +9,13 @@ from kernels import cpu, cuda, triton  # noqa: F401  (each registers its kernels
 from kernels.attention import flash_attention
 from kernels.block import parallel_block
 from kernels.loss import linear_cross_entropy
+from kernels.measured import BACKENDS
 from kernels.norm import layer_norm
-from kernels.registry import BACKENDS, BackendError, backends, use_backend
+from kernels.registry import BackendError, read_environment, use_backend
 from kernels.rotary import apply_rotary
+from kernels.summary import backends
+
+read_environment()
 
 __all__ = [
     "BACKENDS",

@@ -1,12 +1,27 @@
 """Flash attention: softmax(scale q k^T) v without the matrix, for the layouts and options of FlashAttention."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from kernels import reference
 from kernels import torch as torch_backend
-from kernels.checks import check, check_device, check_dtype, check_int32, check_like, check_rank
-from kernels.registry import choose, implementation, register
+from kernels.autocast import cast_inputs, without_autocast
+from kernels.autograd import distinct, once_differentiable
+from kernels.checks import (
+    check,
+    check_device,
+    check_dtype,
+    check_int32,
+    check_like,
+    check_rank,
+    overlaps_itself,
+    seed_bits,
+    share_memory,
+)
+from kernels.measured import size_class
+from kernels.registry import choose, differentiated, implementation, in_graph, register
 
 _OPTIONS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, float dropout_p, SymInt dropout_seed, str backend"
 torch.library.define("phi1::attention_forward", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)")
@@ -17,8 +32,9 @@ torch.library.define(
 
 
 @torch.library.impl("phi1::attention_forward", ("cpu", "cuda"))
+@without_autocast
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    return implementation("flash_attention", options[-1])[0](q, k, v, *options[:-1])
+    return implementation("flash_attention", options[-1]).forward(q, k, v, *options[:-1])
 
 
 # The same, into the caller's tensor.
@@ -28,8 +44,10 @@ torch.library.define(
 
 
 @torch.library.impl("phi1::attention_forward_out", ("cpu", "cuda"))
+@without_autocast
 def _forward_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options) -> Tensor:  # type: ignore[no-untyped-def]
-    return implementation("flash_attention", options[-1])[0](q, k, v, *options[:-1], out=out)[1]
+    torch.autograd.graph.increment_version(out)  # a native kernel's writing PyTorch does not see
+    return implementation("flash_attention", options[-1]).forward(q, k, v, *options[:-1], out=out)[1]
 
 
 @torch.library.register_fake("phi1::attention_forward_out")
@@ -38,8 +56,11 @@ def _forward_out_fake(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options) ->
 
 
 @torch.library.impl("phi1::attention_backward", ("cpu", "cuda"))
+@without_autocast
 def _backward(grad_out, q, k, v, out, lse, *options) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    return implementation("flash_attention", options[-1])[1](grad_out, q, k, v, out, lse, *options[:-1])
+    backward = implementation("flash_attention", options[-1]).backward
+    assert backward is not None
+    return backward(grad_out, q, k, v, out, lse, *options[:-1])
 
 
 @torch.library.register_fake("phi1::attention_forward")
@@ -65,19 +86,42 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx, grad_out, _):  # type: ignore[no-untyped-def]
-        q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
+    @once_differentiable("flash_attention")
+    def backward(ctx, saved, grad_out, _):  # type: ignore[no-untyped-def]
+        q, k, v, out, lse, cu_q, cu_k = saved
         grads = torch.ops.phi1.attention_backward(grad_out, q, k, v, out, lse, cu_q, cu_k, *ctx.options)
         return *grads, None, None, None, None, None, None, None
 
 
-register("flash_attention", "reference", (reference.attention_forward, reference.attention_backward))
-register(
-    "flash_attention",
-    "torch",
-    torch_backend.attention,
-    refuses=torch_backend.attention_refuses,
-)
+# (q, k, v, cu_q, cu_k, causal, scale, p, seed, out=) -> (out, lse);
+# (grad_out, q, k, v, out, lse, cu_q, cu_k, causal, scale, p, seed) -> gradients of q, k and v.
+register("flash_attention", "reference", reference.attention_forward, reference.attention_backward, differentiable=True)
+register("flash_attention", "torch", torch_backend.attention, refuses=torch_backend.attention_refuses)
+
+
+def _check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError unless the result can be written to out."""
+    check_rank("out", out, 4, "as q is")
+    check(out.shape == q.shape, lambda: f"out.shape = {tuple(out.shape)}: must be q.shape = {tuple(q.shape)}")
+    check_like("out", out, "q", q)
+    check(
+        not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)),
+        lambda: "out is given while gradients are recorded: call under torch.no_grad(), or leave out=None",
+    )
+    check(not out.requires_grad, lambda: "out requires grad, and is to be overwritten: give out.detach()")
+    check(
+        not overlaps_itself(out),
+        lambda: (
+            f"out.stride() = {out.stride()}: elements share memory, as of an expanded tensor; give out.contiguous()"
+        ),
+    )
+    if torch.compiler.is_compiling():
+        return  # nothing has an address there, and the compiler puts copies where tensors share memory
+    shared = [name for name, x in (("q", q), ("k", k), ("v", v)) if share_memory(out, x)]
+    check(
+        not shared,
+        lambda: f"out shares memory with {shared[0]}, which is read after out is written: give memory of its own",
+    )
 
 
 def check_documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, x: Tensor) -> None:
@@ -99,6 +143,7 @@ def check_documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, x: Tensor) -> No
     )
 
 
+@cast_inputs("q", "k", "v")
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -123,15 +168,21 @@ def flash_attention(
     scale: default head_dim ** -0.5.
     dropout_p, dropout_seed: dropout of the probabilities; the mask is `kernels.reference.attention_keep`, bit for bit
         the same on every backend that serves dropout. p is rounded to a multiple of 1/256 (for p > 0 at least 1/256, at
-        most 255/256): 0.1 becomes 26/256 = 0.1016, and what is kept is divided by one minus that.
-    cu_seqlens_q, cu_seqlens_k: packed documents: batch is 1, int32 (documents + 1,) offsets into the sequence from 0 to
-        its length; document i's queries see document i's keys only. In the mask, plane counts documents, and
-        rows and columns start at 0 in each.
+        most 255/256): 0.1 becomes 26/256 = 0.1016, and what is kept is divided by one minus that. A seed has 64 bits, a
+        negative one those of its two's complement.
+    cu_seqlens_q, cu_seqlens_k: packed documents: batch is 1, int32 (documents + 1,) offsets into the sequence that rise
+        from 0 to its length; document i's queries see document i's keys only. In the mask, plane counts documents, and
+        rows and columns start at 0 in each. Other offsets are an error, but on a GPU, where looking at them would stop
+        the stream: `cuda` and `triton` take their running maximum, no greater than the length; queries of no document
+        get zeros and lse = -inf, and what no document holds gets gradients of zero.
     deterministic: ask for a bitwise reproducible backward; a backend without a faster way ignores False.
     return_lse: also return the log-sum-exp (batch, heads, seqlen_q), float32, no gradient.
-    out: write the result here (q's shape and dtype, may be a strided view); only where no gradient is needed.
+    out: write the result here (q's shape and dtype, may be a strided view, not in the memory of q, k or v); only where
+        no gradient is needed.
 
-    Returns out (q's shape and dtype), or (out, lse). Gradients flow to q, k, v.
+    Under torch.autocast q, k and v are cast to its dtype (kernels/autocast.py).
+    Returns out (q's shape and dtype), or (out, lse). Gradients flow to q, k, v; on `reference` they can be differentiated
+    again, elsewhere that is an error (of PyTorch's on `torch`, where its kernel has no second derivative).
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -155,6 +206,7 @@ def flash_attention(
         q.shape[1] > 0 and k.shape[1] > 0,
         lambda: f"seqlen_q = {q.shape[1]}, seqlen_k = {k.shape[1]}: must be at least 1",
     )
+    check(heads > 0 and head_dim > 0, lambda: f"q.shape = {tuple(q.shape)}: heads and head_dim must be at least 1")
     check(0.0 <= dropout_p < 1.0, lambda: f"dropout_p = {dropout_p}: must be in [0, 1)")
     check(
         (cu_seqlens_q is None) == (cu_seqlens_k is None),
@@ -164,26 +216,24 @@ def flash_attention(
         check_documents(cu_seqlens_q, cu_seqlens_k, q)
         check(batch == 1, lambda: f"q.shape[0] = {batch} with cu_seqlens_q: fold the batch into the sequence (batch 1)")
     scale = head_dim**-0.5 if scale is None else scale
+    check(-math.inf < scale < math.inf, lambda: f"scale = {scale}: must be finite")
+    dropout_seed = seed_bits("dropout_seed", dropout_seed)
     if out is not None:
-        check(out.shape == q.shape, lambda: f"out.shape = {tuple(out.shape)}: must be q.shape = {tuple(q.shape)}")
-        check_like("out", out, "q", q)
-        check(
-            not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)),
-            lambda: "out is given while gradients are recorded: call under torch.no_grad(), or leave out=None",
-        )
-    options = {
-        "dropout_p": dropout_p, "return_lse": return_lse, "dtype": q.dtype, "head_dim": head_dim,
-        "packed": cu_seqlens_q is not None,
-    }  # fmt: skip
-    name = choose("flash_attention", q.device, backend, **options)
-    if name == "torch":  # refuses return_lse
-        result = torch_backend.attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
-        return result if out is None else out.copy_(result)
-    if cu_seqlens_k is not None and cu_seqlens_k is cu_seqlens_q:
-        cu_seqlens_k = cu_seqlens_k.view(-1)  # torch.compile refuses one tensor given twice
+        _check_out(out, q, k, v)
+    name = choose(
+        "flash_attention", q.device, backend,
+        dtype=q.dtype, head_dim=head_dim, size=size_class(q.shape[1], k.shape[1]), training=differentiated(q, k, v),
+        dropout_p=dropout_p, return_lse=return_lse, packed=cu_seqlens_q is not None,
+    )  # fmt: skip
+    forward = in_graph("flash_attention", name)
+    if forward is not None:
+        result, lse = forward(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p, dropout_seed, out=out)
+        return (result, lse.detach()) if return_lse else result
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        cu_seqlens_q, cu_seqlens_k = distinct(cu_seqlens_q, cu_seqlens_k)
     arguments = (cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p, dropout_seed, name)
     if out is None:
-        result, lse = _Attention.apply(q, k, v, *arguments)
+        result, lse = _Attention.apply(*distinct(q, k, v), *arguments)
     else:
         result, lse = out, torch.ops.phi1.attention_forward_out(q, k, v, out, *arguments)
     return (result, lse) if return_lse else result

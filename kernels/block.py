@@ -8,6 +8,8 @@ fused there is one sum to drop from, and each element is dropped with the same p
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,18 +17,46 @@ from torch import Tensor
 
 from kernels import cpu, native, reference
 from kernels.attention import check_documents, flash_attention
-from kernels.checks import check, check_dtype, check_like, check_shape
-from kernels.fused_block import Dropout, FusedBlock, Layout, Pieces, block_forward
+from kernels.autocast import cast_inputs
+from kernels.checks import check, check_dtype, check_like, check_shape, seed_bits
+from kernels.fused_block import FusedBlock
+from kernels.measured import size_class
 from kernels.norm import layer_norm
-from kernels.registry import choose, forced_backend, implementation, register
+from kernels.reference import Dropout
+from kernels.registry import choose, differentiated, forced_backend, in_graph, register
 from kernels.rotary import apply_rotary, check_table
 
 KVCache = tuple[Tensor, Tensor, int]
-"""Keys and values (batch, capacity, kv_heads, head_dim) of the tokens so far, and how many there are."""
+"""Keys and values (batch or more, capacity, kv_heads, head_dim) of the tokens so far, and how many there are."""
 
-# Without fusion: (linear, gelu); the other parts are ops and choose for themselves. Native backends bring `Pieces`.
-register("parallel_block", "reference", (reference.linear, reference.gelu))
-register("parallel_block", "torch", (F.linear, functools.partial(F.gelu, approximate="tanh")))
+
+def _attention(
+    piece: str | None, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, dropout: Dropout
+) -> Tensor:
+    options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "backend": piece}
+    attention = flash_attention(q, k, v, dropout_p=dropout.p, dropout_seed=dropout.seed, **options)  # type: ignore[arg-type]
+    assert isinstance(attention, Tensor)
+    return attention
+
+
+def _dropped(y: Tensor, dropout: Dropout) -> Tensor:
+    if dropout.p == 0:
+        return y
+    keep = torch.ops.phi1.residual_keep(y.detach(), dropout.seed, dropout.p)
+    return y * (keep * reference.dropout_scale(dropout.p)).to(y.dtype)
+
+
+def _composed(linear: Callable[..., Tensor], gelu: Callable[..., Tensor], *arguments: Any, piece: str | None) -> Tensor:
+    """`reference.parallel_block` of the package's ops, each on the backend `piece`, or None: on its own choice."""
+    norm, rotary = functools.partial(layer_norm, backend=piece), functools.partial(apply_rotary, backend=piece)
+    steps = reference.Steps(norm, linear, rotary, functools.partial(_attention, piece), gelu, _dropped)
+    return reference.parallel_block(steps, *arguments)
+
+
+register("parallel_block", "reference", functools.partial(_composed, reference.linear, reference.gelu))
+register(
+    "parallel_block", "torch", functools.partial(_composed, F.linear, functools.partial(F.gelu, approximate="tanh"))
+)
 
 # An op, so that torch.compile carries the seed as a symbol (no new graph for each seed) and does not look inside.
 torch.library.define("phi1::residual_keep", "(Tensor like, SymInt seed, float p) -> Tensor")
@@ -45,11 +75,22 @@ def _residual_keep_fake(like: Tensor, seed: int, p: float) -> Tensor:
     return like.new_empty(like.shape, dtype=torch.bool)
 
 
-def _cache_is_full(kv_cache: KVCache | None, more: int) -> str:
-    assert kv_cache is not None
-    return f"kv_cache holds {kv_cache[2]} of {kv_cache[0].shape[1]} tokens: {more} more do not fit; make a longer cache"
+def _check_cache(name: str, cache: Tensor, length: int, x: Tensor, kv_heads: int, head_dim: int) -> None:
+    """Raises ValueError unless x's tokens fit into `cache` (keys or values): backends write there without another look."""
+    batch, seq, _ = x.shape
+    check(
+        cache.dim() == 4 and cache.shape[0] >= batch and tuple(cache.shape[2:]) == (kv_heads, head_dim),
+        lambda: f"{name}.shape = {tuple(cache.shape)}: must be ({batch} or more, capacity, {kv_heads}, {head_dim})",
+    )
+    check_like(name, cache, "x", x)
+    check(length >= 0, lambda: f"kv_cache[2] = {length}: must be the number of tokens so far")
+    check(
+        length + seq <= cache.shape[1],
+        lambda: f"{name} holds {length} of {cache.shape[1]} tokens: {seq} more do not fit; make a longer cache",
+    )
 
 
+@cast_inputs("x", "norm_weight", "norm_bias", "w_in", "b_in", "w_out", "b_out")
 def parallel_block(
     x: Tensor,
     norm_weight: Tensor,
@@ -83,86 +124,82 @@ def parallel_block(
     attention_dropout, residual_dropout, dropout_seed: masks are `kernels.reference.attention_keep` and `residual_keep`
         of the seed. Both probabilities are rounded to a multiple of 1/256, as in `flash_attention`: 0.1 becomes 0.1016.
     kv_cache: (k, v, length): this call's keys and values are written at [length, length + seq), then attention
-        runs over the first length + seq. For inference: no gradient flows through the cache.
+        runs over the first length + seq. k and v have x's dtype and device. For inference: such a call records no
+        gradient, on any backend, whatever requires one.
+    Under torch.autocast x and the six parameters are cast to its dtype (kernels/autocast.py), which y then has.
     Returns y (batch, seq, hidden).
 
-    The native backends run the fused route of kernels/fused_block.py, which saves x and z only. On `reference` and
-    `torch` the block is composed of the ops of this package, each on that backend, or on its own choice if none is asked for.
+    The native backends run the fused route of kernels/fused_block.py, which saves x and z only, and have no second
+    derivative. On `reference` and `torch` the block is composed of the ops of this package, each on that backend, or on
+    its own choice if none is asked for.
+    A NaN in one token stays in what sees that token, but for bfloat16 on a CPU with AMX: there oneDNN's products whose
+    summed width (hidden, attention width + inner) is odd or no multiple of 32 may spread it to other rows (oneDNN issue
+    5717, torch 2.13).
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
     """
     check(x.dim() == 3, lambda: f"x.shape = {tuple(x.shape)}: must be (batch, seq, hidden)")
     check_dtype("x", x)
     batch, seq, hidden = x.shape
-    check(batch * seq > 0, lambda: f"x.shape = {tuple(x.shape)}: must hold at least one token")
-    q_width, kv_width = heads * head_dim, kv_heads * head_dim
-    inner = w_in.shape[0] - q_width - 2 * kv_width
+    check(x.numel() > 0, lambda: f"x.shape = {tuple(x.shape)}: must hold at least one token of one number")
     check(
-        w_in.dim() == 2 and w_in.shape[1] == hidden and inner > 0,
+        min(heads, kv_heads, head_dim) > 0,
+        lambda: f"heads = {heads}, kv_heads = {kv_heads}, head_dim = {head_dim}: must be at least 1",
+    )
+    check(heads % kv_heads == 0, lambda: f"kv_heads = {kv_heads}: must divide heads = {heads}")
+    q_width, kv_width = heads * head_dim, kv_heads * head_dim
+    width_in = w_in.shape[0] if w_in.dim() == 2 else 0
+    inner = width_in - q_width - 2 * kv_width
+    check(
+        inner > 0 and w_in.shape[1] == hidden,
         lambda: f"w_in.shape = {tuple(w_in.shape)}: must be ({q_width} + 2 * {kv_width} + inner, {hidden})",
     )
-    check_shape("b_in", b_in, (w_in.shape[0],), "(w_in's rows,)")
-    check_shape("w_out", w_out, (hidden, q_width + inner), "(hidden, attention width + inner)")
-    check_shape("b_out", b_out, (hidden,), "(hidden,)")
-    for name, parameter in (("w_in", w_in), ("b_in", b_in), ("w_out", w_out), ("b_out", b_out)):
+    for name, parameter, shape, meaning in (
+        ("norm_weight", norm_weight, (hidden,), "(hidden,), x's last dim"),
+        ("norm_bias", norm_bias, (hidden,), "(hidden,), x's last dim"),
+        ("w_in", w_in, (width_in, hidden), ""),
+        ("b_in", b_in, (width_in,), "(w_in's rows,)"),
+        ("w_out", w_out, (hidden, q_width + inner), "(hidden, attention width + inner)"),
+        ("b_out", b_out, (hidden,), "(hidden,)"),
+    ):
+        check_shape(name, parameter, shape, meaning)
         check_like(name, parameter, "x", x)
+    check(0.0 <= attention_dropout < 1.0, lambda: f"attention_dropout = {attention_dropout}: must be in [0, 1)")
     check(0.0 <= residual_dropout < 1.0, lambda: f"residual_dropout = {residual_dropout}: must be in [0, 1)")
+    dropout_seed = seed_bits("dropout_seed", dropout_seed)
     check(
         kv_cache is None or cu_seqlens is None,
         lambda: "kv_cache and cu_seqlens are both given: decode packed documents as separate batch entries",
     )
-    check(0.0 <= attention_dropout < 1.0, lambda: f"attention_dropout = {attention_dropout}: must be in [0, 1)")
-    check(
-        kv_cache is None or kv_cache[2] + seq <= kv_cache[0].shape[1],
-        lambda: _cache_is_full(kv_cache, seq),
-    )
+    if kv_cache is not None:
+        keys, values, length = kv_cache
+        _check_cache("kv_cache[0]", keys, length, x, kv_heads, head_dim)
+        _check_cache("kv_cache[1]", values, length, x, kv_heads, head_dim)
+    if cu_seqlens is not None:
+        check_documents(cu_seqlens, cu_seqlens, x)
     check_table(x, batch, seq, head_dim, cos, sin, positions)
     name = choose(
         "parallel_block", x.device, backend,
-        dtype=x.dtype, head_dim=head_dim, hidden=hidden, inner=inner, rotary_dim=2 * cos.shape[-1],
+        dtype=x.dtype, head_dim=head_dim, size=size_class(seq, seq if kv_cache is None else kv_cache[2] + seq),
+        training=kv_cache is None and differentiated(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out),
+        hidden=hidden, inner=inner, rotary_dim=2 * cos.shape[-1],
     )  # fmt: skip
-    pieces = implementation("parallel_block", name)
-    if isinstance(pieces, Pieces):
-        for what, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-            check_shape(what, parameter, (hidden,), "(hidden,), x's last dim")
-            check_like(what, parameter, "x", x)
-        check(kv_heads > 0 and heads % kv_heads == 0, lambda: f"kv_heads = {kv_heads}: must divide heads = {heads}")
-        if cu_seqlens is not None:
-            check_documents(cu_seqlens, cu_seqlens, x)
-        rows = x.reshape(batch * seq, hidden)
-        parameters = (norm_weight, norm_bias, w_in, b_in, w_out, b_out)
-        if kv_cache is not None:
-            layout = Layout(batch, seq, heads, kv_heads, head_dim, inner, cos, sin, positions)
-            dropout = Dropout(attention_dropout, dropout_seed), Dropout(residual_dropout, dropout_seed)
-            with torch.no_grad():
-                y = block_forward(rows, *parameters, layout, None, eps, *dropout, pieces, kv_cache)[0]
-        else:
-            with_grads = torch.is_grad_enabled() and any(t.requires_grad for t in (rows, *parameters))
-            y = FusedBlock.apply(
-                rows, *parameters, with_grads, cos, sin, positions, cu_seqlens, seq, heads, kv_heads, head_dim, eps,
-                attention_dropout, residual_dropout, dropout_seed, name,
+    forward = in_graph("parallel_block", name)
+    parameters = (norm_weight, norm_bias, w_in, b_in, w_out, b_out)
+    if forward is not None:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
+            return forward(
+                x, *parameters, cos, sin, positions, cu_seqlens, heads, kv_heads, head_dim, eps,
+                Dropout(attention_dropout, dropout_seed), Dropout(residual_dropout, dropout_seed), kv_cache,
+                piece="reference" if name == "reference" else forced_backend(backend),
             )  # fmt: skip
-        return y.view(batch, seq, hidden)
-
-    linear, gelu = pieces
-    piece = forced_backend(backend)
-    z = linear(layer_norm(x, norm_weight, norm_bias, eps, backend=piece), w_in, b_in)
-    q, k, v, u = z.split([q_width, kv_width, kv_width, inner], dim=-1)
-    q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in (q, k, v))
-    q, k = apply_rotary(q, k, cos, sin, positions=positions, backend=piece)
-    if kv_cache is not None:
-        keys, values, length = kv_cache
-        keys[:batch, length : length + seq] = k
-        values[:batch, length : length + seq] = v
-        k, v = keys[:batch, : length + seq], values[:batch, : length + seq]
-    if cu_seqlens is not None:
-        q, k, v = (part.reshape(1, batch * seq, -1, head_dim) for part in (q, k, v))
-    attention = flash_attention(
-        q, k, v, dropout_p=attention_dropout, dropout_seed=dropout_seed,
-        cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, backend=piece,
+    rows = x.reshape(batch * seq, hidden)
+    options = (
+        cos, sin, positions, cu_seqlens, seq, heads, kv_heads, head_dim, eps, attention_dropout, residual_dropout,
+        dropout_seed, name,
     )  # fmt: skip
-    assert isinstance(attention, Tensor)
-    y = linear(torch.cat([attention.reshape(batch, seq, q_width), gelu(u)], dim=-1), w_out, b_out)
-    if residual_dropout > 0:
-        keep = torch.ops.phi1.residual_keep(y.detach(), dropout_seed, residual_dropout)
-        y = y * (keep * reference.dropout_scale(residual_dropout)).to(y.dtype)
-    return x + y
+    if kv_cache is not None:
+        with torch.no_grad():
+            y = torch.ops.phi1.parallel_block_cached(rows, *parameters, *kv_cache, *options)
+    else:
+        y = FusedBlock.apply(rows, *parameters, differentiated(rows, *parameters), *options)[0]
+    return y.view(batch, seq, hidden)

@@ -1,39 +1,33 @@
-"""The `cpu` backend: C++ kernels (csrc/cpu), chosen at run time by the CPU's instruction sets (PHI1_ISA overrides)."""
+"""The `cpu` backend: C++ kernels (csrc/cpu), a version for each instruction set that they are compiled for.
 
-import itertools
+The functions take the instruction set's kernels first, an entry of `native.ISAS`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import chunked_loss, native, reference
+from kernels import chunked_loss, fused_block, native, reference
+from kernels.checks import check_offsets
 from kernels.fused_block import Dropout, Layout, Pieces, dropout_arguments, vendor_product
 from kernels.registry import register
 
 
-def _checked_positions(positions: Tensor | None, table_rows: int) -> Tensor | None:
-    if positions is None:
-        return None
-    low, high = (int(x) for x in torch.aminmax(positions)) if positions.numel() else (0, 0)
-    if low < 0 or high >= table_rows:
-        raise IndexError(f"positions in [{low}, {high}]: the rotary table has rows 0..{table_rows - 1}")
-    return positions.contiguous()
-
-
 def rotary(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
+    isa: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """q and k rotated into new contiguous tensors; see `kernels.apply_rotary`."""
-    positions = _checked_positions(positions, cos.shape[0])
+    positions = None if positions is None else positions.contiguous()
     q, k = native.rows_contiguous(q), native.rows_contiguous(k)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    native._native.rotary_cpu(
+    isa.rotary(
         *native.rotary_arguments(q, k, q_out, k_out, cos.contiguous(), sin.contiguous(), positions, inverse),
         torch.get_num_threads(),
     )
     return q_out, k_out
-
-
-register("apply_rotary", "cpu", rotary, devices=("cpu",), missing=native.MISSING, refuses=native.refuses_dtype)
 
 
 HEAD_DIMS = (32, 64, 128)
@@ -46,48 +40,41 @@ def _attention_refuses(*, dtype: torch.dtype, head_dim: int, **_: object) -> str
     return native.refuses_dtype(dtype=dtype)
 
 
-def _check_starts(name: str, starts: Tensor, length: int) -> Tensor:
-    """`starts`, contiguous; raises ValueError unless it runs from 0 to length without a step back."""
-    values = starts.tolist()
-    if values[0] != 0 or values[-1] != length or any(a > b for a, b in itertools.pairwise(values)):
-        raise ValueError(f"{name} = {values}: must rise from 0 to the sequence length, {length}")
-    return starts.contiguous()
-
-
 def _attention_arguments(
     q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
     causal: bool, scale: float, dropout_p: float, dropout_seed: int,
 ) -> tuple[object, ...]:  # fmt: skip
-    """The last arguments of `_native.attention_forward_cpu` and `_native.attention_backward_cpu`."""
+    """The last arguments of `Isa.attention_forward` and `Isa.attention_backward`."""
     batch, seqlen_q, heads, head_dim = q.shape
     threshold = reference.dropout_threshold(dropout_p)
     return (
         (batch, seqlen_q, k.shape[1], heads, k.shape[2], head_dim),
-        (0, 0, 0) if cu_q is None or cu_k is None else (cu_q.data_ptr(), cu_k.data_ptr(), cu_q.shape[0] - 1),
+        (None, None, 0) if cu_q is None or cu_k is None else (cu_q, cu_k, cu_q.shape[0] - 1),
         causal, scale, (threshold, reference.dropout_scale(dropout_p), dropout_seed & (1 << 64) - 1),
         native.DTYPE_CODES[q.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    isa: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
     causal: bool, scale: float, dropout_p: float, dropout_seed: int, *, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (a new tensor, or the one given) and the log-sum-exp; see `kernels.flash_attention`."""
     q, k, v = (native.rows_contiguous(x) for x in (q, k, v))
     if cu_q is not None and cu_k is not None:
-        cu_q, cu_k = _check_starts("cu_seqlens_q", cu_q, q.shape[1]), _check_starts("cu_seqlens_k", cu_k, k.shape[1])
+        check_offsets("cu_seqlens_q", cu_q, q.shape[1])
+        check_offsets("cu_seqlens_k", cu_k, k.shape[1])
+        cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     result = q.new_empty(q.shape) if out is None or out.stride(-1) != 1 else out
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    native._native.attention_forward_cpu(
-        *(native.heads_spec(x) for x in (q, k, v, result)), lse.data_ptr(),
-        *_attention_arguments(q, k, cu_q, cu_k, causal, scale, dropout_p, dropout_seed),
+    isa.attention_forward(
+        q, k, v, result, lse, *_attention_arguments(q, k, cu_q, cu_k, causal, scale, dropout_p, dropout_seed),
     )  # fmt: skip
     return result if out is None or out is result else out.copy_(result), lse
 
 
 def attention_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    isa: Any, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
     causal: bool, scale: float, dropout_p: float, dropout_seed: int,
     *, grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -97,110 +84,96 @@ def attention_backward(
     cu_k = None if cu_k is None else cu_k.contiguous()
     grads = grads or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     lse = lse.contiguous()
-    native._native.attention_backward_cpu(
-        *(native.heads_spec(x) for x in (grad_out, q, k, v, out, *grads)), lse.data_ptr(),
+    isa.attention_backward(
+        grad_out, q, k, v, out, *grads, lse,
         *_attention_arguments(q, k, cu_q, cu_k, causal, scale, dropout_p, dropout_seed),
     )  # fmt: skip
     return grads
 
 
-def residual_keep(seed: int, rows: int, columns: int, p: float) -> Tensor:
-    """`kernels.reference.residual_keep` on the CPU, the same bits."""
-    keep = torch.empty(rows, columns, dtype=torch.bool)
-    native._native.residual_keep_cpu(
-        keep.data_ptr(), rows, columns, reference.dropout_threshold(p), seed & (1 << 64) - 1, torch.get_num_threads()
+def residual_keep(seed: int, rows: int, columns: int, p: float, isa: Any = None) -> Tensor:
+    """`kernels.reference.residual_keep` on the CPU, the same bits. isa: default the most capable."""
+    isa = isa or next(isa for isa in native.ISAS if isa.missing is None)
+    keep = torch.empty((rows, columns), dtype=torch.bool, device="cpu")
+    isa.residual_keep(
+        keep, rows, columns, reference.dropout_threshold(p), seed & (1 << 64) - 1, torch.get_num_threads()
     )
     return keep
-
-
-register(
-    "flash_attention",
-    "cpu",
-    (attention_forward, attention_backward),
-    devices=("cpu",),
-    missing=native.MISSING,
-    refuses=_attention_refuses,
-)
 
 
 # ------------------------------------------------------------------------------------- LayerNorm and the block
 
 
-def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def layer_norm_forward(isa: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y (contiguous) and (mean, 1 / sqrt(variance + eps)) of each row; see `kernels.layer_norm`."""
     rows = native.rows_contiguous(x.reshape(-1, weight.numel()))
-    y = torch.empty(x.shape, dtype=x.dtype)
-    stats = torch.empty((rows.shape[0], 2), dtype=torch.float32)
+    y = x.new_empty(x.shape)
+    stats = x.new_empty((rows.shape[0], 2), dtype=torch.float32)
     weight, bias = weight.contiguous(), bias.contiguous()
-    native._native.layer_norm_forward_cpu(
-        rows.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), stats.data_ptr(),
-        (*rows.shape, rows.stride(0)), eps, native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+    isa.layer_norm_forward(
+        rows, weight, bias, y, stats, (*rows.shape, rows.stride(0)), eps, native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y, stats
 
 
 def layer_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, stats: Tensor, residual: Tensor | None = None
+    isa: Any, grad: Tensor, x: Tensor, weight: Tensor, stats: Tensor, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (plus `residual`), weight and bias."""
     rows, grad, weight = native.rows_contiguous(x.reshape(-1, weight.numel())), grad.contiguous(), weight.contiguous()
     residual, stats = None if residual is None else residual.contiguous(), stats.contiguous()
-    grads = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(weight), torch.empty_like(weight)
-    native._native.layer_norm_backward_cpu(
-        grad.data_ptr(), rows.data_ptr(), weight.data_ptr(), stats.data_ptr(),
-        0 if residual is None else residual.data_ptr(), *(g.data_ptr() for g in grads),
-        (*rows.shape, rows.stride(0)), native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
+    grads = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight), torch.empty_like(weight)
+    isa.layer_norm_backward(
+        grad, rows, weight, stats, residual, *grads, (*rows.shape, rows.stride(0)), native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return grads
 
 
 def _after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: Layout) -> tuple[object, ...]:
-    """The arguments of `_native.after_in_cpu`, and the last of `_native.after_in_backward_cpu`."""
-    positions = _checked_positions(layout.positions, layout.cos.shape[0])
+    """The arguments of `Isa.after_in`, and the last of `Isa.after_in_backward`."""
+    positions = None if layout.positions is None else layout.positions.contiguous()
     cos, sin = layout.cos.contiguous(), layout.sin.contiguous()
     sizes = (
         layout.batch, layout.seq, layout.heads + layout.kv_heads, layout.head_dim, cos.shape[1], z.shape[1], layout.inner,
         activated.stride(0),
     )  # fmt: skip
-    arguments = (
-        z.data_ptr(), bias.data_ptr(), activated.data_ptr(), sizes, cos.data_ptr(), sin.data_ptr(),
-        0 if positions is None else positions.data_ptr(),
+    return (
+        z, bias, activated, sizes, cos, sin, positions,
         positions.stride(0) if positions is not None and positions.dim() == 2 else 0,
         native.DTYPE_CODES[z.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    return arguments
 
 
-def _project_in(n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
+def _project_in(isa: Any, n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
     z, b_in = vendor_product(n, w_in), b_in.contiguous()
-    native._native.after_in_cpu(*_after_in_arguments(z, b_in, activated, layout))
+    isa.after_in(*_after_in_arguments(z, b_in, activated, layout))
     return z
 
 
-def _project_in_backward(grad_z: Tensor, z: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
+def _project_in_backward(
+    isa: Any, grad_z: Tensor, z: Tensor, b_in: Tensor, activated: Tensor, layout: Layout
+) -> Tensor:
     b_in = b_in.contiguous()
     grad_bias = torch.empty_like(b_in)
-    native._native.after_in_backward_cpu(
-        grad_z.data_ptr(), grad_bias.data_ptr(), *_after_in_arguments(z, b_in, activated, layout)
-    )
+    isa.after_in_backward(grad_z, grad_bias, *_after_in_arguments(z, b_in, activated, layout))
     return grad_bias
 
 
-def _project_out(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
+def _project_out(isa: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
     y, b_out, x = vendor_product(g, w_out), b_out.contiguous(), x.contiguous()
-    native._native.residual_cpu(
-        y.data_ptr(), b_out.data_ptr(), x.data_ptr(), *y.shape, dropout_arguments(dropout),
+    isa.residual(
+        y, b_out, x, *y.shape, dropout_arguments(dropout),
         native.DTYPE_CODES[y.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def _project_out_backward(grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
+def _project_out_backward(isa: Any, grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
     threshold, *rest = dropout_arguments(dropout)
     grad_h = grad_y if threshold == 0 else torch.empty_like(grad_y)
     grad_bias = grad_y.new_empty(grad_y.shape[1])
-    native._native.residual_backward_cpu(
-        grad_y.data_ptr(), grad_h.data_ptr(), grad_bias.data_ptr(), *grad_y.shape, (threshold, *rest),
+    isa.residual_backward(
+        grad_y, grad_h, grad_bias, *grad_y.shape, (threshold, *rest),
         native.DTYPE_CODES[grad_y.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return grad_h, grad_bias
@@ -210,6 +183,7 @@ def _project_out_backward(grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Ten
 
 
 def _cross_entropy(
+    isa: Any,
     logits: Tensor,
     bias: Tensor,
     targets: Tensor,
@@ -224,38 +198,47 @@ def _cross_entropy(
         raise IndexError(
             f"targets in [{int(kept.min())}, {int(kept.max())}]: must be in [0, {columns}) or ignore_index = {ignore_index}"
         )
-    native._native.cross_entropy_cpu(
-        logits.data_ptr(), bias.data_ptr(), targets.data_ptr(), loss.data_ptr(),
-        0 if bias_sums is None else bias_sums.data_ptr(), (rows, columns, ignore_index), z_loss,
+    isa.cross_entropy(
+        logits, bias, targets, loss, bias_sums, (rows, columns, ignore_index), z_loss,
         native.DTYPE_CODES[logits.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
-def _add_product(grad: Tensor, low: Tensor, product: Tensor, first: bool, last: bool) -> None:
+def _add_product(isa: Any, grad: Tensor, low: Tensor, product: Tensor, first: bool, last: bool) -> None:
     """The sum's upper 16 bits stand in grad's memory, whatever its dtype, and the lower in `low`."""
-    native._native.add_product_cpu(
-        grad.data_ptr(), low.data_ptr(), product.data_ptr(), product.numel(), first, last,
+    isa.add_product(
+        grad, low, product, product.numel(), first, last,
         native.DTYPE_CODES[grad.dtype], torch.get_num_threads(),
     )  # fmt: skip
 
 
-register(
-    "layer_norm", "cpu", (layer_norm_forward, layer_norm_backward),
-    devices=("cpu",), missing=native.MISSING, refuses=native.refuses_dtype,
-)  # fmt: skip
-register(
-    "parallel_block",
-    "cpu",
-    Pieces(
-        layer_norm_forward, layer_norm_backward, _project_in, _project_in_backward,
-        attention_forward, attention_backward, _project_out, _project_out_backward,
-        saves_attention=True,  # made again it took 6% of forward + backward at hidden 512, 1,024 tokens (Zen 4)
-    ),
-    devices=("cpu",),
-    missing=native.MISSING,
-    refuses=_attention_refuses,
-)  # fmt: skip
-register(
-    "linear_cross_entropy", "cpu", chunked_loss.Pieces(_cross_entropy, add_product=_add_product, scratch=torch.int16),
-    devices=("cpu",), missing=native.MISSING, refuses=native.refuses_dtype,
-)  # fmt: skip
+# ------------------------------------------------------------------------------------------------- registration
+
+
+def register_kernels(name: str, isa: Any) -> None:
+    """Makes the kernels of an instruction set the version `cpu/<name>` of every op; None: it was not compiled."""
+
+    def of(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(function, isa)
+
+    attention = of(attention_forward), of(attention_backward)
+    norm = of(layer_norm_forward), of(layer_norm_backward)
+    block = fused_block.operators(Pieces(
+        *norm, of(_project_in), of(_project_in_backward), *attention, of(_project_out), of(_project_out_backward),
+    ))  # fmt: skip
+    loss = chunked_loss.operators(
+        chunked_loss.Pieces(of(_cross_entropy), add_product=of(_add_product), scratch=torch.int16)
+    )
+    for op, run, refuses in (
+        ("apply_rotary", (of(rotary), of(rotary)), native.refuses_dtype),
+        ("flash_attention", attention, _attention_refuses),
+        ("layer_norm", norm, native.refuses_dtype),
+        ("parallel_block", block, _attention_refuses),
+        ("linear_cross_entropy", loss, native.refuses_dtype),
+    ):
+        register(op, f"cpu/{name}", *run, devices=("cpu",), refuses=refuses)
+
+
+_compiled = {isa.name: isa for isa in native.ISAS}
+for _name in native.ISA_NAMES:
+    register_kernels(_name, _compiled.get(_name))

@@ -6,25 +6,18 @@ The functions take the module that launches: kernels._native on a GPU; the tests
 
 import contextlib
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import chunked_loss, native, reference
+from kernels import chunked_loss, fused_block, native, reference
+from kernels.checks import check_offsets
 from kernels.fused_block import Dropout, Layout, Pieces, dropout_arguments, vendor_product
-from kernels.registry import register
-
-
-def missing() -> str | None:
-    """Why there is no GPU to launch on, or None."""
-    if native.MISSING is not None:
-        return native.MISSING
-    if not native._native.has_cuda:
-        return "kernels._native was built without CUDA; build it where nvcc is, with PHI1_CUDA=on"
-    if not torch.cuda.is_available():
-        return "torch.cuda.is_available() is False: no usable NVIDIA GPU, or a CPU build of torch"
-    return None
+from kernels.machine import Machine
+from kernels.registry import missing_here, register
 
 
 def _device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -62,6 +55,25 @@ def attention_refuses(*, dtype: torch.dtype, head_dim: int, **_: object) -> str 
     return None
 
 
+ATTENTION_VERSIONS = {"mma": (0, 0), "hopper": (1, 0), "hopper_backward": (1, 1)}
+"""Of attention, which kernels run (forward, backward), by the number that the native module takes: 0, mma.sync on any card; 1,
+wgmma, compute capability 9.0 and head_dim 64 or 128 only. `hopper_backward` is never chosen by itself: the first run on a GPU
+did not return from its backward kernels, whose registers were more than the launch had; since mended, not run there again."""
+
+
+def _hopper_needs(machine: Machine) -> str | None:
+    if machine.capability == (9, 0):
+        return missing_here("cuda/hopper")(machine)
+    return machine.missing.get("cuda") or f"{machine.name} has not compute capability 9.0"
+
+
+def _hopper_refuses(refuses: Callable[..., str | None], *, head_dim: int, **options: Any) -> str | None:
+    """Why those of the kernels that are made for Hopper cannot serve a call, or None; refuses: of the others."""
+    if head_dim not in (64, 128):
+        return f"head_dim = {head_dim}: the hopper kernels are made for 64 and 128"
+    return refuses(head_dim=head_dim, **options)
+
+
 def _is_aligned(x: Tensor) -> bool:
     """Each row of x is contiguous and starts at a multiple of 16 bytes."""
     strides = [stride for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
@@ -83,56 +95,70 @@ def _attention_arguments(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
     causal: bool, scale: float, dropout_p: float, dropout_seed: int,
 ) -> tuple[object, ...]:  # fmt: skip
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale = {scale}: the cuda backend takes a positive number; negate q for a negative one")
     for name, size in (("seqlen_q", q.shape[1]), ("seqlen_k", k.shape[1])):
         if size >= 2**30:
             raise ValueError(f"{name} = {size}: the cuda backend counts rows up to {2**30 - 1}; split the sequence")
     if q.shape[0] * q.shape[2] >= 2**31:
         raise ValueError(f"batch * heads = {q.shape[0] * q.shape[2]}: must be below {2**31}; split the batch")
-    cu = tuple(0 if x is None else x.data_ptr() for x in (cu_q, cu_k))
     return (
-        *(native.heads_spec(x) for x in (q, k, v, out)), lse.data_ptr(),
-        (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]),
-        cu, 0 if cu_q is None else cu_q.shape[0] - 1, causal, scale,
+        q, k, v, out, lse, (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]),
+        (cu_q, cu_k), 0 if cu_q is None else cu_q.shape[0] - 1, causal, scale,
         reference.dropout_threshold(dropout_p), reference.dropout_scale(dropout_p), dropout_seed % 2**64,
         native.DTYPE_CODES[q.dtype], _stream(q),
     )  # fmt: skip
 
 
 def attention_forward(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, *options: Any,
-    out: Tensor | None = None,
+    module: Any, version: int, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    causal: bool, scale: float, *dropout: Any, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) float32; see `kernels.flash_attention`."""
+    """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) float32; see `kernels.flash_attention`.
+
+    version: the kernels' number in ATTENTION_VERSIONS."""
+    q, scale, _ = native.positive_scale(q, scale)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    cu_q, cu_k = (None if x is None else x.contiguous() for x in (cu_q, cu_k))
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None or not _is_aligned(out) else out
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
+    if cu_q is not None and cu_k is not None:
+        check_offsets("cu_seqlens_q", cu_q, q.shape[1])
+        check_offsets("cu_seqlens_k", cu_k, k.shape[1])
+        cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
+        result.zero_(), lse.fill_(-math.inf)  # rows that no document holds
     if q.numel():
         with _device(q):
-            module.attention_forward_cuda(*_attention_arguments(q, k, v, result, lse, cu_q, cu_k, *options))
+            module.attention_forward_cuda(
+                *_attention_arguments(q, k, v, result, lse, cu_q, cu_k, causal, scale, *dropout),
+                version,
+            )
     return result if out is None or out is result else out.copy_(result), lse
 
 
 def attention_backward(
-    module: Any, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_q: Tensor | None, cu_k: Tensor | None, *options: Any, grads: tuple[Tensor, Tensor, Tensor] | None = None,
+    module: Any, version: int, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, scale: float, *dropout: Any,
+    grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, in new tensors or in `grads` (rows as `_is_aligned` asks), bitwise reproducible."""
+    q, scale, sign = native.positive_scale(q, scale)
     grad_out, q, k, v, out = (_aligned(x) for x in (grad_out, q, k, v, out))
     cu_q, cu_k = (None if x is None else x.contiguous() for x in (cu_q, cu_k))
     lse = lse.contiguous()
     if grads is None:
         grads = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape)
+    if cu_q is not None:
+        for grad in grads:
+            grad.zero_()  # rows that no document holds
     row_stats = torch.empty((*lse.shape, 2), dtype=torch.float32, device=q.device)
     if q.numel():
         with _device(q):
             module.attention_backward_cuda(
-                [native.heads_spec(x) for x in (grad_out, *grads)],
-                row_stats.data_ptr(),
-                *_attention_arguments(q, k, v, out, lse, cu_q, cu_k, *options),
+                (grad_out, *grads),
+                row_stats,
+                *_attention_arguments(q, k, v, out, lse, cu_q, cu_k, causal, scale, *dropout),
+                version,
             )
+    if sign != 1:
+        grads[0].mul_(sign)
     return grads
 
 
@@ -151,7 +177,7 @@ def layer_norm_forward(module: Any, x: Tensor, weight: Tensor, bias: Tensor, eps
     if x.numel():
         with _device(x):
             module.layer_norm_forward_cuda(
-                rows.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr(), stats.data_ptr(),
+                rows, weight, bias, y, stats,
                 (*rows.shape, rows.stride(0)), eps, native.DTYPE_CODES[x.dtype], _stream(x),
             )  # fmt: skip
     return y, stats
@@ -175,9 +201,7 @@ def layer_norm_backward(
     if x.numel():
         with _device(x):
             module.layer_norm_backward_cuda(
-                grad.data_ptr(), rows.data_ptr(), weight.data_ptr(), stats.data_ptr(), grad_x.data_ptr(),
-                grad_weight.data_ptr(), grad_bias.data_ptr(), partial.data_ptr(),
-                0 if residual is None else residual.data_ptr(),
+                grad, rows, weight, stats, grad_x, grad_weight, grad_bias, partial, residual,
                 (*rows.shape, rows.stride(0), chunks), native.DTYPE_CODES[x.dtype], _stream(x),
             )  # fmt: skip
     return grad_x, grad_weight, grad_bias
@@ -221,8 +245,7 @@ def _after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: Layo
         activated.stride(0),
     )  # fmt: skip
     return (
-        z.data_ptr(), bias.data_ptr(), activated.data_ptr(), sizes, (cos.data_ptr(), sin.data_ptr()), cos.shape[0],
-        0 if positions is None else positions.data_ptr(),
+        z, bias, activated, sizes, (cos, sin), cos.shape[0], positions,
         positions.stride(0) if positions is not None and positions.dim() == 2 else 0,
         native.DTYPE_CODES[z.dtype], _stream(z),
     )  # fmt: skip
@@ -249,7 +272,7 @@ def project_in_backward(
     grad_bias, partial = torch.empty_like(b_in), _partial_sums(z)
     with _device(z):
         module.after_in_backward_cuda(
-            grad_z.data_ptr(), grad_bias.data_ptr(), partial.data_ptr(), partial.shape[0],
+            grad_z, grad_bias, partial, partial.shape[0],
             *_after_in_arguments(z, b_in, activated, layout),
         )  # fmt: skip
     return grad_bias
@@ -260,8 +283,7 @@ def project_out(module: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor,
     y, b_out, x = vendor_product(g, w_out), _dense(b_out), _dense(x)
     with _device(y):
         module.residual_cuda(
-            y.data_ptr(), b_out.data_ptr(), x.data_ptr(), tuple(y.shape), dropout_arguments(dropout),
-            native.DTYPE_CODES[y.dtype], _stream(y),
+            y, b_out, x, tuple(y.shape), dropout_arguments(dropout), native.DTYPE_CODES[y.dtype], _stream(y),
         )  # fmt: skip
     return y
 
@@ -274,7 +296,7 @@ def project_out_backward(module: Any, grad_y: Tensor, dropout: Dropout) -> tuple
     grad_bias, partial = grad_y.new_empty(grad_y.shape[1]), _partial_sums(grad_y)
     with _device(grad_y):
         module.residual_backward_cuda(
-            grad_y.data_ptr(), grad_h.data_ptr(), grad_bias.data_ptr(), partial.data_ptr(), partial.shape[0],
+            grad_y, grad_h, grad_bias, partial, partial.shape[0],
             tuple(grad_y.shape), (threshold, *rest), native.DTYPE_CODES[grad_y.dtype], _stream(grad_y),
         )  # fmt: skip
     return grad_h, grad_bias
@@ -299,44 +321,46 @@ def cross_entropy(
     parts = 0 if bias_sums is None else bias_sums.shape[0]
     with _device(logits):
         module.cross_entropy_cuda(
-            logits.data_ptr(), bias.data_ptr(), targets.data_ptr(), loss.data_ptr(), stats.data_ptr(),
-            0 if bias_sums is None else bias_sums.data_ptr(), (*logits.shape, parts, ignore_index), z_loss,
+            logits, bias, targets, loss, stats, bias_sums, (*logits.shape, parts, ignore_index), z_loss,
             native.DTYPE_CODES[logits.dtype], _stream(logits),
         )  # fmt: skip
 
 
-def register_kernels(module: Any, devices: tuple[str, ...], why_not: str | None = None) -> None:
-    """Makes the launches of `module` the `cuda` backend of every op, for tensors on `devices`."""
-    register(
-        "apply_rotary", "cuda", functools.partial(rotary, module),
-        devices=devices, missing=why_not, refuses=native.refuses_dtype,
-    )  # fmt: skip
-    register(
-        "flash_attention", "cuda",
-        (functools.partial(attention_forward, module), functools.partial(attention_backward, module)),
-        devices=devices, missing=why_not, refuses=attention_refuses,
-    )  # fmt: skip
-    register(
-        "layer_norm", "cuda",
-        (functools.partial(layer_norm_forward, module), functools.partial(layer_norm_backward, module)),
-        devices=devices, missing=why_not, refuses=native.refuses_dtype,
-    )  # fmt: skip
-    pieces: list[Any] = [
-        functools.partial(piece, module)
-        for piece in (
-            layer_norm_forward, layer_norm_backward, project_in, project_in_backward,
-            attention_forward, attention_backward, project_out, project_out_backward,
+def register_kernels(
+    module: Any, devices: tuple[str, ...], needs: Callable[[Machine], str | None] | None = None
+) -> None:
+    """Makes the launches of `module` the `cuda` backend of every op, for tensors on `devices`.
+
+    Attention has the versions of ATTENTION_VERSIONS, and so has the layer with it; other ops have one, `cuda`.
+    needs: in place of what a GPU and the build of the native module must have.
+    """
+
+    def of(function: Callable[..., Any], *more: Any) -> Callable[..., Any]:
+        return functools.partial(function, module, *more)
+
+    norm, loss = (
+        (of(layer_norm_forward), of(layer_norm_backward)),
+        chunked_loss.Pieces(of(cross_entropy), bias_parts=_sum_parts),
+    )
+    refuses: Callable[..., str | None]
+    for op, run, refuses in (
+        ("apply_rotary", (of(rotary), of(rotary)), native.refuses_dtype),
+        ("layer_norm", norm, native.refuses_dtype),
+        ("linear_cross_entropy", chunked_loss.operators(loss), loss_refuses),
+    ):
+        register(op, "cuda", *run, devices=devices, needs=needs, refuses=refuses)
+    for name, (forward, backward) in ATTENTION_VERSIONS.items():
+        attention = of(attention_forward, forward), of(attention_backward, backward)
+        pieces = Pieces(
+            *norm, of(project_in), of(project_in_backward), *attention, of(project_out), of(project_out_backward)
         )
-    ]  # fmt: skip
-    register(
-        "parallel_block", "cuda", Pieces(*pieces),
-        devices=devices, missing=why_not, refuses=block_refuses,
-    )  # fmt: skip
-    register(
-        "linear_cross_entropy", "cuda",
-        chunked_loss.Pieces(functools.partial(cross_entropy, module), bias_parts=_sum_parts),
-        devices=devices, missing=why_not, refuses=loss_refuses,
-    )  # fmt: skip
+        for op, run, refuses in (
+            ("flash_attention", attention, attention_refuses),
+            ("parallel_block", fused_block.operators(pieces), block_refuses),
+        ):
+            here = needs or (_hopper_needs if forward else None)
+            refused = functools.partial(_hopper_refuses, refuses) if forward else refuses
+            register(op, f"cuda/{name}", *run, devices=devices, needs=here, refuses=refused)
 
 
-register_kernels(native._native, devices=("cuda",), why_not=missing())
+register_kernels(native._native, devices=("cuda",))

@@ -1,12 +1,17 @@
 """LayerNorm."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from kernels.checks import check_device, check_dtype, check_like, check_shape
-from kernels.registry import choose, implementation, register
+from kernels.autocast import autocast_dtype, without_autocast
+from kernels.autograd import distinct, once_differentiable
+from kernels.checks import check, check_device, check_dtype, check_like, check_shape
+from kernels.measured import size_class
+from kernels.registry import choose, differentiated, implementation, in_graph, register
 
 torch.library.define(
     "phi1::layer_norm_forward", "(Tensor x, Tensor weight, Tensor bias, float eps, str backend) -> (Tensor, Tensor)"
@@ -19,12 +24,14 @@ torch.library.define(
 
 @torch.library.impl("phi1::layer_norm_forward", ("cpu", "cuda"))
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
-    return implementation("layer_norm", backend)[0](x, weight, bias, eps)
+    return implementation("layer_norm", backend).forward(x, weight, bias, eps)
 
 
 @torch.library.impl("phi1::layer_norm_backward", ("cpu", "cuda"))
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, stats: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    return implementation("layer_norm", backend)[1](grad, x, weight, stats)
+    backward = implementation("layer_norm", backend).backward
+    assert backward is not None
+    return backward(grad, x, weight, stats)
 
 
 @torch.library.register_fake("phi1::layer_norm_forward")
@@ -48,10 +55,12 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return *torch.ops.phi1.layer_norm_backward(grad, *ctx.saved_tensors, ctx.backend), None, None
+    @once_differentiable("layer_norm")
+    def backward(ctx, saved, grad):  # type: ignore[no-untyped-def]
+        return *torch.ops.phi1.layer_norm_backward(grad, *saved, ctx.backend), None, None
 
 
+@without_autocast
 def _torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
         # PyTorch adds up the gradients of weight and bias in 16 bits on a CPU: up to 7 times eager's error, with one thread.
@@ -59,7 +68,7 @@ def _torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-# These two PyTorch differentiates; the native ones are a (forward, backward) pair.
+# (x, weight, bias, eps) -> y; with a backward, (y, stats) and (grad, x, weight, stats) -> the three gradients.
 register("layer_norm", "reference", reference.layer_norm)
 register("layer_norm", "torch", _torch)
 
@@ -67,15 +76,25 @@ register("layer_norm", "torch", _torch)
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, backend: str | None = None) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dim, statistics in float32.
 
-    x: (..., hidden). weight, bias: (hidden,), x's dtype. Returns x's shape and dtype.
+    x: (..., hidden). weight, bias: (hidden,), x's dtype; under torch.autocast cast to it. Returns x's shape and dtype,
+    under autocast too (`torch.nn.functional.layer_norm` then returns float32 on a GPU).
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
     """
     check_dtype("x", x)
+    check(
+        x.dim() > 0 and x.shape[-1] > 0, lambda: f"x.shape = {tuple(x.shape)}: must be (..., hidden), hidden at least 1"
+    )
+    if autocast_dtype(x.device) is not None:
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     for name, parameter in (("weight", weight), ("bias", bias)):
         check_shape(name, parameter, (x.shape[-1],), "(hidden,), x's last dim")
         check_like(name, parameter, "x", x)
         check_device(name, parameter, "x", x)
-    name = choose("layer_norm", x.device, backend, dtype=x.dtype)
-    if name in ("reference", "torch"):
-        return implementation("layer_norm", name)(x, weight, bias, eps)
-    return _LayerNorm.apply(x, weight, bias, eps, name)
+    name = choose(
+        "layer_norm", x.device, backend,
+        dtype=x.dtype, size=size_class(math.prod(x.shape[:-1])), training=differentiated(x, weight, bias),
+    )  # fmt: skip
+    forward = in_graph("layer_norm", name)
+    if forward is not None:
+        return forward(x, weight, bias, eps)
+    return _LayerNorm.apply(*distinct(x, weight, bias), eps, name)

@@ -4,8 +4,15 @@ Arithmetic is in float64 for float64 inputs and in float32 for all others; resul
 inputs' type. Every other backend is tested against this file.
 """
 
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from kernels.autocast import without_autocast
+from kernels.checks import check_offsets
 
 ATTENTION_OFFSET = 0
 """Philox offset of the attention mask."""
@@ -117,6 +124,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, invers
     return torch.cat([(first * c - second * s).to(x.dtype), (second * c + first * s).to(x.dtype), rest], dim=-1)
 
 
+@without_autocast  # in a region of bfloat16 PyTorch's cat refuses float16
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -135,7 +143,9 @@ def _probabilities(q: Tensor, k: Tensor, lse: Tensor | None, causal: bool, scale
         visible = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m)
         scores = scores.masked_fill(~visible, float("-inf"))
     if lse is None:
-        lse = torch.logsumexp(scores, dim=-1)
+        # The derivative of a logsumexp of nothing but -inf would be NaN.
+        blind = (scores == float("-inf")).all(-1)
+        lse = torch.logsumexp(scores.masked_fill(blind[..., None], 0.0), dim=-1).masked_fill(blind, float("-inf"))
     # A row that sees no key has lse = -inf: its probabilities are zeros, not exp(-inf + inf).
     p = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
     return p, lse
@@ -148,11 +158,19 @@ def _attention_keep(p: Tensor, dropout_p: float, seed: int, first_batch: int) ->
     return attention_keep(seed, plane, index[2][:, None], index[3][None, :], dropout_p)
 
 
+def document_starts(name: str, offsets: Tensor, length: int) -> list[int]:
+    """Where each document starts, and the last ends; offsets that do not rise from 0 to length (which only a GPU's can)
+    count as their running maximum, no greater than length."""
+    check_offsets(name, offsets, length)
+    return list(itertools.accumulate((min(max(x, 0), length) for x in offsets.tolist()), max))
+
+
 def _documents(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) -> list[tuple[slice, slice, slice, int]]:
     """(batch slice, query slice, key slice, index of the first batch entry) per independent problem."""
     if cu_q is None or cu_k is None:
         return [(slice(None), slice(None), slice(None), 0)]
-    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
+    starts_q = document_starts("cu_seqlens_q", cu_q, q.shape[1])
+    starts_k = document_starts("cu_seqlens_k", cu_k, k.shape[1])
     return [
         (slice(None), slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1]), i)
         for i in range(len(starts_q) - 1)
@@ -235,8 +253,60 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Summed cross-entropy of softmax(hidden W^T + b) plus z_loss times the squared log-sum-exp, logits in full."""
     dtype = working_dtype(hidden.dtype)
-    logits = hidden.to(dtype) @ weight.to(dtype).T + bias.to(dtype)
     kept = targets != ignore_index
+    hidden = torch.where(kept[:, None], hidden, 0.0)  # a NaN in an ignored row times the gradient's 0 would be NaN
+    logits = hidden.to(dtype) @ weight.to(dtype).T + bias.to(dtype)
     picked = logits.gather(-1, torch.where(kept, targets, 0)[:, None])[:, 0]
     lse = torch.logsumexp(logits, -1)
     return torch.where(kept, lse - picked + z_loss * lse.square(), 0.0).sum()
+
+
+# ---------------------------------------------------------------------------------------------- the parallel block
+
+
+class Dropout(NamedTuple):
+    """p and the seed of a mask."""
+
+    p: float
+    seed: int
+
+
+class Steps(NamedTuple):
+    """What `parallel_block` is made of."""
+
+    layer_norm: Callable[..., Tensor]
+    """(x, weight, bias, eps) -> x's shape"""
+    linear: Callable[..., Tensor]
+    """(x, weight, bias) -> x W^T + b"""
+    rotary: Callable[..., tuple[Tensor, Tensor]]
+    """(q, k, cos, sin, positions=) -> q, k, turned"""
+    attention: Callable[..., Tensor]
+    """(q, k, v, cu_seqlens, dropout) -> q's shape; causal"""
+    gelu: Callable[..., Tensor]
+    """elementwise, the tanh form"""
+    dropout: Callable[..., Tensor]
+    """(y, dropout) -> y's shape"""
+
+
+def parallel_block(
+    steps: Steps, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
+    cos: Tensor, sin: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, heads: int, kv_heads: int,
+    head_dim: int, eps: float, attention_dropout: Dropout, residual_dropout: Dropout,
+    kv_cache: tuple[Tensor, Tensor, int] | None,
+) -> Tensor:  # fmt: skip
+    """phi-1's layer: attention and MLP side by side on one LayerNorm. See `kernels.parallel_block` for the arguments."""
+    batch, seq, _ = x.shape
+    z = steps.linear(steps.layer_norm(x, norm_weight, norm_bias, eps), w_in, b_in)
+    qkv, u = z.tensor_split([(heads + 2 * kv_heads) * head_dim], dim=-1)
+    q, k, v = qkv.unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=2)
+    q, k = steps.rotary(q, k, cos, sin, positions=positions)
+    if kv_cache is not None:  # keys and values of earlier tokens stand there, these are added
+        keys, values, length = kv_cache
+        keys[:batch, length : length + seq], values[:batch, length : length + seq] = k, v
+        k, v = keys[:batch, : length + seq], values[:batch, : length + seq]
+    if cu_seqlens is not None:  # documents of all sequences, one after another
+        q, k, v = (part.reshape(1, batch * seq, -1, head_dim) for part in (q, k, v))
+    attention = steps.attention(q, k, v, cu_seqlens, attention_dropout).reshape(batch, seq, heads * head_dim)
+    return x + steps.dropout(
+        steps.linear(torch.cat([attention, steps.gelu(u)], dim=-1), w_out, b_out), residual_dropout
+    )

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.checks import check, check_device, check_dtype, check_float32, check_like
-from kernels.registry import choose, implementation, register
+from kernels.autograd import distinct
+from kernels.checks import check, check_device, check_dtype, check_float32, check_like, check_positions, check_rank
+from kernels.measured import size_class
+from kernels.registry import choose, differentiated, implementation, in_graph, register
 
 torch.library.define(
     "phi1::rotary",
@@ -17,7 +19,8 @@ torch.library.define(
 def _rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return implementation("apply_rotary", backend)(q, k, cos, sin, positions, inverse)
+    check_positions(positions, cos.shape[0])
+    return implementation("apply_rotary", backend).forward(q, k, cos, sin, positions, inverse)
 
 
 @torch.library.register_fake("phi1::rotary")
@@ -29,20 +32,22 @@ def _rotary_fake(
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin, positions, backend):  # type: ignore[no-untyped-def]
+    def forward(ctx, q, k, cos, sin, positions, inverse, backend):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin, positions)
-        ctx.backend = backend
-        return torch.ops.phi1.rotary(q, k, cos, sin, positions, False, backend)
+        ctx.inverse, ctx.backend = inverse, backend
+        return torch.ops.phi1.rotary(q, k, cos, sin, positions, inverse, backend)
 
     @staticmethod
     def backward(ctx, grad_q, grad_k):  # type: ignore[no-untyped-def]
-        # A rotation's transpose is the rotation by the negative angle.
+        # A rotation's transpose is the rotation by the negative angle; being linear, it has derivatives of any order.
         cos, sin, positions = ctx.saved_tensors
-        grad_q, grad_k = torch.ops.phi1.rotary(grad_q, grad_k, cos, sin, positions, True, ctx.backend)
-        return grad_q, grad_k, None, None, None, None
+        further = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        turn = _Rotary.apply if further else torch.ops.phi1.rotary
+        return *turn(grad_q, grad_k, cos, sin, positions, not ctx.inverse, ctx.backend), None, None, None, None, None
 
 
-register("apply_rotary", "reference", reference.rotary)
+# (q, k, cos, sin, positions, inverse) -> q, k; the backward is the forward with the other `inverse`.
+register("apply_rotary", "reference", reference.rotary, reference.rotary, differentiable=True)
 # Plain PyTorch again, but in the caller's graph: torch.compile fuses it with its neighbours.
 register("apply_rotary", "torch", reference.rotary)
 
@@ -51,14 +56,15 @@ def check_table(
     x: Tensor, batch: int, seq: int, head_dim: int, cos: Tensor, sin: Tensor, positions: Tensor | None
 ) -> None:
     """Raises ValueError unless cos, sin and positions fit (batch, seq) tokens of heads of head_dim, on x's device."""
-    check(cos.dim() == 2, lambda: f"cos.shape = {tuple(cos.shape)}: must be (positions, rotary_dim / 2)")
+    check_rank("cos", cos, 2, "(positions, rotary_dim / 2)")
+    check_rank("sin", sin, 2, "(positions, rotary_dim / 2)")
     check(sin.shape == cos.shape, lambda: f"sin.shape = {tuple(sin.shape)}: must be cos.shape = {tuple(cos.shape)}")
     for name, table in (("cos", cos), ("sin", sin)):
         check_float32(name, table)
         check_device(name, table, "the input", x)
     check(
-        2 * cos.shape[1] <= head_dim,
-        lambda: f"cos.shape = {tuple(cos.shape)}: rotary_dim = {2 * cos.shape[1]} exceeds head_dim = {head_dim}",
+        0 < 2 * cos.shape[1] <= head_dim,
+        lambda: f"cos.shape = {tuple(cos.shape)}: rotary_dim = {2 * cos.shape[1]} must be in 2..{head_dim}, head_dim",
     )
     if positions is None:
         check(
@@ -98,17 +104,22 @@ def apply_rotary(
     Raises ValueError if shapes, dtypes or devices do not fit, BackendError if `backend` cannot serve the call.
     A position outside the table is undefined behaviour on a GPU and an error on a CPU.
     """
-    check(q.dim() == 4, lambda: f"q.shape = {tuple(q.shape)}: must be (batch, seq, heads, head_dim)")
-    check(k.dim() == 4, lambda: f"k.shape = {tuple(k.shape)}: must be (batch, seq, kv_heads, head_dim)")
+    check_rank("q", q, 4, "(batch, seq, heads, head_dim)")
+    check_rank("k", k, 4, "(batch, seq, kv_heads, head_dim)")
     check_dtype("q", q)
     check_like("k", k, "q", q)
     batch, seq, _, head_dim = q.shape
+    check(head_dim > 0, lambda: f"q.shape = {tuple(q.shape)}: head_dim must be at least 1")
     check(
         k.shape[0] == batch and k.shape[1] == seq and k.shape[3] == head_dim,
         lambda: f"k.shape = {tuple(k.shape)}: must be ({batch}, {seq}, kv_heads, {head_dim}), q being {tuple(q.shape)}",
     )
     check_table(q, batch, seq, head_dim, cos, sin, positions)
-    name = choose("apply_rotary", q.device, backend, dtype=q.dtype)
-    if name == "torch":
-        return reference.rotary(q, k, cos, sin, positions, False)
-    return _Rotary.apply(q, k, cos, sin, positions, name)
+    name = choose(
+        "apply_rotary", q.device, backend, dtype=q.dtype, size=size_class(batch * seq), training=differentiated(q, k)
+    )
+    forward = in_graph("apply_rotary", name)
+    if forward is not None:
+        check_positions(positions, cos.shape[0])
+        return forward(q, k, cos, sin, positions, False)
+    return _Rotary.apply(*distinct(q, k, cos, sin), positions, False, name)

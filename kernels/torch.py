@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.native import positive_scale
+from kernels.reference import document_starts
+
 
 def attention_refuses(
     *, dropout_p: float = 0.0, return_lse: bool = False, packed: bool = False, **_: object
@@ -19,38 +22,53 @@ def attention_refuses(
 
 
 def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, scale: float,
+    dropout_p: float, dropout_seed: int, *, out: Tensor | None = None,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """`kernels.flash_attention` by scaled_dot_product_attention, without dropout; there is no log-sum-exp."""
+    result = _documents(q, k, v, cu_q, cu_k, causal, scale)
+    return result if out is None else out.copy_(result), None
+
+
+def _documents(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
-    """`kernels.flash_attention` by scaled_dot_product_attention; documents one after another."""
+    """Documents one after another."""
     if cu_q is None or cu_k is None:
         return _sdpa(q, k, v, causal, scale)
-    starts_q, starts_k = cu_q.tolist(), cu_k.tolist()
-    parts = []
+    starts_q = document_starts("cu_seqlens_q", cu_q, q.shape[1])
+    starts_k = document_starts("cu_seqlens_k", cu_k, k.shape[1])
+    parts = [_zeros(q[:, : starts_q[0]], k, v)]
     for i in range(len(starts_q) - 1):
         documents = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
         parts.append(_sdpa(q[:, documents[0]], k[:, documents[1]], v[:, documents[1]], causal, scale))
-    return torch.cat(parts, dim=1)
+    return torch.cat([*parts, _zeros(q[:, starts_q[-1] :], k, v)], dim=1)
+
+
+def _zeros(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Zeros like q, whatever its numbers, and in the graph of all three: their gradients are zeros."""
+    zeros = q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
+    return zeros + k[:, :0].sum() + v[:, :0].sum()
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     m, n = q.shape[1], k.shape[1]
     if m == 0 or n == 0:
-        return q * 0
+        return _zeros(q, k, v)
+    if causal and m > n:  # queries that see no key: SDPA would make them NaN
+        return torch.cat([_zeros(q[:, : m - n], k, v), _sdpa(q[:, m - n :], k, v, causal, scale)], dim=1)
+    # Causal with a scale that is not positive, PyTorch's CPU kernel gives NaN.
+    q, scale, _ = positive_scale(q, scale)
     mask, is_causal = None, False
-    hidden_rows = max(m - n, 0) if causal else 0
     # A branch: of lengths that vary torch.compile would make an expression, which the op does not take.
     if causal and m == n:
         is_causal = True
     elif causal and m > 1:  # is_causal aligns top-left; ours is bottom-right. One query sees every key.
         mask = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m)
-        mask[:hidden_rows] = True  # a row without a visible key would be NaN: zeroed below
-    out = F.scaled_dot_product_attention(
+    return F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
         attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[2] != k.shape[2],
     ).transpose(1, 2)  # fmt: skip
-    if hidden_rows:
-        out = torch.cat([torch.zeros_like(out[:, :hidden_rows]), out[:, hidden_rows:]], dim=1)
-    return out
 
 
 def cross_entropy(

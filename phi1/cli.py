@@ -28,6 +28,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("phi1.export", "write a checkpoint as a Hugging Face PhiForCausalLM folder"),
     "import": ("phi1.import_", "read a Hugging Face Phi or CodeGen folder into a checkpoint"),
     "report": ("data_tools.report", "one HTML page of what a run did"),
+    "doctor": ("phi1.doctor", "what this machine has, which kernels each op takes on it and why"),
+    "tune": ("phi1.tune", "measure which kernels are fastest on this machine"),
     "quickstart": ("data_tools.quickstart", "the whole of phi-1, small: data, training, evaluation, report"),
 }
 
@@ -37,6 +39,12 @@ def _usage(prefix: str) -> str:
     width = max(map(len, rows)) + 2
     lines = [f"usage: phi1 {prefix}COMMAND [options]      (phi1 {prefix}COMMAND --help lists them)", ""]
     return "\n".join(lines + [f"  phi1 {name:<{width}}{line}" for name, line in rows.items()])
+
+
+def _kernels_error() -> tuple[type[Exception], ...]:
+    """The error of a backend that was asked for and cannot serve; none before kernels is imported, which takes seconds."""
+    registry = sys.modules.get("kernels.registry")
+    return () if registry is None else (registry.BackendError,)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             config = tyro.cli(module.Config, prog=f"phi1 {name}", args=words[depth:], description=module.__doc__)
         module.run(config)
-    except UserError as error:
+    except (UserError, ValueError) as error:
+        if not isinstance(error, (UserError, *_kernels_error())):
+            raise
         print(f"phi1: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -146,6 +146,8 @@ class LoopConfig:
     """Newest checkpoints to keep."""
     keep_every: int = 0
     """Also keep the checkpoints whose step is a multiple of this (0: none)."""
+    tune: bool = True
+    """Measure first which kernels are fastest (phi1 tune), on a machine of whose kind there is no measurement."""
     tensorboard: bool = False
     """Also write TensorBoard events to <run>/tensorboard."""
 

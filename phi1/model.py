@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import layer_norm, linear_cross_entropy, parallel_block
+from kernels.autocast import cast_dtype
 from phi1.config import ModelConfig
 from phi1.errors import UserError
 
@@ -90,6 +91,8 @@ class Phi1(nn.Module):
     config: its shape. compute_dtype: what weights are cast to where they are used, and the type of the
     residual stream; None: the parameters' own type. Parameters in float32 with compute_dtype bfloat16 are mixed
     precision with master weights: the cast is differentiable, so gradients arrive in float32. The loss is float32.
+    Under torch.autocast blocks, lm_head and loss compute in its dtype (kernels/autocast.py), which the residual stream
+    then has too: as with that compute_dtype.
 
     Built on the meta device it holds shapes only; `to_empty(device)` followed by `reset_parameters()`, or
     `load_state_dict(…, assign=True)`, makes it real.
@@ -108,7 +111,7 @@ class Phi1(nn.Module):
         self.norm_bias = nn.Parameter(torch.empty(config.hidden_size))
         self.head_weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.head_bias = nn.Parameter(torch.empty(config.vocab_size))
-        self.register_load_state_dict_post_hook(lambda model, _: model._fill_rotary())
+        self.register_load_state_dict_post_hook(_after_load)
         self._fill_rotary()
         self.reset_parameters()
 
@@ -143,10 +146,13 @@ class Phi1(nn.Module):
                 nn.init.zeros_(parameter)
 
     def new_cache(self, batch: int, max_length: int) -> Cache:
-        """An empty cache for `batch` sequences of up to max_length tokens, in the compute type."""
+        """An empty cache for `batch` sequences of up to max_length tokens, in the compute type.
+
+        For calls under torch.autocast make it there too: keys and values then have autocast's dtype.
+        """
         config = self.config
         shape = (config.num_layers, batch, max_length, config.num_kv_heads, config.head_dim)
-        dtype = self.compute_dtype or self.embedding.dtype
+        dtype = cast_dtype(self.compute_dtype or self.embedding.dtype, self.embedding.device)
         keys, values = (torch.zeros(shape, dtype=dtype, device=self.embedding.device) for _ in range(2))
         return Cache(keys, values)
 
@@ -208,20 +214,26 @@ class Phi1(nn.Module):
             tokens (ends of rows included). Attention and positions then stay inside a document, which is at most
             max_positions long. Without it the rows are plain sequences, documents concatenated in them, as in the paper.
         positions: (time,) or (batch, time) int64, overrides what is derived from the above.
-        cache: keys and values of the tokens before these; written and moved on in place (no gradient).
+        cache: keys and values of the tokens before these; written and moved on in place. For inference: no gradient
+            is recorded.
         dropout_seed: non-negative, another one for every training call; read only in training mode.
 
         Returns logits (batch, time, vocabulary) in the compute type, or with targets the cross-entropy summed over
         the targets that count, a float32 scalar: divide by their number, over all micro-batches.
         Raises UserError for more tokens than the model has positions.
         """
-        hidden = self.hidden_states(
-            tokens, cu_seqlens=cu_seqlens, positions=positions, cache=cache, dropout_seed=dropout_seed
-        )
-        if targets is None:
-            return self.logits(hidden)
-        weight, bias = self.head_weight.to(hidden.dtype), self.head_bias.to(hidden.dtype)
-        return linear_cross_entropy(hidden, weight, bias, targets, reduction="sum")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            hidden = self.hidden_states(
+                tokens, cu_seqlens=cu_seqlens, positions=positions, cache=cache, dropout_seed=dropout_seed
+            )
+            if targets is None:
+                return self.logits(hidden)
+            weight, bias = self.head_weight.to(hidden.dtype), self.head_bias.to(hidden.dtype)
+            return linear_cross_entropy(hidden, weight, bias, targets, reduction="sum")
+
+
+def _after_load(model: Phi1, _: object) -> None:
+    model._fill_rotary()  # a function with a name: a model with a lambda cannot be pickled
 
 
 def document_positions(cu_seqlens: Tensor, total: int) -> Tensor:

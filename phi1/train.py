@@ -37,6 +37,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import kernels
+from kernels import registry
 from phi1 import __version__, checkpoint
 from phi1.config import TrainConfig
 from phi1.distributed import StopSignals, World, native_precision
@@ -46,6 +47,7 @@ from phi1.model import Phi1
 from phi1.optimizer import learning_rate, make_optimizer
 from phi1.tokenizer import Tokenizer
 from phi1.tokens import IGNORE, TokenDataset, document_bounds, mix
+from phi1.tune import tune_first
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -58,6 +60,7 @@ _FREE = (
     "train.run_folder",
     "train.device",
     "train.log_every",
+    "train.tune",
     "train.tensorboard",
 )
 
@@ -103,6 +106,7 @@ class Trainer:
         setting = config.train.precision
         self.precision = native_precision(world.device) if setting == "auto" else setting
         self._open_data()
+        tune_first(config, world, DTYPES[self.precision])
 
         with torch.device("meta"):
             self.model = Phi1(config.model, DTYPES[self.precision])
@@ -136,6 +140,7 @@ class Trainer:
             devices = [world.device] if world.device.type == "cuda" else None
             network = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
         self.network = network
+        self.kernels = self._choose_kernels()
 
     def run(self) -> pathlib.Path:
         """Trains to the last step; returns the final checkpoint."""
@@ -148,7 +153,8 @@ class Trainer:
         started, first = time.monotonic(), self.step
         losses: list[float] = []
         seconds = 0.0  # spent in steps since the last line; evaluations and checkpoints do not count
-        with StopSignals() as signals, contextlib.closing(metrics) if metrics else contextlib.nullcontext():
+        keeping = contextlib.closing(metrics) if metrics else contextlib.nullcontext()
+        with StopSignals() as signals, keeping, registry.held(self.kernels["orders"]):
             while self.step < settings.steps:
                 step_started = time.monotonic()
                 facts, stop = self.update(signals.received)
@@ -243,6 +249,7 @@ class Trainer:
             "data_hash": self.dataset.hash,
             "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
             "init_from": self.facts.get("init_from"),
+            "kernels": self.kernels,
         }
         folder = self.run_folder / f"step-{self.step:06d}"
         checkpoint.write_model(folder, self.model, self.tokenizer, facts, optimizer=self.optimizer)
@@ -342,6 +349,24 @@ class Trainer:
             self.world.say(f"  changed since then: {name} = {there.get(name)} -> {here[name]}")
         checkpoint.load_parameters(folder, self.model)
         self.step, self.tokens_seen = self.facts["step"], self.facts["tokens"]
+
+    def _choose_kernels(self) -> dict[str, Any]:
+        """The machine's kind, the backend that is asked for, and the orders of `kernels.registry`. Those of a run that
+        goes on are kept, so that its numbers stay the same; what this machine would choose otherwise is said."""
+        machine = registry.machine_of(self.world.device)
+        now = registry.orders(machine, DTYPES[self.precision], self.config.model.head_dim)
+        chosen: dict[str, Any] = {"kind": machine.kind, "forced": registry.forced_backend(None), "orders": now}
+        before = self.facts.get("kernels") or chosen
+        for name in ("kind", "forced"):
+            if before[name] != chosen[name]:
+                self.world.say(f"  changed since then: kernels, {name} = {before[name]} -> {chosen[name]}")
+        for name, order in now.items():
+            # Of another kind of machine some may not run here: this one's order stands behind what is kept.
+            kept = tuple(version for version in before["orders"].get(name, ()) if version in order)
+            if kept and kept[0] != order[0]:
+                self.world.say(f"  kept: {name} on {kept[0]}; a new run would take {order[0]} on this machine")
+            now[name] = (*kept, *(version for version in order if version not in kept))
+        return chosen
 
     def _introduce(self) -> float:
         """Says what is about to run; returns the peak FLOP/s of all devices together."""

@@ -113,6 +113,12 @@ using Block = typename Dot::template Block<N>;
 
 constexpr int kPanel = kVecs * kLanes;  // queries side by side in a register block
 constexpr float kLog2e = 1.44269504088896341f;
+// log(total exp(greatest)), of a row without a score above -inf: -inf, of one with +inf, whose total is NaN: +inf.
+inline float log_sum_exp(float greatest, double total) {
+  if (greatest == __builtin_inff()) return greatest;
+  return total == 0 ? -__builtin_inff() : float(greatest + __builtin_log(total));
+}
+
 constexpr int kGroup = 16;  // keys and queries that share Philox counters: key blocks are multiples of it
 
 // Calls f(integral_constant<int, n>) for n = 0 ... kVecs - 1.

@@ -19,7 +19,7 @@ struct BackwardPanel {
   alignas(64) float q_columns[width * kPanel];     // Q^T: (D / k, queries)
   alignas(64) float grad_columns[width * kPanel];  // dO^T
   alignas(64) float grad_q[D * kPanel];            // dQ^T / scale: (D, queries)
-  alignas(64) float lse[kPanel];                   // log2(e) lse; +inf where the query sees no key or is none: P = 0
+  alignas(64) float lse[kPanel];                   // see lse_to_take_off
   alignas(64) float delta[kPanel];
   alignas(64) int64_t summed;  // the keys below it are in grad_q; through std::atomic_ref
 };
@@ -58,6 +58,16 @@ struct BackwardHead {
         grad(q + lanes(panel_count)) {}
 };
 
+// What P = exp(scale S - lse) takes for lse. +inf, which makes P = 0, for a row without a score above -inf.
+// P is known to a factor of e^(the rounding of lse): from 2^24 on that says nothing any more. There lse is lowered by
+// more than it and the products have been rounded by, and with P <= 1, as it is in truth, a lone greatest score has
+// P = 1 and its gradient.
+inline float lse_to_take_off(float lse) {
+  if (lse == -__builtin_inff()) return __builtin_inff();
+  if (__builtin_fabsf(lse) < 0x1p24f) return lse;
+  return lse * (lse > 0 ? 1 - 0x1p-21f : 1 + 0x1p-21f);
+}
+
 // Everything of a panel of queries from `first` that the tiles need, and dQ^T = 0. q_lanes, grad_lanes: its rows as B.
 template <class Dot, int D>
 void backward_prepare(const AttentionArgs& args, const Problem& p, int64_t head, int64_t first,
@@ -79,7 +89,7 @@ void backward_prepare(const AttentionArgs& args, const Problem& p, int64_t head,
     panel.lse[i] = __builtin_inff();
     panel.delta[i] = 0;
     if (first + i < 0) continue;
-    if (lse[first + i] != -__builtin_inff()) panel.lse[i] = lse[first + i] * kLog2e;
+    panel.lse[i] = lse_to_take_off(lse[first + i]);
     float a[D], b[D];
     read_row(args.dtype, grad.data + (first + i) * grad.stride, a, D);
     read_row(args.dtype, out.data + (first + i) * out.stride, b, D);
@@ -103,8 +113,9 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
                     BackwardTile<Dot, D>& tile, BackwardPanel<Dot, D>& panel, int column, const int* seen) {
   constexpr int width = D / Dot::k, columns = BackwardTile<Dot, D>::columns;
   const int64_t keys = smaller(kBackwardKeys, p.seqlen_k - start), offset = p.seqlen_k - p.seqlen_q;
-  // Keys below `bare` are seen by every query, from `first` on.
-  const int64_t bare = args.causal ? smaller(keys, first + offset + 1 - start) : keys;
+  // Keys below `bare` are seen by every query, from `first` on; by none before query 0, whose P must be no product of
+  // a zero with an infinite key.
+  const int64_t bare = first < 0 ? 0 : args.causal ? smaller(keys, first + offset + 1 - start) : keys;
   const vfloat scale = splat(args.scale), log2e = splat(kLog2e), dropout_scale = splat(args.dropout_scale);
   const vint lane = lane_index();
 
@@ -118,10 +129,13 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
 #pragma GCC unroll 8
     for (int m = 0; m < Dot::rows; ++m) {
       const int64_t key = start + r + m;
-      const int limit = int(key >= p.seqlen_k ? kPanel : args.causal ? larger(0, key - offset - first) : 0);
+      const int64_t blind = larger(0, -first);
+      const int limit = int(key >= p.seqlen_k ? kPanel : args.causal ? larger(blind, key - offset - first) : blind);
 #pragma GCC unroll 8
       for (int n = from; n < kVecs; ++n) {
-        vfloat x = exp2<Dot::k == 2>(fma(s[m][n] * scale, log2e, -vload(panel.lse + n * kLanes)));
+        // At most 0, where rounding would make P more than 1.
+        const vfloat log_p = vmin(vfloat{}, fma(s[m][n], scale, -vload(panel.lse + n * kLanes)));
+        vfloat x = exp2<Dot::k == 2>(log_p * log2e);
         if constexpr (mask) x = lane >= limit - n * kLanes ? x : vfloat{};
         vstore(tile.p + (r + m) * kPanel + n * kLanes, x);
         if constexpr (Dropout) x = keep_lanes(tile.keep[r + m][n], x);

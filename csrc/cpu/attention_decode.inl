@@ -87,16 +87,16 @@ void decode_rows(const AttentionArgs& args, const Problem& p, int64_t kv_head, i
     }
   }
 
-  float base[kFewRows];
+  float top[kFewRows];  // of the scaled scores
   double sum[kFewRows];
   for (int64_t r = 0; r < count; ++r) {
-    base[r] = greatest[r][0];
-    for (int i = 1; i < kLanes; ++i) base[r] = greatest[r][i] > base[r] ? greatest[r][i] : base[r];
-    base[r] = visible[r] == 0 ? 0 : base[r] * kLog2e;
+    top[r] = greatest[r][0];
+    for (int i = 1; i < kLanes; ++i) top[r] = greatest[r][i] > top[r] ? greatest[r][i] : top[r];
+    const vfloat base = splat(top[r] == -__builtin_inff() ? 0 : top[r]);  // as in attention_forward.inl
     vfloat sums = {};
     float* row = scores + r * length;
     for (int64_t j = 0; j < most[r / kBlock]; j += kLanes) {
-      const vfloat e = exp2(fma(vload(row + j), log2e, splat(-base[r])));
+      const vfloat e = exp2((vload(row + j) - base) * log2e);  // <= 0: the greatest is taken off
       sums += e;
       vstore(row + j, e);
     }
@@ -137,8 +137,7 @@ void decode_rows(const AttentionArgs& args, const Problem& p, int64_t kv_head, i
     const float factor = sum[r] == 0 ? 0 : float(1 / sum[r]);
     for (int d = 0; d < D; ++d) scratch.out[r * D + d] *= factor;
     write_row(args.dtype, out.data + query[r] * out.stride, scratch.out + r * D, D);
-    args.lse[(p.batch * args.heads + head[r]) * args.seqlen_q + query[r]] =
-        float((base[r] + __builtin_log2(sum[r])) * 0.69314718055994531);
+    args.lse[(p.batch * args.heads + head[r]) * args.seqlen_q + query[r]] = log_sum_exp(top[r], sum[r]);
   }
 }
 

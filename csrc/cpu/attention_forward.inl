@@ -20,12 +20,25 @@ struct PackedHead {
   float *k, *v;
 };
 
-// Changes the sign of every number in `count` lanes, or makes them zeros.
+// Changes the sign of every number in `count` lanes.
 template <class Dot>
-inline void flip_or_clear(float* lanes, int64_t count, bool clear) {
+inline void flip(float* lanes, int64_t count) {
   const vuint sign = splat_bits(Dot::k == 2 ? 0x80008000u : 0x80000000u);
-  for (int64_t i = 0; i < count; i += kLanes)
-    vstore(lanes + i, clear ? vfloat{} : (vfloat)((vuint)vload(lanes + i) ^ sign));
+  for (int64_t i = 0; i < count; i += kLanes) vstore(lanes + i, (vfloat)((vuint)vload(lanes + i) ^ sign));
+}
+
+// Multiplies every number in `count` lanes by 0: NaN stays, and infinities become it.
+template <class Dot>
+inline void times_zero(float* lanes, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const vfloat x = vload(lanes + i);
+    if constexpr (Dot::k == 2) {
+      const vfloat low = (vfloat)((vuint)x << 16) * 0.0f, high = (vfloat)((vuint)x & 0xffff0000u) * 0.0f;
+      vstore(lanes + i, (vfloat)((vuint)low >> 16 | ((vuint)high & 0xffff0000u)));
+    } else {
+      vstore(lanes + i, x * 0.0f);
+    }
+  }
 }
 
 // A panel of kPanel queries of one head from `first`, which may be negative, against all keys that they see.
@@ -40,12 +53,13 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
   transpose(scratch.rows, width, kPanel, width, scratch.q, kPanel);
 
   // Scores stay unscaled, exp2's argument takes the scale up: it must be positive for that. Q takes over the sign.
-  if (args.scale <= 0) flip_or_clear<Dot>(scratch.q, width * kPanel, args.scale == 0);
-  const vfloat scale = splat(args.scale == 0 ? 1.0f : kLog2e * __builtin_fabsf(args.scale));
-  const vfloat hidden = splat(-__builtin_inff());
-  // P = exp2(scale S - base): base is the scale times the greatest score so far, rounded, or 0 before there is one.
-  // lse takes up the base that was used, so its rounding does no harm.
-  vfloat greatest[kVecs], base[kVecs] = {}, sum[kVecs] = {};
+  if (args.scale < 0) flip<Dot>(scratch.q, width * kPanel);
+  if (args.scale == 0) times_zero<Dot>(scratch.q, width * kPanel);
+  const float positive = args.scale == 0 ? 1.0f : __builtin_fabsf(args.scale);
+  const vfloat scale = splat(kLog2e * positive), hidden = splat(-__builtin_inff());
+  // P = exp2(scale (S - greatest)). With the greatest taken off first it has P = 1 however large it is; after a product
+  // that rounds it would have 2^(the rounding).
+  vfloat greatest[kVecs], sum[kVecs] = {};
   for (int n = 0; n < kVecs; ++n) greatest[n] = hidden;
 
   for (int64_t start = 0; start < visible; start += kForwardKeys) {
@@ -55,6 +69,8 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
     int seen[kVecs];
     for (int n = 0; n < kVecs; ++n) seen[n] = seen_keys<Dot>(args, p, first + n * kLanes, start, keys);
     const vint lane = lane_index();
+    vfloat before[kVecs];
+    for (int n = 0; n < kVecs; ++n) before[n] = greatest[n];
 
     auto score_rows = [&](int r, auto from, auto mask) __attribute__((always_inline)) {
       Block<Dot, kVecs> block;
@@ -83,12 +99,12 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
 
     if constexpr (Dropout) dropout_bits(args, plane, first, start, round_up(keys, kGroup), scratch.keep);
 
-    vfloat shrink[kVecs];
+    // What is taken off: where no score is above -inf yet, 0 instead, so that P = exp2(-inf) and not of -inf + inf.
+    vfloat base[kVecs], shrink[kVecs];
     for (int n = 0; n < kVecs; ++n) {
-      const vfloat next = greatest[n] == hidden ? vfloat{} : greatest[n] * scale;
-      shrink[n] = exp2(base[n] - next);
+      base[n] = greatest[n] == hidden ? vfloat{} : greatest[n];
+      shrink[n] = exp2((before[n] - base[n]) * scale);  // <= 0: before <= greatest, and -inf where that is
       sum[n] *= shrink[n];
-      base[n] = next;
     }
     // P^T in place: a lane's k rows are read before the lane is written, at or below them.
     r = 0;
@@ -99,7 +115,8 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
           vfloat x[Dot::k];
 #pragma GCC unroll 2
           for (int i = 0; i < Dot::k; ++i) {
-            x[i] = exp2<Dot::k == 2>(fma(vload(scratch.scores + (r + i) * kPanel + n * kLanes), scale, -base[n]));
+            // <= 0: the greatest is taken off.
+            x[i] = exp2<Dot::k == 2>((vload(scratch.scores + (r + i) * kPanel + n * kLanes) - base[n]) * scale);
             sum[n] += x[i];
             if constexpr (Dropout) x[i] = keep_lanes(scratch.keep[r + i][n], x[i]);
           }
@@ -120,7 +137,7 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
   }
 
   float last[kPanel], total[kPanel], factor[kPanel];
-  for (int n = 0; n < kVecs; ++n) vstore(last + n * kLanes, base[n]), vstore(total + n * kLanes, sum[n]);
+  for (int n = 0; n < kVecs; ++n) vstore(last + n * kLanes, greatest[n]), vstore(total + n * kLanes, sum[n]);
   for (int i = 0; i < kPanel; ++i) factor[i] = total[i] == 0 ? 0 : args.dropout_scale / total[i];
   if (visible == 0)
     std::memset(scratch.rows, 0, sizeof scratch.rows);
@@ -133,7 +150,7 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
     float* row = scratch.rows + i * D;
     for (int d = 0; d < D; ++d) row[d] *= factor[i];
     write_row(args.dtype, out.data + (first + i) * out.stride, row, D);
-    lse[i] = float((last[i] + __builtin_log2(total[i])) * 0.69314718055994531);  // ln 2; log2(0) = -inf
+    lse[i] = log_sum_exp(last[i] * positive, total[i]);
   }
 }
 

@@ -9,10 +9,11 @@ struct Gelu {
 template <bool kSlope>
 inline Gelu gelu(vfloat y) {
   constexpr float c = 0.797884560802865f, cubic = 0.044715f;
-  const vfloat square = y * y;
-  vfloat x = y * fma(square, splat(-2 * c * cubic * kLog2e), splat(-2 * c * kLog2e));
-  x = -vmax(-x, splat(-126.0f));  // exp2 ends at 127
-  const vfloat sigmoid = 1.0f / (1.0f + exp2(x)), value = y * sigmoid;
+  // Beyond 9.9 the sigmoid is 1, or less than 2^-122: there it and the slope are taken of 9.9, where exp2's argument is
+  // 122.7 and no square runs over. NaN stays.
+  const vfloat above = vmax(splat(-9.9f), y), t = vmin(splat(9.9f), above), square = t * t;
+  const vfloat x = t * fma(square, splat(-2 * c * cubic * kLog2e), splat(-2 * c * kLog2e));
+  const vfloat sigmoid = 1.0f / (1.0f + exp2(x)), value = above * sigmoid;
   if constexpr (!kSlope) return {value, value};
   const vfloat inner = fma(square, splat(6 * c * cubic), splat(2 * c));
   return {value, fma(value * (1.0f - sigmoid), inner, sigmoid)};

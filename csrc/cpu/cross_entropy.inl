@@ -6,9 +6,10 @@
 
 constexpr int64_t kStrip = 1024;  // 4 KiB of sums, in L1
 
-// softmax(x) = 2^(log2e (x - top)) / total: with x - top first, large logits lose nothing.
+// softmax(x) = 2^(log2e (x - top)) / total: with x - top first, large logits lose nothing. Of no logits yet: the least
+// float and 0, so that those of -inf add nothing and never meet -inf - -inf.
 struct Softmax {
-  float top, total;
+  float top = -3.40282347e38f, total = 0.0f;
   float lse() const { return top + __builtin_logf(total); }
   // What the exponentials are multiplied with in the gradient.
   float scale(float z_loss) const { return (1.0f + 2.0f * z_loss * lse()) / total; }
@@ -16,14 +17,14 @@ struct Softmax {
 
 template <class N>
 inline vfloat exp_of(vfloat x, vfloat top, N n) {
-  const vfloat e = exp2((x - top) * splat(kLog2e));
+  const vfloat e = exp2((x - top) * splat(kLog2e));  // <= 0: no logit is above top
   if constexpr (std::is_same_v<N, int>) return keep_lanes((1u << n) - 1, e);
   return e;
 }
 
 template <typename T>
 Softmax row_softmax(const T* logits, const T* bias, int64_t columns) {
-  Softmax row = {-__builtin_inff(), 0.0f};
+  Softmax row;
   for (int64_t first = 0; first < columns; first += kStrip) {
     const int64_t count = smaller(kStrip, columns - first);
     const auto biased = [&](int64_t i, auto n) { return vload(logits + first + i, n) + vload(bias + first + i, n); };

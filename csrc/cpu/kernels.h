@@ -1,6 +1,8 @@
 // The table of CPU kernels that each instruction set's object fills in.
 #pragma once
 
+#include <vector>
+
 #include "cpu/attention.h"
 #include "cpu/elementwise.h"
 #include "rotary.h"
@@ -24,16 +26,18 @@ struct Kernels {
   void (*exp2)(const float* in, float* out, int64_t count, bool short_form);
 };
 
-// The table of the instruction set in use: the best that this CPU has, or PHI1_ISA's.
-const Kernels& kernels();
+// The kernels of one instruction set.
+struct Isa {
+  const char* name;
+  const Kernels* table;
+  const char* missing;  // why this process cannot run them, or null
+};
 
-// Its name: portable, avx2, avx512, avx512_bf16 or amx_bf16.
-const char* isa_name();
+// All that were compiled, the most capable first; the last, portable, runs everywhere. The first call asks the
+// operating system for AMX's registers where the CPU has them.
+const std::vector<Isa>& isas();
 
-// Uses another one; throws std::invalid_argument if it is unknown, not built, or this CPU lacks it.
-void use_isa(const char* name);
-
-// Whether this process may use AMX's tiles and their products of bf16; asks the operating system for them.
-bool has_amx_bf16();
+// Why this process may not use AMX's tiles and their products of bf16, or null; asks the operating system for them.
+const char* why_no_amx_bf16();
 
 }  // namespace phi1::cpu

@@ -69,6 +69,17 @@ inline vfloat vmax(vfloat a, vfloat b) {
 #endif
 }
 
+// b where either is NaN.
+inline vfloat vmin(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 inline vfloat fma(vfloat a, vfloat b, vfloat c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
@@ -79,9 +90,10 @@ inline vfloat fma(vfloat a, vfloat b, vfloat c) {
 #endif
 }
 
-// 2^x for x <= 127, relative error below 2^-22 where x >= -126; 0 for x <= -127, in between it goes to 0; NaN stays.
-// 2^x = 2^n 2^f, n = round(x): 2^f by a polynomial of degree 5, minimax on [-1/2, 1/2] (9.2e-8) with 2^0 = 1 exactly.
-// Short: of degree 4 (2.9e-6), error below 2^-18, for what is rounded to bf16.
+// 2^x for x <= 127, which each caller says why it keeps to: beyond, the exponent's bits run over. Relative error below
+// 2^-22 where x >= -126; 0 for x <= -127, in between it goes to 0; NaN stays. 2^x = 2^n 2^f, n = round(x): 2^f by a
+// polynomial of degree 5, minimax on [-1/2, 1/2] (9.2e-8) with 2^0 = 1 exactly. Short: of degree 4 (2.9e-6), error
+// below 2^-18, for what is rounded to bf16.
 template <bool Short = false>
 inline vfloat exp2(vfloat x) {
   x = vmax(splat(-127.0f), x);

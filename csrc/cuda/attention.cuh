@@ -29,6 +29,12 @@ inline int64_t count_tiles(const AttentionArgs& args, int64_t seqlen, int rows) 
   return args.cu_seqlens_q ? seqlen / rows + args.documents : (seqlen + rows - 1) / rows * args.batch;
 }
 
+// A document's end: its offset, no smaller than its start and no greater than the sequence's length. Of wrong offsets,
+// which nobody on the host has looked at, the documents are others, but inside the sequence and apart.
+PHI1_DEVICE int document_end(const int32_t* offset, int64_t start, int64_t length) {
+  return minimum(maximum(ld_global(offset), int(start)), int(length));
+}
+
 // Finds this block's work; false: a document's tiles were fewer than the bound. kQueries: tiles of query rows, else of
 // key rows. Tiles of one head are neighbours, so that its keys and values stay in the L2 cache; the last tile, the
 // longest row of a causal mask, comes first.
@@ -47,11 +53,14 @@ PHI1_DEVICE bool find_work(const AttentionArgs& args, Work& work) {
     const int bound = int((kQueries ? args.seqlen_q : args.seqlen_k) / kRows + args.documents);
     tile = block_index() % bound;
     work.head = block_index() / bound;
+    int q_end = document_end(args.cu_seqlens_q, 0, args.seqlen_q);
+    int k_end = document_end(args.cu_seqlens_k, 0, args.seqlen_k);
     for (work.batch = 0;; ++work.batch, tile -= tiles) {
       if (work.batch == args.documents) return false;
-      work.q_row = ld_global(args.cu_seqlens_q + work.batch), work.k_row = ld_global(args.cu_seqlens_k + work.batch);
-      work.seqlen_q = ld_global(args.cu_seqlens_q + work.batch + 1) - int(work.q_row);
-      work.seqlen_k = ld_global(args.cu_seqlens_k + work.batch + 1) - int(work.k_row);
+      work.q_row = q_end, work.k_row = k_end;
+      q_end = document_end(args.cu_seqlens_q + work.batch + 1, q_end, args.seqlen_q);
+      k_end = document_end(args.cu_seqlens_k + work.batch + 1, k_end, args.seqlen_k);
+      work.seqlen_q = q_end - int(work.q_row), work.seqlen_k = k_end - int(work.k_row);
       tiles = ceil_div(kQueries ? work.seqlen_q : work.seqlen_k, kRows);
       if (tile < tiles) break;
     }
@@ -77,6 +86,26 @@ PHI1_DEVICE int64_t stats_row(const AttentionArgs& args, const Work& work, int h
 PHI1_DEVICE int visible_keys(const AttentionArgs& args, const Work& work) {
   return args.causal ? work.seqlen_k - work.seqlen_q + 1 : work.seqlen_k;
 }
+
+// log(total exp(greatest)), of a row without a score above -inf: -inf, of one with +inf, whose total is NaN: +inf.
+PHI1_DEVICE float log_sum_exp(float greatest, float total) {
+  if (greatest == kInfinity) return greatest;
+  return total == 0.0f ? -kInfinity : greatest + lg2(total) * kLn2;
+}
+
+// What P = 2^(scale S - lse) takes for lse, in units of log2. +inf, which makes P = 0, for a row without a score above
+// -inf. P is known to a factor of e^(the rounding of lse): from 2^24 on that says nothing any more. There lse is
+// lowered by more than it and the products have been rounded by, and with P <= 1, as it is in truth, a lone greatest
+// score has P = 1 and its gradient.
+PHI1_DEVICE float lse_to_take_off(float lse) {
+  if (lse == -kInfinity) return kInfinity;
+  const float x = lse * kLog2e;
+  if ((x < 0.0f ? -x : x) < 0x1p24f) return x;
+  return x * (x > 0.0f ? 1.0f - 0x1p-21f : 1.0f + 0x1p-21f);
+}
+
+// P of a score times log2(e) scale: at most 1, where rounding would make it more.
+PHI1_DEVICE float probability(float score, float lse) { return ex2(min_nan(score - lse, 0.0f)); }
 
 // Calls kept(m, n, i, keep) for each element x[m][n][i] of a warp's kM x kN accumulators from row `row`, a multiple of
 // 16, and column `column`, a multiple of 32. Rows are queries and columns keys, or, kTransposed, the other way round.

@@ -1,5 +1,4 @@
-#include "cuda/attention_backward.cuh"
-#include "cuda/attention_launch.h"
+#include "cuda/attention_backward_launch.h"
 #include "cuda/kernels.h"
 
 namespace phi1::cuda {
@@ -8,12 +7,7 @@ void attention_backward(const AttentionArgs& args, void* stream) {
   dispatch(args, [&](auto element, auto head_dim) {
     using T = decltype(element);
     constexpr int kHeadDim = decltype(head_dim)::value;
-    constexpr int64_t kRows = kAttentionThreads / (kHeadDim / 8);
-    launch("attention_row_stats", attention_row_stats_kernel<T, kHeadDim>,
-           (args.batch * args.heads * args.seqlen_q + kRows - 1) / kRows, kAttentionThreads, 0, stream,
-           {query_region(args, args.out), query_region(args, args.grad_out), stats_region(args, args.lse, 4),
-            stats_region(args, args.row_stats, 8)},
-           args);
+    launch_row_stats<T, kHeadDim>(args, stream);
     using Keys = KeyGradTile<kHeadDim>;
     launch("attention_key_grad", attention_key_grad_kernel<T, kHeadDim>,
            count_tiles(args, args.seqlen_k, Keys::kKeys) * args.kv_heads, kAttentionThreads, Keys::kSharedBytes, stream,

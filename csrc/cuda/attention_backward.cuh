@@ -15,7 +15,7 @@
 
 namespace phi1::cuda {
 
-// Of each row, in AttentionArgs::row_stats: x = lse in units of log2, y = delta. Bound by memory: 4 head_dim bytes a
+// Of each row, in AttentionArgs::row_stats: x = lse_to_take_off(lse), y = delta. Bound by memory: 4 head_dim bytes a
 // row for 2 head_dim operations. No shared memory, 28 registers.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kAttentionThreads)
@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
 #pragma unroll
   for (int mask = 1; mask < kLanes; mask *= 2) delta += shfl_xor(delta, mask);
   if (inside && thread_index() % kLanes == 0) {
-    // A row that saw no key has lse = -inf; all its scores are hidden, so that P is 0 whatever this says.
-    st_global(reinterpret_cast<Float2*>(args.row_stats) + index, Float2{ld_global(args.lse + index) * kLog2e, delta});
+    const float lse = lse_to_take_off(ld_global(args.lse + index));
+    st_global(reinterpret_cast<Float2*>(args.row_stats) + index, Float2{lse, delta});
   }
 }
 
@@ -122,10 +122,10 @@ __global__ void __launch_bounds__(kAttentionThreads)
       ld_shared_float2x2(stats_tile(stage) + uint32_t(8 * (8 * n + 2 * t)), even, odd);
     };
 
-    // P^T. Queries past the end are rows of zeros in Q, dO and delta: they add nothing.
+    // P^T. Queries past the end are rows of zeros in Q, dO and delta; but zero times an infinite key is no number.
     float p[kM][kN][4];
     product_rows<T, kHeadDim>(p, k_tile, warp_row, q_tile(stage));
-    const bool diagonal = row + 16 * kM > query + visible;
+    const bool edge = row + 16 * kM > query + visible || query + Sizes::kQueries > work.seqlen_q;
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       Float2 even, odd;
@@ -134,8 +134,9 @@ __global__ void __launch_bounds__(kAttentionThreads)
       for (int m = 0; m < kM; ++m)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          p[m][n][i] = ex2(p[m][n][i] * scale - (i % 2 ? odd.x : even.x));
-          if (diagonal && row + 16 * m + 8 * (i / 2) + g >= query + 8 * n + 2 * t + i % 2 + visible) p[m][n][i] = 0.0f;
+          p[m][n][i] = probability(p[m][n][i] * scale, i % 2 ? odd.x : even.x);
+          const int key = row + 16 * m + 8 * (i / 2) + g, of = query + 8 * n + 2 * t + i % 2;
+          if (edge && (key >= of + visible || of >= work.seqlen_q)) p[m][n][i] = 0.0f;
         }
     }
 
@@ -257,7 +258,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          p[m][n][i] = ex2(p[m][n][i] * scale - stats[m][i / 2].x);
+          p[m][n][i] = probability(p[m][n][i] * scale, stats[m][i / 2].x);
           const int query = row + 16 * m + 8 * (i / 2) + g, key = column + 8 * n + 2 * t + i % 2;
           if (edge && key >= minimum(work.seqlen_k, query + visible)) p[m][n][i] = 0.0f;
         }

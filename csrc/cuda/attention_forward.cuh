@@ -93,15 +93,17 @@ __global__ void __launch_bounds__(kAttentionThreads)
         for (int n = 0; n < kN; ++n) highest = max_f32(highest, max_f32(p[m][n][2 * half], p[m][n][2 * half + 1]));
         highest = max_f32(highest, shfl_xor(highest, 1));
         highest = max_f32(highest, shfl_xor(highest, 2));
-        // A row that has seen no key: any finite shift, for 2^(-inf - shift) is 0 and 2^(-inf + inf) is not.
-        const float shift = highest == -kInfinity ? 0.0f : highest * scale;
-        const float correction = ex2(most[m][half] * scale - shift);
+        // The highest is taken off first, so that it gives 2^0 however large it is: after a product that rounds it
+        // would give 2^(the rounding). Each ex2 here is of at most 0. A row with no score above -inf: any finite shift,
+        // for 2^(-inf - shift) is 0 and 2^(-inf + inf) is not.
+        const float shift = highest == -kInfinity ? 0.0f : highest;
+        const float correction = ex2((most[m][half] - shift) * scale);
         most[m][half] = highest;
         float total = sum[m][half] * correction;
 #pragma unroll
         for (int n = 0; n < kN; ++n)
 #pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) total += p[m][n][i] = ex2(p[m][n][i] * scale - shift);
+          for (int i = 2 * half; i < 2 * half + 2; ++i) total += p[m][n][i] = ex2((p[m][n][i] - shift) * scale);
         sum[m][half] = total;  // of this lane's columns
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) out[m][n][2 * half] *= correction, out[m][n][2 * half + 1] *= correction;
@@ -127,8 +129,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) out[m][n][2 * half] *= factor, out[m][n][2 * half + 1] *= factor;
       const int query = row + 16 * m + 8 * half + g;
-      if (t == 0 && query < work.seqlen_q)
-        st_global(lse + query, total == 0.0f ? -kInfinity : (most[m][half] * scale + lg2(total)) * kLn2);
+      if (t == 0 && query < work.seqlen_q) st_global(lse + query, log_sum_exp(most[m][half] * args.scale, total));
     }
   uint16_t* const to = head_data(args, args.out, work, work.head, work.q_row) + work.first * args.out.seq_stride;
   Tile::template store<T>(out, 1.0f, q_tile, warp_row, to, args.out.seq_stride, work.seqlen_q - work.first);

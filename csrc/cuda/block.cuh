@@ -17,6 +17,7 @@
 #include "cuda/dropout.cuh"
 #include "cuda/eight.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/rotary.cuh"
 
 namespace phi1::cuda {
 
@@ -31,9 +32,10 @@ struct Gelu {
 
 PHI1_DEVICE Gelu gelu(float y) {
   constexpr float c = 0.797884560802865f, cubic = 0.044715f, log2e = 1.44269504088896f;
-  const float square = y * y;
-  const float sigmoid = rcp(1.0f + ex2(y * (square * (-2 * c * cubic * log2e) + -2 * c * log2e)));
-  const float value = y * sigmoid, inner = square * (6 * c * cubic) + 2 * c;
+  // Beyond 9.9 the sigmoid is 1, or less than 2^-122: there it and the slope are taken of 9.9, and no square runs over.
+  const float above = -min_nan(-y, 9.9f), t = min_nan(above, 9.9f), square = t * t;
+  const float sigmoid = rcp(1.0f + ex2(t * (square * (-2 * c * cubic * log2e) + -2 * c * log2e)));
+  const float value = above * sigmoid, inner = square * (6 * c * cubic) + 2 * c;
   return {value, value * (1.0f - sigmoid) * inner + sigmoid};
 }
 
@@ -57,19 +59,6 @@ PHI1_DEVICE HeadRuns head_runs(const AfterInArgs& args, int index) {
 PHI1_DEVICE int64_t table_offset(const AfterInArgs& args, int token) {
   const int b = token / int(args.seq), t = token % int(args.seq);
   return (args.position ? ld_global(args.position + b * args.position_batch_stride + t) : t) * args.half;
-}
-
-// Turns the pairs (a, b) by the angles of cos and sin, with sign -1 back.
-PHI1_DEVICE void turn(float (&a)[8], float (&b)[8], const float* cos, const float* sin, float sign) {
-  float c[8], s[8];
-  ld_global_8(c, cos);
-  ld_global_8(s, sin);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const float x = a[j], y = b[j], z = sign * s[j];
-    a[j] = x * c[j] - y * z;
-    b[j] = y * c[j] + x * z;
-  }
 }
 
 // The strips of a row: a block's threads take q, k and v by 16 columns each, or u by 8.

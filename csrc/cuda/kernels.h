@@ -12,6 +12,10 @@ namespace phi1::cuda {
 void rotary(const RotaryArgs& args, void* stream);
 void attention_forward(const AttentionArgs& args, void* stream);
 void attention_backward(const AttentionArgs& args, void* stream);
+namespace hopper {  // compute capability 9.0a, head_dim 64 and 128; a build may lack it
+void attention_forward(const AttentionArgs& args, void* stream);
+void attention_backward(const AttentionArgs& args, void* stream);
+}  // namespace hopper
 void layer_norm_forward(const LayerNormArgs& args, void* stream);
 void layer_norm_backward(const LayerNormArgs& args, void* stream);
 void after_in(const AfterInArgs& args, void* stream);

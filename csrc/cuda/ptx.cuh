@@ -40,15 +40,16 @@ struct alignas(8) Float2 {
 
 PHI1_DEVICE int thread_index() { return PHI1_PTX(thread_index(), int(threadIdx.x)); }  // %tid.x
 PHI1_DEVICE int block_index() { return PHI1_PTX(block_index(), int(blockIdx.x)); }     // %ctaid.x
+PHI1_DEVICE int block_count() { return PHI1_PTX(block_count(), int(gridDim.x)); }      // %nctaid.x
 PHI1_DEVICE int lane_index() { return thread_index() % 32; }
 PHI1_DEVICE int warp_index() { return thread_index() / 32; }
 
-// The block's dynamic shared memory: its first byte, aligned to 256.
+// The block's dynamic shared memory: its first byte, aligned to 1,024.
 PHI1_DEVICE uint32_t shared_base() {
 #if defined(PHI1_EMULATOR)
   return emulator::shared_base();
 #else
-  extern __shared__ __align__(256) unsigned char phi1_shared[];
+  extern __shared__ __align__(1024) unsigned char phi1_shared[];
   return uint32_t(__cvta_generic_to_shared(phi1_shared));
 #endif
 }
@@ -217,6 +218,17 @@ PHI1_DEVICE void mma_m16n8k16(f16, float (&d)[4], const uint32_t (&a)[4], const 
 
 // The greater; of a number and NaN the number.
 PHI1_DEVICE float max_f32(float x, float y) { return PHI1_PTX(max_f32(x, y), fmaxf(x, y)); }
+
+// The lesser, NaN where either is NaN.
+PHI1_DEVICE float min_nan(float x, float y) {
+#if defined(PHI1_EMULATOR)
+  return x != x || x < y ? x : y;
+#else
+  float least;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(y));
+  return least;
+#endif
+}
 
 // sqrt(x), rounded to nearest.
 PHI1_DEVICE float sqrt_f32(float x) { return PHI1_PTX(sqrt_f32(x), __fsqrt_rn(x)); }

@@ -6,6 +6,18 @@ namespace phi1::cuda {
 
 namespace {
 
+// Whether every row can be moved in runs of eight elements, 16 bytes a lane.
+template <typename T>
+bool in_runs(const RotaryArgs& args) {
+  const auto aligned = [](const HeadsTensor& x) {
+    const int64_t together = x.batch_stride | x.seq_stride | x.head_stride;
+    return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && together % (16 / int64_t(sizeof(T))) == 0;
+  };
+  const auto table = [](const float* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };
+  return args.half % 8 == 0 && args.head_dim % 16 == 0 && aligned(args.in[0]) && aligned(args.in[1]) &&
+         aligned(args.out[0]) && aligned(args.out[1]) && table(args.cos) && table(args.sin);
+}
+
 template <typename T>
 void launch_rotary(const RotaryArgs& args, void* stream) {
   const auto region = [&](const HeadsTensor& x, int which) {
@@ -13,7 +25,10 @@ void launch_rotary(const RotaryArgs& args, void* stream) {
   };
   // The kernel trusts the caller that positions are rows of the table.
   const int64_t table = args.position ? INT64_MAX / 8 : args.seq * args.half * 4;
-  launch("rotary", rotary_kernel<T>, args.batch * args.seq, 32 * kRotaryWarps, 0, stream,
+  const bool runs = in_runs<T>(args);
+  const int64_t tokens = args.batch * args.seq, units = (args.heads[0] + args.heads[1]) * (args.head_dim / 16);
+  launch("rotary", runs ? rotary_runs_kernel<T> : rotary_kernel<T>,
+         runs ? blocks_for(tokens * units, kRotaryThreads) : tokens, kRotaryThreads, 0, stream,
          {region(args.in[0], 0),
           region(args.in[1], 1),
           region(args.out[0], 0),

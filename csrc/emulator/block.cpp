@@ -9,6 +9,7 @@ namespace phi1::emulator {
 Block* block = nullptr;
 Counters total;
 std::vector<unsigned char> shared_memory;
+std::vector<Word> shared_words;
 
 const char* name_of(Wait wait) {
   switch (wait) {
@@ -17,6 +18,10 @@ const char* name_of(Wait wait) {
     case Wait::ldmatrix: return "ldmatrix";
     case Wait::mma: return "mma";
     case Wait::shfl: return "shfl";
+    case Wait::bar_named: return "a named barrier";
+    case Wait::mbarrier: return "an mbarrier";
+    case Wait::setmaxnreg: return "setmaxnreg";
+    case Wait::wgmma: return "wgmma";
     case Wait::none: break;
   }
   return "nothing";
@@ -25,15 +30,22 @@ const char* name_of(Wait wait) {
 namespace {
 
 constexpr size_t kStackBytes = 128 * 1024;
-uint64_t epoch = 1;  // barriers passed, over all blocks: a word's old owners never match
+Tick next_tick = 1;  // of the next block: later than all of this one's
 std::vector<unsigned char> stacks;
-std::vector<Word> shared_words;
+std::vector<Reader> readers;  // of word i and warp w at [i warps + w]
+size_t reader_warps = 0;
 
 Stack stack_of(int thread) { return {&stacks[size_t(thread) * kStackBytes], kStackBytes}; }
 
 void entry() { block->live(); }
 
 }  // namespace
+
+Reader& reader(size_t word, int warp) { return readers[word * reader_warps + size_t(warp)]; }
+
+void join(Knowledge& mine, const Knowledge& other) {
+  for (size_t i = 0; i < mine.size(); ++i) mine[i] = std::max(mine[i], other[i]);
+}
 
 Block::Block(const Launch& launch, const std::function<void()>& kernel, int index, uint64_t seed)
     : launch(launch),
@@ -51,11 +63,18 @@ void Block::run() {
   const int threads = launch.threads;
   shared_memory.assign(size_t(launch.shared), 0xff);  // NaN in every format
   shared_words.resize(size_t(launch.shared + 3) / 4);
+  reader_warps = size_t(threads) / 32;
+  readers.resize(std::max(readers.size(), shared_words.size() * reader_warps));
   if (stacks.size() < size_t(threads) * kStackBytes)  // nothing in the old ones is worth a copy
     stacks = std::vector<unsigned char>(size_t(threads) * kStackBytes);
   lanes_.resize(size_t(threads));
   warps_.resize(size_t(threads) / 32);
-  ++epoch;
+  first_tick_ = next_tick;
+  knowledge_.assign(size_t(threads), Knowledge(2 * reader_warps, first_tick_));
+  for (Warp& warp : warps_) {
+    warp.tick = warp.waits = first_tick_;
+    warp.registers = std::min(65536 / threads / 8 * 8, 255);
+  }
   for (int t = 0; t < threads; ++t) {
     Lane& lane = lanes_[size_t(t)];
     lane = {};
@@ -67,6 +86,14 @@ void Block::run() {
   block = this;
   current = next();
   switch_stack(&main_, current);
+  for (const Warp& warp : warps_) next_tick = std::max({next_tick, warp.tick + 1, warp.waits + 1});
+  if (!error_) {
+    try {
+      hopper.finish();
+    } catch (...) {
+      error_ = std::current_exception();
+    }
+  }
   block = nullptr;
   if (error_) std::rethrow_exception(error_);
   for (auto& by_size : sites_)
@@ -74,6 +101,8 @@ void Block::run() {
       for (auto& [site, requests] : by_size[size])
         for (const Request& request : requests.open) finish_request(request, size, &by_size == &sites_[1]);
 }
+
+const unsigned char* Block::stack_top(int thread) const { return stack_of(thread).bottom + kStackBytes; }
 
 void Block::fail(const std::string& what) const {
   throw Error("kernel " + launch.name + ", block " + std::to_string(index) + ", thread " +
@@ -92,6 +121,7 @@ void Block::live() {
   try {
     kernel();
     if (!current->copies.empty()) fail("exits with cp.async copies that were never waited for");
+    if (!warp().wgmma.operations.empty()) fail("exits with wgmma that were never waited for");
     current->done = true;
     ++done_;
   } catch (...) {
@@ -115,10 +145,10 @@ Lane* Block::next() {
     for (int w = 0; w < int(warps_.size()); ++w)
       if (!warps_[size_t(w)].ready.empty()) candidates[n++] = w;
     if (n == 0) {
-      int waiting[6] = {};
+      int waiting[kWaits] = {};
       for (const Lane& lane : lanes_) ++waiting[int(lane.wait)];
       std::string what = "divergence: no thread can go on;";
-      for (int w = 1; w < 6; ++w)
+      for (int w = 1; w < kWaits; ++w)
         if (waiting[w]) what += " " + std::to_string(waiting[w]) + " wait at " + name_of(Wait(w)) + ",";
       fail(what + " " + std::to_string(done_) + " have exited");
     }
@@ -137,18 +167,46 @@ void Block::yield() {
   if (current != from) switch_stack(&from->stack_pointer, current);
 }
 
+void Block::sleep(Wait wait) {
+  current->wait = wait;
+  yield();
+}
+
+void Block::wake(int thread) {
+  lanes_[size_t(thread)].wait = Wait::none;
+  warps_[size_t(thread) / 32].ready.push_back(thread);
+}
+
 void Block::bar_sync() {
   Lane* me = current;
-  me->wait = Wait::bar_sync;
-  if (++at_barrier_ < launch.threads) return yield();
+  if (++at_barrier_ < launch.threads) return sleep(Wait::bar_sync);
   at_barrier_ = 0;
-  ++epoch;
   ++total.barriers;
-  for (Lane& lane : lanes_) {
-    lane.wait = Wait::none;
-    if (&lane != me) warps_[size_t(lane.thread) / 32].ready.push_back(lane.thread);
-  }
+  Knowledge all = knowledge_[0];
+  for (const Knowledge& one : knowledge_) join(all, one);
+  for (size_t w = 0; w < warps_.size(); ++w) all[w] = ++warps_[w].tick, warps_[w].dirty = 0;
+  for (Knowledge& one : knowledge_) one = all;
+  for (Lane& lane : lanes_)
+    if (&lane != me) wake(lane.thread);
   for (Warp& warp : warps_) shuffle(warp.ready);
+}
+
+Knowledge Block::release() {
+  Warp& warp = this->warp();
+  Knowledge mine = knowledge(current->thread);
+  const uint32_t me = 1u << current->thread % 32;
+  // What other lanes of the warp did is released with them only after a barrier of all lanes.
+  if ((warp.dirty & ~me) == 0) mine[size_t(current->thread) / 32] = ++warp.tick, warp.dirty = 0;
+  return mine;
+}
+
+void Block::release_warp() {
+  Warp& warp = this->warp();
+  const int first = current->thread / 32 * 32;
+  Knowledge all = knowledge(first);
+  for (int i = 1; i < 32; ++i) join(all, knowledge(first + i));
+  all[size_t(first) / 32] = ++warp.tick, warp.dirty = 0;
+  for (int i = 0; i < 32; ++i) knowledge(first + i) = all;
 }
 
 // ------------------------------------------------------------------------------------------ memory
@@ -170,32 +228,33 @@ unsigned char* Block::shared(uint32_t address, int bytes, const char* what) {
 }
 
 void Block::touch_shared(uint32_t address, int bytes, bool write) {
-  const int me = current->thread, my_warp = me / 32;
-  const uint32_t warp_epoch = warp().epoch;
-  const auto race = [&](int other, uint64_t when, uint32_t when_in_warp) {
-    if (other == kNobody || other == me || when != epoch) return false;
-    if (other == kManyWarps) return true;
-    const int other_warp = other >= 0 ? other / 32 : kManyLanes - other;
-    return other_warp != my_warp || when_in_warp == warp_epoch;
-  };
+  const int me = current->thread;
+  const size_t my_warp = size_t(me) / 32;
+  const Knowledge& known = knowledge(me);
+  warp().dirty |= 1u << me % 32;
+  if (write) hopper.check_not_read(address, bytes);
   for (uint32_t i = (address - kSharedBase) / 4; i < (address - kSharedBase + uint32_t(bytes) + 3) / 4; ++i) {
     Word& word = shared_words[i];
-    if (race(word.writer, word.write_epoch, word.write_warp_epoch))
-      fail(std::string("race: ") + (write ? "writes" : "reads") + " shared offset " + std::to_string(4 * i) +
-           ", which thread " + std::to_string(word.writer) + " wrote, with no barrier between");
+    const bool fresh = word.written >= first_tick_;  // written by this block
+    const auto place = [&] { return "shared offset " + std::to_string(4 * i); };
+    if (fresh && word.is_barrier) fail((write ? "writes " : "reads ") + place() + ", which is an mbarrier");
+    if (fresh && word.writer != me && word.written >= known[size_t(word.writer) / 32])
+      fail(std::string("race: ") + (write ? "writes " : "reads ") + place() + ", which thread " +
+           std::to_string(word.writer) + " wrote, with no barrier between");
     if (write) {
-      if (race(word.reader, word.read_epoch, word.read_warp_epoch))
-        fail("race: writes shared offset " + std::to_string(4 * i) +
-             ", which another thread read, with no barrier between");
-      word.writer = me, word.write_epoch = epoch, word.write_warp_epoch = warp_epoch;
-    } else {
-      if (word.read_epoch != epoch || word.reader == kNobody)
-        word.reader = me;
-      else if (word.reader != me && word.reader != kManyWarps) {
-        const int other_warp = word.reader >= 0 ? word.reader / 32 : kManyLanes - word.reader;
-        word.reader = other_warp == my_warp ? kManyLanes - my_warp : kManyWarps;
+      for (size_t w = 0; w < warps_.size(); ++w) {
+        const Reader& other = reader(i, int(w));
+        if (other.thread != me && other.read >= known[w] && other.read >= first_tick_)
+          fail("race: writes " + place() + ", which another thread read, with no barrier between");
+        if (w != my_warp && other.read_by_wgmma >= known[warps_.size() + w])
+          fail("race: writes " + place() + ", which a wgmma of warp " + std::to_string(w) +
+               " read, with no barrier between");
       }
-      word.read_epoch = epoch, word.read_warp_epoch = warp_epoch;
+      word.writer = me, word.written = warp().tick, word.fences = current->fences.size(), word.is_barrier = false;
+    } else {
+      Reader& mine = reader(i, int(my_warp));
+      const bool others = mine.thread != me && mine.read >= known[my_warp];
+      mine.thread = others ? kManyLanes : me, mine.read = warp().tick;
     }
   }
 }

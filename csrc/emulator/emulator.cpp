@@ -48,11 +48,12 @@ void reset_counters() { total = {}; }
 
 int thread_index() { return block->current->thread; }
 int block_index() { return block->index; }
+int block_count() { return block->launch.blocks; }
 uint32_t shared_base() { return kSharedBase; }
 
 void bar_sync() { block->bar_sync(); }
 void bar_warp_sync() {
-  block->meet(Wait::bar_warp_sync, {}, [](Lane*) { ++block->warp().epoch; });
+  block->meet(Wait::bar_warp_sync, {}, [](Lane*) { block->release_warp(); });
 }
 
 [[gnu::noinline]] void ld_global(void* to, const void* from, int bytes) {

@@ -53,6 +53,7 @@ void reset_counters();
 // The twins: see csrc/cuda/ptx.cuh for what each does.
 int thread_index();
 int block_index();
+int block_count();
 uint32_t shared_base();
 void bar_sync();
 void bar_warp_sync();

@@ -4,7 +4,7 @@
 
 PYBIND11_MODULE(_emulator, m) {
   using namespace phi1;
-  m.doc() = "The CUDA kernels on the CPU: arguments as kernels._native's, addresses of CPU tensors.";
+  m.doc() = "The CUDA kernels on the CPU: arguments as kernels._native's, tensors on the CPU.";
   bind_cuda(m);
   m.def("set_seed", &emulator::set_seed, "Order of threads, warps and blocks.");
   m.def("reset_counters", &emulator::reset_counters);

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.checks import check_offsets
 from kernels.native import rows_contiguous
 from kernels.reference import dropout_scale, dropout_threshold
 from kernels.triton import descriptors
@@ -25,8 +26,9 @@ _forward, _dq, _dkv = tuned(forward_kernel, "forward"), tuned(dq_kernel, "dq"), 
 
 
 def _common(
-    loaded: tuple[Tensor, ...], cu_q: Tensor | None, causal: bool, scale: float, dropout_p: float, seed: int
-) -> tuple:
+    loaded: tuple[Tensor, ...], cu_q: Tensor | None, causal: bool, scale: float, dropout_p: float, seed: int,
+    by_descriptors: bool,
+) -> tuple:  # fmt: skip
     """The arguments from `documents` on, but for the candidate's; loaded: q, k, and what else is loaded by tiles.
 
     Packed documents are loaded by pointers: a descriptor would give a neighbour's rows for those past a document's end,
@@ -40,7 +42,7 @@ def _common(
         dropout_scale(dropout_p), threshold, *seed_words(seed),
         # Calls of one power of two share a winner; from 8,192 queries on the choice has settled.
         min(max(seqlen_q.bit_length(), 7), 14), head_dim, causal, threshold > 0, cu_q is not None,
-        cu_q is None and descriptors.allowed(*loaded),
+        by_descriptors and cu_q is None and descriptors.allowed(*loaded),
     )  # fmt: skip
 
 
@@ -51,22 +53,29 @@ def _grid(x: Tensor, cu: Tensor | None, block: str):
     return lambda meta: (batch * heads, triton.cdiv(seq, meta[block]) + more)
 
 
-def _offsets(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
+def _offsets(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """The document offsets to load from; any tensor where there are none."""
-    return (q, q) if cu_q is None or cu_k is None else (cu_q.contiguous(), cu_k.contiguous())
+    if cu_q is None or cu_k is None:
+        return q, q
+    check_offsets("cu_seqlens_q", cu_q, q.shape[1])
+    check_offsets("cu_seqlens_k", cu_k, k.shape[1])
+    return cu_q.contiguous(), cu_k.contiguous()
 
 
-def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """(q, scale) with the same products and scale >= 0, by which the kernel may scale a row's maximum."""
-    return (-q, -scale) if scale < 0 else (q, scale)
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
+    """(sign q, scale, sign) with the same products and scale > 0: the kernel takes the maximum before it scales."""
+    if scale > 0:
+        return q, scale, 1
+    return (-q, -scale, -1) if scale < 0 else (q * 0, 1.0, 0)
 
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-    causal: bool, scale: float, dropout_p: float, dropout_seed: int, *, out: Tensor | None = None,
+    causal: bool, scale: float, dropout_p: float, dropout_seed: int,
+    *, out: Tensor | None = None, by_descriptors: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) of `kernels.flash_attention`."""
-    q, scale = _positive(q, scale)
+    q, scale, _ = _positive(q, scale)
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     result = q.new_empty(q.shape) if out is None or out.stride(-1) != 1 else out
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
@@ -74,9 +83,9 @@ def attention_forward(
         result.zero_(), lse.fill_(-math.inf)  # rows that no document holds
     with on_device(q.device):
         _forward[_grid(q, cu_seqlens_q, "BLOCK_M")](
-            q, k, v, result, lse, *_offsets(cu_seqlens_q, cu_seqlens_k, q),
+            q, k, v, result, lse, *_offsets(cu_seqlens_q, cu_seqlens_k, q, k),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *result.stride()[:3],
-            *_common((q, k, v), cu_seqlens_q, causal, scale, dropout_p, dropout_seed),
+            *_common((q, k, v), cu_seqlens_q, causal, scale, dropout_p, dropout_seed, by_descriptors),
         )  # fmt: skip
     return result if out is None or out is result else out.copy_(result), lse
 
@@ -85,19 +94,18 @@ def attention_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
     causal: bool, scale: float, dropout_p: float, dropout_seed: int,
-    *, grads: tuple[Tensor, Tensor, Tensor] | None = None,
+    *, grads: tuple[Tensor, Tensor, Tensor] | None = None, by_descriptors: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, in new tensors or in `grads` (contiguous last dims), bitwise reproducible."""
-    negative = scale < 0
-    q, scale = _positive(q, scale)
+    q, scale, sign = _positive(q, scale)
     grad_out, q, k, v, out = (rows_contiguous(x) for x in (grad_out, q, k, v, out))
     lse = lse.contiguous()
     dq, dk, dv = grads = grads or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     delta = torch.empty_like(lse)
     if cu_seqlens_q is not None:
         dq.zero_(), dk.zero_(), dv.zero_()
-    cu = _offsets(cu_seqlens_q, cu_seqlens_k, q)
-    common = _common((q, k, v, grad_out), cu_seqlens_q, causal, scale, dropout_p, dropout_seed)
+    cu = _offsets(cu_seqlens_q, cu_seqlens_k, q, k)
+    common = _common((q, k, v, grad_out), cu_seqlens_q, causal, scale, dropout_p, dropout_seed, by_descriptors)
     strides = [stride for x in (grad_out, q, k, v) for stride in x.stride()[:3]]
     with on_device(q.device):
         _dq[_grid(q, cu_seqlens_q, "BLOCK_M")](
@@ -106,6 +114,6 @@ def attention_backward(
         _dkv[_grid(k, cu_seqlens_q, "BLOCK_N")](
             grad_out, q, k, v, lse, delta, dk, dv, *cu, *strides, *dk.stride()[:3], *dv.stride()[:3], *common
         )
-    if negative:
-        dq.neg_()
+    if sign != 1:
+        dq.mul_(sign)
     return grads

@@ -8,6 +8,25 @@ from kernels.triton.numeric import LOG2E, attention_keep, dot, round_to
 
 
 @triton.jit
+def _load_lse(ptr, row, seqlen_q):
+    """What P = exp2(scores scale log2(e) - lse) takes for the rows' lse, in units of log2.
+
+    Infinite, which makes P = 0, for rows past the end and rows without a score above -inf. P is known to a factor of
+    e^(the rounding of lse): from 2^24 on that says nothing any more. There lse is lowered by more than it and the products
+    have been rounded by, and with P <= 1, as it is in truth, a lone greatest score has P = 1 and its gradient.
+    """
+    lse = tl.load(ptr + row, mask=row < seqlen_q, other=float("inf")) * LOG2E
+    lowered = lse * tl.where(lse > 0.0, 1.0 - 2**-21, 1.0 + 2**-21)
+    return tl.where(lse == float("-inf"), float("inf"), tl.where(tl.abs(lse) < 2.0**24, lse, lowered))
+
+
+@triton.jit
+def _probabilities(scores, lse, scale):
+    """P of scores that are not yet scaled: at most 1, where rounding would make it more; NaN stays."""
+    return tl.exp2(tl.minimum(scores * (scale * LOG2E) - lse, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def _dq_loop(
     dq, q, grad, lse, delta, keys, values, first_row, begin, end, seqlen_q, seqlen_k, scale, keep_scale,
     plane, threshold, seed_low, seed_high,
@@ -17,8 +36,8 @@ def _dq_loop(
     for first_column in range(begin, end, BLOCK_N):
         k = load_rows(keys, first_column, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
         v = load_rows(values, first_column, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
-        p = tl.exp2(dot(q, tl.trans(k)) * (scale * LOG2E) - lse[:, None])
-        if MASKED:  # also where lse is -inf, and p infinite
+        p = _probabilities(dot(q, tl.trans(k)), lse[:, None], scale)
+        if MASKED:
             row, column = first_row + tl.arange(0, BLOCK_M)[:, None], first_column + tl.arange(0, BLOCK_N)[None, :]
             p = tl.where(visible(row, column, seqlen_q, seqlen_k, CAUSAL), p, 0.0)
         dp = dot(grad, tl.trans(v))
@@ -66,7 +85,7 @@ def dq_kernel(
     out = load_rows(outs, first_row, seqlen_q, BLOCK_M, HEAD_DIM, True)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + statistics + row, delta, mask=row < seqlen_q)
-    lse = tl.load(lse_ptr + statistics + row, mask=row < seqlen_q, other=float("inf")) * LOG2E
+    lse = _load_lse(lse_ptr + statistics, row, seqlen_q)
     dq = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
     plane = problem * heads + head
     whole, end = key_range(first_row, seqlen_q, seqlen_k, CAUSAL, BLOCK_M, BLOCK_N)
@@ -89,14 +108,14 @@ def _dkv_loop(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     for first_row in range(begin, end, BLOCK_M):
-        # Rows past the end: q and grad are zeros, lse is infinite, so p and ds are zeros without a mask.
         row = first_row + tl.arange(0, BLOCK_M)
         q = load_rows(queries, first_row, seqlen_q, BLOCK_M, HEAD_DIM, True)
         grad = load_rows(grads, first_row, seqlen_q, BLOCK_M, HEAD_DIM, True)
-        lse = tl.load(lse_ptr + row, mask=row < seqlen_q, other=float("inf")) * LOG2E
+        lse = _load_lse(lse_ptr, row, seqlen_q)
         delta = tl.load(delta_ptr + row, mask=row < seqlen_q, other=0.0)
         # Tiles transposed, (keys, rows), so that p and ds are left operands as they lie in registers.
-        p = tl.exp2(dot(k, tl.trans(q)) * (scale * LOG2E) - lse[None, :])
+        p = _probabilities(dot(k, tl.trans(q)), lse[None, :], scale)
+        p = tl.where(row[None, :] < seqlen_q, p, 0.0)  # q is zeros there, which times an infinite key is no number
         if MASKED:
             column = first_column + tl.arange(0, BLOCK_N)[:, None]
             p = tl.where(visible(row[None, :], column, seqlen_q, seqlen_k, CAUSAL), p, 0.0)

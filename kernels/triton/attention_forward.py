@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.attention_tiles import find_problem, key_range, load_rows, matrix_of, store_rows, visible
-from kernels.triton.numeric import LN2, LOG2E, attention_keep, dot, round_to
+from kernels.triton.numeric import LOG2E, attention_keep, dot, round_to
 
 
 @triton.jit
@@ -16,19 +16,17 @@ def _forward_loop(
 ):  # fmt: skip
     for first_column in range(begin, end, BLOCK_N):
         k = load_rows(keys, first_column, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
-        scores = dot(q, tl.trans(k))
+        scores = dot(q, tl.trans(k))  # not yet scaled, as maximum
         if MASKED:
             row, column = first_row + tl.arange(0, BLOCK_M)[:, None], first_column + tl.arange(0, BLOCK_N)[None, :]
             seen = visible(row, column, seqlen_q, seqlen_k, CAUSAL)
-            scores = tl.where(seen, scores * scale, float("-inf"))
-            new = tl.maximum(maximum, tl.max(scores, 1))
-            shift = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen no key yet
-            p = tl.exp2(scores - shift[:, None])
-            decay = tl.exp2(maximum - shift)
-        else:
-            new = tl.maximum(maximum, tl.max(scores, 1) * scale)
-            p = tl.exp2(scores * scale - new[:, None])
-            decay = tl.exp2(maximum - new)
+            scores = tl.where(seen, scores, float("-inf"))
+        new = tl.maximum(maximum, tl.max(scores, 1))
+        # The maximum is taken off first, so that its P is 1 however large it is: after a product that rounds it would be
+        # 2^(the rounding). Each exp2 here is of at most 0. A row with no score above -inf: of -inf, not of -inf + inf.
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2((scores - shift[:, None]) * scale)
+        decay = tl.exp2((maximum - shift) * scale)
         total = total * decay + tl.sum(p, 1)
         accumulated = accumulated * decay[:, None]
         if DROPOUT:
@@ -84,5 +82,6 @@ def forward_kernel(
     accumulated = accumulated * (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
     store_rows(result, accumulated, first_row, seqlen_q, BLOCK_M, HEAD_DIM)
     row = first_row + tl.arange(0, BLOCK_M)
-    lse = tl.where(total == 0.0, float("-inf"), maximum * LN2 + tl.log(tl.where(total == 0.0, 1.0, total)))
+    lse = tl.where(total == 0.0, float("-inf"), maximum * scale + tl.log(tl.where(total == 0.0, 1.0, total)))
+    lse = tl.where(maximum == float("inf"), maximum, lse)  # whose total is NaN
     tl.store(lse_ptr + row, lse, mask=row < seqlen_q)

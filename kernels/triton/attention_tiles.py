@@ -20,10 +20,15 @@ def find_problem(
     first = tile * BLOCK
     if DOCUMENTS:
         batch, head = 0, index
+        # Offsets that nobody has looked at count as their running maximum, inside the sequence.
+        total_q, total_k = seqlen_q, seqlen_k
+        q1 = tl.minimum(tl.maximum(tl.load(cu_q_ptr), 0), total_q)
+        k1 = tl.minimum(tl.maximum(tl.load(cu_k_ptr), 0), total_k)
         before, problem, start_q, seqlen_q, start_k, seqlen_k = 0, 0, 0, 0, 0, 0
         for document in range(documents):
-            q0, q1 = tl.load(cu_q_ptr + document), tl.load(cu_q_ptr + document + 1)
-            k0, k1 = tl.load(cu_k_ptr + document), tl.load(cu_k_ptr + document + 1)
+            q0, k0 = q1, k1
+            q1 = tl.minimum(tl.maximum(tl.load(cu_q_ptr + document + 1), q0), total_q)
+            k1 = tl.minimum(tl.maximum(tl.load(cu_k_ptr + document + 1), k0), total_k)
             tiles = (((k1 - k0) if BY_KEYS else (q1 - q0)) + BLOCK - 1) // BLOCK
             here = (tile >= before) & (tile < before + tiles)
             first = tl.where(here, (tile - before) * BLOCK, first)

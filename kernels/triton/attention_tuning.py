@@ -5,7 +5,7 @@ import itertools
 import torch
 import triton
 
-from kernels.triton import INTERPRETED, descriptors
+from kernels.triton import INTERPRETED, descriptors, trial
 
 Tile = tuple[int, int, int, int]
 """(BLOCK_M, BLOCK_N, warps, stages)."""
@@ -115,4 +115,5 @@ def tuned(function, kernel: str):
         key=["HEAD_DIM", "CAUSAL", "DROPOUT", "DOCUMENTS", "DESCRIPTORS", "length_class"],
         prune_configs_by={"early_config_prune": prune},
         cache_results=True,
+        do_bench=trial.bench,
     )(descriptors.head_rows(**ROWS)(function))

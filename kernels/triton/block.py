@@ -1,7 +1,7 @@
 """The parallel block's pieces (`kernels.fused_block.Pieces`) in Triton.
 
-Each of the two products has two forms: "vendor", the vendor's library and one elementwise kernel after it, and
-"triton", one kernel that does all of it (kernels/triton/block_product.py). `kernels.triton.CHOICES` says which runs.
+Each of the two products has two forms: the vendor's library and one elementwise kernel after it, and, `_whole`, one
+kernel that does all of it (kernels/triton/block_product.py).
 """
 
 from typing import Any
@@ -10,10 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels import triton as choices
 from kernels.fused_block import Dropout, Layout, vendor_product
 from kernels.reference import dropout_scale, dropout_threshold
-from kernels.triton import INTERPRETED, descriptors
+from kernels.triton import INTERPRETED, descriptors, trial
 from kernels.triton.block_elementwise import (
     after_in_backward_kernel,
     after_in_kernel,
@@ -64,6 +63,7 @@ def _tuned(function, key: list[str], specialized: bool):
         key=[*key, "row_class", "DESCRIPTORS"],
         prune_configs_by={"early_config_prune": _prune},
         cache_results=True,
+        do_bench=trial.bench,
     )(function)
 
 
@@ -106,28 +106,32 @@ def _region_tiles(layout: Layout, block: int) -> int:
 
 def project_in(n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
     """z (tokens, width) of `kernels.fused_block`; gelu(u + bias) is written to activated."""
-    tokens, hidden = n.shape
-    width, b_in = w_in.shape[0], b_in.contiguous()
+    z, b_in = vendor_product(n, w_in), b_in.contiguous()
+    tokens, width = z.shape
     tables, sizes, constants = _in_arguments(layout, width, activated)
-    if choices.CHOICES["block_product"] == "triton":
-        n, w_in, z = n.contiguous(), w_in.contiguous(), n.new_empty((tokens, width))
-        by_descriptors = constants["HALF"] in BLOCK_HALVES and descriptors.allowed(n, w_in)
-        if by_descriptors:
-            descriptors.provide_scratch()
-        with on_device(n.device):
-            _project_in_kernel[
-                lambda meta: _programs(n, triton.cdiv(tokens, meta["BLOCK_M"]) * _region_tiles(layout, meta["BLOCK_N"]))
-            ](
-                n, w_in, b_in, z, activated, *tables, tokens, hidden, *sizes, _row_class(tokens),
-                **constants, EVEN=hidden % _MOST_BLOCK_K == 0, DESCRIPTORS=by_descriptors,
-            )  # fmt: skip
-        return z
-    z = vendor_product(n, w_in)
     rows, block = ELEMENTWISE_TILE
     with on_device(n.device):
         after_in_kernel[(_region_tiles(layout, block), triton.cdiv(tokens, rows))](
             z, b_in, activated, *tables, tokens, *sizes, **constants, ROWS=rows, BLOCK=block
         )
+    return z
+
+
+def project_in_whole(n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
+    """`project_in` in one kernel."""
+    (tokens, hidden), width = n.shape, w_in.shape[0]
+    n, w_in, b_in, z = n.contiguous(), w_in.contiguous(), b_in.contiguous(), n.new_empty((tokens, width))
+    tables, sizes, constants = _in_arguments(layout, width, activated)
+    by_descriptors = constants["HALF"] in BLOCK_HALVES and descriptors.allowed(n, w_in)
+    if by_descriptors:
+        descriptors.provide_scratch()
+    with on_device(n.device):
+        _project_in_kernel[
+            lambda meta: _programs(n, triton.cdiv(tokens, meta["BLOCK_M"]) * _region_tiles(layout, meta["BLOCK_N"]))
+        ](
+            n, w_in, b_in, z, activated, *tables, tokens, hidden, *sizes, _row_class(tokens),
+            **constants, EVEN=hidden % _MOST_BLOCK_K == 0, DESCRIPTORS=by_descriptors,
+        )  # fmt: skip
     return z
 
 
@@ -151,30 +155,32 @@ def _dropout_arguments(dropout: Dropout) -> tuple:
 
 def project_out(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
     """y = x + dropout(g w_out^T + b_out), (tokens, hidden)."""
-    x, b_out = x.contiguous(), b_out.contiguous()
-    (tokens, summed), columns = g.shape, w_out.shape[0]
+    y, x, b_out = vendor_product(g, w_out), x.contiguous(), b_out.contiguous()
+    tokens, columns = y.shape
     arguments = _dropout_arguments(dropout)
-    if choices.CHOICES["block_product"] == "triton":
-        w_out, y = w_out.contiguous(), torch.empty_like(x)
-        by_descriptors = descriptors.allowed(g, w_out)
-        if by_descriptors:
-            descriptors.provide_scratch()
-        with on_device(g.device):
-            _project_out_kernel[
-                lambda meta: _programs(
-                    g, triton.cdiv(tokens, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"])
-                )
-            ](
-                g, w_out, b_out, x, y, tokens, summed, columns, _row_class(tokens), *arguments,
-                DROPOUT=arguments[1] > 0, EVEN=summed % _MOST_BLOCK_K == 0, DESCRIPTORS=by_descriptors,
-            )  # fmt: skip
-        return y
-    y = vendor_product(g, w_out)
     rows, block = ELEMENTWISE_TILE
     with on_device(g.device):
         after_out_kernel[(triton.cdiv(tokens, rows), triton.cdiv(columns, block))](
             y, b_out, x, tokens, columns, *arguments, DROPOUT=arguments[1] > 0, ROWS=rows, BLOCK=block
         )
+    return y
+
+
+def project_out_whole(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
+    """`project_out` in one kernel."""
+    w_out, b_out, x = w_out.contiguous(), b_out.contiguous(), x.contiguous()
+    (tokens, summed), columns, y = g.shape, w_out.shape[0], torch.empty_like(x)
+    arguments = _dropout_arguments(dropout)
+    by_descriptors = descriptors.allowed(g, w_out)
+    if by_descriptors:
+        descriptors.provide_scratch()
+    with on_device(g.device):
+        _project_out_kernel[
+            lambda meta: _programs(g, triton.cdiv(tokens, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"]))
+        ](
+            g, w_out, b_out, x, y, tokens, summed, columns, _row_class(tokens), *arguments,
+            DROPOUT=arguments[1] > 0, EVEN=summed % _MOST_BLOCK_K == 0, DESCRIPTORS=by_descriptors,
+        )  # fmt: skip
     return y
 
 

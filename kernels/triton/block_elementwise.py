@@ -43,7 +43,7 @@ def load_angles(
     HALF: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """cos and sin (tokens, angles); 1 and 0 for an angle that does not exist."""
-    row = token % seq
+    row = (token % seq).to(tl.int64)
     if POSITIONS:
         row = tl.load(position_ptr + (token // seq) * position_batch + row, mask=token < tokens, other=0)
     mask = (token < tokens)[:, None] & (angle < HALF)[None, :]

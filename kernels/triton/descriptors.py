@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.triton import CHOICES, INTERPRETED
+from kernels.triton import INTERPRETED
 
 
 def allowed(*tensors: Tensor) -> bool:
@@ -22,8 +22,6 @@ def allowed(*tensors: Tensor) -> bool:
 
     Later GPUs have TMA too, but bench/triton_aot.py has checked no candidate for one.
     """
-    if CHOICES["loads"] == "pointers":
-        return False
     capable = INTERPRETED or torch.cuda.get_device_capability(tensors[0].device)[0] == 9
     return capable and all(_fits(x) for x in tensors)
 

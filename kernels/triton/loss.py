@@ -28,7 +28,9 @@ def cross_entropy_kernel(
     valid = (target >= 0) & (target < columns)
     picked = tl.load(logits + target, mask=valid, other=float("nan")).to(tl.float32)
     picked += tl.load(bias_ptr + target, mask=valid, other=0.0).to(tl.float32)
-    top, total = tl.full((), float("-inf"), tl.float32), tl.full((), 0.0, tl.float32)
+    # Of no logits yet the least float, so that those of -inf add nothing and never meet -inf - -inf. No exp2 here is of
+    # more than 0: top is taken off.
+    top, total = tl.full((), -3.40282347e38, tl.float32), tl.full((), 0.0, tl.float32)
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)
         mask = column < columns

@@ -35,8 +35,9 @@ def layer_norm_forward_kernel(
     bias = tl.load(bias_ptr + column, mask=column < hidden, other=0.0).to(tl.float32)
     y = centred * factor[:, None] * weight + bias
     tl.store(y_ptr + start * hidden + column, round_to(y, y_ptr.dtype.element_ty), mask=mask)
-    tl.store(stats_ptr + 2 * row, mean, mask=row < rows)
-    tl.store(stats_ptr + 2 * row + 1, factor, mask=row < rows)
+    stats = stats_ptr + 2 * row.to(tl.int64)
+    tl.store(stats, mean, mask=row < rows)
+    tl.store(stats + 1, factor, mask=row < rows)
 
 
 @triton.jit
@@ -54,8 +55,8 @@ def layer_norm_backward_kernel(
         row = first + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & inside
         start = row.to(tl.int64)[:, None]
-        mean = tl.load(stats_ptr + 2 * row, mask=row < rows, other=0.0)[:, None]
-        factor = tl.load(stats_ptr + 2 * row + 1, mask=row < rows, other=0.0)[:, None]
+        mean = tl.load(stats_ptr + 2 * start, mask=start < rows, other=0.0)
+        factor = tl.load(stats_ptr + 2 * start + 1, mask=start < rows, other=0.0)
         x = tl.load(x_ptr + start * x_stride + column, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + start * hidden + column, mask=mask, other=0.0).to(tl.float32)
         normed = (x - mean) * factor

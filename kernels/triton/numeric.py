@@ -9,7 +9,6 @@ from kernels import reference
 from kernels.triton import INTERPRETED
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 ATTENTION_OFFSET = tl.constexpr(reference.ATTENTION_OFFSET)
 RESIDUAL_OFFSET = tl.constexpr(reference.RESIDUAL_OFFSET)
 
@@ -42,10 +41,12 @@ _DOUBLE_C = tl.constexpr(1.5957691216057308)
 @triton.jit
 def gelu(y):
     """(GELU(y), its slope), tanh approximation (arXiv 1606.08415): y sigmoid(2 c (y + 0.044715 y^3)), c = sqrt(2 / pi)."""
-    square = y * y
-    # exp2 overflows to infinity for y below -11 or so, where sigmoid is 0 as it should be.
-    sigmoid = 1.0 / (1.0 + tl.exp2(y * (1.0 + 0.044715 * square) * (-LOG2E * _DOUBLE_C)))
-    value = y * sigmoid
+    # Beyond 9.9 the sigmoid is 1, or less than 2^-122: there it and the slope are taken of 9.9, and no square runs over.
+    above = tl.maximum(y, -9.9, propagate_nan=tl.PropagateNan.ALL)
+    t = tl.minimum(above, 9.9, propagate_nan=tl.PropagateNan.ALL)
+    square = t * t
+    sigmoid = 1.0 / (1.0 + tl.exp2(t * (1.0 + 0.044715 * square) * (-LOG2E * _DOUBLE_C)))
+    value = above * sigmoid
     return value, sigmoid + value * (1.0 - sigmoid) * (1.0 + 3 * 0.044715 * square) * _DOUBLE_C
 
 

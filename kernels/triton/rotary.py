@@ -21,7 +21,7 @@ def _turn(
     i = tl.arange(0, BLOCK_HALF)[None, :]
     rest = tl.arange(0, BLOCK_REST)[None, :] + 2 * HALF
     for start in range(0, heads, BLOCK_HEADS):
-        head = start + tl.arange(0, BLOCK_HEADS)[:, None]
+        head = (start + tl.arange(0, BLOCK_HEADS)).to(tl.int64)[:, None]  # a head may lie 2^31 elements on
         x, out = x_ptr + head * x_head_stride, out_ptr + head * out_head_stride
         mask = (head < heads) & (i < HALF)
         a = tl.load(x + i, mask=mask, other=0.0).to(tl.float32)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import attn, block, harness, suite
+from kernels import machine
 
 ROOT = Path(__file__).resolve().parents[2]
 BOTH = {"forward", "forward + backward"}
@@ -40,7 +41,7 @@ def test_script_measures_ours_and_peers(script, shape, works, peers, unit, tmp_p
     assert document["unit"] == unit
     assert document["environment"]["threads"] == 1
     assert document["environment"]["torch"] == torch.__version__
-    assert document["environment"]["kind"] == "cpu"
+    assert document["environment"]["kind"] == machine.cpu().kind
     assert len(document["environment"]["commit"]) == 40
     assert document["formula"] in done.stdout
     rows = document["rows"]
@@ -57,19 +58,30 @@ def test_script_measures_ours_and_peers(script, shape, works, peers, unit, tmp_p
         best = min(r["seconds"] for r in group if not r["ours"])
         for row in group:
             assert row["ratio"] == pytest.approx(best / row["seconds"])
+    # the fields that bench/choose.py reads
+    for row in rows:
+        assert row["case"].startswith("x".join(map(str, row["shape"])) + f" {row['dtype']}") and row["size"]
+        named = row["implementation"] == f"phi1 {row['backend']}" or (
+            row["implementation"] == "plain PyTorch" and row["backend"] == "torch"
+        )
+        assert named is (row["backend"] is not None)
+    assert "phi1" in measured, "automatic choice"
     # what cannot run is listed with the reason
     for row in rows:
         if row["unavailable"]:
             assert f"Not measured: {row['implementation']}" in done.stdout and row["unavailable"] in done.stdout
     if script == "block.py":
-        assert {f"phi1 triton, {product}" for product in block._PRODUCTS} <= {row["implementation"] for row in rows}
+        forms = ("pointers", "descriptors", "product")
+        assert {f"phi1 triton/{form}" for form in forms} <= {row["implementation"] for row in rows}
         assert all(row["ours"] == row["implementation"].startswith("phi1") for row in rows)
     if script == "loss.py":
         assert all(row["peak_bytes"] is not None for row in rows if row["seconds"]) and "peak MiB" in done.stdout
     if script == "attn.py":
         reasons = {row["implementation"]: row["unavailable"] for row in rows if row["unavailable"]}
         assert "scaled_dot_product_attention cannot draw" in reasons["phi1 torch"]  # with dropout
-        assert {"FlexAttention", "phi1 triton", "phi1 triton, pointers"} <= set(reasons)
+        assert {"FlexAttention", "phi1 triton/descriptors", "phi1 triton/pointers"} <= set(reasons)
+        few = {row["case"].split()[2]: row for row in rows if "after a cache" in row["case"]}
+        assert set(few) == {"1", "4", "16"} and {row["size"] for row in few.values()} == {"few"}
 
 
 def test_the_peers_of_the_block_compute_the_same():

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import kernels.triton
 from bench import choose
 from kernels import measured
 
@@ -13,12 +12,21 @@ RESULTS = Path(choose.__file__).parent / "results"
 
 
 def result(path, *rows, benchmark="attn", **environment):
-    """A benchmark's file. rows: (case, work, implementation, seconds)."""
-    names = ("case", "work", "implementation", "seconds")
+    """A benchmark's file. rows: (shape and dtype, what else names the case, work, version or None, seconds)."""
+
+    def fields(case, more, work, backend, seconds):
+        shape, dtype = case.split()
+        sizes = [int(size) for size in shape.split("x")]
+        return {
+            "case": f"{case} {more}", "shape": sizes, "dtype": dtype, "size": "long", "work": work,
+            "implementation": f"phi1 {backend}", "backend": backend, "seconds": seconds,
+        }  # fmt: skip
+
     document = {
-        "benchmark": benchmark, "environment": {"time": "2026-01-02T03:04:05+00:00", **environment},
-        "rows": [dict(zip(names, row, strict=True)) for row in rows],
-    }  # fmt: skip
+        "benchmark": benchmark,
+        "environment": {"time": "2026-01-02T03:04:05+00:00", "kind": "a CPU", **environment},
+        "rows": [fields(*row) for row in rows],
+    }
     path.write_text(json.dumps(document))
     return str(path)
 
@@ -40,77 +48,62 @@ def test_the_committed_table_is_what_the_committed_results_say(tmp_path):
         for cells in (line.strip("|\n").split("|") for line in (RESULTS / "loss-amd-epyc.md").open())
         if len(cells) > 3 and "fp32" in cells[0] and cells[1].strip() == "forward + backward"
     }
-    expected = milliseconds["phi1 cpu"] / milliseconds["phi1 torch"]
-    loss = next(r for r in rows if (r["op"], r["dtype"]) == ("linear_cross_entropy", "float32"))
-    assert loss["speed"] == {"cpu": 1.0, "torch": pytest.approx(expected, abs=1e-3)}
+    expected = milliseconds["phi1 cpu/avx512_bf16"] / milliseconds["phi1 torch"]
+    loss = next(r for r in rows if (r["op"], r["dtype"], r["work"]) == ("linear_cross_entropy", "float32", "training"))
+    assert loss["kind"] == "AuthenticAMD family 25, avx512_bf16"
+    assert loss["speed"] == {"cpu/avx512_bf16": 1.0, "torch": pytest.approx(expected, abs=1e-3)}
 
 
-def test_a_cell_is_the_geometric_mean_of_its_training_cases(tmp_path):
-    case = "1x8x2x{} fp32 {}"
+def test_a_version_counts_by_its_worst_case_against_pytorch(tmp_path):
+    wide, narrow = "1x1024x2x64 fp32", "1x1024x2x32 fp32"
     path = result(
         tmp_path / "a.json",
-        (case.format(64, "causal"), "both", "phi1 cpu", 1.0),
-        (case.format(64, "causal"), "both", "phi1 torch", 4.0),
-        (case.format(64, "full"), "both", "phi1 cpu", 18.0),
-        (case.format(64, "full"), "both", "phi1 torch", 2.0),  # means: cpu 4.24, torch 2.83; sums: 19, 6
-        (case.format(64, "full"), "both", "SDPA", 0.1),  # a peer
-        (case.format(64, "causal"), "forward", "phi1 cpu", 0.001),  # not training
-        (case.format(64, "causal"), "forward", "phi1 torch", 9.0),
-        (case.format(64, "causal"), "forward", "phi1 triton", 0.001),  # its backward could not run
-        (case.format(64, "causal dropout 0.1"), "both", "phi1 cpu", 0.001),  # torch cannot serve it
-        (case.format(64, "causal dropout 0.1"), "both", "phi1 torch", None),
-        (case.format(32, "causal"), "forward", "phi1 cpu", 1.0),  # another cell, and all that it has
-        (case.format(32, "causal"), "forward", "phi1 torch", 2.0),
+        (wide, "causal", "both", "cpu/avx2", 1.0),
+        (wide, "causal", "both", "torch", 4.0),
+        (wide, "full", "both", "cpu/avx2", 2.5),
+        (wide, "full", "both", "torch", 2.0),  # faster here, if slower by far there: PyTorch's comes first
+        (wide, "full", "both", None, 0.1),  # a peer, or automatic choice
+        (wide, "causal", "backward", "cpu/avx2", 0.001),  # no work of a cell
+        (wide, "causal", "forward", "cpu/avx2", 3.0),
+        (wide, "causal", "forward", "torch", 9.0),
+        (wide, "causal dropout 0.1", "both", "cpu/avx2", 0.001),  # torch cannot serve it
+        (wide, "causal dropout 0.1", "both", "torch", None),
+        (narrow, "causal", "forward", "cpu/avx2", 1.0),
+        (narrow, "causal", "forward", "torch", 2.0),
     )
-    assert table(tmp_path, path) == [
-        {
-            "op": "flash_attention", "device": "cpu", "dtype": "float32", "head_dim": head_dim,
-            "speed": speed, "results": ["a.json 2026-01-02"],
-        }
-        for head_dim, speed in ((32, {"cpu": 1.0, "torch": 0.5}), (64, {"torch": 1.0, "cpu": 0.667}))
-    ]  # fmt: skip
-    assert list(measured.read(tmp_path / "measured.json").values())[1].speed == {"torch": 1.0, "cpu": 0.667}
-    assert next(iter(list(measured.read(tmp_path / "measured.json").values())[1].speed)) == "torch"
+    found = {(row["head_dim"], row["work"]): row for row in table(tmp_path, path)}
+    assert found[64, "training"] == {
+        "op": "flash_attention", "kind": "a CPU", "dtype": "float32", "head_dim": 64, "size": "long", "work": "training",
+        "speed": {"torch": 1.0, "cpu/avx2": 0.8}, "results": ["a.json 2026-01-02"],
+    }  # fmt: skip
+    assert next(iter(found[64, "training"]["speed"])) == "torch"
+    assert found[64, "forward"]["speed"] == {"cpu/avx2": 1.0, "torch": 0.333}
+    assert found[32, "forward"]["speed"] == {"cpu/avx2": 1.0, "torch": 0.5}
+    assert len(found) == 3
 
 
-def test_a_gpu_has_its_own_rows_and_files_join(tmp_path):
-    case, work = "1x8x2x64 bf16", "forward + backward"
-    rows = [(case, work, "phi1 torch", 3.0), (case, work, "phi1 cuda", 2.0)]
+def test_a_kind_has_its_own_rows_and_files_join(tmp_path):
+    case, work = ("1x1024x2x64 bf16", ""), "forward + backward"
+    rows = [(*case, work, "torch", 3.0), (*case, work, "cuda", 2.0)]
+    h200 = {"benchmark": "rotary", "kind": "NVIDIA H200, sm_90"}
     files = [
-        result(tmp_path / "a.json", *rows, benchmark="rotary", kind="sm_90"),
-        result(tmp_path / "b.json", rows[0], (case, work, "phi1 cuda", 12.0), benchmark="rotary", kind="sm_90"),
+        result(tmp_path / "a.json", *rows, **h200),
+        result(tmp_path / "b.json", rows[0], (*case, work, "cuda", 12.0), **h200),
         result(tmp_path / "c.json", rows[0], benchmark="rotary"),
-        result(tmp_path / "d.json", ("2x8", "step", "phi1", 1.0), benchmark="train"),
+        result(tmp_path / "d.json", ("2x8 bf16", "", "step", None, 1.0), benchmark="train"),
     ]
-    cpu, gpu = table(tmp_path, *files)
-    assert (cpu["device"], cpu["head_dim"], cpu["speed"]) == ("cpu", None, {"torch": 1.0})
-    # sqrt(3 * 3) against sqrt(2 * 12)
-    assert (gpu["device"], gpu["speed"]) == ("sm_90", {"torch": 1.0, "cuda": 0.612})
+    gpu, cpu = table(tmp_path, *files)
+    assert (cpu["kind"], cpu["head_dim"], cpu["speed"]) == ("a CPU", None, {"torch": 1.0})
+    assert (gpu["kind"], gpu["speed"]) == ("NVIDIA H200, sm_90", {"torch": 1.0, "cuda": 0.25})
     assert gpu["results"] == ["a.json 2026-01-02", "b.json 2026-01-02"]
 
 
-def test_the_block_counts_the_form_that_would_run(tmp_path, monkeypatch):
-    case, work = "1x8x64x2x32x128 bf16", "forward + backward"
-    path = result(
-        tmp_path / "a.json",
-        (case, work, "plain PyTorch", 4.0),  # the torch backend
-        (case, work, "plain PyTorch compiled", 0.5),
-        (case, work, "phi1 triton, vendor product", 2.0),
-        (case, work, "phi1 triton, triton product", 1.0),
-        benchmark="block", kind="sm_90",
-    )  # fmt: skip
-    (row,) = table(tmp_path, path)
-    assert (row["op"], row["head_dim"], row["speed"]) == ("parallel_block", 32, {"triton": 1.0, "torch": 0.5})
-    monkeypatch.setitem(kernels.triton.CHOICES, "block_product", "triton")
-    assert table(tmp_path, path)[0]["speed"] == {"triton": 1.0, "torch": 0.25}
-
-
-def test_backends_that_share_no_case_are_an_error(tmp_path):
+def test_versions_that_share_no_case_are_an_error(tmp_path):
     work = "both"
     path = result(
         tmp_path / "a.json",
-        ("1x8x2x64 fp32 full", work, "phi1 cpu", 1.0),
-        ("1x8x2x64 fp32 causal", work, "phi1 torch", 1.0),
+        ("1x1024x2x64 fp32", "full", work, "cpu/avx2", 1.0),
+        ("1x1024x2x64 fp32", "causal", work, "torch", 1.0),
     )
-    with pytest.raises(SystemExit, match="no case measures all of cpu, torch: measure one"):
+    with pytest.raises(SystemExit, match="no case measures all of cpu/avx2, torch: measure one"):
         table(tmp_path, path)

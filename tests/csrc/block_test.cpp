@@ -194,11 +194,13 @@ double residual_error(DType dtype, uint32_t threshold) {
 }
 
 template <typename T>
-double cross_entropy_error(DType dtype, float z_loss) {
+double cross_entropy_error(DType dtype, float z_loss, bool padded) {
   const int64_t rows = 5, columns = 2503;
   const Buffer<T> logits(rows * columns), bias(columns);
   const Buffer<float> loss(rows), dbias(columns);
   const std::unique_ptr<int64_t[]> targets(new int64_t[rows]{0, 1024, -7, 2502, 1500});
+  for (int64_t c = 0; padded && c < 1100; ++c) store(bias.get()[c], -INFINITY);
+  if (padded) targets[0] = 1100, targets[1] = 2047;
   for (int64_t c = 0; c < columns; ++c) store(logits.get()[columns + c], float(c) / 100);  // the maximum comes last
   const std::vector<double> before = logits.copy();
   std::vector<double> sums = dbias.copy();
@@ -258,8 +260,9 @@ bool all(DType dtype, double tolerance) {
       {"residual", [&] { return residual_error<T>(dtype, 0); }},
       {"residual with dropout", [&] { return residual_error<T>(dtype, 51); }},
       {"add_product", [&] { return dtype == DType::f32 ? 0 : add_product_error<T>(dtype); }},
-      {"cross_entropy", [&] { return cross_entropy_error<T>(dtype, 0); }},
-      {"cross_entropy with z-loss", [&] { return cross_entropy_error<T>(dtype, 0.01f); }},
+      {"cross_entropy", [&] { return cross_entropy_error<T>(dtype, 0, false); }},
+      {"cross_entropy with z-loss", [&] { return cross_entropy_error<T>(dtype, 0.01f, false); }},
+      {"cross_entropy of padded columns", [&] { return cross_entropy_error<T>(dtype, 0, true); }},
   };
   bool good = true;
   for (const auto& [name, error] : kernels) {

@@ -10,6 +10,8 @@ import amx_emulator
 import pytest
 from cpu_isa import ISAS
 
+from kernels import native
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ (Debian: apt-get install g++)")
 
@@ -140,6 +142,14 @@ MUTATIONS = [
     ("attention.inl", "n * kLanes) * factor[n];", "n * kLanes);"),
     ("attention_forward.inl", "head / group *", "head % args.kv_heads *"),
     ("attention_backward.inl", "index * args.heads + kv_head", "index * args.kv_heads + kv_head"),
+    ("attention_forward.inl", "before[n] = greatest[n];", "before[n] = start > 0 ? greatest[n] : vfloat{};"),
+    ("attention_forward.inl", "greatest[n] == hidden ? vfloat{} : greatest[n]", "greatest[n]"),
+    ("attention.inl", "if (greatest == __builtin_inff()) return greatest;", ""),
+    ("attention_backward.inl", "if (lse == -__builtin_inff()) return __builtin_inff();", ""),
+    ("attention_backward.inl", "first < 0 ? 0 : args.causal", "args.causal"),
+    ("attention_backward.inl", "vmin(vfloat{}, fma(", "vmin(splat(1e38f), fma("),
+    ("attention_decode.inl", "top[r] == -__builtin_inff() ? 0 : top[r]", "top[r]"),
+    ("cross_entropy.inl", "top = -3.40282347e38f", "top = -__builtin_inff()"),
     ("attention_decode.inl", "query[r] + 1 + p.seqlen_k", "query[r] + p.seqlen_k"),
     ("attention_decode.inl", "(first + r) / args.seqlen_q", "(first + r) % args.seqlen_q"),
     ("attention_decode.inl", "visible[row + m] - start", "visible[row] - start"),
@@ -258,3 +268,12 @@ def test_mutations_are_noticed(isa: str, mutations: list[tuple[str, str, str]], 
     survived = [verdict for verdict in verdicts if verdict != "killed"]
     print(f"killed {len(verdicts) - len(survived)} of {len(verdicts)}")
     assert not survived, "\n".join(survived)
+
+
+@pytest.mark.skipif(not ISAS or "amx_bf16" in ISAS, reason="AMX can be used here, or there is no native module")
+def test_why_amx_cannot_be_used_is_said() -> None:
+    """On a CPU without it that is the reason; where Linux refuses its registers (a small sigaltstack), that is another."""
+    (amx,) = (isa for isa in native.ISAS if isa.name == "amx_bf16")
+    flags = pathlib.Path("/proc/cpuinfo").read_text().split()
+    expected = "this CPU has no AMX-BF16" if "avx512_bf16" in flags else "this CPU lacks AVX"
+    assert ("Linux refuses" if "amx_bf16" in flags else expected) in amx.missing

@@ -121,6 +121,13 @@ def make_inputs(
     return q, k, v, grad_out, options
 
 
+def run_forward(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> dict[str, Tensor]:
+    """out and lse of `backend`."""
+    q, k, v, _, options = make_inputs(case, dtype, device)
+    out, lse = flash_attention(q, k, v, **options, return_lse=True, backend=backend)
+    return {"out": out, "lse": lse}
+
+
 def run_case(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", lse: bool = True) -> dict[str, Tensor]:
     """out, lse, dq, dk, dv of `backend`. lse=False: for a backend that does not return it."""
     q, k, v, grad_out, options = make_inputs(case, dtype, device)

@@ -14,13 +14,12 @@ import attention_cases
 import pytest
 import torch
 
-from kernels import cuda, registry
+from kernels import cuda, machine, registry
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / f"emulator-{sys.implementation.cache_tag}"
-DEVICES = ("cpu", "cuda") if cuda.missing() is None else ("cpu",)
+DEVICES = ("cpu",) if "cuda" in machine.cpu().missing else ("cpu", "cuda")
 """Where the kernels run in the tests: under the emulator, and on the GPU if there is one."""
-OPS = ("apply_rotary", "flash_attention", "layer_norm", "linear_cross_entropy", "parallel_block")
 
 
 def load(path: pathlib.Path) -> ModuleType:
@@ -55,14 +54,9 @@ def build() -> pathlib.Path:
 @contextlib.contextmanager
 def as_cuda_backend(module: ModuleType) -> Iterator[None]:
     """Within the block `backend="cuda"` runs `module` (a build of the emulator) on CPU tensors."""
-    before = {op: registry._IMPLEMENTATIONS[op].get("cuda") for op in OPS}
-    cuda.register_kernels(module, devices=("cpu",))
-    try:
+    with registry.replacing("cuda"):
+        cuda.register_kernels(module, devices=("cpu",), needs=lambda machine: None)
         yield
-    finally:
-        for op, implementation in before.items():
-            assert implementation is not None
-            registry._IMPLEMENTATIONS[op]["cuda"] = implementation
 
 
 @pytest.fixture(scope="session")
@@ -87,13 +81,16 @@ def cuda_device(request: pytest.FixtureRequest) -> Iterator[str]:
     yield request.param
 
 
-def check_attention(case: attention_cases.Case, dtype: torch.dtype, device: str = "cpu") -> None:
+def check_attention(
+    case: attention_cases.Case, dtype: torch.dtype, device: str = "cpu", version: str = "cuda", backward: bool = True
+) -> None:
     """The rule of attention_cases, and more of lse: the rule lets it be as wrong as one in 16 bits.
 
     Products of 16-bit numbers are exact in float32, as their sums of 128 nearly are: what is left is float32's
     rounding. One key of a hundred too many or too few changes lse by 1e-2.
     """
-    results = attention_cases.run_case(case, dtype, "cuda", device)
+    run = attention_cases.run_case if backward else attention_cases.run_forward
+    results = run(case, dtype, version, device)
     attention_cases.check_results(results, case, dtype)
     truth = attention_cases.truth_and_bounds(case, dtype)[0]["lse"]
     seen = ~truth.isinf()

@@ -1,13 +1,11 @@
 """csrc/cpu's attention: every instruction set of this CPU against the reference, the same bits for any thread count."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 from attention_cases import CASES, SEED, Case, check_case, make_inputs, run_case
-from cpu_isa import ISAS, use_isa, use_threads
+from cpu_isa import ISAS, kernels_of, use_threads
 
 from kernels import BackendError, cpu, flash_attention, native, reference, use_backend
 
@@ -22,21 +20,19 @@ def _case(name: str) -> Case:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_against_the_reference(case: Case, dtype: torch.dtype, isa: str) -> None:
-    with use_isa(isa):
-        check_case(case, dtype, "cpu")
+    check_case(case, dtype, f"cpu/{isa}")
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", ["gqa", "dropout", "documents_unequal", "decode_four_32", "few"])
 def test_bitwise_equal_for_any_thread_count(name: str, isa: str) -> None:
-    with use_isa(isa):
-        for dtype in (torch.float32, torch.bfloat16):
-            results = []
-            for threads in (1, 2, 3, 8):
-                with use_threads(threads):
-                    results += [run_case(_case(name), dtype, "cpu") for _ in range(2)]
-            for output, first in results[0].items():
-                assert all(torch.equal(first, other[output]) for other in results[1:]), (output, dtype)
+    for dtype in (torch.float32, torch.bfloat16):
+        results = []
+        for threads in (1, 2, 3, 8):
+            with use_threads(threads):
+                results += [run_case(_case(name), dtype, f"cpu/{isa}") for _ in range(2)]
+        for output, first in results[0].items():
+            assert all(torch.equal(first, other[output]) for other in results[1:]), (output, dtype)
 
 
 @pytest.mark.parametrize(("short", "bound"), [(False, 2**-22), (True, 2**-18)])
@@ -45,15 +41,14 @@ def test_exp2_error_bound(isa: str, short: bool, bound: float) -> None:
     """csrc/cpu/vector.h states 2^-22, in the short form 2^-18, from -126 up to 127, 0 up to -127, and that NaN stays."""
     x = torch.cat([torch.linspace(-126, 127, 1_000_003), torch.linspace(-2, 2, 1_000_003), torch.arange(-126.0, 128.0)])
     y = torch.empty_like(x)
-    with use_isa(isa):
-        native._native.exp2_cpu(x.data_ptr(), y.data_ptr(), x.numel(), short)
-        error = float((y.double() / torch.exp2(x.double()) - 1).abs().max())
-        assert bound / 8 < error < bound
-        whole = x == x.round()
-        assert torch.equal(y[whole].double(), torch.exp2(x[whole].double()))  # powers of two are exact
-        x = torch.tensor([-127.0, -1e4, -math.inf, math.nan, -126.7])
-        y = torch.empty_like(x)
-        native._native.exp2_cpu(x.data_ptr(), y.data_ptr(), x.numel(), short)
+    kernels_of(isa).exp2(x, y, x.numel(), short)
+    error = float((y.double() / torch.exp2(x.double()) - 1).abs().max())
+    assert bound / 8 < error < bound
+    whole = x == x.round()
+    assert torch.equal(y[whole].double(), torch.exp2(x[whole].double()))  # powers of two are exact
+    x = torch.tensor([-127.0, -1e4, -math.inf, math.nan, -126.7])
+    y = torch.empty_like(x)
+    kernels_of(isa).exp2(x, y, x.numel(), short)
     assert y[:3].tolist() == [0.0, 0.0, 0.0]
     assert math.isnan(y[3])
     assert 0.0 <= float(y[4]) < 2**-126
@@ -63,8 +58,7 @@ def test_exp2_error_bound(isa: str, short: bool, bound: float) -> None:
 def test_nan_reaches_its_query_and_no_other(isa: str) -> None:
     q, k, v, _, options = make_inputs(_case("packed"), torch.bfloat16)
     q[1, 17, 2, 5] = math.nan
-    with use_isa(isa):
-        out, lse = flash_attention(q, k, v, **options, return_lse=True, backend="cpu")
+    out, lse = flash_attention(q, k, v, **options, return_lse=True, backend=f"cpu/{isa}")
     bad = torch.zeros_like(lse, dtype=torch.bool)
     bad[1, 2, 17] = True
     assert torch.equal(lse.isnan(), bad)
@@ -78,18 +72,16 @@ def test_a_scale_that_turns_the_order_of_scores_round(scale: float, isa: str) ->
     q, k, v, _, options = make_inputs(_case("packed"), torch.float32)
     options["scale"] = scale
     expected = flash_attention(q, k, v, **options, return_lse=True, backend="reference")
-    with use_isa(isa):
-        found = flash_attention(q, k, v, **options, return_lse=True, backend="cpu")
+    found = flash_attention(q, k, v, **options, return_lse=True, backend=f"cpu/{isa}")
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_residual_mask_is_the_reference(isa: str) -> None:
-    with use_isa(isa):
-        for rows, columns, p in ((1, 1, 0.5), (7, 131, 0.1), (33, 512, 0.25)):
-            expected = reference.residual_keep(SEED, rows, columns, p, torch.device("cpu"))
-            assert torch.equal(cpu.residual_keep(SEED, rows, columns, p), expected)
+    for rows, columns, p in ((1, 1, 0.5), (7, 131, 0.1), (33, 512, 0.25)):
+        expected = reference.residual_keep(SEED, rows, columns, p, torch.device("cpu"))
+        assert torch.equal(cpu.residual_keep(SEED, rows, columns, p, kernels_of(isa)), expected)
 
 
 def test_is_the_automatic_choice_and_equals_itself_out_of_place() -> None:
@@ -188,13 +180,3 @@ def test_what_it_refuses_goes_elsewhere_or_is_an_error() -> None:
     with use_backend("cpu"), pytest.raises(BackendError, match=r"dtype = torch\.float64"):
         flash_attention(q[..., :64].double(), q[..., :64].double(), q[..., :64].double())
     assert torch.allclose(flash_attention(q, q, q), flash_attention(q, q, q, backend="reference"), atol=1e-5)
-
-
-def test_environment_forces_an_instruction_set() -> None:
-    program = "from kernels import native; print(native._native.isa_name())"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={"PHI1_ISA": "portable"}, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["portable"]
-    with pytest.raises(ValueError, match=r"instruction set 'sse9' .PHI1_ISA.: this CPU runs .*portable"):
-        native._native.use_isa("sse9")

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import test_block
 import torch
-from cpu_isa import CPU_BACKENDS, ISAS, chosen, use_isa, use_threads
+from cpu_isa import CPU_BACKENDS, ISAS, use_threads
 from error_rule import check
 from test_block import DROPOUT, HIDDEN, KV_HEADS, OPTIONS, RESULTS, make, plain, run, run_with_grads
 from torch import Tensor
@@ -23,8 +23,7 @@ def test_widths_that_fill_no_vector(name: str, dtype: torch.dtype, monkeypatch: 
     monkeypatch.setattr(test_block, "ROTARY", 6)
     inputs = make(dtype=dtype)
     truth, low = plain([t.double() for t in inputs]), plain(inputs)
-    with chosen(name) as backend:
-        found = run_with_grads(inputs, backend=backend)
+    found = run_with_grads(inputs, backend=name)
     for what, a, b, c in zip(RESULTS, found, low, truth, strict=True):
         check(what, a, b, c, dtype)
 
@@ -38,8 +37,7 @@ def test_dropout_and_documents_equal_the_reference(name: str) -> None:
     packed = {"positions": positions, "cu_seqlens": torch.tensor(ends, dtype=torch.int32)}
     for options in ({}, packed):
         expected = run_with_grads(inputs, **DROPOUT, **options, dropout_seed=-5, backend="reference")
-        with chosen(name) as backend:
-            found = run_with_grads(inputs, **DROPOUT, **options, dropout_seed=-5, backend=backend)
+        found = run_with_grads(inputs, **DROPOUT, **options, dropout_seed=-5, backend=name)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
@@ -48,11 +46,11 @@ def test_dropout_and_documents_equal_the_reference(name: str) -> None:
 def test_bitwise_equal_for_any_thread_count(isa: str) -> None:
     """The kernels; one thread for oneDNN's products, which promise nothing of the kind."""
     inputs = make(batch=3, seq=70, dtype=torch.bfloat16)
-    with use_isa(isa), torch.backends.mkldnn.flags(enabled=False):
+    with torch.backends.mkldnn.flags(enabled=False):
         results = []
         for threads in (1, 2, 3, 8):
             with use_threads(threads):
-                results.append(run_with_grads(inputs, **DROPOUT, dropout_seed=3, backend="cpu"))
+                results.append(run_with_grads(inputs, **DROPOUT, dropout_seed=3, backend=f"cpu/{isa}"))
     for name, *values in zip(RESULTS, *results, strict=True):
         assert all(torch.equal(values[0], other) for other in values[1:]), name
 

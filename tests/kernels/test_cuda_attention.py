@@ -1,6 +1,7 @@
 """csrc/cuda's flash attention under the emulator, by the rule of attention_cases."""
 
 import dataclasses
+import sys
 
 import attention_cases
 import pytest
@@ -8,15 +9,41 @@ import torch
 from attention_cases import CASES, OUTPUTS, Case
 from emulator import DEVICES, check_attention, cuda_device, emulator, emulator_module  # noqa: F401
 
-from kernels import BackendError, flash_attention, reference
+from kernels import BackendError, cuda, flash_attention, reference, registry
+from kernels.machine import Machine
+
+# head_dim 32 has no hopper kernel. Which kernels run backward: "hopper_backward" has both of them.
+VERSIONS_AND_CASES = [
+    pytest.param(version, case, id=f"{version}-{case.name}")
+    for version in ("mma", "hopper_backward")
+    for case in CASES
+    if version == "mma" or case.head_dim != 32
+]
+_version = "cuda/mma"  # that a test chose
+VERSIONS_AND_DIMS = [("mma", 32), ("mma", 64), ("mma", 128), ("hopper_backward", 64), ("hopper_backward", 128)]
+HOPPER = "cuda" in DEVICES and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """A function that makes the calls of this test take one version of the kernels."""
+
+    def force(version, device="cpu"):
+        if version != "mma" and device == "cuda" and not HOPPER:
+            pytest.skip("the GPU has not compute capability 9.0: the hopper kernels are tested under the emulator")
+        monkeypatch.setattr(sys.modules[__name__], "_version", f"cuda/{version}")
+
+    return force
+
 
 DTYPES = (torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_attention_keeps_the_error_rule(cuda_device, request, case, dtype):  # noqa: F811
-    check_attention(case, dtype, cuda_device)
+@pytest.mark.parametrize(("version", "case"), VERSIONS_AND_CASES)
+def test_attention_keeps_the_error_rule(cuda_device, request, force, version, case, dtype):  # noqa: F811
+    force(version, cuda_device)
+    check_attention(case, dtype, cuda_device, _version)
     if cuda_device == "cuda":
         return
     counters = request.getfixturevalue("emulator_module").counters()  # built only where it is used
@@ -24,31 +51,34 @@ def test_attention_keeps_the_error_rule(cuda_device, request, case, dtype):  # n
     assert counters["shared_wavefronts"] == counters["shared_wavefronts_least"] > 0, "bank conflicts"
 
 
-@pytest.mark.parametrize("head_dim", (32, 64, 128))
-def test_bits_do_not_depend_on_the_order_of_threads(emulator, head_dim):  # noqa: F811
-    case = Case("order", batch=1, seqlen_q=70, seqlen_k=100, heads=2, kv_heads=1, head_dim=head_dim, dropout_p=0.1)
-    first = attention_cases.run_case(case, torch.bfloat16, "cuda")
+@pytest.mark.parametrize(("version", "head_dim"), VERSIONS_AND_DIMS)
+def test_bits_do_not_depend_on_the_order_of_threads(emulator, force, version, head_dim):  # noqa: F811
+    force(version)
+    case = Case("order", batch=1, seqlen_q=170, seqlen_k=300, heads=2, kv_heads=1, head_dim=head_dim, dropout_p=0.1)
+    first = attention_cases.run_case(case, torch.bfloat16, _version)
     for seed in range(1, 9):
         emulator.set_seed(seed)
-        again = attention_cases.run_case(case, torch.bfloat16, "cuda")
+        again = attention_cases.run_case(case, torch.bfloat16, _version)
         for name in OUTPUTS:
             assert torch.equal(first[name], again[name]), (name, seed)
 
 
 @pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU: thread orders are tested under the emulator")
-@pytest.mark.parametrize("head_dim", (32, 64, 128))
-def test_repeated_runs_on_the_gpu_give_the_same_bits(head_dim):
+@pytest.mark.parametrize(("version", "head_dim"), VERSIONS_AND_DIMS)
+def test_repeated_runs_on_the_gpu_give_the_same_bits(force, version, head_dim):
+    force(version, "cuda")
     case = Case("repeat", batch=2, seqlen_q=500, seqlen_k=700, heads=4, kv_heads=2, head_dim=head_dim, dropout_p=0.1)
-    first = attention_cases.run_case(case, torch.bfloat16, "cuda", "cuda")
+    first = attention_cases.run_case(case, torch.bfloat16, _version, "cuda")
     for _ in range(50):
-        again = attention_cases.run_case(case, torch.bfloat16, "cuda", "cuda")
+        again = attention_cases.run_case(case, torch.bfloat16, _version, "cuda")
         assert all(torch.equal(first[name], again[name]) for name in OUTPUTS)
 
 
-@pytest.mark.parametrize("head_dim", (32, 64, 128))
+@pytest.mark.parametrize(("version", "head_dim"), VERSIONS_AND_DIMS)
 @pytest.mark.parametrize("documents", ((), ((40, 40), (33, 50))))
-def test_dropout_mask_is_the_reference_bit_for_bit(emulator, head_dim, documents):  # noqa: F811
+def test_dropout_mask_is_the_reference_bit_for_bit(emulator, force, version, head_dim, documents):  # noqa: F811
     """With q = 0 every probability is 1 / n, and with v = the identity's columns out is the row's mask itself."""
+    force(version)
     columns = 50
     case = Case("mask", batch=1, seqlen_q=40, seqlen_k=columns, heads=2, kv_heads=1, head_dim=head_dim, causal=False,
                 dropout_p=0.3, documents=documents)  # fmt: skip
@@ -61,7 +91,7 @@ def test_dropout_mask_is_the_reference_bit_for_bit(emulator, head_dim, documents
         for start, length in zip(starts, lengths, strict=True):
             for j in range(first, min(first + head_dim, length)):
                 v[0, start + j, 0, j - first] = 1.0
-        out = flash_attention(q, k, v, **options, backend="cuda")
+        out = flash_attention(q, k, v, **options, backend=_version)
         truth, _ = reference.attention_forward(
             q, k, v, options.get("cu_seqlens_q"), options.get("cu_seqlens_k"), False, head_dim**-0.5, 0.3,
             attention_cases.SEED,
@@ -101,7 +131,7 @@ def test_gradients_flow_through_strided_grad_out(emulator):  # noqa: F811
     """`grad_out` that is not contiguous gives the gradients of its contiguous copy."""
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, 33, 2, 64, generator=generator).to(torch.bfloat16).requires_grad_() for _ in range(3))
-    out = flash_attention(q, k, v, backend="cuda")
+    out = flash_attention(q, k, v, backend=_version)
     for grad_out in (
         torch.randn(1, 2, 33, 64, generator=generator).to(torch.bfloat16).transpose(1, 2),
         torch.randn(1, 1, 2, 1, generator=generator).to(torch.bfloat16).expand(1, 33, 2, 64),
@@ -111,25 +141,29 @@ def test_gradients_flow_through_strided_grad_out(emulator):  # noqa: F811
         assert all(torch.equal(x, y) for x, y in zip(ours, dense, strict=True))
 
 
-def test_writes_into_a_slice_of_another_tensor(emulator):  # noqa: F811
+@pytest.mark.parametrize("version", cuda.ATTENTION_VERSIONS)
+def test_writes_into_a_slice_of_another_tensor(emulator, force, version):  # noqa: F811
+    force(version)
     q, k, v = (torch.randn(1, 20, 2, 64).to(torch.bfloat16) for _ in range(3))
     wide = torch.zeros(1, 20, 4, 64, dtype=torch.bfloat16)
     with torch.no_grad():
-        flash_attention(q, k, v, out=wide[:, :, 1:3], backend="cuda")
-    assert torch.equal(wide[:, :, 1:3], flash_attention(q, k, v, backend="cuda"))
+        flash_attention(q, k, v, out=wide[:, :, 1:3], backend=_version)
+    assert torch.equal(wide[:, :, 1:3], flash_attention(q, k, v, backend=_version))
     assert not wide[:, :, 0].any() and not wide[:, :, 3].any()
 
 
-def test_nan_in_the_inputs_reaches_the_output(emulator):  # noqa: F811
+@pytest.mark.parametrize("version", cuda.ATTENTION_VERSIONS)
+def test_nan_in_the_inputs_reaches_the_output(emulator, force, version):  # noqa: F811
+    force(version)
     q, k, v = (torch.randn(1, 9, 1, 64).to(torch.bfloat16) for _ in range(3))
     q[0, 4, 0, 7] = float("nan")
-    out = flash_attention(q, k, v, backend="cuda")
+    out = flash_attention(q, k, v, backend=_version)
     assert out[0, 4].isnan().all() and not out[0, :4].isnan().any()
 
 
 def test_compiles_to_one_graph(emulator):  # noqa: F811
     def loss(q, k, v):
-        return flash_attention(q, k, v, dropout_p=0.1, dropout_seed=5, backend="cuda").float().square().sum()
+        return flash_attention(q, k, v, dropout_p=0.1, dropout_seed=5, backend=_version).float().square().sum()
 
     q, k, v = (torch.randn(1, 17, 2, 32).to(torch.bfloat16).requires_grad_() for _ in range(3))
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -159,29 +193,63 @@ def test_what_the_kernels_are_not_made_for_is_refused(emulator, change, message)
     dtype, head_dim = change.get("dtype", torch.bfloat16), change.get("head_dim", 64)
     x = torch.zeros(1, 4, 1, head_dim, dtype=dtype)
     with pytest.raises(BackendError, match=message):
-        flash_attention(x, x, x, backend="cuda")
-
-
-@pytest.mark.parametrize("scale", (0.0, -0.125, float("nan"), float("inf")))
-def test_scale_must_be_positive(emulator, scale):  # noqa: F811
-    x = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"scale = .*: the cuda backend takes a positive number"):
-        flash_attention(x, x, x, scale=scale, backend="cuda")
-    assert emulator.counters()["launches"] == 0
+        flash_attention(x, x, x, backend=_version)
 
 
 def test_a_grid_too_large_is_refused_with_the_kernels_name(emulator_module):  # noqa: F811
-    spec = (0, 0, 0, 0)
+    x = torch.empty(0, 0, 0, 0)
     with pytest.raises(ValueError, match=r"CUDA kernel attention_forward: 4294967296 blocks: must be in 1..2147483647"):
         emulator_module.attention_forward_cuda(
-            spec, spec, spec, spec, 0, (2**31, 2, 2, 2, 2, 64), (0, 0), 0, True, 1.0, 0, 1.0, 0, 1, 0
+            x, x, x, x, None, (2**31, 2, 2, 2, 2, 64), (None, None), 0, True, 1.0, 0, 1.0, 0, 1, 0, 0
         )
 
 
-def test_global_memory_is_read_in_whole_sectors(emulator):  # noqa: F811
+@pytest.mark.parametrize("version", cuda.ATTENTION_VERSIONS)
+def test_global_memory_is_read_in_whole_sectors(emulator, force, version):  # noqa: F811
     """16 bytes a lane, whole rows: no sector of 32 bytes is fetched for half of it, forward and backward."""
+    force(version)
     case = dataclasses.replace(CASES[0], name="sectors", seqlen_q=128, seqlen_k=128)
-    attention_cases.run_case(case, torch.bfloat16, "cuda")
+    attention_cases.run_case(case, torch.bfloat16, _version)
     counters = emulator.counters()
     # The rows' numbers are read by 8 lanes at 8 different places: the only requests that are not dense.
     assert counters["global_sectors"] <= 1.01 * counters["global_sectors_least"]
+
+
+def test_nan_in_a_neighbouring_document_stays_there(emulator, force):  # noqa: F811
+    """A tile of 128 keys reaches over the end of a document: what lies there is not even multiplied by zero."""
+    force("hopper")
+    q, k, v = (torch.randn(1, 60, 1, 64).to(torch.bfloat16) for _ in range(3))
+    cu = torch.tensor([0, 33, 60], dtype=torch.int32)
+    clean = flash_attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, backend=_version)
+    for x in (k, v):
+        x[:, 33:] = float("nan")
+    out = flash_attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, backend=_version)
+    assert torch.equal(out[:, :33], clean[:, :33]) and out[:, 33:].isnan().all()
+
+
+def test_a_version_that_cannot_serve_is_refused(emulator):  # noqa: F811
+    x = torch.zeros(1, 4, 1, 32, dtype=torch.bfloat16)
+    with pytest.raises(BackendError, match="head_dim = 32: the hopper kernels are made for 64 and 128; able: "):
+        flash_attention(x, x, x, backend="cuda/hopper")
+    with pytest.raises(BackendError, match=r"backend = 'cuda/wgmma': must be one of .*cuda/mma"):
+        flash_attention(x, x, x, backend="cuda/wgmma")
+
+
+def test_hopper_needs_its_card_and_its_build():
+    def on(**machine):
+        return registry.select("flash_attention", Machine("cuda", "a GPU", "a GPU", **machine), "cuda/hopper", dtype=torch.bfloat16, head_dim=64)  # fmt: skip
+
+    assert on(capability=(9, 0)) == "cuda/hopper"
+    with pytest.raises(BackendError, match=r"a GPU has not compute capability 9\.0"):
+        on(capability=(10, 0))
+    missing = {"cuda/hopper": "this build has no hopper kernels"}
+    with pytest.raises(BackendError, match="this build has no hopper kernels"):
+        on(capability=(9, 0), missing=missing)
+
+
+def test_an_unknown_version_is_refused_by_the_module(emulator_module):  # noqa: F811
+    spec = (0, 0, 0, 0)
+    with pytest.raises(ValueError, match=r"attention: version = 2: this build has 0 \(mma\) and 1 \(hopper\)"):
+        emulator_module.attention_forward_cuda(
+            spec, spec, spec, spec, 0, (1, 2, 2, 2, 2, 64), (0, 0), 0, True, 1.0, 0, 1.0, 0, 1, 0, 2
+        )

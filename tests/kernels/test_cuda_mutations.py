@@ -4,6 +4,8 @@ A mutant that survives means that the tests cannot see such a mistake, or that t
 """
 
 import dataclasses
+import functools
+import itertools
 import pathlib
 import shutil
 import subprocess
@@ -18,6 +20,7 @@ import torch
 from attention_cases import Case
 from test_cuda_layer_norm import check_equal_numbers, check_layer_norm
 from test_cuda_loss import check_extremes, check_loss, check_parts, check_wrong_targets
+from test_extreme_values import check_extreme_scores
 
 from kernels import reference
 
@@ -70,12 +73,13 @@ MUTATIONS = [
         ("maximum of two lanes, not four", "        highest = max_f32(highest, shfl_xor(highest, 2));\n", ""),
         ("sum of two lanes, not four", "      total += shfl_xor(total, 2);\n", ""),
         ("running maximum lost", "float highest = most[m][half];", "float highest = -kInfinity;"),
-        ("no guard for rows that see no key", "highest == -kInfinity ? 0.0f : highest * scale", "highest * scale"),
+        ("no guard for rows that see no key", "highest == -kInfinity ? 0.0f : highest;", "highest;"),
+        ("scaled before the maximum is taken off", "ex2((p[m][n][i] - shift) * scale)", "ex2(__builtin_fmaf(p[m][n][i], scale, -(shift * scale)))"),
         ("division by zero for rows that see no key", "total == 0.0f ? 0.0f : args.dropout_scale / total",
          "args.dropout_scale / total"),
-        ("lse in base 2", "(most[m][half] * scale + lg2(total)) * kLn2", "most[m][half] * scale + lg2(total)"),
-        ("lse without the maximum", "(most[m][half] * scale + lg2(total)) * kLn2", "lg2(total) * kLn2"),
-        ("lse of a row that sees no key is 0", "total == 0.0f ? -kInfinity", "total == 0.0f ? 0.0f"),
+        ("lse without the maximum", "log_sum_exp(most[m][half] * args.scale, total)", "log_sum_exp(0.0f, total)"),
+        ("lse with the maximum in base 2", "log_sum_exp(most[m][half] * args.scale, total)",
+         "log_sum_exp(most[m][half] * scale, total)"),
         ("lse written past the end", "t == 0 && query < work.seqlen_q", "t == 0"),
         ("dropout's scale missing", "args.dropout_scale / total", "1.0f / total"),
         ("same dropout in every batch entry", "int(work.batch * args.heads) + work.head;", "work.head;"),
@@ -86,6 +90,13 @@ MUTATIONS = [
     *_mutations(
         "attention.cuh",
         "attention",
+        ("lse in base 2", "greatest + lg2(total) * kLn2", "greatest + lg2(total)"),
+        ("lse of a row that sees no key is 0", "total == 0.0f ? -kInfinity", "total == 0.0f ? 0.0f"),
+        ("lse of a row with an infinite score is NaN", "  if (greatest == kInfinity) return greatest;\n", ""),
+        ("lse in the wrong base", "const float x = lse * kLog2e;", "const float x = lse;"),
+        ("backward: rows without a score above -inf", "  if (lse == -kInfinity) return kInfinity;\n", ""),
+        ("backward: large lse as rounded", "1.0f - 0x1p-21f : 1.0f + 0x1p-21f", "1.0f : 1.0f"),
+        ("backward: P of more than 1", "ex2(min_nan(score - lse, 0.0f))", "ex2(score - lse)"),
         ("causal mask aligned top left", "work.seqlen_k - work.seqlen_q + 1", "1"),
         ("causal mask ignored", "args.causal ? work.seqlen_k - work.seqlen_q + 1 : work.seqlen_k", "work.seqlen_k"),
         ("document's rows in lse forgotten", "* args.seqlen_q + work.q_row", "* args.seqlen_q"),
@@ -144,9 +155,10 @@ MUTATIONS = [
     *_mutations(
         "attention_backward.cuh",
         "attention",
-        ("dK, dV: mask lets the next key through", "+ g >= query + 8 * n", "+ g > query + 8 * n"),
-        ("dK, dV: mask hides the last visible key", "+ g >= query + 8 * n", "+ g + 1 >= query + 8 * n"),
-        ("dK, dV: no mask", "const bool diagonal = row + 16 * kM > query + visible;", "const bool diagonal = false;"),
+        ("dK, dV: mask lets the next key through", "key >= of + visible", "key > of + visible"),
+        ("dK, dV: mask hides the last visible key", "key >= of + visible", "key + 1 >= of + visible"),
+        ("dK, dV: no mask", "const bool edge = row + 16 * kM > query", "const bool edge = false && row + 16 * kM > query"),
+        ("dK, dV: zeros past the queries times infinite keys", " || of >= work.seqlen_q))", "))"),
         ("dK, dV: first tile of queries skipped", "maximum(work.first - visible + 1, 0) / Sizes::kQueries;",
          "maximum(work.first - visible + 1, 0) / Sizes::kQueries + 1;"),
         ("dK, dV: last tile of queries skipped", "ceil_div(work.seqlen_q, Sizes::kQueries)",
@@ -155,7 +167,7 @@ MUTATIONS = [
         ("dK, dV: barrier removed", "    bar_sync();  // this step's", "    // this step's"),
         ("dK, dV: cp.async wait removed", "    cp_async_wait<0>();\n    bar_sync();  // this step's",
          "    bar_sync();  // this step's"),
-        ("dK, dV: numbers of even and odd queries swapped", "(i % 2 ? odd.x : even.x)", "(i % 2 ? even.x : odd.x)"),
+        ("dK, dV: numbers of even and odd queries swapped", "i % 2 ? odd.x : even.x", "i % 2 ? even.x : odd.x"),
         ("dK, dV: delta missing", "(ds[m][n][i] * args.dropout_scale - (i % 2 ? odd.y : even.y))", "ds[m][n][i]"),
         ("dK: scale missing", "store<T>(grad_k, args.scale,", "store<T>(grad_k, 1.0f,"),
         ("dV: dropout's scale missing", "store<T>(grad_v, args.dropout_scale,", "store<T>(grad_v, 1.0f,"),
@@ -179,7 +191,163 @@ MUTATIONS = [
         ("dQ: numbers past the end read", "minimum(row + 16 * m + 8 * half + g, work.seqlen_q - 1)",
          "row + 16 * m + 8 * half + g"),
         ("delta of half a row", "mask < kLanes;", "mask < kLanes / 2;"),
-        ("lse in the wrong base", "ld_global(args.lse + index) * kLog2e", "ld_global(args.lse + index)"),
+    ),
+    *_mutations(
+        "hopper/attention_forward.cuh",
+        "hopper_forward",
+        ("no mask on the diagonal", "minimum(work.seqlen_k, row + visible)) {", "work.seqlen_k) {"),
+        ("no mask at the end of the keys", "minimum(work.seqlen_k, row + visible)) {", "row + visible) {"),
+        ("mask of the next query", "const int first = row + g + visible;", "const int first = row + g + visible + 1;"),
+        ("mask of the query before", "const int first = row + g + visible;", "const int first = row + g + visible - 1;"),
+        ("lower rows masked as the upper", "minimum(work.seqlen_k, first + 8)", "minimum(work.seqlen_k, first)"),
+        ("natural exponent for the base-2 one", "args.scale * kLog2e}", "args.scale}"),
+        ("K released before its wait", "        wgmma_wait<1>(s);\n        shared.k_ring.release(k_turn);",
+         "        shared.k_ring.release(k_turn);\n        wgmma_wait<1>(s);"),
+        ("V released before its wait", "        wgmma_wait<0>(out);\n        shared.v_ring.release(v_turn);",
+         "        shared.v_ring.release(v_turn);\n        wgmma_wait<0>(out);"),
+        ("Q released before the last scores", "      wgmma_wait<0>(s);\n      shared.k_ring",
+         "      wgmma_wait<0>(s);\n      shared.q_ring.release(q_turn);\n      shared.k_ring"),
+        ("scores not waited for", "        wgmma_wait<1>(s);", "        wgmma_wait<2>(s);"),
+        ("P V waited for one group too few", "        wgmma_wait<0>(out);\n        shared", "        wgmma_wait<1>(out);\n        shared"),
+        ("P packed while P V reads it", "        exponentials(tile);\n", "        exponentials(tile);\n        round_to<T>(p, s);\n"),
+        ("K not waited for", "shared.k_ring.wait_full(k_turn);", ";"),
+        ("V not waited for", "shared.v_ring.wait_full(v_turn);", ";"),
+        ("Q not waited for", "shared.q_ring.wait_full(q_turn);", ";"),
+        ("no wgmma.fence before the scores", "wait_full(k_turn);\n      wgmma_fence();", "wait_full(k_turn);"),
+        ("no wgmma.fence before P V", "wait_full(v_turn);\n      wgmma_fence();", "wait_full(v_turn);"),
+        ("scores not committed", "shared.k_ring.tile(k_turn));\n      wgmma_commit();", "shared.k_ring.tile(k_turn));"),
+        ("P V not committed", "shared.v_ring.tile(v_turn));\n      wgmma_commit();", "shared.v_ring.tile(v_turn));"),
+        ("both warpgroups take the first rows of Q", "64 * group,\n", "0,\n"),
+        ("both warpgroups write the first rows", "const int warp_row = 64 * group +", "const int warp_row ="),
+        ("accumulators not rescaled", "out[n][i] *= correction[i / 2]", "out[n][i] *= 1.0f"),
+        ("rows' corrections swapped", "out[n][i] *= correction[i / 2]", "out[n][i] *= correction[1 - i / 2]"),
+        ("sum not rescaled", "sum[half] * correction[half]", "sum[half]"),
+        ("maximum of two lanes, not four", "      highest = max_f32(highest, shfl_xor(highest, 2));\n", ""),
+        ("running maximum lost", "float highest = most[half];", "float highest = -kInfinity;"),
+        ("no guard for rows that see no key", "const float shift = highest == -kInfinity ? 0.0f : highest;", "const float shift = highest;"),
+        ("sum of two lanes, not four", "      total += shfl_xor(total, 2);\n", ""),
+        ("lse without the maximum", "log_sum_exp(softmax.most[half] * args.scale, total)", "log_sum_exp(0.0f, total)"),
+        ("lse written past the end", "t == 0 && query < work.seqlen_q", "t == 0"),
+        ("output written past the end", "args.out.seq_stride, work.seqlen_q - row)", "args.out.seq_stride, work.seqlen_q - row + 1)"),
+        ("dropout's scale missing", "args.dropout_scale / total", "1.0f / total"),
+        ("same dropout in every batch entry", "work.batch * int(args.heads) + work.head", "work.head"),
+        ("key/value heads interleaved instead of grouped", "work.head / (args.heads / args.kv_heads)",
+         "work.head % args.kv_heads"),
+        ("first tile of keys skipped", "load_v(0);", "load_v(1);"),
+        ("a warpgroup never hands on", "        next_turn();\n        wgmma_wait<1>(s);", "        wgmma_wait<1>(s);"),
+        ("a warpgroup does not wait for its turn", "        my_turn();\n        issue_scores();", "        issue_scores();"),
+        ("nobody starts", "if (group == Sizes::kComputing - 1) next_turn();", ""),
+        ("the last turn is left over", "if (group == 0) my_turn();", ""),
+        ("barriers for one reader", "shared.k_ring.init(Sizes::kComputing);", "shared.k_ring.init(1);"),
+        ("barriers for three readers", "shared.v_ring.init(Sizes::kComputing);", "shared.v_ring.init(Sizes::kComputing + 1);"),
+        ("barriers initialised by every thread", "if (thread_index() == 0) {", "{"),
+        ("no barrier after the barriers' init", "  }\n  bar_sync();", "  }"),
+        ("more registers than there are", "kComputing == 2 ? 232 : 152", "kComputing == 2 ? 248 : 152"),
+    ),
+    *_mutations(
+        "hopper/pipeline.cuh",
+        "hopper_forward",
+        ("no fence.proxy.async", "    fence_proxy_async();\n", ""),
+        ("fence.proxy.async after the arrival", "    fence_proxy_async();\n    bar_warp_sync();\n    if (thread % 32 == 0) mbarrier_arrive(pending);",
+         "    bar_warp_sync();\n    if (thread % 32 == 0) mbarrier_arrive(pending);\n    fence_proxy_async();"),
+        ("arrival before the warp's other lanes", "    fence_proxy_async();\n    bar_warp_sync();", "    fence_proxy_async();"),
+        ("every lane arrives", "if (thread % 32 == 0) mbarrier_arrive(pending)", "mbarrier_arrive(pending)"),
+        ("one warp arrives for all", "if (thread % 32 == 0) mbarrier_arrive(pending)", "if (thread == 0) mbarrier_arrive(pending)"),
+        ("published before the copies land", "cp_async_wait<1>();", "cp_async_wait<2>();"),
+        ("last tile not waited for", "    cp_async_wait<0>();\n", ""),
+        ("last tile never published", "    if (!pending) return;", "    return;"),
+        ("copies not committed", "    cp_async_commit();\n", ""),
+        ("the next place is published", "    pending = ring.full(turn);\n    turn.next();", "    turn.next();\n    pending = ring.full(turn);"),
+        ("places not waited for", "    ring.wait_empty(turn);\n", ""),
+        ("full: a phase early", "mbarrier_wait(full(turn), turn.round)", "mbarrier_wait(full(turn), turn.round - 1)"),
+        ("full: a phase late", "mbarrier_wait(full(turn), turn.round)", "mbarrier_wait(full(turn), turn.round + 1)"),
+        ("empty: a phase early", "mbarrier_wait(empty(turn), turn.round - 1)", "mbarrier_wait(empty(turn), turn.round - 2)"),
+        ("empty: a phase late", "mbarrier_wait(empty(turn), turn.round - 1)", "mbarrier_wait(empty(turn), turn.round)"),
+        ("every lane releases", "if (lane_index() == 0) mbarrier_arrive(empty(turn))", "mbarrier_arrive(empty(turn))"),
+        ("the wrong barrier is released", "mbarrier_arrive(empty(turn))", "mbarrier_arrive(full(turn))"),
+        ("round not counted", "place = 0, ++round;", "place = 0;"),
+        ("a place too many", "++place == kPlaces", "++place == kPlaces + 1"),
+        ("barriers overlap", "barriers + uint32_t(16 * turn.place)", "barriers + uint32_t(8 * turn.place)"),
+    ),
+    *_mutations(
+        "hopper/tile.cuh",
+        "hopper_forward",
+        ("K-major: steps of 8 columns", "32 * (k % 4)", "16 * (k % 4)"),
+        ("K-major: first step everywhere", "32 * (k % 4)", "0"),
+        ("stride offset of half a pattern", "kGroupBytes = 1024;", "kGroupBytes = 512;"),
+        ("stride offset of two patterns", "kGroupBytes = 1024;", "kGroupBytes = 2048;"),
+        ("MN-major: steps of 8 rows", "16 * 128 * k", "8 * 128 * k"),
+        ("rows copied without the swizzle", "16 * (chunk ^ row % 8)", "16 * chunk"),
+        ("rows past the end not zeroed", "first + row + i < end", "first + row + i <= end"),
+        ("second half of the rows not copied", "i < kRows; i += kStep", "i < kRows / 2; i += kStep"),
+        ("scores added to the last ones", "B::rows_operand(b, 0, k), k > 0)", "B::rows_operand(b, 0, k), true)"),
+        ("scores of the last 16 columns only", "B::rows_operand(b, 0, k), k > 0)", "B::rows_operand(b, 0, k), false)"),
+        ("last 16 keys skipped", "k < kK; ++k) wgmma", "k < kK - 1; ++k) wgmma"),
+        ("accumulator's halves confused", "d[2 * k + i / 2][2 * (i % 2)]", "d[2 * k + i % 2][2 * (i / 2)]"),
+        ("output: lanes exchange the wrong words", "shfl_xor(upper ? word[i] : word[i + bit], bit)",
+         "shfl_xor(upper ? word[i + bit] : word[i], bit)"),
+        ("output: two lanes exchange, not four", "bit < 4; bit *= 2", "bit < 2; bit *= 2"),
+        ("output: rows past the end", "if (row < end) st_global_16", "if (row <= end) st_global_16"),
+        ("output: rows' factors swapped", "factor[half] * d[n + i][2 * half]", "factor[1 - half] * d[n + i][2 * half]"),
+    ),
+    *_mutations(
+        "hopper/schedule.cuh",
+        "hopper_forward",
+        ("every second tile skipped", "index += block_count()", "index += 2 * block_count()"),
+        ("last tile skipped", "index < scheduled.works", "index < scheduled.works - 1"),
+        ("heads of the first section only", "head = first + in_section % together", "head = in_section % together"),
+        ("batch and head confused", "work.batch = head / heads, work.head = head % heads", "work.batch = head % heads, work.head = head / heads"),
+        ("document's first query forgotten", "work.q_row = ld_global(args.cu_seqlens_q + work.batch), ", ""),
+        ("tiles off by one", "tiles - 1 - tile : tile) * kRows", "tiles - tile : tile) * kRows"),
+    ),
+    *_mutations(
+        "hopper/attention.cuh",
+        "hopper_forward",
+        ("mask lets the next key through", "8 * n + i % 2 >= limit[i / 2]", "8 * n + i % 2 > limit[i / 2]"),
+        ("last tile of keys skipped", "ceil_div(keys, kKeys)", "keys / kKeys"),
+        ("last query of the tile forgotten", "minimum(last + visible_keys(args, work), work.seqlen_k)",
+         "minimum(last + visible_keys(args, work) - 1, work.seqlen_k)"),
+    ),
+    *_mutations(
+        "hopper/attention.cuh",
+        "hopper_backward",
+        ("dK, dV: mask lets the next key through", "8 * n + i % 2 < limit[i / 2]", "8 * n + i % 2 + 1 < limit[i / 2]"),
+        ("dK, dV: mask hides the last visible key", "8 * n + i % 2 < limit[i / 2]", "8 * n + i % 2 <= limit[i / 2]"),
+    ),
+    *_mutations(
+        "hopper/attention_backward.cuh",
+        "hopper_backward",
+        ("dK, dV: no mask", "if (row + 15 >= query + visible)", "if (false)"),
+        ("dK, dV: mask of the warp's first key only", "if (row + 15 >= query + visible)", "if (row >= query + visible)"),
+        ("dK, dV: first tile of queries skipped", "+ 1, 0) / Sizes::kQueries)", "+ 1, 0) / Sizes::kQueries + 1)"),
+        ("dK, dV: last tile of queries skipped", "end(ceil_div(work.seqlen_q, Sizes::kQueries))", "end(work.seqlen_q / Sizes::kQueries)"),
+        ("dK, dV: one query head of the group only", "return first < end ? (end - first) * heads : 0;", "return first < end ? (end - first) : 0;"),
+        ("dK, dV: numbers past the end read", "inside ? stats + 2 * (query + thread) : stats", "stats + 2 * (query + thread)"),
+        ("dK, dV: lse of even and odd queries swapped", "scale, stats[i % 2].x", "scale, stats[1 - i % 2].x"),
+        ("dK, dV: delta missing", "(ds[n][i] * args.dropout_scale - stats[i % 2].y)", "(ds[n][i] * args.dropout_scale)"),
+        ("dV: not dropped", "pack_pair(T{}, kept[0][n][2 * half], kept[0][n][2 * half + 1])",
+         "pack_pair(T{}, p[first + n][2 * half], p[first + n][2 * half + 1])"),
+        ("dV: halves confused", "left_p[(first + n) / 2][n % 2 * 2 + half]", "left_p[(first + n) / 2][n % 2 + 2 * half]"),
+        ("dK: not dropped", "ds[first + n][i] = grad[0][n][i];", ";"),
+        ("dK, dV: V's scores from K", "(ds, v_tile, 64 * group, grad_tile)", "(ds, k_tile, 64 * group, grad_tile)"),
+        ("dK: scale missing", "store(grad_k, args.scale, args.grad_k)", "store(grad_k, 1.0f, args.grad_k)"),
+        ("dV: dropout's scale missing", "store(grad_v, args.dropout_scale, args.grad_v)", "store(grad_v, 1.0f, args.grad_v)"),
+        ("dK, dV: dO released before its wait", "      wgmma_wait<1>(grad_v);\n      rings.c.release(turn);", "      rings.c.release(turn);\n      wgmma_wait<1>(grad_v);"),
+        ("dK, dV: Q released before its wait", "      wgmma_wait<0>(grad_k);\n      rings.b.release(turn);", "      rings.b.release(turn);\n      wgmma_wait<0>(grad_k);"),
+        ("dK, dV: K released at once", "      rings.a.wait_full(k_turn);\n", "      rings.a.wait_full(k_turn);\n      rings.a.release(k_turn);\n"),
+        ("dK, dV: dO not waited for", "rings.c.wait_full(turn);\n      wgmma_fence();\n      product_rows<T, typename Sizes::K", "wgmma_fence();\n      product_rows<T, typename Sizes::K"),
+        ("dK, dV: Q not waited for", "rings.b.wait_full(turn);\n      wgmma_fence();\n      product_rows<T, typename Sizes::K", "wgmma_fence();\n      product_rows<T, typename Sizes::K"),
+        ("dK, dV: P^T packed after the fence", "      wgmma_fence();\n      product_columns<T, typename Sizes::Q>(grad_v, left_p, grad_tile);",
+         "      product_columns<T, typename Sizes::Q>(grad_v, left_p, grad_tile);"),
+        ("dQ: no mask", "if (column + Sizes::kKeys > minimum(work.seqlen_k, row + visible))", "if (false)"),
+        ("dQ: delta missing", "(ds[n][i] * args.dropout_scale - stats[i / 2].y)", "(ds[n][i] * args.dropout_scale)"),
+        ("dQ: rows' lse swapped", "scale, stats[i / 2].x", "scale, stats[1 - i / 2].x"),
+        ("dQ: not dropped", "if (args.dropout_threshold) drop(", "if (false) drop("),
+        ("dQ: scale missing", "const float factor[2] = {args.scale, args.scale};", "const float factor[2] = {1.0f, 1.0f};"),
+        ("dQ: V released before its wait", "      wgmma_wait<0>(ds);\n      rings.c.release(turn);\n      if", "      rings.c.release(turn);\n      wgmma_wait<0>(ds);\n      if"),
+        ("dQ: K released before its wait", "      wgmma_wait<0>(grad_q);\n      rings.b.release(turn);", "      rings.b.release(turn);\n      wgmma_wait<0>(grad_q);"),
+        ("dQ: numbers past the end read", "minimum(row + 8 * half + g, work.seqlen_q - 1)", "row + 8 * half + g"),
+        ("dQ: first tile of keys skipped", "for (int tile = tiles - 1; tile >= 0; --tile) add(", "for (int tile = tiles - 1; tile > 0; --tile) add("),
     ),
     *_mutations(
         "rotary.cuh",
@@ -193,6 +361,13 @@ MUTATIONS = [
          "t"),
         ("rotary: positions of the first batch entry", "b * args.position_batch_stride + t", "t"),
         ("rotary: last pair skipped", "i < args.half;", "i < args.half - 1;"),
+        ("rotary in runs: neighbours turned apart", "b[j] = y * c[j] + x * z;", "b[j] = y * c[j] - x * z;"),
+        ("rotary in runs: first angles for every pair", "* half + i;", "* half;"),
+        ("rotary in runs: rest not copied", "if (!turned && in == out) return;", "if (!turned) return;"),
+        ("rotary in runs: rest turned", "  if (turned) {", "  {"),
+        ("rotary in runs: rest at a wrong offset", "(turned ? half : (int(args.head_dim) - 2 * half) / 2)", "half"),
+        ("rotary in runs: k's first head is q's last", "head >= args.heads[0], h =", "head > args.heads[0], h ="),
+        ("rotary in runs: a token too many", "  if (b >= args.batch) return;\n", ""),
     ),
     *_mutations(
         "layer_norm.cuh",
@@ -268,7 +443,6 @@ MUTATIONS = [
         "block",
         ("q, k: wrong pairing", "{start + i, start + i + half, i}", "{start + i, start + i + dim / 2, i}"),
         ("q, k: first angles for every pair", "{start + i, start + i + half, i}", "{start + i, start + i + half, 0}"),
-        ("q, k: neighbours turned apart", "b[j] = y * c[j] + x * z;", "b[j] = y * c[j] - x * z;"),
         ("q, k: turned the wrong way", "args.sin + at, 1.0f)", "args.sin + at, -1.0f)"),
         ("q, k: gradient turned forward", "args.sin + at, -1.0f)", "args.sin + at, 1.0f)"),
         ("q, k: bias missing", "a[j] += bias_a[j], b[j] += bias_b[j]", "b[j] += bias_b[j]"),
@@ -326,6 +500,27 @@ ATTENTION = [
 def _check_attention(module: ModuleType) -> None:
     for case in ATTENTION:
         emulator.check_attention(case, torch.bfloat16)
+    check_extreme_scores("cuda", torch.bfloat16)
+    counters = module.counters()
+    assert counters["shared_wavefronts"] == counters["shared_wavefronts_least"], "bank conflicts"
+
+
+# The hopper kernels' tiles are 128 x 128, in blocks that take several: more rows, several tiles for each of 3 blocks.
+HOPPER = [
+    Case("mutants_causal", batch=2, seqlen_q=140, seqlen_k=300, heads=2, kv_heads=1, dropout_p=0.25),
+    Case("mutants_documents", batch=1, heads=4, kv_heads=2, documents=((5, 90), (40, 20), (4, 0), (0, 9), (133, 133))),
+    Case("mutants_blind", batch=1, seqlen_q=139, seqlen_k=3, heads=1, kv_heads=1),
+    Case("mutants_full", batch=1, seqlen_q=100, seqlen_k=550, heads=1, kv_heads=1, causal=False, dropout_p=0.5),
+]  # fmt: skip
+
+
+def _check_hopper(module: ModuleType, backward: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PHI1_CUDA_ATTENTION", "hopper")
+        for seed in range(2):
+            module.set_seed(seed)
+            for case in HOPPER:
+                emulator.check_attention(case, torch.bfloat16, backward=backward)
     counters = module.counters()
     assert counters["shared_wavefronts"] == counters["shared_wavefronts_least"], "bank conflicts"
 
@@ -333,12 +528,14 @@ def _check_attention(module: ModuleType) -> None:
 def _check_rotary(module: ModuleType) -> None:
     generator = torch.Generator().manual_seed(1)
     q, k = (torch.randn(2, 3, heads, 64, generator=generator).to(torch.bfloat16) for heads in (9, 2))
-    cos, sin = reference.rotary_table(32, 36)
-    for positions in (None, torch.randint(32, (2, 3), generator=generator)):
-        for inverse in (False, True):
-            ours = torch.ops.phi1.rotary(q, k, cos, sin, positions, inverse, "cuda")
-            for x, y in zip(ours, reference.rotary(q, k, cos, sin, positions, inverse), strict=True):
-                torch.testing.assert_close(x, y, rtol=2**-7, atol=1e-6)
+    where = torch.randint(32, (2, 3), generator=generator)
+    for dims, positions, inverse in itertools.product(
+        (36, 16, 32), (None, where), (False, True)
+    ):  # by element, in runs
+        cos, sin = reference.rotary_table(32, dims)
+        ours = torch.ops.phi1.rotary(q, k, cos, sin, positions, inverse, "cuda")
+        for x, y in zip(ours, reference.rotary(q, k, cos, sin, positions, inverse), strict=True):
+            torch.testing.assert_close(x, y, rtol=2**-7, atol=1e-6)
 
 
 def _check_layer_norm(module: ModuleType) -> None:
@@ -371,6 +568,8 @@ def _check_loss(module: ModuleType) -> None:
 
 KERNELS: dict[str, tuple[tuple[str, ...], Callable[[ModuleType], None]]] = {
     "attention": (("attention_forward.cu", "attention_backward.cu"), _check_attention),
+    "hopper_forward": (("hopper/attention_forward.cu",), functools.partial(_check_hopper, backward=False)),
+    "hopper_backward": (("hopper/attention_backward.cu",), functools.partial(_check_hopper, backward=True)),
     "rotary": (("rotary.cu",), _check_rotary),
     "layer_norm": (("layer_norm.cu",), _check_layer_norm),
     "block": (("block.cu",), _check_block),
@@ -419,7 +618,7 @@ def _build(folder: pathlib.Path, objects: list[pathlib.Path], mutation: Mutation
         sources = KERNELS[mutation.kernels][0]
     built = []
     for source in sources:
-        built.append(folder / f"{source}.o")
+        built.append(folder / (source.replace("/", "-") + ".o"))
         includes = ("-include", folder.parent / "prefix.h", f"-I{folder}", f"-I{CUDA.parent}")
         _run("c++", *FLAGS, *includes, "-xc++", "-c", folder / "cuda" / source, "-o", built[-1])
     kept = [x for x in objects if x.name not in {y.name for y in built}]
@@ -436,7 +635,9 @@ def control(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, lis
     (folder / "prefix.h").write_text(PREFIX)
     _run("c++", *FLAGS, "-xc++-header", folder / "prefix.h", "-o", folder / "prefix.h.gch")
     every = list((emulator.BUILD / "CMakeFiles").rglob("*.o"))
-    others = [x for x in every if not x.name.startswith(tuple(SOURCES))]  # built with one instance only
+    others = [
+        x for x in every if not x.as_posix().endswith(tuple(f"/cuda/{source}.o" for source in SOURCES))
+    ]  # one instance only
     _build(folder / "control", others, None)
     return folder, others + sorted((folder / "control").glob("*.o"))
 

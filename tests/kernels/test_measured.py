@@ -1,16 +1,21 @@
 """The table of what was measured fastest."""
 
+import dataclasses
 import json
+import platform
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from kernels import measured, registry
+from kernels import machine, measured, native, registry
+from kernels.machine import Machine
 from kernels.measured import Cell, Row
 
 ENTRY = {
-    "op": "apply_rotary", "device": "cpu", "dtype": "float32", "head_dim": None,
-    "speed": {"cpu": 1.0, "torch": 0.5}, "results": ["rotary.json 2026-01-01"],
+    "op": "apply_rotary", "kind": "a CPU", "dtype": "float32", "head_dim": None, "size": "long", "work": "forward",
+    "speed": {"cpu/avx2": 1.0, "torch": 0.5}, "results": ["rotary.json 2026-01-01"],
 }  # fmt: skip
 
 
@@ -18,8 +23,12 @@ def test_a_table_is_read(tmp_path):
     path = tmp_path / "measured.json"
     path.write_text(json.dumps([ENTRY, {**ENTRY, "head_dim": 64, "speed": {"torch": 1}}]))
     assert measured.read(path) == {
-        Cell("apply_rotary", "cpu", torch.float32, None): Row({"cpu": 1.0, "torch": 0.5}, ("rotary.json 2026-01-01",)),
-        Cell("apply_rotary", "cpu", torch.float32, 64): Row({"torch": 1}, ("rotary.json 2026-01-01",)),
+        Cell("apply_rotary", "a CPU", torch.float32, None, "long", "forward"): Row(
+            ENTRY["speed"], ("rotary.json 2026-01-01",)
+        ),
+        Cell("apply_rotary", "a CPU", torch.float32, 64, "long", "forward"): Row(
+            {"torch": 1}, ("rotary.json 2026-01-01",)
+        ),
     }
 
 
@@ -29,14 +38,16 @@ def test_a_table_is_read(tmp_path):
         ("[", "not JSON"),
         ("{}", "must be a list of rows"),
         ("[3]", "row 3: 'int' object is not iterable"),
-        ([{k: v for k, v in ENTRY.items() if k != "results"}], "its fields must be device, dtype, head_dim, op, results, speed"),
+        ([{k: v for k, v in ENTRY.items() if k != "results"}], "its fields must be dtype, head_dim, kind, op, results, size, speed, work"),
         ([{**ENTRY, "why": ""}], "its fields must be"),
         ([{**ENTRY, "dtype": "fp32"}], "dtype must be one of float64, float32, bfloat16, float16"),
         ([{**ENTRY, "head_dim": "64"}], "head_dim must be a whole number or null"),
-        ([{**ENTRY, "speed": {}}], "speed must name backends, of reference, torch, cpu, triton, cuda"),
-        ([{**ENTRY, "speed": {"fast": 1.0}}], "speed must name backends"),
-        ([{**ENTRY, "speed": {"cpu": 0.5, "torch": 0.4}}], "speed must fall, from 1"),
-        ([{**ENTRY, "speed": {"cpu": 1.0, "torch": 0.5, "cuda": 0.6}}], "speed must fall, from 1"),
+        ([{**ENTRY, "size": "huge"}], "size must be one of few, short, long"),
+        ([{**ENTRY, "work": "backward"}], "work must be one of forward, training"),
+        ([{**ENTRY, "speed": {}}], "speed must name versions, of reference, torch, cpu, triton, cuda"),
+        ([{**ENTRY, "speed": {"fast": 1.0}}], "speed must name versions"),
+        ([{**ENTRY, "speed": {"cpu/avx2": 0.5, "torch": 0.4}}], "speed must fall, from 1"),
+        ([{**ENTRY, "speed": {"cpu/avx2": 1.0, "torch": 0.5, "cuda": 0.6}}], "speed must fall, from 1"),
         ([{**ENTRY, "speed": ["cpu"]}], "'list' object has no attribute 'values'"),
         ([{**ENTRY, "results": []}], "results must name where it was measured"),
         ([ENTRY, ENTRY], "a second row for its cell"),
@@ -51,41 +62,134 @@ def test_a_malformed_table_is_a_clear_error(text, message, tmp_path):
     assert str(error.value).endswith("; write it anew: python bench/choose.py bench/results/*.json")
 
 
-def test_the_table_in_the_package_is_of_ops_and_backends_that_exist():
-    for cell, row in measured.read().items():
+def test_the_table_in_the_package_is_of_ops_and_versions_that_exist():
+    table = measured.read()
+    assert table
+    for cell, row in table.items():
         assert set(row.speed) <= set(registry._IMPLEMENTATIONS[cell.op]), cell
-        assert cell.device == "cpu" or cell.device.startswith("sm_"), cell
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "size"),
+    [(1, 1, "few"), (16, 9000, "few"), (17, 17, "short"), (17, 512, "short"), (17, 513, "long"), (512, None, "short"),
+     (513, None, "long"), (16, None, "few")],
+)  # fmt: skip
+def test_size_classes(queries, keys, size):
+    assert measured.size_class(queries, keys) == size
+
+
+def test_a_speed_is_the_worst_case_against_pytorch():
+    cases = [{"cpu/avx2": 1.0, "torch": 2.0, "cpu/portable": 4.0}, {"cpu/avx2": 1.0, "torch": 0.9, "cpu/portable": 9.0}]
+    assert measured.speeds(cases) == {"torch": 1.0, "cpu/avx2": 0.9, "cpu/portable": 0.1}
+    assert measured.speeds(cases[:1]) == {"cpu/avx2": 1.0, "torch": 0.5, "cpu/portable": 0.25}
+    assert measured.speeds([{"cpu/avx2": 2.0, "cpu/portable": 1.0}]) == {"cpu/portable": 1.0, "cpu/avx2": 0.5}
+
+
+# ------------------------------------------------------------------------------------------- the user's own table
+
+HERE = Machine("cpu", "AuthenticAMD family 25, avx2", "a CPU", vendor="AuthenticAMD")
+CELL = Cell("apply_rotary", HERE.kind, torch.float32, None, "long", "forward")
+ROW = Row({"torch": 1.0, "cpu/avx2": 0.5}, ("measured here 2026-01-01",), {"cpu/portable": "a fault"})
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def write(text):
+    path = measured.own_path(HERE.kind)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_an_own_table_is_read_again(cache, caplog):
+    assert measured.read_own(HERE) == {}
+    write(measured.document(HERE, "2026-01-01", {"shape": "x"}, {CELL: ROW}))
+    assert measured.read_own(HERE) == {CELL: ROW}
+    assert measured.own_path(HERE.kind) == cache / "phi1" / "tuned" / "authenticamd-family-25-avx2.json"
+    assert not caplog.records
+
+
+def test_an_own_table_of_another_kind_is_not_read(cache, caplog):
+    write(measured.document(HERE, "2026-01-01", {}, {CELL: ROW}))
+    other = dataclasses.replace(HERE, kind="AuthenticAMD family 25, avx512_bf16")
+    assert measured.read_own(other) == {}
+    assert not caplog.records
+    measured.own_path(HERE.kind).rename(measured.own_path(other.kind))
+    assert measured.read_own(other) == {}
+    assert "it is of AuthenticAMD family 25, avx2" in caplog.text
+
+
+@pytest.mark.parametrize("field", ["name", "torch", "phi1"])
+def test_a_stale_table_is_said_in_one_line_and_not_read(field, cache, caplog):
+    document = json.loads(measured.document(HERE, "2026-01-01", {}, {CELL: ROW}))
+    now, document["conditions"][field] = document["conditions"][field], "0.0"
+    write(json.dumps(document))
+    assert measured.read_own(HERE) == {}
+    (record,) = caplog.records
+    path = measured.own_path(HERE.kind)
+    assert record.getMessage() == (f"{path} is not used: {field} was 0.0, is {now}; measure again with `phi1 tune`")
+
+
+def test_a_gpus_table_is_stale_with_another_driver_or_triton(cache, monkeypatch):
+    gpu = Machine("cuda", "NVIDIA H100, sm_90", "NVIDIA H100", capability=(9, 0))
+    before = measured.conditions(gpu)
+    assert {"name", "driver", "torch", "triton", "phi1"} == set(before)
+    monkeypatch.setattr(measured.machine, "driver", lambda: "999.1")
+    assert measured.stale(gpu, before) == f"driver was {before['driver']}, is 999.1"
+
+
+@pytest.mark.parametrize("text", ["", "[", "[]", "{}", '{"kind": 3}', '{"kind": "x", "conditions": {}, "rows": [3]}'])
+def test_what_is_no_table_is_said_in_one_line_and_not_read(text, cache, caplog):
+    write(text)
+    assert measured.read_own(HERE) == {}
+    (record,) = caplog.records
+    assert "is not used: it is not a table of `phi1 tune`" in record.getMessage() and "\n" not in record.getMessage()
+
+
+# ------------------------------------------------------------------------------------------------------ machines
+
+
+def test_what_this_cpu_is():
+    here = machine.cpu()
+    best = next(name for name in native.ISA_NAMES if f"cpu/{name}" not in here.missing)
+    assert here.kind.endswith(f", {best}") and here.device == "cpu"
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        assert here.vendor in here.kind and "family" in here.kind
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    for name in ("avx2", "avx512_bf16"):
+        if flags and platform.machine() == "x86_64":
+            assert (name in flags) is (f"cpu/{name}" not in here.missing), name
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU of compute capability 9.0: torch's query of it, replaced where torch asks the driver."""
-    properties = object.__new__(
-        torch.cuda._CudaDeviceProperties
-    )  # a stand-in in a build for CPUs, of the type that torch.compile knows
-    properties.major, properties.minor = 9, 0
-    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "_get_device_properties", lambda index: properties, raising=False)
+    properties = type("Properties", (), {"name": "NVIDIA H100", "major": 9, "minor": 0})()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: properties.name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(registry, "_machines", {})
+    registry._forget()
+    yield
+    registry._forget()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which need not be of compute capability 9.0")
-def test_the_kind_of_a_device_is_a_constant_of_the_graph(gpu):
-    assert measured.device_kind(torch.device("cpu")) == "cpu"
-    assert measured.device_kind(torch.device("cuda", 0)) == measured.device_kind(torch.device("cuda:0")) == "sm_90"
+def test_a_gpu_follows_its_own_rows(gpu, cache, monkeypatch):
+    device, options = torch.device("cuda", 0), {"dtype": torch.float32}
+    for kind, chosen in (
+        ("NVIDIA A100, sm_80", "torch"),
+        (machine.cpu().kind, "torch"),
+        ("NVIDIA H100, sm_90", "reference"),
+    ):
+        table = {Cell("apply_rotary", kind, torch.float32, None, "long", "forward"): Row({"reference": 1.0}, ("here",))}
+        monkeypatch.setattr(registry, "_rows", table)
+        registry._forget()
+        assert registry.choose("apply_rotary", device, None, **options) == chosen
 
     @torch.compile(fullgraph=True, backend="eager")
-    def kind(x):
-        return measured.device_kind(torch.device("cuda", 0)), x + 1
+    def compiled(x):
+        return registry.choose("apply_rotary", torch.device("cuda", 0), None, **options), x + 1
 
-    assert kind(torch.ones(1))[0] == "sm_90"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, whose row this would be")
-def test_a_gpu_follows_its_own_rows(gpu, monkeypatch):
-    monkeypatch.setattr(registry, "_overrides", [])
-    device, options = torch.device("cuda", 0), {"dtype": torch.float32}
-    for kind, chosen in (("sm_80", "torch"), ("cpu", "torch"), ("sm_90", "reference")):
-        table = {Cell("apply_rotary", kind, torch.float32, None): Row({"reference": 1.0}, ("here",))}
-        monkeypatch.setattr(registry, "_MEASURED", table)
-        assert registry.choose("apply_rotary", device, None, **options) == chosen
+    assert compiled(torch.ones(1))[0] == "reference"

@@ -1,41 +1,64 @@
-"""Which backend serves a call, and what is said when none can."""
+"""Which version of which backend serves a call, and what is said when none can."""
 
+import asyncio
+import dataclasses
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-import kernels
-from kernels import BACKENDS, BackendError, apply_rotary, flash_attention, layer_norm, reference, registry, use_backend
+from kernels import BackendError, apply_rotary, flash_attention, layer_norm, reference, registry, use_backend
+from kernels import machine as machines
+from kernels.machine import Machine
 from kernels.measured import Cell, Row
+from kernels.registry import select
 
-OPS = ("apply_rotary", "flash_attention", "layer_norm", "linear_cross_entropy", "parallel_block")
+HERE = machines.cpu()
+BEST = next(v for v in registry.versions() if v.startswith("cpu/") and registry.missing_here(v)(HERE) is None)
+
+
+def change(monkeypatch, op, version, **fields):
+    """For this test, another `Implementation` of a version."""
+    found = dataclasses.replace(registry._IMPLEMENTATIONS[op][version], **fields)
+    monkeypatch.setitem(registry._IMPLEMENTATIONS[op], version, found)
+    registry._forget()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_measured_nor_asked_for(monkeypatch):
+    monkeypatch.setattr(registry, "_environment", None)
+    monkeypatch.setattr(registry, "_rows", {})
+    registry._forget()
+    yield
+    registry._forget()
 
 
 @pytest.fixture
 def rotary_calls(monkeypatch):
-    """Records which backend's apply_rotary runs."""
+    """Records which version's apply_rotary runs."""
     calls = []
-    for name in ("reference", "cpu"):
+    for name in ("reference", BEST):
         found = registry._IMPLEMENTATIONS["apply_rotary"][name]
 
         def run(*arguments, name=name, found=found):
             calls.append(name)
-            return found.run(*arguments)
+            return found.forward(*arguments)
 
-        changed = registry.dataclasses.replace(found, run=run)
-        monkeypatch.setitem(registry._IMPLEMENTATIONS["apply_rotary"], name, changed)
-    monkeypatch.setattr(registry, "_overrides", [])
-    monkeypatch.setattr(registry, "_MEASURED", {})
+        change(monkeypatch, "apply_rotary", name, forward=run)
     return calls
 
 
-def measure(monkeypatch, *backends, device="cpu", op="apply_rotary", dtype=torch.float32, head_dim=None):
-    """For this test, a table of one row."""
-    row = Row({backend: 1.0 / (1 + i) for i, backend in enumerate(backends)}, ("here 2026-01-01",))
-    monkeypatch.setattr(registry, "_MEASURED", {Cell(op, device, dtype, head_dim): row})
+def measure(
+    *versions, op="apply_rotary", kind=HERE.kind, dtype=torch.float32, head_dim=None, size="few", work="forward"
+):
+    """For this test, a row of the table."""
+    row = Row({version: 1.0 / (1 + i) for i, version in enumerate(versions)}, ("here 2026-01-01",))
+    registry._rows[Cell(op, kind, dtype, head_dim, size, work)] = row
+    registry._forget()
 
 
 def rotate(**options):
@@ -52,69 +75,268 @@ def test_the_call_beats_the_block_beats_the_automatic_choice(rotary_calls):
             rotate(backend="reference")
         rotate()
     rotate()
-    assert rotary_calls == ["cpu", "reference", "cpu", "reference", "reference", "cpu"]
+    assert rotary_calls == [BEST, "reference", BEST, "reference", "reference", BEST]
 
 
-def test_the_automatic_choice_is_what_was_measured_fastest(rotary_calls, monkeypatch):
-    measure(monkeypatch, "reference", "cpu")
+def test_the_automatic_choice_is_what_was_measured_fastest(rotary_calls):
+    measure("reference", BEST)
     rotate()
     assert rotary_calls == ["reference"]
     with use_backend("cpu"):
         rotate()
         rotate(backend="reference")
-    assert rotary_calls == ["reference", "cpu", "reference"]
+    assert rotary_calls == ["reference", BEST, "reference"]
 
 
 @pytest.mark.parametrize(
-    "other", [{"op": "layer_norm"}, {"device": "sm_90"}, {"dtype": torch.bfloat16}, {"head_dim": 4}], ids=str
-)
-def test_a_row_decides_its_own_cell_only(other, rotary_calls, monkeypatch):
-    measure(monkeypatch, "reference", **other)
+    "other",
+    [
+        {"op": "layer_norm"}, {"kind": "NVIDIA H100, sm_90"}, {"kind": "AuthenticAMD family 25, other"},
+        {"dtype": torch.bfloat16}, {"head_dim": 4}, {"size": "long"}, {"work": "training"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_row_decides_its_own_cell_only(other, rotary_calls):
+    measure("reference", **other)
     rotate()
-    assert rotary_calls == ["cpu"]  # the order of what is unmeasured
+    assert rotary_calls == [BEST]  # the order of what is unmeasured
 
 
-def test_a_fastest_backend_that_cannot_serve_the_call_is_passed_over(rotary_calls, monkeypatch):
-    measure(monkeypatch, "cuda", "reference")  # it takes no tensors on a CPU
+def test_the_size_and_a_backward_pass_decide(rotary_calls):
+    measure("reference", size="short", work="training")
+    cos, sin = reference.rotary_table(600, 4)
+    for tokens, grad in ((16, True), (17, True), (17, False), (512, True), (513, True)):
+        q = torch.ones(1, tokens, 1, 4, requires_grad=grad)
+        apply_rotary(q, q.detach(), cos, sin)
+        with torch.no_grad():
+            apply_rotary(q, q, cos, sin)
+    assert rotary_calls == [BEST, BEST, "reference", BEST, BEST, BEST, "reference", BEST, BEST, BEST]
+
+
+def test_a_fastest_version_that_cannot_serve_the_call_is_passed_over(rotary_calls, monkeypatch):
+    measure("cuda", "reference")  # it takes no tensors on a CPU
     rotate()
-    found = registry._IMPLEMENTATIONS["apply_rotary"]["reference"]
-    for change in ({"missing": "gone"}, {"refuses": lambda **options: "no"}):
-        changed = registry.dataclasses.replace(found, **change)
-        monkeypatch.setitem(registry._IMPLEMENTATIONS["apply_rotary"], "reference", changed)
-        rotate()
-    assert rotary_calls == ["reference", "cpu", "cpu"]
+    for fields in ({"needs": lambda machine: "gone"}, {"refuses": lambda **options: "no"}):
+        with monkeypatch.context() as patch:
+            change(patch, "apply_rotary", "reference", **fields)
+            rotate()
+        registry._forget()
+    assert rotary_calls == ["reference", BEST, BEST]
 
 
-def test_dtype_and_head_dim_decide(monkeypatch):
-    monkeypatch.setattr(registry, "_overrides", [])
-    measure(monkeypatch, "reference", op="flash_attention", head_dim=64)
+def test_the_choice_needs_no_guess_under_compile():
+    def chosen(q):
+        flash_attention(q, q, q)
+        call = {"dtype": q.dtype, "head_dim": q.shape[-1], "size": "few"}
+        return registry.choose("flash_attention", q.device, None, **call), q + 1
 
-    def chosen(dtype, head_dim):
-        return registry.choose("flash_attention", torch.device("cpu"), None, dtype=dtype, head_dim=head_dim)
-
-    assert chosen(torch.float32, 64) == "reference"
-    assert chosen(torch.float32, 32) == chosen(torch.bfloat16, 64) == "cpu"
-
-
-def test_the_choice_needs_no_guess_under_compile(monkeypatch):
-    monkeypatch.setattr(registry, "_overrides", [])
-    for backends in (("reference", "cpu"), ("cpu", "reference")):
-        measure(monkeypatch, *backends, op="flash_attention", head_dim=32)
-
-        def chosen(q):
-            flash_attention(q, q, q)
-            return registry.choose("flash_attention", q.device, None, dtype=q.dtype, head_dim=q.shape[-1]), q + 1
-
-        torch._dynamo.reset()
-        compiled = torch.compile(chosen, fullgraph=True, backend="aot_eager")
-        assert [compiled(torch.ones(1, n, 2, 32))[0] for n in (4, 5, 6)] == [backends[0]] * 3
+    for dynamic in (None, True):
+        for first, second in (("reference", "cpu/portable"), ("cpu/portable", "reference")):
+            torch._dynamo.reset()
+            compiled = torch.compile(chosen, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+            measure(first, second, op="flash_attention", head_dim=32)
+            assert [compiled(torch.ones(1, n, 2, 32))[0] for n in (4, 5, 6)] == [first] * 3
+            with use_backend(second):
+                assert compiled(torch.ones(1, 4, 2, 32))[0] == second
+            with registry.held({"flash_attention float32 32 few forward": (second,)}):
+                assert compiled(torch.ones(1, 4, 2, 32))[0] == second
+            assert compiled(torch.ones(1, 4, 2, 32))[0] == first
 
 
 def test_a_block_ends_with_an_error_too(rotary_calls):
     with pytest.raises(RuntimeError, match="inside"), use_backend("reference"):
         raise RuntimeError("inside")
     rotate()
-    assert rotary_calls == ["cpu"]
+    assert rotary_calls == [BEST]
+
+
+def test_a_block_is_of_its_thread(rotary_calls):
+    inside, done = threading.Event(), threading.Event()
+
+    def other():
+        with use_backend("reference"):
+            inside.set()
+            done.wait(60)
+            rotate()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait(60)
+    rotate()
+    done.set()
+    thread.join()
+    rotate()
+    assert rotary_calls == [BEST, "reference", BEST]
+
+
+def test_a_block_is_of_its_task(rotary_calls):
+    async def inside(turn, others):
+        with use_backend("reference"):
+            turn.set()
+            await others.wait()
+            rotate()
+
+    async def outside(turn, others):
+        await turn.wait()
+        rotate()
+        others.set()
+
+    async def both():
+        events = asyncio.Event(), asyncio.Event()
+        await asyncio.gather(inside(*events), outside(*events))
+
+    asyncio.run(both())
+    assert rotary_calls == [BEST, "reference"]
+
+
+@pytest.mark.parametrize("thread", [False, True], ids=["same_thread", "another_thread"])
+def test_a_checkpoint_recomputes_on_the_backend_of_its_forward(thread, rotary_calls):
+    q = torch.ones(1, 2, 1, 4, requires_grad=True)
+    tables = reference.rotary_table(2, 4)
+
+    def run(x):
+        turned = apply_rotary(x, x, *tables)[0].sin()  # whose derivative needs what is made again
+        with use_backend("cpu"):
+            return apply_rotary(turned, turned, *tables)[0].sin()
+
+    with use_backend("reference"):
+        y = checkpoint(run, q, use_reentrant=False)
+        z = checkpoint(run, q, use_reentrant=False)
+    assert rotary_calls == ["reference", BEST] * 2
+    del rotary_calls[:]
+    backward = threading.Thread(target=y.sum().backward) if thread else None
+    if backward is None:
+        y.sum().backward()
+    else:
+        backward.start()
+        backward.join()
+    # The recomputation, then the backward of the op with one of its own.
+    assert rotary_calls[:2] == ["reference", BEST] and set(rotary_calls) == {"reference", BEST}, rotary_calls
+    assert q.grad is not None
+    del rotary_calls[:]
+    with use_backend("cpu"):
+        z.sum().backward(retain_graph=True)
+        z.sum().backward()
+    assert rotary_calls.count("reference") == 2
+
+
+def test_one_version_is_registered_once():
+    with pytest.raises(ValueError, match="apply_rotary has a version 'cpu/avx2' already: give the second another name"):
+        registry.register("apply_rotary", "cpu/avx2", None)
+    with pytest.raises(ValueError, match="version = 'gpu/fast': must begin with one of reference, torch, cpu"):
+        registry.register("apply_rotary", "gpu/fast", None)
+
+
+# ------------------------------------------------------------------------------------------- on faked machines
+
+SETS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+
+
+def fake_cpu(vendor: str, best: str, family: int = 25, **missing: str) -> Machine:
+    """A CPU whose most capable instruction set is `best`."""
+    lacks = {f"cpu/{name}": f"this CPU lacks {name}" for name in SETS[SETS.index(best) + 1 :]}
+    return Machine("cpu", f"{vendor} family {family}, {best}", "a CPU", vendor=vendor, missing={**lacks, **missing})
+
+
+ZEN4, ZEN3 = fake_cpu("AuthenticAMD", "avx512_bf16"), fake_cpu("AuthenticAMD", "avx2")
+SAPPHIRE, COOPER, CASCADE = (fake_cpu("GenuineIntel", best, 6) for best in ("amx_bf16", "avx512_bf16", "avx512"))
+H100 = Machine("cuda", "NVIDIA H100 80GB HBM3, sm_90", "NVIDIA H100 80GB HBM3", capability=(9, 0))
+A100 = Machine("cuda", "NVIDIA A100-SXM4-80GB, sm_80", "NVIDIA A100-SXM4-80GB", capability=(8, 0))
+
+
+def attention_on(machine, forced=None, dtype=torch.bfloat16, size="long", training=False, head_dim=64, **options):
+    return select(
+        "flash_attention", machine, forced, dtype=dtype, head_dim=head_dim, size=size, training=training, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("machine", "call", "version"),
+    [
+        (ZEN4, {}, "cpu/avx512_bf16"),
+        (ZEN4, {"dtype": torch.float32}, "cpu/avx512"),
+        (ZEN4, {"size": "few"}, "cpu/avx512_bf16"),
+        (ZEN3, {}, "cpu/avx2"),
+        (ZEN3, {"dtype": torch.float32}, "cpu/avx2"),
+        (ZEN3, {"dtype": torch.float32, "size": "few"}, "torch"),
+        (ZEN3, {"dtype": torch.float32, "size": "few", "return_lse": True}, "cpu/avx2"),
+        (ZEN3, {"dtype": torch.float64}, "torch"),
+        (SAPPHIRE, {}, "cpu/amx_bf16"),
+        (SAPPHIRE, {"training": True}, "cpu/amx_bf16"),
+        (SAPPHIRE, {"dtype": torch.float32}, "cpu/avx512"),
+        (SAPPHIRE, {"dtype": torch.float16}, "cpu/avx512"),
+        (COOPER, {}, "torch"),
+        (COOPER, {"dropout_p": 0.1}, "cpu/avx512"),  # which PyTorch's op does not serve
+        (COOPER, {"training": True}, "torch"),
+        (COOPER, {"training": True, "head_dim": 32}, "cpu/avx512"),
+        (COOPER, {"size": "short"}, "cpu/avx512"),
+        (COOPER, {"dtype": torch.float32}, "cpu/avx512"),
+        (CASCADE, {}, "torch"),
+        (fake_cpu("0x41", "portable"), {}, "torch"),
+        (H100, {}, "torch"),
+        (H100, {"dropout_p": 0.1}, "cuda/mma"),
+        (H100, {"dtype": torch.float32, "dropout_p": 0.1}, "reference"),
+    ],
+    ids=lambda x: x.kind if isinstance(x, Machine) else str(x),
+)
+def test_the_fixed_order(machine, call, version):
+    assert attention_on(machine, **call) == version
+
+
+def test_a_gpu_follows_its_own_rows():
+    fast = ("cuda/mma", "torch")
+    measure(*fast, op="flash_attention", kind=H100.kind, dtype=torch.bfloat16, head_dim=64, size="long")
+    assert attention_on(H100) == "cuda/mma"
+    assert attention_on(H100, training=True) == attention_on(A100) == "torch"
+    other = Machine("cuda", "NVIDIA H200, sm_90", "NVIDIA H200", capability=(9, 0))
+    assert attention_on(other) == "torch", "a GPU of the same capability is another kind"
+
+
+def test_what_failed_where_it_was_measured_is_not_taken():
+    cell = Cell("flash_attention", ZEN4.kind, torch.bfloat16, 64, "long", "forward")
+    registry._rows[cell] = Row({"torch": 1.0}, ("here",), {"cpu/avx512_bf16": "a fault"})
+    registry._forget()
+    assert attention_on(ZEN4, return_lse=True) == "cpu/avx512"
+    assert attention_on(ZEN4, "cpu/avx512_bf16") == "cpu/avx512_bf16"  # asked for by name
+
+
+def test_a_version_is_forced_and_says_what_it_needs():
+    assert attention_on(SAPPHIRE, "cpu/avx2") == "cpu/avx2"
+    assert attention_on(COOPER, "cpu") == "cpu/avx512", "the backend's name leaves the version to the order"
+    assert attention_on(H100, "cuda/mma") == "cuda/mma"
+    with pytest.raises(BackendError, match="'cpu/amx_bf16' cannot serve this call: this CPU lacks amx_bf16; able: "):
+        attention_on(ZEN4, "cpu/amx_bf16")
+    with pytest.raises(
+        BackendError, match=r"'cuda/mma' cannot serve this call: dtype = torch.float32: the kernels multi"
+    ):
+        attention_on(H100, "cuda/mma", dtype=torch.float32)
+    with pytest.raises(BackendError, match="'cpu' cannot serve this call: head_dim = 80: the kernels are compiled for"):
+        attention_on(ZEN4, "cpu", head_dim=80)
+    if not machines.TRITON_INTERPRETED:
+        assert attention_on(H100, "triton/descriptors") == "triton/descriptors"
+        with pytest.raises(BackendError, match=r"tensor descriptors are used on Hopper .*, this is NVIDIA A100"):
+            attention_on(A100, "triton/descriptors")
+
+
+def test_a_version_that_only_other_ops_have_asks_for_its_backend():
+    assert select("apply_rotary", H100, "cuda/mma", dtype=torch.bfloat16) == "cuda"
+
+
+def test_amx_refused_by_the_system_says_so():
+    why = "this CPU has AMX, but the kernel refuses its registers"
+    refused = dataclasses.replace(SAPPHIRE, missing={"cpu/amx_bf16": why})
+    assert attention_on(refused, size="short") == "cpu/avx512"
+    with pytest.raises(BackendError, match=f"'cpu/amx_bf16' cannot serve this call: {why}; able"):
+        attention_on(refused, "cpu/amx_bf16")
+
+
+def test_a_held_order_is_kept():
+    kept = {"flash_attention bfloat16 64 long forward": ("cpu/avx2", "torch")}
+    with registry.held(kept):
+        assert attention_on(ZEN4) == "cpu/avx2"
+        assert attention_on(ZEN4, training=True) == "cpu/avx512_bf16"
+        assert attention_on(ZEN4, "torch") == "torch"
+    assert attention_on(ZEN4) == "cpu/avx512_bf16"
 
 
 def _python(code: str, **variables: str) -> subprocess.CompletedProcess:
@@ -140,6 +362,33 @@ def test_environment_variable():
     )
 
 
+def test_an_instruction_set_is_the_short_form_of_a_version():
+    code = (
+        "import torch, kernels\n"
+        "print(kernels.registry.choose('apply_rotary', torch.device('cpu'), None, dtype=torch.float32))\n"
+    )
+    for variables in ({"PHI1_ISA": "portable"}, {"PHI1_ISA": "portable", "PHI1_KERNELS": "cpu/portable"}):
+        assert _python(code, **variables).stdout.split() == ["cpu/portable"]
+    done = _python("import kernels", PHI1_ISA="sse9")
+    assert "environment variable PHI1_ISA = 'cpu/sse9': must be one of" in done.stderr.splitlines()[-1]
+    done = _python("import kernels", PHI1_ISA="portable", PHI1_KERNELS="torch")
+    assert (
+        "PHI1_ISA = 'portable' is short for PHI1_KERNELS = 'cpu/portable', which is 'torch': unset one" in done.stderr
+    )
+
+
+def test_an_instruction_set_that_this_cpu_lacks_is_one_line():
+    lacking = [(v, why) for v, why in HERE.missing.items() if v.startswith("cpu/")]
+    if not lacking:
+        pytest.skip("this CPU has every instruction set")
+    version, why = lacking[0]
+    done = _python("import kernels", PHI1_ISA=version.removeprefix("cpu/"))
+    assert done.stderr.splitlines()[-1].endswith(f"environment variable PHI1_ISA = {version[4:]!r}: {why}")
+    done = _python("from phi1.cli import main; raise SystemExit(main(['doctor']))", PHI1_KERNELS=version)
+    assert done.stderr == f"phi1: error: environment variable PHI1_KERNELS = {version!r}: {why}\n"
+    assert done.returncode == 2
+
+
 def test_unknown_names():
     with pytest.raises(BackendError, match="backend = 'fast': must be one of reference, torch, cpu, triton, cuda"):
         rotate(backend="fast")
@@ -147,7 +396,7 @@ def test_unknown_names():
         pass
 
 
-def test_a_forced_backend_is_never_replaced(monkeypatch):
+def test_a_forced_backend_is_never_replaced():
     q = torch.ones(1, 2, 1, 32)
     with pytest.raises(BackendError) as error:
         flash_attention(q, q, q, dropout_p=0.1, backend="torch")
@@ -155,9 +404,10 @@ def test_a_forced_backend_is_never_replaced(monkeypatch):
         "flash_attention: backend 'torch' cannot serve this call: dropout_p = 0.1: scaled_dot_product_attention "
         "cannot draw the mask from dropout_seed; able: reference"
     )
-    monkeypatch.delitem(registry._IMPLEMENTATIONS["layer_norm"], "cpu")
-    with pytest.raises(BackendError, match="layer_norm has no cpu backend; able: reference, torch"), use_backend("cpu"):
-        layer_norm(torch.ones(1, 4), torch.ones(4), torch.ones(4))
+    with registry.replacing("cpu"), use_backend("cpu"):
+        registry.register("apply_rotary", "cpu", None)
+        with pytest.raises(BackendError, match="layer_norm has no cpu backend; able: reference, torch"):
+            layer_norm(torch.ones(1, 4), torch.ones(4), torch.ones(4))
     assert flash_attention(q, q, q, dropout_p=0.1).shape == q.shape  # unforced, another takes it
 
 
@@ -173,44 +423,3 @@ def test_a_device_that_nothing_serves():
         layer_norm(q.to("meta"), torch.ones(4, device="meta"), torch.ones(4, device="meta"), backend="torch")
     with pytest.raises(BackendError, match="layer_norm: no backend serves tensors on 'meta'; move them to cpu or cuda"):
         layer_norm(q.to("meta"), torch.ones(4, device="meta"), torch.ones(4, device="meta"))
-
-
-def test_the_table_names_every_op_and_backend_with_the_reason():
-    lines = kernels.backends().split("\n\n")[0].splitlines()
-    assert lines[0].split()[:3] == ["op", "backend", "here"]
-    rows = {tuple(line.split()[:2]): line for line in lines[1:]}
-    assert set(rows) == {(op, backend) for op in OPS for backend in BACKENDS}
-    assert len(rows) == len(lines) - 1
-    for (op, backend), line in rows.items():
-        here = line.split()[2]
-        assert here in ("yes", "no") and len(line.split()) > 3, line
-        if backend in ("reference", "torch"):
-            assert here == "yes", line
-        if op not in registry._IMPLEMENTATIONS or backend not in registry._IMPLEMENTATIONS[op]:
-            assert here == "no" and f"{op} has no {backend} backend" in line
-    assert rows["apply_rotary", "cpu"].split()[2:] == ["yes", "cpu"]
-
-
-def test_the_table_says_what_automatic_choice_takes_and_whether_it_was_measured(monkeypatch):
-    def choices():
-        return [line.split(maxsplit=5) for line in kernels.backends().split("\n\n")[1].splitlines()]
-
-    monkeypatch.setattr(registry, "_MEASURED", {})
-    assert choices()[0] == ["op", "device", "dtype", "head_dim", "automatic", "why"]
-    unmeasured = [row for row in choices() if row[1] == "cpu"]
-    assert [row[0] for row in unmeasured] == list(registry._IMPLEMENTATIONS)
-    assert all(
-        row[2:] == ["other", "other", "cpu", "unmeasured: the first that can serve the call"] for row in unmeasured
-    )
-    measure(monkeypatch, "cuda", "torch", op="flash_attention", head_dim=64)
-    found = [row for row in choices() if row[0] == "flash_attention" and row[1] == "cpu"]
-    assert found[0][2:] == ["float32", "64", "torch", "measured: cuda 1.00, torch 0.50 (here 2026-01-01)"]
-    assert found[1][2:4] == ["other", "other"]
-    measure(monkeypatch, "torch", device="sm_00")
-    assert [row for row in choices() if row[1] == "cpu"] == unmeasured
-
-
-def test_without_a_gpu_or_the_interpreter_triton_says_so():
-    code = "import kernels; print(kernels.backends())"
-    line = next(x for x in _python(code, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="").stdout.splitlines() if x.startswith("apply_rotary          triton"))  # fmt: skip
-    assert "no usable GPU; TRITON_INTERPRET=1 in the environment runs Triton kernels on the CPU, slowly" in line

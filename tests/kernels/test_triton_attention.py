@@ -8,7 +8,6 @@ import triton
 from attention_cases import CASES, SEED, Case, check_case, check_results, make_inputs, run_case
 from triton_mutation import mutate
 
-import kernels.triton
 import kernels.triton.attention as triton_attention
 from kernels import BackendError, flash_attention, reference
 from kernels.triton.attention_tuning import candidates
@@ -20,19 +19,27 @@ DTYPES = [torch.bfloat16, torch.float16] if GPU else [torch.bfloat16, torch.floa
 PRECISE = torch.float16 if GPU else torch.float32
 # On a GPU every case in every dtype, with what is faster. The interpreter takes milliseconds an operation: there, each
 # case in one dtype with descriptors, where it can have them, and the shorter of these in another with pointers.
-RUNS = [(case, dtype, "either") for i, case in enumerate(CASES) for j, dtype in enumerate(DTYPES) if GPU or j == i % 3]
+HOPPER = not GPU or torch.cuda.get_device_capability()[0] == 9
+RUNS = [
+    (case, dtype, "descriptors" if HOPPER else "pointers")
+    for i, case in enumerate(CASES)
+    for j, dtype in enumerate(DTYPES)
+    if GPU or j == i % 3
+]
 RUNS += [
     (case, dtype, "pointers")
     for i, case in enumerate(CASES)
     for j, dtype in enumerate(DTYPES)
-    if (GPU or j == (i + 1) % 3) and not case.documents and case.strided != "misaligned" and case.seqlen_q < 150
+    if ((GPU and HOPPER) or (not GPU and j == (i + 1) % 3))
+    and not case.documents
+    and case.strided != "misaligned"
+    and case.seqlen_q < 150
 ]
 
 
 @pytest.mark.parametrize(("case", "dtype", "loads"), RUNS, ids=lambda x: x.name if isinstance(x, Case) else str(x))
-def test_case(case, dtype, loads, monkeypatch):
-    monkeypatch.setitem(kernels.triton.CHOICES, "loads", loads)
-    check_case(case, dtype, "triton", DEVICE)
+def test_case(case, dtype, loads):
+    check_case(case, dtype, f"triton/{loads}", DEVICE)
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import sys
 from types import ModuleType
 
 import pytest
@@ -12,22 +13,30 @@ from test_block import DROPOUT, HIDDEN, INNER, KV_HEADS, OPTIONS, RESULTS, make,
 from torch import Tensor
 from triton_mutation import mutate
 
-import kernels.triton
 from kernels import BackendError, reference
 from kernels.fused_block import Dropout, Layout
 from kernels.triton import attention as triton_attention
+from kernels.triton import descriptors
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-# The choices "block_product" and "loads". Where a call may have descriptors the interpreter uses them, a GPU what is faster.
-PRODUCTS = {"vendor": ("vendor", "either"), "pointers": ("triton", "pointers"), "descriptors": ("triton", "either")}
+HOPPER = not GPU or torch.cuda.get_device_capability()[0] == 9
+# The version that makes the products so, and whether it loads by pointers even where a call may have descriptors.
+PRODUCTS = {
+    "vendor": ("triton/descriptors" if HOPPER else "triton/pointers", False),
+    "pointers": ("triton/product", True),
+    "descriptors": ("triton/product", False),
+}
+_version = "triton"  # of the product that a test chose
 # Attention refuses float32 on a GPU.
 DTYPES = [torch.bfloat16, torch.float16] if GPU else [torch.bfloat16, torch.float16, torch.float32]
 
 
 def choose(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, choice in zip(("block_product", "loads"), PRODUCTS[product], strict=True):
-        monkeypatch.setitem(kernels.triton.CHOICES, name, choice)
+    version, pointers = PRODUCTS[product]
+    monkeypatch.setattr(sys.modules[__name__], "_version", version)
+    if pointers:
+        monkeypatch.setattr(descriptors, "allowed", lambda *tensors: False)
 
 
 @pytest.fixture(params=PRODUCTS)
@@ -44,14 +53,15 @@ def _attention_backward(*arguments, grads):
 @pytest.fixture
 def reference_attention(monkeypatch):
     """Attention has tests and mutations of its own, and takes more than half of the interpreter's time."""
-    monkeypatch.setattr(triton_attention, "attention_forward", reference.attention_forward)
-    monkeypatch.setattr(triton_attention, "attention_backward", _attention_backward)
+    forward, backward = reference.attention_forward, _attention_backward
+    monkeypatch.setattr(triton_attention, "attention_forward", lambda *a, by_descriptors, **o: forward(*a, **o))
+    monkeypatch.setattr(triton_attention, "attention_backward", lambda *a, by_descriptors, **o: backward(*a, **o))
 
 
 def run_with_grads(inputs: list[Tensor], **options: object) -> list[Tensor]:
     """test_block's, on this device; results on the CPU. The gradient of y is not contiguous."""
     leaves = [t.to(DEVICE).clone().requires_grad_() for t in inputs[:7]]
-    y = run([*leaves, *(t.to(DEVICE) for t in inputs[7:])], **{"backend": "triton", **options})
+    y = run([*leaves, *(t.to(DEVICE) for t in inputs[7:])], **{"backend": _version, **options})
     grad = torch.randn(y.transpose(0, 2).shape, generator=torch.Generator().manual_seed(1)).transpose(0, 2)
     return [t.cpu() for t in (y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype).to(DEVICE)))]
 
@@ -59,6 +69,11 @@ def run_with_grads(inputs: list[Tensor], **options: object) -> list[Tensor]:
 def block() -> ModuleType:
     """The backend's module, or the mutant in its place."""
     return importlib.import_module("kernels.triton.block")
+
+
+def project(side: str, *arguments: object) -> Tensor:
+    """`project_in` or `project_out` of the product that the test chose."""
+    return getattr(block(), f"project_{side}" + ("_whole" if _version == "triton/product" else ""))(*arguments)
 
 
 def check_run(found: list[Tensor], inputs: list[Tensor]) -> None:
@@ -115,7 +130,7 @@ def test_residual_mask_is_the_reference_bit_for_bit(product):
     expected = reference.residual_keep(seed, rows, columns, p, torch.device("cpu"))
     g, w, bias = (torch.zeros(shape, device=DEVICE) for shape in ((rows, 64), (columns, 64), (columns,)))
     x, dropout = torch.zeros(rows, columns, device=DEVICE), Dropout(p, seed)
-    y = block().project_out(g, w, bias + 1, x, dropout).cpu()
+    y = project("out", g, w, bias + 1, x, dropout).cpu()
     assert torch.equal(y, expected * torch.tensor(reference.dropout_scale(p)))
     grad, grad_bias = block().project_out_backward(x + 1, dropout)
     assert torch.equal(grad.cpu(), y)
@@ -124,7 +139,7 @@ def test_residual_mask_is_the_reference_bit_for_bit(product):
     # As in the reference dropout multiplies: what is NaN stays NaN where it is dropped.
     x[:] = float("nan")
     assert bool(block().project_out_backward(x, dropout)[0].isnan().all())
-    assert bool(block().project_out(g + float("nan"), w, bias, torch.zeros_like(x), dropout).isnan().all())
+    assert bool(project("out", g + float("nan"), w, bias, torch.zeros_like(x), dropout).isnan().all())
 
 
 def test_backward_makes_gelu_again_with_the_same_bits(product):
@@ -132,7 +147,7 @@ def test_backward_makes_gelu_again_with_the_same_bits(product):
     x, w_in, b_in, cos, sin = (inputs[i].to(DEVICE) for i in (0, 3, 4, 7, 8))
     layout = Layout(2, 35, *OPTIONS.values(), INNER, cos, sin, None)
     wide = torch.full((70, INNER + 40), float("nan"), dtype=x.dtype, device=DEVICE)
-    z = block().project_in(x.view(70, HIDDEN), w_in, b_in, wide[:, 16 : 16 + INNER], layout)
+    z = project("in", x.view(70, HIDDEN), w_in, b_in, wide[:, 16 : 16 + INNER], layout)
     forward = wide[:, 16 : 16 + INNER].clone()
     wide[:, 16 : 16 + INNER] = 1
     block().project_in_backward(torch.zeros_like(z), z, b_in, wide[:, 16 : 16 + INNER], layout)
@@ -152,13 +167,13 @@ def test_bitwise_reproducible(product):
 def test_cache_equals_the_whole_sequence(product):
     dtype = torch.bfloat16 if GPU else torch.float32
     inputs = [t.to(DEVICE) for t in make(dtype=dtype)]
-    whole = run(inputs, backend="triton")
+    whole = run(inputs, backend=_version)
     cache = [torch.full((2, 16, KV_HEADS, OPTIONS["head_dim"]), float("nan"), dtype=dtype, device=DEVICE) for _ in "kv"]
     parts, at = [], 0
     for step in (4, 1, 6):
         part = [inputs[0][:, at : at + step], *inputs[1:]]
         positions = torch.arange(at, at + step, device=DEVICE)
-        parts.append(run(part, positions=positions, kv_cache=(*cache, at), backend="triton"))
+        parts.append(run(part, positions=positions, kv_cache=(*cache, at), backend=_version))
         at += step
     tolerance = 2e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=tolerance, atol=tolerance)

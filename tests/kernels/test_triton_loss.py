@@ -25,7 +25,7 @@ def small_pieces(monkeypatch):
 
 
 def use_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked_loss, "_CHUNK_LOGITS", 7 * 1100)
+    monkeypatch.setattr(chunked_loss, "_CHUNK_LOGITS", dict.fromkeys(("cpu", "cuda"), 7 * 1100))
     monkeypatch.setattr(chunked_loss, "_WEIGHT_COLUMNS", 200)
     monkeypatch.setitem(importlib.import_module("kernels.triton.loss").LOSS_TILE, "BLOCK", 256)
 
@@ -152,7 +152,7 @@ def test_mutations_of_the_z_loss_fail(old, new, monkeypatch, tmp_path):
 _MEASURE = """
 import re, sys, torch
 from kernels import chunked_loss, linear_cross_entropy
-chunked_loss._CHUNK_LOGITS = 8 * 51200
+chunked_loss._CHUNK_LOGITS.update(cpu=8 * 51200, cuda=8 * 51200)
 torch.set_num_threads(1)
 device = sys.argv[1]
 hidden = torch.randn(64, 4, device=device).requires_grad_()
@@ -169,7 +169,7 @@ step(1)
 before = peak()
 step(64)
 chunked = peak()
-chunked_loss._CHUNK_LOGITS = 64 * 51200
+chunked_loss._CHUNK_LOGITS.update(cpu=64 * 51200, cuda=64 * 51200)
 step(64)
 print(chunked - before, peak() - before)
 """

@@ -9,6 +9,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import phi1.model
 from phi1.config import PRESETS, ModelConfig
@@ -238,3 +239,46 @@ def test_inductor_agrees() -> None:
     for seed in (3, 2**62 + 1):
         loss = compiled(tokens, targets=tokens, dropout_seed=seed)
         torch.testing.assert_close(loss, model(tokens, targets=tokens, dropout_seed=seed), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_weights_under_autocast_train(dtype: torch.dtype, checkpointed: bool) -> None:
+    """Loss and gradients are those of compute_dtype, bit for bit, and as near to float64 as the rule asks; the backward
+    pass runs outside the region, with a GradScaler's factor in it."""
+    tokens, scale = random_tokens(2, 12), 1024.0
+
+    def gradients(model: Phi1, region: torch.dtype | None) -> list[Tensor]:
+        def loss(tokens: Tensor) -> Tensor:
+            return model(tokens, targets=tokens) / tokens.numel()
+
+        with torch.autocast("cpu", region, enabled=region is not None):
+            value = checkpoint(loss, tokens, use_reentrant=False) if checkpointed else loss(tokens)
+        assert value.dtype == (torch.float64 if model.embedding.dtype == torch.float64 else torch.float32)
+        (scale * value).backward()
+        return [value.detach(), *(p.grad / scale for p in model.parameters() if p.grad is not None)]
+
+    found = gradients(random_model(), dtype)
+    explicit = gradients(random_model(compute_dtype=dtype), None)
+    truth = gradients(random_model().double(), None)
+    assert len(found) == len(truth)
+    for (name, _), a, b, c in zip(
+        [("loss", None), *random_model().named_parameters()], found, explicit, truth, strict=True
+    ):
+        assert a.dtype == torch.float32 and torch.equal(a, b), name
+        # Of three layers rounded to 8 (bfloat16) or 11 bits, relative to the gradient's norm.
+        assert (a - c).norm() < (0.1 if dtype == torch.bfloat16 else 0.01) * c.norm(), name
+
+
+def test_a_cache_under_autocast_and_without_gradients() -> None:
+    """A cache made in the region holds its dtype; no gradient is recorded, of lm_head's weights neither."""
+    model, tokens = random_model(), random_tokens(2, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = model.new_cache(2, 9)
+        pieces = [model(piece, cache=cache) for piece in tokens.split([5, 4], dim=1)]
+        whole = model(tokens)
+    assert cache.keys.dtype == pieces[0].dtype == torch.bfloat16
+    assert not any(piece.requires_grad for piece in pieces) and whole.requires_grad
+    torch.testing.assert_close(torch.cat(pieces, 1), whole.detach(), rtol=0.03, atol=0.03)
+    with pytest.raises(ValueError, match=r"kv_cache\[0\]\.dtype = torch\.bfloat16, x\.dtype = torch\.float32"):
+        model(tokens, cache=dataclasses.replace(cache, length=0))

@@ -2,32 +2,22 @@
 is not dies, also where the emulator was told of more memory than there is."""
 
 import pathlib
-import shutil
 import subprocess
 
+import emulated
 import pytest
 
-CSRC = pathlib.Path(__file__).resolve().parents[3] / "csrc"
-COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
 
-
-@pytest.fixture(scope="module", params=COMPILERS)
+@pytest.fixture(scope="module", params=emulated.COMPILERS)
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """address.cpp with every kernel for bfloat16 and head_dim 64."""
-    path = tmp_path_factory.mktemp("address") / "program"
-    empty = [request.param, "-fsanitize=address", "-xc++", "-", "-o", path]
+    folder = tmp_path_factory.mktemp("address")
+    empty = [request.param, "-fsanitize=address", "-xc++", "-", "-o", folder / "empty"]
     if subprocess.run(empty, input="int main() {}", capture_output=True, text=True).returncode:
         pytest.skip(f"{request.param} has no AddressSanitizer (Debian: libclang-rt-14-dev, libasan8)")
-    emulator = CSRC / "emulator"
-    sources = [pathlib.Path(__file__).parent / "address.cpp", emulator / "emulator.cpp", emulator / "block.cpp"]
-    command = [
-        request.param, "-std=c++20", "-O1", "-g1", "-fsanitize=address", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
-        "-Werror", "-DPHI1_EMULATOR", "-DPHI1_ONE_INSTANCE", f"-I{CSRC}", *sources,
-        "-xc++", *sorted((CSRC / "cuda").glob("*.cu")), "-o", path,
-    ]  # fmt: skip
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    return path
+    flags = ("-g1", "-fsanitize=address", "-DPHI1_ONE_INSTANCE")
+    kernels = (emulated.CSRC / "cuda").rglob("*.cu")
+    return emulated.build(request.param, "address.cpp", folder, *flags, *sorted(kernels))
 
 
 @pytest.mark.parametrize(

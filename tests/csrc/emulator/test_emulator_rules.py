@@ -1,13 +1,7 @@
 """csrc/emulator: each rule that a kernel can break is noticed, and only then."""
 
-import pathlib
-import shutil
-import subprocess
-
+import emulated
 import pytest
-
-CSRC = pathlib.Path(__file__).resolve().parents[3] / "csrc"
-COMPILERS = [name for name in ("g++", "clang++") if shutil.which(name)]
 
 EXPECTED = {
     "dense": "ok, sectors 4 of 4",
@@ -35,20 +29,10 @@ EXPECTED = {
 }
 
 
-@pytest.fixture(scope="module", params=COMPILERS)
+@pytest.fixture(scope="module", params=emulated.COMPILERS)
 def lines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Name -> what happened, of rules.cpp."""
-    program = tmp_path_factory.mktemp("rules") / "rules"
-    command = [
-        request.param, "-std=c++20", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-DPHI1_EMULATOR",
-        f"-I{CSRC}", str(pathlib.Path(__file__).parent / "rules.cpp"),
-        str(CSRC / "emulator" / "emulator.cpp"), str(CSRC / "emulator" / "block.cpp"), "-o", str(program),
-    ]  # fmt: skip
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    return emulated.lines(emulated.build(request.param, "rules.cpp", tmp_path_factory.mktemp("rules")))
 
 
 def test_every_rule_has_an_expectation(lines: dict[str, str]) -> None:

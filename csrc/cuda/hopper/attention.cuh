@@ -1,0 +1,45 @@
+// What the attention kernels for compute capability 9.0a share.
+#pragma once
+
+#include "cuda/hopper/pipeline.cuh"
+#include "cuda/hopper/schedule.cuh"
+
+namespace phi1::cuda::hopper {
+
+// Tiles of kKeys keys that the last query of this work's kRows sees.
+template <int kRows, int kKeys>
+PHI1_DEVICE int key_tiles(const AttentionArgs& args, const Work& work) {
+  const int last = minimum(work.first + kRows, work.seqlen_q) - 1;
+  const int keys = minimum(last + visible_keys(args, work), work.seqlen_k);
+  return keys > 0 ? ceil_div(keys, kKeys) : 0;
+}
+
+// Accumulators in columns from limit[0] (in rows below 8) and limit[1] on, or before them, become `value`. Columns are
+// counted from this lane's first.
+template <int kN>
+PHI1_DEVICE void hide_from(const int (&limit)[2], float value, float (&x)[kN][4]) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (8 * n + i % 2 >= limit[i / 2]) x[n][i] = value;
+}
+
+template <int kN>
+PHI1_DEVICE void hide_before(const int (&limit)[2], float value, float (&x)[kN][4]) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (8 * n + i % 2 < limit[i / 2]) x[n][i] = value;
+}
+
+// The accumulators of a warp as those of csrc/cuda/attention.cuh and tile.cuh: one row of tiles.
+template <int kN>
+using Tiles = float[1][kN][4];
+template <int kN>
+PHI1_DEVICE Tiles<kN>& as_tiles(float (&x)[kN][4]) {
+  return reinterpret_cast<Tiles<kN>&>(x);
+}
+
+}  // namespace phi1::cuda::hopper

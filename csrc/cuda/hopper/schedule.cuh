@@ -1,0 +1,64 @@
+// Which tiles a block works on, one after the other, and in which order.
+//
+// A grid is as many blocks as there are multiprocessors; block b takes tiles b, b + blocks, ... of a list, so that the
+// loads of its next tile run under the end of this one. The list goes through sections of heads whose keys and values
+// fit the L2 cache together, in each section by the tile's number with all heads side by side, the longest rows of a
+// causal mask first. Simulated makespan over ideal on 132 multiprocessors, causal, 128 rows a tile: 8 x 2,048 x 32
+// heads 1.03, 8 x 2,048 x 16 heads 1.09, 1 x 16,384 x 32 heads 1.04.
+#pragma once
+
+#include "cuda/attention.cuh"
+
+namespace phi1::cuda::hopper {
+
+constexpr int64_t kSectionBytes = int64_t(32) << 20;  // of keys and values
+
+struct ScheduledArgs {
+  AttentionArgs attention;
+  int works;    // length of the list; of packed documents a bound
+  int section;  // heads in a section
+};
+
+// Finds number `index` of the list; false: a document's tiles were fewer than the bound. kQueries: tiles of query rows,
+// else of key rows.
+template <bool kQueries, int kRows>
+PHI1_DEVICE bool find_work(const ScheduledArgs& scheduled, int index, Work& work) {
+  const AttentionArgs& args = scheduled.attention;
+  const int heads = int(kQueries ? args.heads : args.kv_heads);
+  work.q_row = work.k_row = 0;
+  work.seqlen_q = int(args.seqlen_q), work.seqlen_k = int(args.seqlen_k);
+  int tile, tiles;
+  if (args.cu_seqlens_q == nullptr) {
+    tiles = ceil_div(kQueries ? work.seqlen_q : work.seqlen_k, kRows);
+    const int first = index / (scheduled.section * tiles) * scheduled.section;  // head of the section, over the batch
+    const int together = minimum(scheduled.section, int(args.batch) * heads - first);
+    const int in_section = index - first * tiles, head = first + in_section % together;
+    tile = in_section / together;
+    work.batch = head / heads, work.head = head % heads;
+  } else {
+    tile = index / heads;
+    work.head = index % heads;
+    for (work.batch = 0;; ++work.batch, tile -= tiles) {
+      if (work.batch == args.documents) return false;
+      work.q_row = ld_global(args.cu_seqlens_q + work.batch), work.k_row = ld_global(args.cu_seqlens_k + work.batch);
+      work.seqlen_q = ld_global(args.cu_seqlens_q + work.batch + 1) - int(work.q_row);
+      work.seqlen_k = ld_global(args.cu_seqlens_k + work.batch + 1) - int(work.k_row);
+      tiles = ceil_div(kQueries ? work.seqlen_q : work.seqlen_k, kRows);
+      if (tile < tiles) break;
+    }
+  }
+  // The last rows of queries see most keys; the first keys are seen by most queries.
+  work.first = (kQueries ? tiles - 1 - tile : tile) * kRows;
+  return true;
+}
+
+// Calls f(work) for each of this block's tiles.
+template <bool kQueries, int kRows, typename F>
+PHI1_DEVICE void for_each_work(const ScheduledArgs& scheduled, F f) {
+  for (int index = block_index(); index < scheduled.works; index += block_count()) {
+    Work work;
+    if (find_work<kQueries, kRows>(scheduled, index, work)) f(work);
+  }
+}
+
+}  // namespace phi1::cuda::hopper

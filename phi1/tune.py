@@ -1,0 +1,95 @@
+"""Measures which kernels are fastest on this machine, on the shapes of a model, and keeps the table for this user.
+
+    phi1 tune --model phi1-small
+    phi1 tune --model recipes/pretrain-phi1.toml
+
+At most a minute on a CPU and one and a half on a GPU. What is measured is what automatic choice then follows, until the
+machine, its driver, torch, triton or phi1 change; `phi1 doctor` shows it. Ctrl-C keeps what was measured until then.
+"""
+
+import dataclasses
+import pathlib
+from typing import TYPE_CHECKING
+
+from phi1.config import PRESETS, ModelConfig, TrainConfig
+from phi1.errors import UserError
+from phi1.recipe import load_recipe
+
+if TYPE_CHECKING:  # torch and the kernels take seconds to import, which --help need not
+    import torch
+
+    from kernels.tune import Shape
+    from phi1.distributed import World
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of `phi1 tune`."""
+
+    model: str = "phi1-small"
+    """Whose shapes to measure: phi1, phi1-small, phi1-tiny, or the path of a recipe."""
+    shape: str | None = None
+    """In its place an explicit one: batch x tokens x hidden x heads x head_dim x inner x columns."""
+    device: str = "auto"
+    """auto: a GPU where there is one, else the CPU. Or cpu, cuda, cuda:1."""
+    seconds: float | None = None
+    """At most so long; default 60 on a CPU, 90 on a GPU."""
+
+
+def run(config: Config) -> pathlib.Path:
+    """`phi1 tune`; returns the table's path. UserError if it cannot be kept."""
+    import kernels.tune
+    from phi1.distributed import World
+
+    device = World(config.device).device
+    try:
+        return kernels.tune.tune(_shape(config), device, seconds=config.seconds)
+    except kernels.tune.TuneError as error:
+        raise UserError(str(error)) from error
+
+
+def shape_of(model: ModelConfig, batch: int, tokens: int) -> "Shape":
+    """What `kernels.tune` measures for a model."""
+    from kernels.tune import Shape
+
+    return Shape(
+        batch, tokens, model.hidden_size, model.num_heads, model.head_dim, model.intermediate_size, model.vocab_size,
+        kv_heads=model.num_kv_heads, rotary_dim=model.rotary_dim,
+    )  # fmt: skip
+
+
+def _shape(config: Config) -> "Shape":
+    from kernels.tune import Shape
+
+    if config.shape is not None:
+        try:
+            return Shape.parse(config.shape)
+        except ValueError as error:
+            raise UserError(f"--{error}") from error
+    if config.model in PRESETS:
+        return shape_of(PRESETS[config.model], 8, 2048)
+    if not pathlib.Path(config.model).is_file():
+        raise UserError(f"--model {config.model}: must be one of {', '.join(PRESETS)}, or the path of a recipe")
+    recipe = load_recipe(pathlib.Path(config.model))
+    return shape_of(recipe.model, recipe.train.micro_batch, recipe.data.sequence_length)
+
+
+def tune_first(config: TrainConfig, world: "World", dtype: "torch.dtype") -> None:
+    """Before a training: measures a machine of whose kind there is no measurement, and says so."""
+    import kernels.tune
+    from kernels import registry
+
+    machine = registry.machine_of(world.device)
+    if not config.train.tune or registry.measured_here(machine):
+        return
+    world.say(f"nothing was measured on {machine.kind}: phi1 tune runs first (--no-tune leaves it out)")
+
+    def tune() -> None:
+        shape = shape_of(config.model, config.train.micro_batch, config.data.sequence_length)
+        try:
+            kernels.tune.tune(shape, world.device, (dtype,), say=world.say)
+        except kernels.tune.TuneError as error:
+            world.say(str(error))
+
+    world.on_first(tune)
+    registry.read_tables()

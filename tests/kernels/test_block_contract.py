@@ -1,0 +1,213 @@
+"""parallel_block on what a model gives it, on every backend that takes CPU tensors: one contract."""
+
+import importlib.util
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from cpu_isa import CPU_BACKENDS
+from emulator import emulator, emulator_module  # noqa: F401
+from test_block import HEAD_DIM, HIDDEN, KV_HEADS, OPTIONS, make, run, run_with_grads
+from torch import Tensor
+
+from kernels import use_backend
+
+TRITON = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
+BACKENDS = ["reference", "torch", *["cpu"] * bool(CPU_BACKENDS), "cuda", *["triton"] * TRITON]
+COMPOSED = ("reference", "torch")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """A backend that takes CPU tensors; `cuda` is the emulator, `triton` its interpreter."""
+    if request.param == "cuda":
+        request.getfixturevalue("emulator")
+    return request.param
+
+
+def inputs_of(backend: str, seq: int = 5) -> list[Tensor]:
+    """The cuda backend multiplies 16 bits only."""
+    return make(2, seq, dtype=torch.bfloat16 if backend == "cuda" else torch.float32)
+
+
+def cache_of(inputs: list[Tensor], *shape: int) -> Tensor:
+    return torch.full(shape or (2, 16, KV_HEADS, HEAD_DIM), torch.nan, dtype=inputs[0].dtype)
+
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["keys", "values"])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda c: c.double(), r"dtype = torch\.float64, x\.dtype = torch\.\w+: must be equal"),
+        (lambda c: c.to("meta"), r"is on meta, x on cpu: move one to the other's device"),
+        (lambda c: c[:, :7], r"holds 3 of 7 tokens: 5 more do not fit; make a longer cache"),
+        (lambda c: c[:1], r"shape = \(1, 16, 2, 32\): must be \(2 or more, capacity, 2, 32\)"),
+        (lambda c: c[:, :, :1], r"shape = \(2, 16, 1, 32\): must be \(2 or more, capacity, 2, 32\)"),
+        (lambda c: c[..., :16], r"shape = \(2, 16, 2, 16\): must be \(2 or more, capacity, 2, 32\)"),
+        (lambda c: c[0], r"shape = \(16, 2, 32\): must be \(2 or more, capacity, 2, 32\)"),
+    ],
+)
+def test_a_cache_that_does_not_fit(backend, part, wrong, message):
+    inputs = inputs_of(backend)
+    cache = [cache_of(inputs), cache_of(inputs)]
+    cache[part] = wrong(cache[part])
+    for grads in (False, True):
+        with torch.set_grad_enabled(grads), pytest.raises(ValueError, match=rf"kv_cache\[{part}\].*{message}"):
+            run([t.requires_grad_(grads) if t.is_leaf else t for t in inputs], kv_cache=(*cache, 3), backend=backend)
+    assert all(bool(c.isnan().all()) for c in cache if not c.is_meta), "nothing is written before the checks"
+
+
+def test_a_negative_length(backend):
+    inputs = inputs_of(backend)
+    with pytest.raises(ValueError, match=r"kv_cache\[2\] = -1: must be the number of tokens so far"):
+        run(inputs, kv_cache=(cache_of(inputs), cache_of(inputs), -1), backend=backend)
+
+
+def test_a_cache_records_no_gradient(backend):
+    """Whatever requires one; and what autograd saved of the cache is known to have been overwritten."""
+    inputs = inputs_of(backend)
+    cache = [cache_of(inputs), cache_of(inputs)]
+    versions = [c._version for c in cache]
+    with torch.no_grad():
+        expected = run(inputs, kv_cache=(*(c.clone() for c in cache), 0), backend=backend)
+    y = run([t.clone().requires_grad_() for t in inputs[:7]] + inputs[7:], kv_cache=(*cache, 0), backend=backend)
+    assert torch.equal(y, expected) and not y.requires_grad
+    assert not any(c.requires_grad for c in cache)
+    assert all(c._version > before for c, before in zip(cache, versions, strict=True))
+
+
+def test_a_longer_cache_of_more_rows_with_strides(backend):
+    """A batch's first rows, every other head of a wider cache."""
+    inputs = inputs_of(backend)
+    wide = [cache_of(inputs, 3, 20, 2 * KV_HEADS, HEAD_DIM)[:, :, ::2] for _ in range(2)]
+    dense = [cache_of(inputs) for _ in range(2)]
+    first, second = ([inputs[0][:, a:b], *inputs[1:]] for a, b in ((0, 3), (3, 5)))
+    for cache in (wide, dense):
+        a = run(first, kv_cache=(*cache, 0), backend=backend)
+        b = run(second, kv_cache=(*cache, 3), positions=torch.arange(3, 5), backend=backend)
+        joined = torch.cat([a, b], 1)
+        torch.testing.assert_close(joined, run(inputs, backend=backend), rtol=0.02, atol=0.02)
+    assert all(torch.equal(w[:2, :5], d[:, :5]) for w, d in zip(wide, dense, strict=True))
+    assert all(bool(w[2].isnan().all()) and bool(w[:, 5:].isnan().all()) for w in wide)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_another_default_device(backend, device):
+    inputs = inputs_of(backend)
+    dropout = {} if backend == "torch" else {"attention_dropout": 0.2}
+    options = {**dropout, "residual_dropout": 0.1, "dropout_seed": 3, "backend": backend}
+    caches = [[torch.zeros(2, 16, KV_HEADS, HEAD_DIM, dtype=inputs[0].dtype) for _ in range(2)] for _ in range(2)]
+    expected = run(inputs, **options), run(inputs, kv_cache=(*caches[0], 0), backend=backend)
+    leaves = [t.clone().requires_grad_() for t in inputs[:7]]
+    with torch.device(device):
+        y = run([*leaves, *inputs[7:]], **options)
+        y.backward(y.detach())
+        cached = run(inputs, kv_cache=(*caches[1], 0), backend=backend)
+    assert torch.equal(y, expected[0]) and torch.equal(cached, expected[1])
+    assert all(x.grad is not None and x.grad.device.type == "cpu" for x in leaves)
+
+
+def test_a_cache_compiles_to_one_graph(backend):
+    if backend == "triton":
+        pytest.skip("Triton's interpreter is not compiled")
+    inputs = inputs_of(backend)
+    caches = [[torch.zeros(2, 16, KV_HEADS, HEAD_DIM, dtype=inputs[0].dtype) for _ in range(2)] for _ in range(2)]
+    step = lambda length, keys, values, *t: run(list(t), kv_cache=(keys, values, length), backend=backend)  # noqa: E731
+    fast = compiled(step)
+    with torch.no_grad():
+        for length in (0, 5, 6):
+            expected = step(length, *caches[0], *inputs)
+            torch.testing.assert_close(fast(length, *caches[1], *inputs), expected, rtol=0.02, atol=0.02)
+    assert all(map(torch.equal, *caches)) or inputs[0].dtype == torch.bfloat16
+
+
+def test_a_second_derivative_is_right_or_an_error(backend):
+    inputs = inputs_of(backend)
+    leaves = [t.clone().requires_grad_() for t in inputs[:7]]
+    y = run([*leaves, *inputs[7:]], backend=backend)
+    grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+    if backend == "reference" or backend == "torch":
+        pytest.skip("of float64: the next test")
+    with pytest.raises(NotImplementedError, match="parallel_block: a second derivative was asked for"):
+        torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_twice_differentiable(name):
+    inputs = make(1, 3)
+    inputs = [t.double() for t in inputs[:7]] + inputs[7:]
+    x = inputs[0].requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: run([x, *inputs[1:]], backend=name), x, fast_mode=True)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint(backend, reentrant):
+    inputs = inputs_of(backend)
+    options = {} if backend == "torch" else {"attention_dropout": 0.2, "residual_dropout": 0.1, "dropout_seed": 3}
+    expected = run_with_grads(inputs, backend=backend, **options)
+    leaves = [t.clone().requires_grad_() for t in inputs[:7]]
+    y = torch.utils.checkpoint.checkpoint(
+        lambda *t: run([*t, *inputs[7:]], backend=backend, **options), *leaves, use_reentrant=reentrant
+    )
+    grad = torch.randn(y.transpose(0, 2).shape, generator=torch.Generator().manual_seed(1)).transpose(0, 2)
+    y.backward(grad.to(y.dtype))
+    assert all(map(torch.equal, [y.detach(), *(x.grad for x in leaves)], expected))
+
+
+def test_functional_gradients(backend):
+    inputs = inputs_of(backend)
+    loss = lambda x: run([x, *inputs[1:]], backend=backend).float().square().sum()  # noqa: E731
+    x = inputs[0].clone().requires_grad_()
+    expected = torch.autograd.grad(loss(x), x)[0]
+    assert torch.equal(torch.func.grad(loss)(inputs[0]), expected)
+    if backend not in COMPOSED:
+        with pytest.raises(RuntimeError, match="vmap over FusedBlock"):
+            torch.func.vmap(lambda x: run([x, *inputs[1:]], backend=backend))(torch.stack([inputs[0]] * 2))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(backend, mode):
+    inputs = inputs_of(backend)
+    expected = run_with_grads(inputs, backend=backend)[0]
+    with mode():
+        y = run(inputs, backend=backend)
+    assert not y.requires_grad and torch.equal(y.clone(), expected)
+
+
+def test_use_backend_is_the_forward_passes(backend):
+    inputs = inputs_of(backend)
+    expected = run_with_grads(inputs, backend=backend)
+    leaves = [t.clone().requires_grad_() for t in inputs[:7]]
+    with use_backend(backend):
+        y = run([*leaves, *inputs[7:]])
+    grad = torch.randn(y.transpose(0, 2).shape, generator=torch.Generator().manual_seed(1)).transpose(0, 2)
+    with use_backend("torch" if backend == "reference" else "reference"):
+        y.backward(grad.to(y.dtype))
+    assert all(map(torch.equal, (x.grad for x in leaves), expected[1:]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 3}, "kv_heads = 2: must divide heads = 3"),
+        ({"head_dim": 0}, "heads = 4, kv_heads = 2, head_dim = 0: must be at least 1"),
+        ({"kv_heads": 0}, "heads = 4, kv_heads = 0, head_dim = 32: must be at least 1"),
+        ({"cu_seqlens": torch.tensor([0, 10])}, "cu_seqlens_q.dtype = torch.int64: must be int32"),
+    ],
+)
+def test_options_that_do_not_fit(backend, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(inputs_of(backend), **{**OPTIONS, **changes}, backend=backend)
+
+
+@pytest.mark.parametrize("index", [1, 2])
+def test_norms_that_do_not_fit(backend, index):
+    inputs = inputs_of(backend)
+    inputs[index] = torch.ones(3)
+    with pytest.raises(ValueError, match=rf"norm_\w+.shape = \(3,\): must be \({HIDDEN},\)"):
+        run(inputs, backend=backend)
