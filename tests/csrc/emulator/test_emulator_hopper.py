@@ -32,8 +32,7 @@ EXPECTED = {
     "named_barrier_missing": "no thread can go on; 32 wait at a named barrier",
     "named_barrier_lanes": "divergence: lanes at different named barriers",
     "registers_given_and_taken": "ok",
-    "registers_that_were_not_launched_with": "of 64512 registers that the block was "
-    "launched with 63232 are taken",
+    "registers_that_were_not_launched_with": "of 64512 registers that the block was launched with 63232 are taken",
     "registers_all_given_and_taken": "ok",
     "registers_that_nobody_gives": "no thread can go on; 256 wait at setmaxnreg",
     "registers_increased_by_dec": "setmaxnreg.dec: from 168 to 232",
