@@ -35,6 +35,23 @@ PHI1_DEVICE int document_end(const int32_t* offset, int64_t start, int64_t lengt
   return minimum(maximum(ld_global(offset), int(start)), int(length));
 }
 
+// Which of the packed documents holds tile number `tile` of them all, which becomes the number in it of its `tiles`,
+// and where its rows are. False: a document's tiles were fewer than the bound.
+template <bool kQueries, int kRows>
+PHI1_DEVICE bool find_document(const AttentionArgs& args, Work& work, int& tile, int& tiles) {
+  int q_end = document_end(args.cu_seqlens_q, 0, args.seqlen_q);
+  int k_end = document_end(args.cu_seqlens_k, 0, args.seqlen_k);
+  for (work.batch = 0; work.batch < args.documents; ++work.batch, tile -= tiles) {
+    work.q_row = q_end, work.k_row = k_end;
+    q_end = document_end(args.cu_seqlens_q + work.batch + 1, q_end, args.seqlen_q);
+    k_end = document_end(args.cu_seqlens_k + work.batch + 1, k_end, args.seqlen_k);
+    work.seqlen_q = q_end - int(work.q_row), work.seqlen_k = k_end - int(work.k_row);
+    tiles = ceil_div(kQueries ? work.seqlen_q : work.seqlen_k, kRows);
+    if (tile < tiles) return true;
+  }
+  return false;
+}
+
 // Finds this block's work; false: a document's tiles were fewer than the bound. kQueries: tiles of query rows, else of
 // key rows. Tiles of one head are neighbours, so that its keys and values stay in the L2 cache; the last tile, the
 // longest row of a causal mask, comes first.
@@ -53,17 +70,7 @@ PHI1_DEVICE bool find_work(const AttentionArgs& args, Work& work) {
     const int bound = int((kQueries ? args.seqlen_q : args.seqlen_k) / kRows + args.documents);
     tile = block_index() % bound;
     work.head = block_index() / bound;
-    int q_end = document_end(args.cu_seqlens_q, 0, args.seqlen_q);
-    int k_end = document_end(args.cu_seqlens_k, 0, args.seqlen_k);
-    for (work.batch = 0;; ++work.batch, tile -= tiles) {
-      if (work.batch == args.documents) return false;
-      work.q_row = q_end, work.k_row = k_end;
-      q_end = document_end(args.cu_seqlens_q + work.batch + 1, q_end, args.seqlen_q);
-      k_end = document_end(args.cu_seqlens_k + work.batch + 1, k_end, args.seqlen_k);
-      work.seqlen_q = q_end - int(work.q_row), work.seqlen_k = k_end - int(work.k_row);
-      tiles = ceil_div(kQueries ? work.seqlen_q : work.seqlen_k, kRows);
-      if (tile < tiles) break;
-    }
+    if (!find_document<kQueries, kRows>(args, work, tile, tiles)) return false;
   }
   work.first = (tiles - 1 - tile) * kRows;
   return true;

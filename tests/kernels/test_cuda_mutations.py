@@ -100,7 +100,7 @@ MUTATIONS = [
         ("causal mask aligned top left", "work.seqlen_k - work.seqlen_q + 1", "1"),
         ("causal mask ignored", "args.causal ? work.seqlen_k - work.seqlen_q + 1 : work.seqlen_k", "work.seqlen_k"),
         ("document's rows in lse forgotten", "* args.seqlen_q + work.q_row", "* args.seqlen_q"),
-        ("document's first query forgotten", "work.q_row = ld_global(args.cu_seqlens_q + work.batch), ", ""),
+        ("document's first query forgotten", "work.q_row = q_end, work.k_row = k_end;", "work.k_row = k_end;"),
         ("a tile of the documents too few", "int((kQueries ? args.seqlen_q : args.seqlen_k) / kRows + args.documents)",
          "int((kQueries ? args.seqlen_q : args.seqlen_k) / kRows + args.documents - 1)"),
         ("dropout's rows 16 apart confused", "plane, row + 16 * m, column", "plane, row, column"),
@@ -171,7 +171,8 @@ MUTATIONS = [
         ("dK, dV: delta missing", "(ds[m][n][i] * args.dropout_scale - (i % 2 ? odd.y : even.y))", "ds[m][n][i]"),
         ("dK: scale missing", "store<T>(grad_k, args.scale,", "store<T>(grad_k, 1.0f,"),
         ("dV: dropout's scale missing", "store<T>(grad_v, args.dropout_scale,", "store<T>(grad_v, 1.0f,"),
-        ("dV: not dropped", "          left[n / 2][n % 2 * 2 + i / 2] &= i % 2 ? 0x0000ffffu : 0xffff0000u;\n", ""),
+        ("dV: not dropped", "product_columns<T, kHeadDim>(grad_v, dropped, grad_tile(stage));",
+         "product_columns<T, kHeadDim>(grad_v, p, grad_tile(stage));"),
         ("dK, dV: copies not waited for without queries", "if (steps == 0) {", "if (false) {"),
         ("dK, dV: numbers past the end read", "from, inside ? 8 : 0);", "from + (inside ? 0 : 2 * (i)), 8);"),
         ("dQ: mask lets the next key through", "key >= minimum(work.seqlen_k, query + visible)",
@@ -296,7 +297,6 @@ MUTATIONS = [
         ("last tile skipped", "index < scheduled.works", "index < scheduled.works - 1"),
         ("heads of the first section only", "head = first + in_section % together", "head = in_section % together"),
         ("batch and head confused", "work.batch = head / heads, work.head = head % heads", "work.batch = head % heads, work.head = head / heads"),
-        ("document's first query forgotten", "work.q_row = ld_global(args.cu_seqlens_q + work.batch), ", ""),
         ("tiles off by one", "tiles - 1 - tile : tile) * kRows", "tiles - tile : tile) * kRows"),
     ),
     *_mutations(
@@ -521,7 +521,7 @@ def _check_hopper(module: ModuleType, backward: bool) -> None:
     for seed in range(2):
         module.set_seed(seed)
         for case in HOPPER:
-            emulator.check_attention(case, torch.bfloat16, version="cuda/hopper", backward=backward)
+            emulator.check_attention(case, torch.bfloat16, version="cuda/hopper_backward", backward=backward)
     counters = module.counters()
     assert counters["shared_wavefronts"] == counters["shared_wavefronts_least"], "bank conflicts"
 

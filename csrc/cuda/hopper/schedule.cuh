@@ -43,14 +43,7 @@ PHI1_DEVICE bool find_work(const ScheduledArgs& scheduled, int index, Work& work
   } else {
     tile = index / heads;
     work.head = index % heads;
-    for (work.batch = 0;; ++work.batch, tile -= tiles) {
-      if (work.batch == args.documents) return false;
-      work.q_row = ld_global(args.cu_seqlens_q + work.batch), work.k_row = ld_global(args.cu_seqlens_k + work.batch);
-      work.seqlen_q = ld_global(args.cu_seqlens_q + work.batch + 1) - int(work.q_row);
-      work.seqlen_k = ld_global(args.cu_seqlens_k + work.batch + 1) - int(work.k_row);
-      tiles = ceil_div(kQueries ? work.seqlen_q : work.seqlen_k, kRows);
-      if (tile < tiles) break;
-    }
+    if (!find_document<kQueries, kRows>(args, work, tile, tiles)) return false;
   }
   // The last rows of queries see most keys; the first keys are seen by most queries.
   work.first = (kQueries ? tiles - 1 - tile : tile) * kRows;
