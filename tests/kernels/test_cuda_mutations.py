@@ -212,7 +212,6 @@ MUTATIONS = [
         ("P packed while P V reads it", "        exponentials(tile);\n", "        exponentials(tile);\n        round_to<T>(p, s);\n"),
         ("K not waited for", "shared.k_ring.wait_full(k_turn);", ";"),
         ("V not waited for", "shared.v_ring.wait_full(v_turn);", ";"),
-        ("Q not waited for", "shared.q_ring.wait_full(q_turn);", ";"),
         ("no wgmma.fence before the scores", "wait_full(k_turn);\n      wgmma_fence();", "wait_full(k_turn);"),
         ("no wgmma.fence before P V", "wait_full(v_turn);\n      wgmma_fence();", "wait_full(v_turn);"),
         ("scores not committed", "shared.k_ring.tile(k_turn));\n      wgmma_commit();", "shared.k_ring.tile(k_turn));"),
@@ -510,6 +509,7 @@ def _check_attention(module: ModuleType) -> None:
 # The hopper kernels' tiles are 128 x 128, in blocks that take several: more rows, several tiles for each of 3 blocks.
 HOPPER = [
     Case("mutants_causal", batch=3, seqlen_q=140, seqlen_k=300, heads=2, kv_heads=1, dropout_p=0.25),
+    Case("mutants_peaked", batch=1, seqlen_q=20, seqlen_k=300, heads=1, kv_heads=1, causal=False, magnitude=100.0),
     Case("mutants_corner", batch=1, seqlen_q=140, seqlen_k=141, heads=1, kv_heads=1),
     Case("mutants_documents", batch=1, heads=4, kv_heads=2, documents=((5, 90), (40, 20), (4, 0), (0, 9), (133, 133))),
     Case("mutants_blind", batch=1, seqlen_q=139, seqlen_k=3, heads=1, kv_heads=1),
