@@ -15,6 +15,7 @@ from kernels.checks import (
     check_dtype,
     check_int32,
     check_like,
+    check_not_captured,
     check_rank,
     overlaps_itself,
     seed_bits,
@@ -34,6 +35,7 @@ torch.library.define(
 @torch.library.impl("phi1::attention_forward", ("cpu", "cuda"))
 @without_autocast
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    check_not_captured(options[4], q)
     return implementation("flash_attention", options[-1]).forward(q, k, v, *options[:-1])
 
 
@@ -46,6 +48,7 @@ torch.library.define(
 @torch.library.impl("phi1::attention_forward_out", ("cpu", "cuda"))
 @without_autocast
 def _forward_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options) -> Tensor:  # type: ignore[no-untyped-def]
+    check_not_captured(options[4], q)
     torch.autograd.graph.increment_version(out)  # a native kernel's writing PyTorch does not see
     return implementation("flash_attention", options[-1]).forward(q, k, v, *options[:-1], out=out)[1]
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.autocast import without_autocast
 from kernels.autograd import once_differentiable
-from kernels.checks import check_positions
+from kernels.checks import check_not_captured, check_positions
 from kernels.reference import Dropout
 from kernels.registry import implementation
 
@@ -189,6 +189,7 @@ def _saved_shapes(layout: Layout, documents: bool) -> tuple[tuple[int, ...], tup
 @torch.library.impl("phi1::parallel_block_forward", ("cpu", "cuda"))
 @without_autocast
 def _forward(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grads, *options):  # type: ignore[no-untyped-def]
+    check_not_captured(max(options[9:11]), x)  # attention's and the residual's
     forward = implementation("parallel_block", options[-1]).forward
     arguments = _arguments(x, w_in, *options)
     y, z, attention, lse = forward(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, *arguments)

@@ -14,7 +14,17 @@ from calls import CALLS, ROWS, Call
 from emulator import emulator, emulator_module  # noqa: F401
 from torch import Tensor
 
-from kernels import apply_rotary, checks, cuda, flash_attention, layer_norm, reference
+from kernels import (
+    apply_rotary,
+    attention,
+    checks,
+    cuda,
+    flash_attention,
+    fused_block,
+    layer_norm,
+    parallel_block,
+    reference,
+)
 from kernels.triton import attention as triton_attention
 
 BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
@@ -365,3 +375,37 @@ def test_every_tensor_that_kernels_make_has_its_device_and_dtype_named() -> None
             wanted = {"device", "dtype"} if node.func.attr in TYPED else {"device"}
             assert wanted <= named, f"{path.name}:{node.lineno}: torch.{node.func.attr} without {wanted - named}"
     assert found > 15
+
+
+def test_dropout_in_a_captured_graph_is_refused(monkeypatch):
+    """A replay would draw the same mask: the seed is a number. On a CPU the stream that captures is pretended."""
+
+    class OnGpu:
+        is_cuda = True
+
+    for capturing, p in ((False, 0.5), (True, 0.0)):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        checks.check_not_captured(p, OnGpu())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError, match=r"dropout_p = 0.5 while a CUDA graph is captured: every replay"):
+        checks.check_not_captured(0.5, OnGpu())
+    seen = []
+    for module in (attention, fused_block):
+        monkeypatch.setattr(module, "check_not_captured", lambda p, x: seen.append(p))
+    q = torch.randn(1, 4, 1, 32)
+    flash_attention(q, q, q, dropout_p=0.25, backend="reference")
+    with torch.no_grad():
+        flash_attention(q, q, q, out=torch.empty_like(q), backend="reference")
+    x, weight = torch.randn(1, 4, 32), torch.randn(32)
+    tensors = (weight, weight, torch.randn(128, 32), torch.randn(128), torch.randn(32, 64), weight)
+    parallel_block(
+        x,
+        *tensors,
+        *reference.rotary_table(4, 16),
+        heads=1,
+        kv_heads=1,
+        head_dim=32,
+        residual_dropout=0.5,
+        backend="cpu",
+    )
+    assert seen == [0.25, 0.0, 0.5]
