@@ -211,6 +211,8 @@ def flash_attention(
     )
     check(heads > 0 and head_dim > 0, lambda: f"q.shape = {tuple(q.shape)}: heads and head_dim must be at least 1")
     check(0.0 <= dropout_p < 1.0, lambda: f"dropout_p = {dropout_p}: must be in [0, 1)")
+    if not torch.compiler.is_compiling():  # what is compiled is captured later: the operator looks again
+        check_not_captured(dropout_p, q)
     check(
         (cu_seqlens_q is None) == (cu_seqlens_k is None),
         lambda: "cu_seqlens_q and cu_seqlens_k: give both or neither",

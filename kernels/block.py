@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels import cpu, native, reference
 from kernels.attention import check_documents, flash_attention
 from kernels.autocast import cast_inputs
-from kernels.checks import check, check_dtype, check_like, check_shape, seed_bits
+from kernels.checks import check, check_dtype, check_like, check_not_captured, check_shape, seed_bits
 from kernels.fused_block import FusedBlock
 from kernels.measured import size_class
 from kernels.norm import layer_norm
@@ -166,6 +166,8 @@ def parallel_block(
     check(0.0 <= attention_dropout < 1.0, lambda: f"attention_dropout = {attention_dropout}: must be in [0, 1)")
     check(0.0 <= residual_dropout < 1.0, lambda: f"residual_dropout = {residual_dropout}: must be in [0, 1)")
     dropout_seed = seed_bits("dropout_seed", dropout_seed)
+    if not torch.compiler.is_compiling():  # what is compiled is captured later: the operator looks again
+        check_not_captured(max(attention_dropout, residual_dropout), x)
     check(
         kv_cache is None or cu_seqlens is None,
         lambda: "kv_cache and cu_seqlens are both given: decode packed documents as separate batch entries",

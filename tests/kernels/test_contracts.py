@@ -389,13 +389,13 @@ def test_dropout_in_a_captured_graph_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(ValueError, match=r"dropout_p = 0.5 while a CUDA graph is captured: every replay"):
         checks.check_not_captured(0.5, OnGpu())
-    seen = []
-    for module in (attention, fused_block):
-        monkeypatch.setattr(module, "check_not_captured", lambda p, x: seen.append(p))
+    seen = set()
+    for module in (attention, block, fused_block):
+        monkeypatch.setattr(module, "check_not_captured", lambda p, x, module=module: seen.add((module, p)))
     q = torch.randn(1, 4, 1, 32)
     flash_attention(q, q, q, dropout_p=0.25, backend="reference")
     with torch.no_grad():
-        flash_attention(q, q, q, out=torch.empty_like(q), backend="reference")
+        torch.ops.phi1.attention_forward(q, q, q, None, None, True, 1.0, 0.125, 0, "cpu")
     x, weight = torch.randn(1, 4, 32), torch.randn(32)
     tensors = (weight, weight, torch.randn(128, 32), torch.randn(128), torch.randn(32, 64), weight)
     parallel_block(
@@ -408,4 +408,4 @@ def test_dropout_in_a_captured_graph_is_refused(monkeypatch):
         residual_dropout=0.5,
         backend="cpu",
     )
-    assert seen == [0.25, 0.0, 0.5]
+    assert seen == {(attention, 0.25), (attention, 0.125), (block, 0.5), (fused_block, 0.5)}
