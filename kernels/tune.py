@@ -96,7 +96,7 @@ def works(of: Machine, device: torch.device, shape: Shape, dtypes: Sequence[torc
     found: list[Work] = []
 
     def random(*size: int) -> Tensor:
-        return torch.randn(size, device=device) * 0.1
+        return torch.randn(size, dtype=torch.float32, device=device) * 0.1
 
     def add(
         op: str, dtype: torch.dtype, head_dim: int | None, queries: int, keys: int, make: Any, flops: float, **options: Any

@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels import (
     apply_rotary,
     attention,
+    block,
     checks,
     cuda,
     flash_attention,
@@ -77,8 +78,8 @@ def test_where_nobody_looks_they_are_their_running_maximum(
         result = flash_attention(
             *leaves, cu_seqlens_q=cu, cu_seqlens_k=cu, return_lse=backend != "torch", backend=backend
         )
-    out, lse = result if isinstance(result, tuple) else (result, None)
-    found = [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+        out, lse = result if isinstance(result, tuple) else (result, None)
+        found = [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
     assert out.grad_fn is not None
     parts = (
         [torch.zeros_like(x[:, : inside[0]]) for x in found],
