@@ -33,7 +33,7 @@ def fuzz_once(op: str, backend: str, number: int) -> int:
     count = 0
 
     @settings(
-        max_examples=EXAMPLES[backend.partition(":")[0]], deadline=None, print_blob=True,
+        max_examples=EXAMPLES[backend.partition("/")[0]], deadline=None, print_blob=True,
         database=DirectoryBasedExampleDatabase(KEPT / op / backend), suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @seed(number)
