@@ -56,7 +56,7 @@ template <int kHeadDim> void hopper_attention() {
 int main() {
   hopper_attention<64>(), hopper_attention<128>();
   attention<32>(), attention<64>(), attention<128>();
-  std::printf("rotary 0 %d 0\n", 32 * kRotaryWarps);
+  for (const char* name : {"rotary", "rotary_runs"}) std::printf("%s 0 %d 0\n", name, kRotaryThreads);
   for (const char* name : {"layer_norm", "layer_norm_grad", "layer_norm_sum"}) std::printf("%s 0 %d 0\n", name, kNormThreads);
   for (const char* name : {"after_in", "after_in_grad", "residual", "residual_grad"}) std::printf("%s 0 %d 0\n", name, kBlockThreads);
   std::printf("block_sum 0 %d %d\n", kSumThreads, kSumSharedBytes);

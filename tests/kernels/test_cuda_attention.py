@@ -248,8 +248,8 @@ def test_hopper_needs_its_card_and_its_build():
 
 
 def test_an_unknown_version_is_refused_by_the_module(emulator_module):  # noqa: F811
-    spec = (0, 0, 0, 0)
+    x = torch.empty(0, 0, 0, 0)
     with pytest.raises(ValueError, match=r"attention: version = 2: this build has 0 \(mma\) and 1 \(hopper\)"):
         emulator_module.attention_forward_cuda(
-            spec, spec, spec, spec, 0, (1, 2, 2, 2, 2, 64), (0, 0), 0, True, 1.0, 0, 1.0, 0, 1, 0, 2
+            x, x, x, x, None, (1, 2, 2, 2, 2, 64), (None, None), 0, True, 1.0, 0, 1.0, 0, 1, 0, 2
         )
