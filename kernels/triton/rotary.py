@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.native import rows_contiguous
+from kernels.triton.numeric import round_to
 
 
 @triton.jit
@@ -26,8 +27,8 @@ def _turn(
         mask = (head < heads) & (i < HALF)
         a = tl.load(x + i, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(x + i + HALF, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out + i, (a * c - b * s).to(out_ptr.dtype.element_ty), mask=mask)
-        tl.store(out + i + HALF, (b * c + a * s).to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out + i, round_to(a * c - b * s, out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out + i + HALF, round_to(b * c + a * s, out_ptr.dtype.element_ty), mask=mask)
         if HEAD_DIM > 2 * HALF:
             mask = (head < heads) & (rest < HEAD_DIM)
             tl.store(out + rest, tl.load(x + rest, mask=mask), mask=mask)

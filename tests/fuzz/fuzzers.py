@@ -54,11 +54,17 @@ def _unchanged(*tensors: Tensor | None) -> Iterator[None]:
         )
 
 
-def _runs(backend: str, threads: tuple[int, int], run: Callable[[str], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The results of run(backend name); on the CPU equal bits with either number of threads."""
+def _runs(
+    backend: str, threads: tuple[int, int], run: Callable[[str], dict[str, Tensor]], products: bool = False
+) -> dict[str, Tensor]:
+    """The results of run(backend name); on the CPU equal bits with either number of threads.
+
+    products: the op has matrix products of the vendor's library in it, whose bits are its own affair (MKL's in float32 of
+    a 1023 x 2 by 2 x 17 matrix differ between 1 and 3 threads).
+    """
     with use_threads(threads[0]), poisoned_and_guarded():
         found = run(backend)
-    if is_cpu(backend):
+    if is_cpu(backend) and not products:
         with use_threads(threads[1]), poisoned_and_guarded():
             again = run(backend)
         for key, value in found.items():
@@ -408,7 +414,7 @@ def check_loss(backend: str, c: LossCall) -> None:
         return dict(zip(("loss", "dhidden", "dweight", "dbias"), (value.detach(), *grads), strict=True))
 
     with _unchanged(h, w, b, targets):
-        found = _runs(backend, c.threads, run)
+        found = _runs(backend, c.threads, run, products=True)
     bounds.check(found, truth, limits)
 
 
@@ -511,7 +517,7 @@ def check_block(backend: str, c: BlockCall) -> None:
     # its bias is added.
     truth, lows = run("reference", torch.float64), [run(name, c.dtype) for name in ("reference", "torch")]
     with _unchanged(*inputs, grad):
-        found = _runs(backend, c.threads, lambda name: run(name, c.dtype))
+        found = _runs(backend, c.threads, lambda name: run(name, c.dtype), products=True)
     for name, expected in truth.items():
         assert found[name].shape == expected.shape and found[name].dtype == c.dtype, name
         error = error_rule.error(found[name], expected)
