@@ -1,5 +1,6 @@
 """parallel_block on what a model gives it, on every backend that takes CPU tensors: one contract."""
 
+import contextlib
 import importlib.util
 
 import pytest
@@ -138,11 +139,14 @@ def test_a_second_derivative_is_right_or_an_error(backend):
 
 
 @pytest.mark.parametrize("name", COMPOSED)
-def test_twice_differentiable(name):
+def test_twice_differentiable_or_refused(name):
     inputs = make(1, 3)
     inputs = [t.double() for t in inputs[:7]] + inputs[7:]
     x = inputs[0].requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda x: run([x, *inputs[1:]], backend=name), x, fast_mode=True)
+    # PyTorch's attention on a CPU has no second derivative, and says so.
+    refused = pytest.raises(RuntimeError, match=r"derivative for aten::_scaled_dot_product\w+ is not implemented")
+    with refused if name == "torch" else contextlib.nullcontext():
+        assert torch.autograd.gradgradcheck(lambda x: run([x, *inputs[1:]], backend=name), x, fast_mode=True)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
