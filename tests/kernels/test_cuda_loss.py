@@ -77,17 +77,21 @@ def check_extremes(dtype: torch.dtype, device: str = "cpu") -> None:
 
 
 def check_parts(module: ModuleType) -> None:
-    """Each part of the rows adds its sums to its own row of `partial`: blocks on a GPU run at the same time."""
+    """Each part of the rows adds its sums to its own row of `partial`: blocks on a GPU run at the same time. An ignored row
+    adds nothing, and its logits become zeros."""
     generator = torch.Generator().manual_seed(7)
     logits, bias = torch.randn(13, 40, generator=generator), torch.randn(40, generator=generator)
     targets = torch.randint(40, (13,), generator=generator)
+    targets[2] = -100
     loss, stats, partial = torch.empty(13), torch.empty(13, 2), torch.ones(3, 40)
     d, bias = logits.to(torch.bfloat16), bias.to(torch.bfloat16)
-    expected = (d.double() + bias).softmax(-1) - F.one_hot(targets, 40)
+    expected = (d.double() + bias).softmax(-1) - F.one_hot(targets.clamp(min=0), 40)
+    expected[2] = 0.0
     tensors = (d, bias, targets, loss, stats, partial)
     module.cross_entropy_cuda(*tensors, (13, 40, 3, -100), 0.0, native.DTYPE_CODES[d.dtype], 0)
     sums = torch.stack([x.sum(0) for x in expected.split(5)])
     torch.testing.assert_close(partial.double(), 1 + sums, rtol=1e-6, atol=1e-6)
+    assert not d[2].any(), "an ignored row's gradient is zero, whatever its logits"
 
 
 def check_wrong_targets(device: str = "cpu") -> None:
