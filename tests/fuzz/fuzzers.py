@@ -515,7 +515,9 @@ def check_block(backend: str, c: BlockCall) -> None:
     # do, or the reference, which rounds less: where terms cancel the first was 4 to 90 times as far off as the second, and
     # ours with it. Three times, not two: a product is rounded before
     # its bias is added.
-    truth, lows = run("reference", torch.float64), [run(name, c.dtype) for name in ("reference", "torch")]
+    # (PyTorch's attention cannot draw our dropout's mask.)
+    baselines = ("reference",) if c.dropout[0] else ("reference", "torch")
+    truth, lows = run("reference", torch.float64), [run(name, c.dtype) for name in baselines]
     with _unchanged(*inputs, grad):
         found = _runs(backend, c.threads, lambda name: run(name, c.dtype), products=True)
     for name, expected in truth.items():

@@ -100,8 +100,8 @@ def test_writes_where_the_caller_says(documents, strided):
     arguments += (True, -0.2, 0.1, SEED)
     grads = make_inputs(case, torch.bfloat16, DEVICE)[:3]
     pointers = [x.data_ptr() for x in grads]
-    found = triton_attention.attention_backward(*arguments, grads=grads)
-    for a, b, pointer in zip(found, triton_attention.attention_backward(*arguments), pointers, strict=True):
+    backward = functools.partial(triton_attention.attention_backward, *arguments, by_descriptors=True)
+    for a, b, pointer in zip(backward(grads=grads), backward(), pointers, strict=True):
         assert a.data_ptr() == pointer and torch.equal(a, b) and not bool(b.isnan().any())
 
 
@@ -114,7 +114,8 @@ def test_mutations_fail(mutation, monkeypatch):
     forward, backward = triton_attention.attention_forward, triton_attention.attention_backward
 
     def mutate(function):
-        def run(*arguments):  # flash_attention gives neither out= nor grads= here
+        def run(*arguments, by_descriptors):  # flash_attention gives neither out= nor grads= here
+            given = functools.partial(function, by_descriptors=by_descriptors)
             head, (cu_q, cu_k, causal, scale, p, seed) = arguments[:-6], arguments[-6:]
             if mutation == "window":
                 causal = False
@@ -122,22 +123,22 @@ def test_mutations_fail(mutation, monkeypatch):
                 scale *= 1.05
             elif mutation == "other_plane":
                 seed += 1
-            results = function(*head, cu_q, cu_k, causal, scale, p, seed)
+            results = given(*head, cu_q, cu_k, causal, scale, p, seed)
             if function is forward:
                 out, lse = results
                 if mutation == "top_left":
                     q, k, v = head
-                    return function(q, k[:, : q.shape[1]], v[:, : q.shape[1]], cu_q, cu_k, causal, scale, p, seed)
+                    return given(q, k[:, : q.shape[1]], v[:, : q.shape[1]], cu_q, cu_k, causal, scale, p, seed)
                 if mutation == "dropped_tile":
                     q, k, v = head
-                    return function(q, k[:, 64:], v[:, 64:], cu_q, cu_k, causal, scale, p, seed)
+                    return given(q, k[:, 64:], v[:, 64:], cu_q, cu_k, causal, scale, p, seed)
                 if mutation == "lse":
                     return out, lse / 1.4426950408889634  # in base 2
                 if mutation == "no_dropout_scale":
                     return out / reference.dropout_scale(p), lse
             elif mutation == "delta":
                 grad, q, k, v, out, lse = head
-                return function(grad, q, k, v, torch.zeros_like(out), lse, cu_q, cu_k, causal, scale, p, seed)
+                return given(grad, q, k, v, torch.zeros_like(out), lse, cu_q, cu_k, causal, scale, p, seed)
             return results
 
         return run
@@ -166,7 +167,7 @@ PACKED = Case("packed", batch=1, heads=2, head_dim=32, documents=((33, 33), (37,
 def test_mutations_of_descriptors_fail(case, module, old, new, monkeypatch, tmp_path):
     mutate(monkeypatch, tmp_path, module, old, new)
     with pytest.raises(AssertionError, match="error of"):
-        check_case(case, torch.bfloat16, "triton", DEVICE)
+        check_case(case, torch.bfloat16, "triton/descriptors", DEVICE)
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU: the interpreter has one candidate")
