@@ -184,7 +184,7 @@ BOTH = [
     ("block_elementwise", "a * c - b * s, b * c + a * s", "a * c + b * s, b * c - a * s"),
     ("block_elementwise", "first + tl.where(angle < HALF, HALF, 1), angle", "first + tl.where(angle < HALF, HALF + 1, 1), angle"),
     ("block_elementwise", "tl.where(angle < HALF, angle, 2 * angle)", "tl.where(angle < HALF, angle, 2 * angle + 1)"),
-    ("block_elementwise", "row = token % seq", "row = token % seq * 0"),
+    ("block_elementwise", "row = (token % seq)", "row = (token % seq * 0)"),
     ("block_elementwise", "return first, tl.where(in_u, width,", "return first, tl.where(in_u, width - 1,"),
     ("numeric", "(1.0 + 0.044715 * square) * (-LOG2E", "(1.0 + 0.044715 * y) * (-LOG2E"),
 ]  # fmt: skip
