@@ -330,7 +330,7 @@ void complete(Lane* lanes, WarpWgmma& wgmma, int64_t end) {
 }  // namespace
 
 // AddressSanitizer marks the gaps between variables: the stack is copied gaps and all.
-[[gnu::noinline, gnu::no_sanitize("address")]] void wgmma_fence() {
+[[gnu::noinline]] __attribute__((no_sanitize("address"))) void wgmma_fence() {
   Registers& registers = block->current->registers;
   registers.from = static_cast<const unsigned char*>(__builtin_frame_address(0));
   const auto bytes = size_t(block->stack_top(block->current->thread) - registers.from);
