@@ -197,7 +197,7 @@ def fixed_order(machine: Machine, cell: Cell) -> tuple[str, ...]:
     """What automatic choice tries, in turn, where nothing of the cell was measured on the kind of machine.
 
     On a GPU ours come after PyTorch's own ops until measurements put them first. Some did (an H200, torch 2.11, bench/results/
-    first-gpu-run): at compute capability 9.0 the layer (1.2 times plain PyTorch, and PyTorch's residual mask is 142 kernels), the
+    first-gpu-run): at compute capability 9.0 the layer (1.22 times plain PyTorch forward, 1.07 with the backward, and PyTorch's residual mask is 142 kernels), the
     loss (1.9) and rotary (2.2) come before PyTorch's; attention without dropout does not, PyTorch takes cuDNN's there. On
     a CPU the most capable instruction set first, but for what is known to be slower:
 

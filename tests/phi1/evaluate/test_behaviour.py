@@ -323,7 +323,7 @@ def check(f):
     try:
         h(b'\\xff')
     except UnicodeDecodeError as error:
-        assert True
+        assert isinstance(error, ValueError)
     try:
         leave()
     except SystemExit as error:
