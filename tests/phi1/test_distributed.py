@@ -26,7 +26,7 @@ def test_automatic_precision_is_what_the_device_has_instructions_for(config, mon
     monkeypatch.setattr(pathlib.Path, "read_text", lambda self, encoding: f"flags : fpu {flags}\n")
     assert native_precision(torch.device("cpu")) == precision
     monkeypatch.undo()
-    monkeypatch.setattr("phi1.train.native_precision", lambda device: precision)
+    monkeypatch.setattr("phi1.run.native_precision", lambda device: precision)
     train(change(config, steps=1, precision="auto"))
     assert f"{precision} on 1 x CPU" in capsys.readouterr().out
     assert native_precision(torch.device("cpu")) in ("bf16", "fp32")  # whatever this machine is

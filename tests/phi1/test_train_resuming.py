@@ -7,10 +7,9 @@ import time
 
 import pytest
 import torch
-from training import DROPOUT, ROOT, TINY, change, content, environment, losses, records, write, write_recipe
+from training import DROPOUT, ROOT, TINY, change, content, environment, losses, records, trainer_of, write, write_recipe
 
 from phi1 import checkpoint
-from phi1.distributed import World
 from phi1.errors import UserError
 from phi1.tokenizer import train_tokenizer
 from phi1.train import Trainer, train
@@ -24,10 +23,10 @@ def test_a_crashed_run_goes_on_as_if_it_had_not_crashed(config, tmp_path, monkey
     crashed = change(config, run_folder=tmp_path / "crashed", device="auto" if not torch.cuda.is_available() else "cpu")
     real = Trainer.update
 
-    def update(self, stop):
+    def update(self):
         if self.step == 5:
             raise RuntimeError("power cut")
-        return real(self, stop)
+        return real(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "update", update)
@@ -109,8 +108,8 @@ def test_the_loss_scale_is_resumed(config, tmp_path):
 def test_finetuning_starts_from_a_checkpoint(config, tmp_path, tokenizer, texts, capsys):
     base = train(change(config, steps=3))
     tuned = change(config, run_folder=tmp_path / "tuned", init_from=config.train.run_folder, **DROPOUT)
-    with World("cpu") as world:
-        trainer = Trainer(tuned, world)
+    with trainer_of(tuned) as trainer:
+        pass
     for name, value in checkpoint.load_model(base)[0].state_dict().items():
         assert torch.equal(trainer.model.state_dict()[name], value)
     assert not trainer.optimizer.state and trainer.step == 0

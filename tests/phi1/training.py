@@ -1,12 +1,16 @@
 """A training of seconds for the tests of the trainer, and what it wrote."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 
 from phi1.config import ModelConfig
+from phi1.distributed import StopSignals, World
+from phi1.run import opened
 from phi1.tokens import TokenWriter
+from phi1.train import Trainer
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODEL = ModelConfig(
@@ -34,6 +38,13 @@ def change(config, **changes):
         config = dataclasses.replace(config, **{table.name: dataclasses.replace(getattr(config, table.name), **mine)})
     assert not changes, changes
     return config
+
+
+@contextlib.contextmanager
+def trainer_of(config):
+    """A trainer that has not begun."""
+    with World(config.train.device) as world, opened(config, world) as run:
+        yield Trainer(run, StopSignals())
 
 
 def records(run):
