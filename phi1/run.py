@@ -71,20 +71,22 @@ class Run:
         settings, present = self.config.train, len(in_run(self.folder))
         step = self.facts["step"] if self.resumed else 0
         to_come = -(-settings.steps // settings.checkpoint_every) - step // settings.checkpoint_every
-        if settings.checkpoint_minutes:
-            to_come = settings.keep_last + 1
-        needed = min(settings.keep_last + 1 - min(present, settings.keep_last), to_come)
+        needed = settings.keep_last + 1 - min(present, settings.keep_last)
+        if not settings.checkpoint_minutes:
+            needed = min(needed, to_come)
         kept = settings.steps // settings.keep_every - step // settings.keep_every if settings.keep_every else 0
         free = shutil.disk_usage(self.folder).free
-        line = (
-            f"checkpoints of {_gigabytes(size)}: room for {needed} more needed soon (one more than --keep-last "
-            f"{settings.keep_last}, while one is written), {kept} more in time for --keep-every; {_gigabytes(free)} free"
+        facts = (
+            f"a checkpoint takes {_gigabytes(size)}, and room for {needed} more is needed (--keep-last {settings.keep_last}, "
+            f"and one while it is written)"
         )
         if needed * size > free:
             raise UserError(
-                f"{self.folder}: {line}; free space there, lower --keep-last, or choose another --run-folder"
+                f"{self.folder}: {facts}, but {_gigabytes(free)} are free; free space there, lower --keep-last, or choose "
+                "another --run-folder"
             )
-        self.world.say(line)
+        later = f"; --keep-every {settings.keep_every} keeps {kept} more in time" if kept else ""
+        self.world.say(f"{facts}{later}; {_gigabytes(free)} are free")
 
     def save(self, step: int, write: Callable[[pathlib.Path], None]) -> None:
         """Has `write` make the checkpoint folder of `step`, points `last` at it, and deletes those not to be kept."""

@@ -32,7 +32,7 @@ def test_a_crashed_run_goes_on_as_if_it_had_not_crashed(config, tmp_path, monkey
         patch.setattr(Trainer, "update", update)
         with pytest.raises(RuntimeError, match="power cut"):
             train(crashed)
-    assert checkpoint.newest(crashed.train.run_folder).name == "step-000003"
+    assert checkpoint.resolve(crashed.train.run_folder).name == "step-000003"
     with open(crashed.train.run_folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')  # a torn line
     (crashed.train.run_folder / "step-000006.tmp-1").mkdir()  # a torn checkpoint
@@ -59,7 +59,7 @@ def test_interrupted_by_ctrl_c_then_resumed(config, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "stopping after this step" in errors and "Traceback" not in errors
-    stopped = checkpoint.newest(run)
+    stopped = checkpoint.resolve(run)
     assert 3 <= checkpoint.read_facts(stopped)["step"] < 60
     assert len(losses(run)) == checkpoint.read_facts(stopped)["step"]
     resumed = subprocess.run([sys.executable, ROOT / "phi1" / "train.py", recipe], cwd=tmp_path, env=environment(),
