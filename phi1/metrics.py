@@ -60,8 +60,12 @@ class Metrics:
                 if "validation_loss" in record:
                     self.validated = its_step
         if damaged:
-            aside = set_aside(path)
-            print(f"{path}: line {', '.join(map(str, damaged))} is no record and left out; kept as {aside}", flush=True)
+            which = (
+                f"lines {', '.join(map(str, damaged))} are no records"
+                if damaged[1:]
+                else f"line {damaged[0]} is no record"
+            )
+            print(f"{path}: {which} and left out; the file as it was is {set_aside(path)}", flush=True)
         with atomic_write(path) as file:
             file.writelines(kept)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import pathlib
@@ -126,7 +127,7 @@ def test_every_changed_byte_of_the_record_is_found(folder):
     whole = path.read_bytes()
     assert checkpoint.read_facts(folder) == {"step": 3, "tokens": 99}
     unnoticed = []
-    for byte, bit in [(byte, bit) for byte in range(len(whole)) for bit in {byte % 8, 5}]:  # 5: the case of letters
+    for byte, bit in itertools.product(range(len(whole)), (0, 3, 5)):  # 5: the case of letters
         path.write_bytes(whole[:byte] + bytes([whole[byte] ^ 1 << bit]) + whole[byte + 1 :])
         try:
             unnoticed.append((byte, bit, checkpoint.read_facts(folder)))
