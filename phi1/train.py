@@ -173,18 +173,18 @@ class Trainer:
         losses = [0.0] * len(batches)  # summed over a micro-batch
         for turn in range(self.data.most if counted else 0):
             self._stop_if_told()
-            index = turn - self.data.most + len(batches)  # of one micro-batch less, the first turn is a pause
-            if index < 0:
-                continue
-            batch = batches[index]
-            # Gradients are exchanged once, in the last backward pass. DDP averages over processes: hence world.size.
-            wait = world.distributed and index + 1 < len(batches)
+            # DDP's forward may talk to the other processes: one with a micro-batch less runs its first one twice, and drops
+            # what comes of it, while the others are at theirs. Gradients are exchanged in the last backward pass, averaged
+            # over processes: hence world.size.
+            index = turn - (self.data.most - len(batches))
+            batch, wait = batches[max(index, 0)], world.distributed and index + 1 < len(batches)
             with self.network.no_sync() if wait else contextlib.nullcontext():
                 loss = self.network(
                     batch.inputs, targets=batch.targets, cu_seqlens=batch.bounds, dropout_seed=batch.seed
                 )
-                self.scaler.scale(loss * (world.size / counted)).backward()
-            losses[index] = loss.item()  # waits for the device, so that a signal does not wait for the step
+                if index >= 0:
+                    self.scaler.scale(loss * (world.size / counted)).backward()
+                    losses[index] = loss.item()  # waits for the device, so that a signal does not wait for the step
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip_norm).item()
         # Rank 0's norm for all: another kind of machine may round it otherwise.

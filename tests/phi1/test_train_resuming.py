@@ -4,13 +4,15 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
 from training import DROPOUT, ROOT, TINY, change, content, environment, losses, records, trainer_of, write, write_recipe
 
 from phi1 import checkpoint
-from phi1.errors import UserError
+from phi1.errors import Interrupted, UserError
+from phi1.model import Phi1
 from phi1.tokenizer import train_tokenizer
 from phi1.train import Trainer, train
 
@@ -58,7 +60,7 @@ def test_interrupted_by_ctrl_c_then_resumed(config, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "stopping after this step" in errors and "Traceback" not in errors
+    assert "stopping after this micro-batch" in errors and "Traceback" not in errors
     stopped = checkpoint.resolve(run)
     assert 3 <= checkpoint.read_facts(stopped)["step"] < 60
     assert len(losses(run)) == checkpoint.read_facts(stopped)["step"]
@@ -87,11 +89,51 @@ def test_a_changed_setting_is_said_or_refused(config, tokens, masked_tokens, cap
         train(change(config, hidden_size=64))
 
 
-def test_a_corrupt_checkpoint_stops_the_run(config):
-    final = train(change(config, steps=3))
-    (final / "optimizer.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"optimizer\.safetensors: corrupt"):
+@pytest.mark.parametrize("where", ["micro-batch", "evaluation", "first step"])
+def test_a_signal_is_acted_on_within_the_step(config, tmp_path, tokens, monkeypatch, where):
+    """The half step's gradients are dropped: a run that goes on gives the bits of one that was not stopped."""
+    config = change(config, steps=6, micro_batch=2, checkpoint_every=4, validation_tokens=tokens, evaluate_every=2,
+                    evaluation_sequences=8, **DROPOUT)  # fmt: skip
+    whole = train(change(config, run_folder=tmp_path / "whole"))
+    at, passes = {"micro-batch": (5, 5 * 4 + 2 * 4 + 2), "evaluation": (2, 2 * 4 + 1), "first step": (0, 2)}[where], []
+    real = Phi1.forward
+
+    def forward(self, *arguments, **options):
+        passes.append(1)
+        if len(passes) == at[1]:
+            signal.raise_signal(signal.SIGUSR1)
+        return real(self, *arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted) as caught:
+        patch.setattr(Phi1, "forward", forward)
         train(config)
+    assert caught.value.status == 75 and len(passes) == at[1]  # not one micro-batch more
+    run = config.train.run_folder
+    kept = [checkpoint.step_of(path) for path in checkpoint.in_run(run)]
+    assert kept == ([4, 5] if at[0] == 5 else [at[0]] if at[0] else [])
+    resumed = train(config)
+    assert content(resumed) == content(whole)
+    assert losses(run) == losses(tmp_path / "whole")
+    validated = [[r for r in records(folder) if "validation_loss" in r] for folder in (run, tmp_path / "whole")]
+    assert validated[0] == validated[1] and len(validated[0]) == 3
+
+
+def test_checkpoints_by_time(config, monkeypatch):
+    """One more when the last is so old, and none where it is not."""
+    clock = [0.0]
+    monkeypatch.setattr("phi1.train.time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    real = Trainer.update
+
+    def update(self):
+        clock[0] += 50.0
+        return real(self)
+
+    monkeypatch.setattr(Trainer, "update", update)
+    config = change(config, steps=7, checkpoint_every=4, checkpoint_minutes=1.5)
+    train(config)
+    assert [checkpoint.step_of(path) for path in checkpoint.in_run(config.train.run_folder)] == [2, 4, 6, 7]
+    with pytest.raises(UserError, match=r"train\.checkpoint_minutes = -1: must be at least 0"):
+        change(config, checkpoint_minutes=-1)
 
 
 def test_the_loss_scale_is_resumed(config, tmp_path):
