@@ -122,12 +122,20 @@ def test_a_bad_recipe_ends_the_command_with_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == (f"phi1: error: {path}: unknown key 'lrr' in [optimizer]; did you mean 'lr'?\n")
 
 
-def test_a_missing_recipe(tmp_path):
-    with pytest.raises(UserError, match="no such recipe"):
+def test_a_missing_recipe(tmp_path, monkeypatch):
+    """Those that there are, are listed: of the folder that the command is run in, else of the repository."""
+    with pytest.raises(UserError, match=r"none\.toml: no such recipe; there are .*recipes/finetune-phi1-small\.toml, "):
         parse([str(tmp_path / "none.toml")])
     for arguments in ([], ["--steps", "100"]):
-        with pytest.raises(UserError, match="RECIPE is missing: phi1 train RECIPE"):
+        with pytest.raises(
+            UserError, match=r"RECIPE is missing: phi1 train RECIPE .*; there are .*pretrain-phi1\.toml, "
+        ):
             parse(arguments)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.toml").write_text(GOOD)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"there are recipes/mine\.toml$"):
+        parse([])
 
 
 def test_options_override_the_recipe(tmp_path):
@@ -151,6 +159,9 @@ def test_help(before, capsys):
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "phi1 train RECIPE" in text and "--sequences-per-step INT" in text and "Optimizer steps" in text
+    # Without a recipe two options have no value yet; the others show theirs.
+    assert text.count("(required)") == (0 if before else 2)
+    assert "(default: 36000)" in text and "room for one more" in " ".join(text.replace("│", " ").split())
 
 
 def test_help_and_errors_do_not_wait_for_torch():

@@ -13,6 +13,7 @@ from training import DROPOUT, ROOT, TINY, change, content, environment, losses, 
 from phi1 import checkpoint
 from phi1.errors import Interrupted, UserError
 from phi1.model import Phi1
+from phi1.recipe import load_recipe
 from phi1.tokenizer import train_tokenizer
 from phi1.train import Trainer, train
 
@@ -45,7 +46,7 @@ def test_a_crashed_run_goes_on_as_if_it_had_not_crashed(config, tmp_path, monkey
     assert not list(crashed.train.run_folder.glob("*.tmp*"))
 
 
-def test_interrupted_by_ctrl_c_then_resumed(config, tmp_path):
+def test_interrupted_by_ctrl_c_then_resumed(config, tmp_path, capsys):
     """Through the real command line: exit status 130, then the same bits as a run that was left alone."""
     config = change(config, steps=60, checkpoint_every=1000, **TINY, **DROPOUT)
     recipe = write_recipe(tmp_path, change(config, run_folder=tmp_path / "interrupted"))
@@ -64,10 +65,8 @@ def test_interrupted_by_ctrl_c_then_resumed(config, tmp_path):
     stopped = checkpoint.resolve(run)
     assert 3 <= checkpoint.read_facts(stopped)["step"] < 60
     assert len(losses(run)) == checkpoint.read_facts(stopped)["step"]
-    resumed = subprocess.run([sys.executable, ROOT / "phi1" / "train.py", recipe], cwd=tmp_path, env=environment(),
-                             capture_output=True, text=True)  # fmt: skip
-    assert resumed.returncode == 0, resumed.stderr
-    assert f"going on from {stopped}" in resumed.stdout
+    train(load_recipe(recipe))
+    assert f"going on from {stopped}" in capsys.readouterr().out
     assert content(run / "step-000060") == content(train(config))
     assert losses(run) == losses(config.train.run_folder)
 
