@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data tokenizer": ("data_tools.tokenizer", "train a small tokenizer for a small model"),
     "data tokenize": ("data_tools.tokenize", "turn documents into token shards"),
     "train": ("phi1.recipe", "pretrain or finetune from a recipe (or: torchrun -m phi1 train)"),
+    "plan": ("phi1.plan", "what a recipe will take: memory, work and days on given GPUs"),
     "generate": ("phi1.generate", "complete a prompt"),
     "evaluate": ("phi1.evaluate.run", "HumanEval, held-out exercises, an LLM's grade"),
     "export": ("phi1.export", "write a checkpoint as a Hugging Face PhiForCausalLM folder"),
