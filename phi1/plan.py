@@ -96,6 +96,8 @@ def memory(config: TrainConfig, gpus: int, device: str = "cuda") -> dict[str, in
     loss = size * chunk * (model.vocab_size + hidden) + wide * (table + rows * hidden)
     if config.train.precision in ("bf16", "auto") and chunk < rows:
         loss += 4 * table if device == "cuda" else 2 * table  # float32 sums, of which a CPU keeps a half here
+    # Later the gradient that the loss made stands beside its scaled copy, and that one beside its float32 one.
+    loss = max(loss, (wide + size) * table, (size + 4) * table if size < 4 else 0)
     dropout = model.residual_dropout > 0
     products = size * hidden * (width + inner)
     block = size * rows * (hidden * (1 + dropout) + width + inner + width_in) + products
