@@ -95,7 +95,9 @@ def test_the_papers_run(capsys):
     assert "of 24: does not fit; lower --micro-batch" in capsys.readouterr().out
     assert main(["plan", recipe, "--device", "mi300"]) == 0
     text = capsys.readouterr().out
-    assert "mi300: no data sheet here, so no days (known: a100, " in text and "seconds" not in text and "fit" not in text
+    assert (
+        "mi300: no data sheet here, so no days (known: a100, " in text and "seconds" not in text and "fit" not in text
+    )
     for words, why in ((["--gpus", "0"], "must be at least 1"), (["--gpus", "129"], "has 128 micro-batches only")):
         assert main(["plan", recipe, *words]) == 2
         assert why in capsys.readouterr().err

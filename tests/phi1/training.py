@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import signal
 import sys
 import time
 
@@ -16,6 +17,7 @@ import phi1.train
 from phi1.cli import main
 from phi1.config import ModelConfig
 from phi1.distributed import StopSignals, World
+from phi1.model import Phi1
 from phi1.run import opened
 from phi1.tokens import TokenWriter
 from phi1.train import Trainer
@@ -71,33 +73,50 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def _process(rank, size, port, arguments, output):
+def _signal_in(passes):
+    """Has this process send itself SIGTERM in that forward pass of the model."""
+    real, left = Phi1.forward, [passes]
+
+    def forward(self, *arguments, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, *arguments, **options)
+
+    Phi1.forward = forward
+
+
+def _process(rank, size, port, arguments, output, passes):
     with open(output, "wb") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")  # fmt: skip
     torch.set_num_threads(1)
     phi1.train.peak_flops = lambda device, dtype: (1e12, "assumed")
+    if passes:
+        _signal_in(passes)
     sys.exit(main(["train", *map(str, arguments)]))
 
 
-def processes(folder, *arguments, act=lambda started: None):
+def processes(folder, *arguments, stopped=None):
     """Runs `phi1 train` in as many processes as there are lists of arguments, as torchrun would; each one's status and output.
 
-    act: called with the processes once they run.
+    stopped: (a rank, its forward pass in which it gets SIGTERM).
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["phi1.train"])  # imported once, not in each process
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     outputs = [folder / f"output-{rank}-{time.monotonic_ns()}" for rank in range(len(arguments))]
     started = [
-        context.Process(target=_process, args=(rank, len(arguments), store.port, words, output))
+        context.Process(
+            target=_process,
+            args=(rank, len(arguments), store.port, words, output, stopped[1] if stopped and stopped[0] == rank else 0),
+        )
         for rank, (words, output) in enumerate(zip(arguments, outputs, strict=True))
     ]
     for process in started:
         process.start()
     try:
-        act(started)
         deadline = time.monotonic() + 240
         for process in started:
             process.join(max(0, deadline - time.monotonic()))
