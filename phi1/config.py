@@ -164,7 +164,7 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, and the learning rate's course: linear warmup, then linear decay."""
+    """AdamW, and the learning rate's course: linear warmup, then linear decay, at once or at the end."""
 
     lr: float = 1e-3
     """Largest learning rate."""
@@ -172,6 +172,9 @@ class OptimizerConfig:
     """Learning rate that the decay ends at."""
     warmup_steps: int = 750
     """Steps of linear warmup."""
+    decay_steps: int = 0
+    """Steps of linear decay at the end (0: all after warmup, as the paper). With fewer the rate stays at lr in between:
+    warmup-stable-decay (MiniCPM, arXiv 2404.06395), where a run that has not begun to decay may be given more steps."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only (embeddings among them; not on biases and LayerNorms)."""
     beta1: float = 0.9
@@ -186,7 +189,7 @@ class OptimizerConfig:
     """Initial loss scale, in fp16."""
 
     def __post_init__(self) -> None:
-        _require("optimizer", self, 0, "lr_floor", "warmup_steps", "weight_decay", "beta1", "beta2")
+        _require("optimizer", self, 0, "lr_floor", "warmup_steps", "decay_steps", "weight_decay", "beta1", "beta2")
         for name in ("lr", "eps", "clip_norm", "loss_scale"):
             if not getattr(self, name) > 0:
                 raise UserError(f"optimizer.{name} = {getattr(self, name)}: must be above 0")
@@ -215,4 +218,9 @@ class TrainConfig:
             raise UserError(
                 f"data.sequence_length = {self.data.sequence_length}: must be at most "
                 f"model.max_positions = {self.model.max_positions}"
+            )
+        if self.optimizer.decay_steps and self.optimizer.warmup_steps + self.optimizer.decay_steps > self.train.steps:
+            raise UserError(
+                f"optimizer.decay_steps = {self.optimizer.decay_steps}: with {self.optimizer.warmup_steps} of warmup more "
+                f"than train.steps = {self.train.steps}"
             )

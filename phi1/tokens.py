@@ -8,10 +8,11 @@
       stage.json       what is being made (written first)
       manifest.json    the same plus all receipts (written last: its presence means "whole")
 
-The shards, one after the other, are one long array. Window w of length T is its tokens [wT, wT + T]: T
-inputs and, shifted by one, T targets. Epoch e reads all windows in a pseudo-random order that is computed
-for each index alone, so sample i is a pure function of (seed, i): neither a resume nor the number of
-devices nor the batch size changes it.
+The shards, one after the other, are one long array, whose end the beginning follows. Window w of length T is T inputs
+from token o + wT on and, shifted by one, T targets. The first epoch has o = 0; each later one another o, so that a
+token's context is not always the same and the few tokens that no window of an epoch holds are others each time. An
+epoch reads all its windows in a pseudo-random order. Offset and order are computed for each index alone, so sample i is a
+pure function of (seed, i): neither a resume nor the number of devices nor the batch size changes it.
 """
 
 import bisect
@@ -231,10 +232,12 @@ class TokenDataset:
             )
         return count
 
-    def window(self, index: int, length: int, seed: int) -> int:
-        """The window that sample `index` reads."""
+    def start(self, index: int, length: int, seed: int) -> int:
+        """The token that sample `index` begins at."""
         epoch, place = divmod(index, self.windows(length))
-        return permute(place, self.windows(length), mix(seed, epoch))
+        key = mix(seed, epoch)
+        offset = mix(key) % self.tokens if epoch else 0
+        return (offset + permute(place, self.windows(length), key) * length) % self.tokens
 
     def batch(
         self, indices: Iterable[int], length: int, *, seed: int, loss_mask: bool = True
@@ -246,18 +249,18 @@ class TokenDataset:
 
         UserError if a token is not in the vocabulary, or a shard is not the file that was opened.
         """
-        rows = [self.window(index, length, seed) * length for index in indices]
+        rows = [self.start(index, length, seed) for index in indices]
         tokens = np.stack([self._read(".bin", row, length + 1) for row in rows]).astype(np.int64)
         if tokens.max() >= self.vocab_size:
             row, column = np.argwhere(tokens >= self.vocab_size)[0]
-            shard, offset = self._place(rows[row] + column)
+            shard, offset = self._place((rows[row] + column) % self.tokens)
             raise self._corrupt(
                 shard, ".bin", f"token {offset:,} is {tokens[row, column]}, of a vocabulary of {self.vocab_size:,}"
             )
         inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
         if self.masked and loss_mask:
             targets[np.stack([self._read(".mask", row + 1, length) for row in rows]) == 0] = IGNORE
-            cut = [row > 0 and self._read(".bin", row - 1, 1)[0] != self.eot_id for row in rows]
+            cut = [self._read(".bin", row - 1, 1)[0] != self.eot_id for row in rows]
             before_first_end = np.cumsum(inputs == self.eot_id, axis=1) == 0
             targets[before_first_end & np.array(cut)[:, None]] = IGNORE
         return inputs, targets
@@ -268,9 +271,10 @@ class TokenDataset:
         return shard, index - self._starts[shard]
 
     def _read(self, suffix: str, start: int, count: int) -> np.ndarray:
-        """Elements [start, start + count) of the array that the shards' files with `suffix` are together."""
+        """Elements [start, start + count) of the array that the shards' files with `suffix` are together, modulo its size."""
         kind, parts = _TYPES[suffix], []
         while count > 0:
+            start %= self.tokens
             shard, offset = self._place(start)
             here = min(count, self._starts[shard + 1] - start)
             try:

@@ -173,7 +173,7 @@ def test_what_one_process_finds_wrong_ends_all_with_one_line(config, tmp_path, t
     tokens = np.fromfile(folder / "00000.bin", "<u2")
     config = change(config, tokens=folder, sequences_per_step=2, micro_batch=1)
     order = TokenDataset(folder)
-    tokens[order.window(5, 32, 0) * 32 + 3] = 999  # the second sequence of step 3, rank 1's
+    tokens[order.start(5, 32, 0) + 3] = 999  # the second sequence of step 3, rank 1's
     tokens.tofile(folder / "00000.bin")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"][0]["sha256"] = sha256_file(folder / "00000.bin")

@@ -104,6 +104,7 @@ def test_defaults_presets_and_conversions(tmp_path):
         ('run_folder = "run"', "steps = 5", r"\[train\] needs 'run_folder'"),
         ("sequence_length = 512", "sequence_length = 513", r"data\.sequence_length = 513: must be at most"),
         ("lr = 1", "lr = -1", r"optimizer\.lr = -1\.0: must be above 0"),
+        ("lr = 1", "lr = 1\ndecay_steps = 35251", r"optimizer\.decay_steps = 35251: with 750 of warmup more than"),
         ("[data]", "[data", r"not valid TOML"),
     ],
 )
