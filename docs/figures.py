@@ -7,6 +7,7 @@ Boxes and arrows are SVG elements, no drawing package. `tests/docs` checks that 
 
 import dataclasses
 import html
+import itertools
 import pathlib
 
 FOLDER = pathlib.Path(__file__).parent / "figures"
@@ -39,9 +40,7 @@ class Box:
         top = self.y + 20
         text = [f'<text class="title" x="{self.x + 10}" y="{top}">{html.escape(self.title)}</text>']
         for i, line in enumerate(self.lines):
-            text.append(
-                f'<text class="small" x="{self.x + 10}" y="{top + LINE * (i + 1)}">{html.escape(line)}</text>'
-            )
+            text.append(f'<text class="small" x="{self.x + 10}" y="{top + LINE * (i + 1)}">{html.escape(line)}</text>')
         box = f'<rect class="{self.kind}" x="{self.x}" y="{self.y}" width="{self.width}" height="{self.tall}"/>'
         return box + "".join(text)
 
@@ -74,7 +73,7 @@ def pipeline() -> str:
     evaluate = Box(444, 124, 222, "evaluate", ("HumanEval, run in a sandbox;", "an LLM's grade from 0 to 10"), "ours")
     export = Box(444, 204, 222, "generate, export", ("Hugging Face in and out",), "ours")
     kernels = Box(430, 276, 250, "kernels", ("rotary · attention · layer norm · block · loss",), "ours")
-    native = Box(10, 276, 380, "csrc", ("CUDA C++ (mma, wgmma), C++ (AMX, AVX-512, AVX2); an emulator",), "ours")
+    native = Box(10, 276, 380, "csrc", ("CUDA C++; C++ with AMX, AVX-512, AVX2; an emulator",), "ours")
     parts = [box.svg() for box in (data, models, filtered, written, clean, tokens, train, evaluate, export, kernels, native)]  # fmt: skip
     parts += [
         arrow((109, filtered.y + filtered.tall), (109, clean.y)),
@@ -86,28 +85,32 @@ def pipeline() -> str:
         arrow((555, 276), (555, 262)),
         arrow((390, 300), (430, 300)),
     ]
-    return drawing(690, 340, "phi1: data to tokens to a trained model to its scores, and the packages they are in", parts)
+    return drawing(
+        690, 340, "phi1: data to tokens to a trained model to its scores, and the packages they are in", parts
+    )
 
 
 def dispatch() -> str:
     """How a call of an op finds the version that serves it."""
-    call = Box(10, 60, 170, "flash_attention(q, k, v)", ("checks: argument, value,", "what would work"))
-    forced = Box(220, 10, 230, "asked for?", ("backend=, use_backend,", "PHI1_KERNELS, PHI1_ISA"))
-    order = Box(220, 112, 230, "automatic: an order", ("the resumed run's; this user's", "(phi1 tune); ours; a fixed one"))
-    first = Box(490, 60, 200, "the first that serves", ("what it needs of the machine,", "which calls it refuses"))
+    call = Box(10, 60, 190, "flash_attention(q, k, v)", ("checks: argument, value,", "what would work"))
+    forced = Box(240, 10, 230, "asked for?", ("backend=, use_backend,", "PHI1_KERNELS, PHI1_ISA"))
+    order = Box(
+        240, 112, 230, "automatic: an order", ("the resumed run's; this user's", "(phi1 tune); ours; a fixed one")
+    )
+    first = Box(510, 60, 200, "the first that serves", ("what it needs of the machine,", "which calls it refuses"))
     names = ("cuda/hopper, cuda/mma", "cpu/amx_bf16, avx512_bf16, avx512, avx2", "triton/descriptors, …/pointers, …/product", "torch, reference")  # fmt: skip
-    boxes = [Box(730, 8 + 44 * i, 300, name, (), "ours", 36) for i, name in enumerate(names)]
+    boxes = [Box(750, 8 + 44 * i, 380, name, (), "ours", 36) for i, name in enumerate(names)]
     parts = [box.svg() for box in (call, forced, order, first, *boxes)]
-    parts += [arrow((180, 90), (220, 40)), arrow((180, 90), (220, 142)), arrow((450, 40), (490, 90)), arrow((450, 142), (490, 90))]  # fmt: skip
-    parts += [arrow((690, 90), (730, box.y + 18)) for box in boxes]
-    return drawing(1040, 190, "how a call finds its kernel", parts)
+    parts += [arrow((200, 90), (240, 40)), arrow((200, 90), (240, 142)), arrow((470, 40), (510, 90)), arrow((470, 142), (510, 90))]  # fmt: skip
+    parts += [arrow((710, 90), (750, box.y + 18)) for box in boxes]
+    return drawing(1140, 190, "how a call finds its kernel", parts)
 
 
 def block() -> str:
     """The fused parallel block: two matrix products and one kernel after each."""
     y, steps = 20, []
     rows = [
-        ("x", "(tokens, hidden)", "", 90),
+        ("x", "(tokens, hidden)", "", 116),
         ("LayerNorm", "n", "ours", 110),
         ("n W_inᵀ", "z = [q | k | v | u]", "", 150),
         ("one kernel", "bias, rotary, GELU(u + b)", "ours", 190),
@@ -120,7 +123,7 @@ def block() -> str:
         steps.append(Box(x, y, width, title, (line,), kind))
         x += width + 26
     parts = [box.svg() for box in steps]
-    parts += [arrow((a.x + a.width, y + 26), (b.x, y + 26)) for a, b in zip(steps, steps[1:], strict=False)]
+    parts += [arrow((a.x + a.width, y + 26), (b.x, y + 26)) for a, b in itertools.pairwise(steps)]
     return drawing(x - 16, 96, "the parallel block: two products and one kernel after each", parts)
 
 
