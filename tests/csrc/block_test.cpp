@@ -206,7 +206,7 @@ double cross_entropy_error(DType dtype, float z_loss, bool padded) {
   std::vector<double> sums = dbias.copy();
   CrossEntropyArgs args = {};
   args.logits = logits.get(), args.bias = bias.get(), args.targets = targets.get(), args.loss = loss.get();
-  args.grad_bias = dbias.get(), args.rows = rows, args.columns = columns, args.ignore_index = -7, args.dtype = dtype;
+  args.bias_sums = dbias.get(), args.rows = rows, args.columns = columns, args.ignore_index = -7, args.dtype = dtype;
   args.z_loss = z_loss;
   cross_entropy(args, 2);
   Errors compare;
