@@ -14,9 +14,9 @@
 
 namespace {
 
+using phi1::AttentionArgs;
 using phi1::DType;
 using phi1::HeadsTensor;
-using phi1::AttentionArgs;
 using namespace phi1::cpu::PHI1_ISA;
 
 // A (batch, seq, heads, dim) tensor of T in a heap block that has no byte to spare.
@@ -64,7 +64,7 @@ bool run(DType dtype, const Shape& s, double tolerance, double& greatest) {
     for (int64_t j = 0; j < n * hk; ++j) store(k(bi, j / hk, j % hk, 0), s.shift / 0.2f);
   }
 
-  AttentionArgs args = {};
+  phi1::AttentionArgs args = {};
   args.q = q.spec(), args.k = k.spec(), args.v = v.spec(), args.out = out.spec(), args.grad_out = grad.spec();
   args.grad_q = dq.spec(), args.grad_k = dk.spec(), args.grad_v = dv.spec(), args.lse = lse.data.get();
   args.batch = b, args.seqlen_q = m, args.seqlen_k = n, args.heads = h, args.kv_heads = hk, args.head_dim = d;
