@@ -174,5 +174,5 @@ void decode(const AttentionArgs& args, int threads) {
 // Where these rows are faster than panels, measured on Zen 4 after 2,048 keys.
 template <class Dot>
 inline bool few_queries(const AttentionArgs& args) {
-  return args.starts_q == nullptr && args.seqlen_q <= (Dot::k == 2 ? 8 : 16) && args.dropout_threshold == 0;
+  return args.cu_seqlens_q == nullptr && args.seqlen_q <= (Dot::k == 2 ? 8 : 16) && args.dropout_threshold == 0;
 }
