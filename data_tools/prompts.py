@@ -93,7 +93,7 @@ class Seed:
         return json.dumps(self.request.sampling, sort_keys=True)
 
 
-def textbook(seed: int, number: int, *, max_tokens: int, temperature: float) -> Seed:
+def textbook(seed: int, number: int, *, max_tokens: int, temperature: float | None) -> Seed:
     """The `number`-th request for a textbook's section: a pure function of (seed, number)."""
     rng = random.Random(f"textbook/{seed}/{number}")
     topic, audience, device = rng.choice(TOPICS), rng.choice(AUDIENCES), rng.choice(DEVICES)
@@ -104,7 +104,7 @@ def textbook(seed: int, number: int, *, max_tokens: int, temperature: float) -> 
     return _seed(_TEXTBOOK_SYSTEM, (), text, topic, audience, number, max_tokens, temperature, rng)
 
 
-def exercise(seed: int, number: int, *, max_tokens: int, temperature: float) -> Seed:
+def exercise(seed: int, number: int, *, max_tokens: int, temperature: float | None) -> Seed:
     """The `number`-th request for an exercise: a pure function of (seed, number)."""
     rng = random.Random(f"exercise/{seed}/{number}")
     topic, audience = rng.choice(TOPICS), rng.choice(AUDIENCES)
@@ -116,7 +116,7 @@ def exercise(seed: int, number: int, *, max_tokens: int, temperature: float) -> 
 
 def _seed(
     system: str, shots: tuple[tuple[str, str, str], ...], text: str, topic: str, audience: str, number: int,
-    max_tokens: int, temperature: float, rng: random.Random,
+    max_tokens: int, temperature: float | None, rng: random.Random,
 ) -> Seed:  # fmt: skip
     messages = [{"role": "system", "content": system}]
     for name, wishes, answer in shots:

@@ -19,8 +19,8 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_tools.dataset import Counted, Dataset, Failure, Produced, run_stage
-from data_tools.llm import LLM, Answer, LLMConfig, RequestFailed
+from data_tools.dataset import Counted, Dataset, Failure, Produced, failed_shards, run_stage
+from data_tools.llm import LLM, Answer, LLMConfig, RequestFailed, default_ledger
 from phi1.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _OFFLINE_SHARD = 2000  # rows: about ten seconds of one core
 _LLM_SHARD = 50  # requests: what a crash of the process loses is in the ledger anyway
+_NO_ANSWER = "no answer"
 _TIMEOUT = 5.0  # seconds for a solution and its examples
 
 
@@ -58,8 +59,8 @@ class Config(LLMConfig):
     max_tokens: int = 800
     """llm: longest answer, tokens."""
 
-    temperature: float = 0.8
-    """llm: sampling temperature."""
+    temperature: float | None = 0.8
+    """llm: sampling temperature; none: the server's own."""
 
     workers: int = dataclasses.field(default=2, metadata={"no_effect": True})
     """Processes (offline), or programs run at a time (llm)."""
@@ -89,13 +90,17 @@ def run(config: Config) -> Dataset:
                          workers=config.workers)  # fmt: skip
     if config.split != "train":
         raise UserError(f"--split {config.split}: only the offline teacher has held-out exercises")
-    with LLM(config, config.output.parent / "llm.sqlite") as llm:
+    shards = -(-config.count // _LLM_SHARD)
+    unanswered = failed_shards(config.output, _NO_ANSWER) if config.retry_failed else []
+    # What follows is made again too: a row may repeat one that is made now.
+    redo = range(unanswered[0], shards) if unanswered else ()
+    with LLM(config, *default_ledger(config, config.output)) as llm:
 
         def produce(_: Config, __: Sequence[Dataset], shard: int) -> Iterator[Produced]:
             yield from _from_llm(config, llm, shard)
 
-        return run_stage("synthesize", config, config.output, [], -(-config.count // _LLM_SHARD), produce,
-                         schema(config.kind))  # fmt: skip
+        return run_stage("synthesize", config, config.output, [], shards, produce,
+                         schema(config.kind), redo=redo)  # fmt: skip
 
 
 def _offline(config: Config, _: Sequence[Dataset], shard: int) -> Iterator[Produced]:
@@ -121,7 +126,7 @@ def _from_llm(config: Config, llm: LLM, shard: int) -> Iterator[Produced]:
     for seed, answer in zip(seeds, llm.ask_all([seed.request for seed in seeds]), strict=True):
         try:
             if isinstance(answer, RequestFailed):
-                raise Unusable(f"no answer: {answer}")
+                raise Unusable(f"{_NO_ANSWER}: {answer}")
             read = read_textbook if config.kind == "textbooks" else read_exercise
             rows.append((seed, read(answer.text) | _provenance(config, seed, answer)))
         except Unusable as error:
