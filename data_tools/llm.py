@@ -367,36 +367,42 @@ class LLM:
         """Raises RequestFailed if other requests are answered after this one was sent, else UserError.
 
         Waits for the others; if none is left that could tell, or several are in doubt, a probe tells: the same request
-        with a harmless question.
+        with a harmless question. served: `_served` when this request was sent.
         """
+        try:
+            if not self._others_served(served):
+                try:
+                    works = self._probe(body)
+                finally:
+                    with self._news:
+                        self._probing = False
+                if not works:
+                    raise self._stop(refused.verdict, note) from refused
+                self._serves()
+        except (UserError, Closed):
+            if refused.claim is not None:  # paid, but of no use: a run that can use another answer asks again
+                self.ledger.release(refused.claim, lost=True)
+            raise
+        raise RequestFailed(refused.verdict.reason + (f" ({note})" if note else "")) from refused
+
+    def _others_served(self, served: int) -> bool:
+        """True as soon as another request is answered; False if the caller has to send a probe."""
         with self._news:
             self._doubting += 1
             self._news.notify_all()
             try:
-                while self._served == served and self._stopped is None:
+                while self._served == served:
+                    if self._stopped is not None:
+                        raise self._stopped
                     if self._closed.is_set():
                         raise Closed
                     if not self._probing and (self._doubting == self._asking or self._doubting >= _DOUBTS):
                         self._probing = True
-                        break
+                        return False
                     self._news.wait(0.2)
-                else:
-                    if self._stopped is not None:
-                        raise self._stopped
-                    raise RequestFailed(f"{refused.verdict.reason}" + (f" ({note})" if note else ""))
+                return True
             finally:
                 self._doubting -= 1
-        try:
-            works = self._probe(body)
-        finally:
-            with self._news:
-                self._probing = False
-        if works:
-            self._serves()
-            raise RequestFailed(f"{refused.verdict.reason}" + (f" ({note})" if note else ""))
-        if refused.claim is not None:  # paid, but of no use to anyone: a run that can use another answer asks again
-            self.ledger.release(refused.claim, lost=True)
-        raise self._stop(refused.verdict, note) from refused
 
     def _probe(self, body: dict[str, Any]) -> bool:
         """Whether the server answers the same request with a harmless question."""

@@ -98,7 +98,12 @@ RULES: tuple[Rule, ...] = (
         "it has no structured output: use --mode logprob, or another server or model",
     ),
     _rule(Remedy.DOUBT, "400 422", r"temperature", "choose a --temperature that it takes (none: its own)"),
-    _rule(Remedy.DOUBT, "400 401 403", r"api.?key|authenticat|unauthorized", "set a valid key in OPENAI_API_KEY"),
+    _rule(
+        Remedy.DOUBT,
+        "400 401 403",
+        r"api.?key|authenticat|unauthorized",
+        "the key in OPENAI_API_KEY is refused: set a valid one",
+    ),
     _rule(Remedy.DOUBT, "401 403", "", "the key in OPENAI_API_KEY is refused: set a valid one"),
     _rule(Remedy.DOUBT, "404", "", "check --model and --base-url (which usually ends in /v1)"),
     # A gateway that gave up on a server which may have done the work.

@@ -67,7 +67,9 @@ def test_an_interrupted_stage_goes_on_after_its_last_whole_shard(tmp_path: pathl
 def test_another_config_input_or_stage_is_refused_by_name(tmp_path: pathlib.Path) -> None:
     make(tmp_path / "d", extra={"tuple": (1, 2)})
     make(tmp_path / "d", extra={"tuple": (1, 2)})
-    with pytest.raises(UserError, match=r"d: holds a dataset made with other settings \(different: config.start: 0 there, 1 asked\)"):
+    with pytest.raises(
+        UserError, match=r"d: holds a dataset made with other settings \(different: config.start: 0 there, 1 asked\)"
+    ):
         make(tmp_path / "d", Config(start=1), extra={"tuple": (1, 2)})
     with pytest.raises(UserError, match=r"config\.tuple"):
         make(tmp_path / "d", extra={"tuple": (1, 3)})

@@ -122,7 +122,7 @@ HTML = (200, {}, "<html>hello</html>")
         (error(402, "Insufficient Balance"), "out of money: top it up", 1),
         (error(400, "Your credit balance is too low to access the API."), "out of money: top it up", 1),
         # In doubt: the second request is the probe.
-        (error(401, "Incorrect API key provided"), "set a valid key in OPENAI_API_KEY", 2),
+        (error(401, "Incorrect API key provided"), "OPENAI_API_KEY is refused: set a valid one", 2),
         (error(403, "forbidden"), "OPENAI_API_KEY is refused", 2),
         (error(404, "model not found"), "it serves: fake-1", 2),
         (error(400, "logprobs are not supported by this model"), "--mode rating", 2),
