@@ -2,7 +2,10 @@
 
 import hashlib
 import importlib.metadata
+import os
 import pathlib
+import re
+import subprocess
 import sys
 import xml.sax.saxutils
 from collections.abc import Mapping
@@ -55,8 +58,8 @@ def test_an_installed_package_with_source_and_licence(tmp_path: pathlib.Path) ->
     assert row["avg_line_length"] == pytest.approx(len(row["content"]) / len(lines))
 
 
-def test_the_standard_library_without_tests_and_site_packages() -> None:
-    units, _ = readers.plan(["stdlib"])
+def test_the_standard_library_without_tests_and_site_packages(tmp_path: pathlib.Path) -> None:
+    units = readers.plan(["stdlib"], readers.ContentHashes(tmp_path / "hashes.json"))
     items = {item for unit in units for item in unit.items}
     assert {"heapq.py", "json/decoder.py"} <= items
     assert not any(item.startswith(("site-packages", "test/")) or "/test_" in item for item in items)
@@ -88,14 +91,13 @@ def test_bad_files_are_counted_or_told_and_never_stop_the_run(tmp_path: pathlib.
     }
     reasons = {pathlib.Path(failure["key"]).name: failure["reason"] for failure in dataset.failures()}
     assert reasons == {
-        "empty.py": "empty",
-        "blank.py": "empty",
         "latin.py": "not UTF-8 (byte 0xe9 at offset 11)",
     }
     assert dataset.counters == {
         "rows": 3,
-        "failures": 3,
+        "failures": 1,
         "read": 10,
+        "dropped_empty": 2,
         "dropped_large": 1,
         "dropped_minified": 2,
         "dropped_generated": 1,
@@ -132,13 +134,19 @@ def test_a_limit_keeps_a_stable_choice(tmp_path: pathlib.Path, monkeypatch: pyte
         assert sorted(chosen.column("hexsha")) == every[:limit]
 
 
-def test_changed_files_refuse_the_folder_and_the_same_ones_do_nothing(tmp_path: pathlib.Path) -> None:
-    source = folder_of(tmp_path / "src", {"a.py": CODE})
+def test_content_tells_what_a_folder_is_and_not_its_place_or_time(tmp_path: pathlib.Path) -> None:
+    source = folder_of(tmp_path / "src", {"a.py": CODE, "b.py": "x = 1\n"})
     before = run(tmp_path, source).hash
+    for path in (tmp_path / "src").iterdir():
+        os.utime(path, (1, 1))
     assert run(tmp_path, source).hash == before
-    folder_of(tmp_path / "src", {"b.py": "x = 1\n"})
-    with pytest.raises(UserError, match=r"other settings .*fingerprint"):
-        run(tmp_path, source)
+    (tmp_path / "src").rename(tmp_path / "mounted elsewhere")
+    assert run(tmp_path, f"folder:{tmp_path}/mounted elsewhere").hash == before
+    times = (tmp_path / "mounted elsewhere" / "b.py").stat()
+    folder_of(tmp_path / "mounted elsewhere", {"b.py": "x = 2\n"})  # as long as before, and of the same time
+    os.utime(tmp_path / "mounted elsewhere" / "b.py", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UserError, match=r"other settings .*sources.*choose another folder"):
+        run(tmp_path, f"folder:{tmp_path}/mounted elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +196,8 @@ def test_licences_that_are_not_known_as_permissive_are_refused(
 def stack_rows(count: int) -> list[dict[str, Any]]:
     return [
         {
-            "hexsha": "?",
+            "hexsha": f"b{i}",
+            "max_stars_repo_head_hexsha": "c1",
             "lang": "Python",
             "max_stars_repo_path": f"pkg/m{i}.py",
             "max_stars_repo_name": "someone/repo",
@@ -215,7 +224,9 @@ def test_the_stack_is_read_by_row_group(tmp_path: pathlib.Path) -> None:
     row = next(dataset.read())
     assert row["content"] == rows[0]["content"] and row["max_stars_repo_licenses"] == ["MIT", "Apache-2.0"]
     assert row["hexsha"] == hashlib.sha1(row["content"].encode()).hexdigest() and row["source"] == "stack:a.parquet"
-    assert dataset.failures() == [{"key": "stack:a.parquet/pkg/m3.py", "reason": "empty"}]
+    assert dataset.counters["dropped_empty"] == 1
+    assert (row["origin_hexsha"], row["max_stars_repo_head_hexsha"], row["max_stars_count"]) == ("b0", "c1", 5)
+    assert row["url"] == "https://github.com/someone/repo/blob/c1/pkg/m0.py"
     assert run(tmp_path, f"stack:{tmp_path}/stack/a*.parquet", name="glob").rows == 4
 
 
@@ -231,9 +242,113 @@ def test_a_broken_parquet_file_is_told(tmp_path: pathlib.Path) -> None:
     file.write_bytes(pages)
     with pytest.raises(UserError, match=r"a\.parquet: row group 0 is corrupt"):
         run(tmp_path, f"stack:{file}")
+    file.write_bytes(whole)
+    assert run(tmp_path, f"stack:{file}").rows == 500
     pyarrow.parquet.write_table(pa.table({"text": ["x"]}), file)
     with pytest.raises(UserError, match="no column `content`"):
-        run(tmp_path, f"stack:{file}")
+        run(tmp_path, f"stack:{file}", name="other")
+
+
+def test_a_file_fetched_again_goes_on_after_the_shards_of_the_others(tmp_path: pathlib.Path) -> None:
+    good, bad = tmp_path / "stack" / "a.parquet", tmp_path / "stack" / "b.parquet"
+    good.parent.mkdir()
+    pyarrow.parquet.write_table(pa.Table.from_pylist(stack_rows(300)), good)
+    pyarrow.parquet.write_table(pa.Table.from_pylist(stack_rows(500)), bad)
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:4] + bytes(len(whole) // 2 - 4) + whole[len(whole) // 2 :])
+    with pytest.raises(UserError, match=r"b\.parquet: row group 0 is corrupt.*fetch it again"):
+        run(tmp_path, f"stack:{tmp_path}/stack")
+    made = (tmp_path / "documents" / "keys" / "00000.parquet").stat().st_mtime_ns
+    bad.write_bytes(whole)
+    os.utime(good)
+    assert run(tmp_path, f"stack:{tmp_path}/stack").rows == 500
+    assert (tmp_path / "documents" / "keys" / "00000.parquet").stat().st_mtime_ns == made
+    rows = stack_rows(300)
+    rows[0]["content"] = "another = 1\n"
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), good)
+    with pytest.raises(UserError, match=r"shard 0 was made when stack:a\.parquet held something else; bring that back"):
+        run(tmp_path, f"stack:{tmp_path}/stack")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("MIT", ("MIT",)), (["MIT", "BSD"], ("MIT", "BSD")), (None, ()), ([], ()), ("", ()), ([None, "MIT", "MIT"], ("MIT",)),
+        ({"key": "mit", "url": "http://x"}, ("mit",)), ([{"license": {"spdx_id": "MIT"}}], ("MIT",)), ({"a": "X", "b": None}, ("X",)),
+        (b"caf\xe9", ("caf\\xe9",)), (7, ("7",)),
+    ],
+)  # fmt: skip
+def test_licences_of_any_form(value: Any, expected: tuple[str, ...]) -> None:
+    assert readers.licenses_in(value) == expected
+
+
+@pytest.mark.parametrize("kind", ["list", "string", "struct", "list of structs", "dictionary", "bytes", "integers"])
+def test_columns_of_any_type_lose_no_good_row(kind: str, tmp_path: pathlib.Path) -> None:
+    count = 100
+    good = [f"n = {i}\n".encode() + CODE.encode() for i in range(count)]
+    good[7] = b"name = 'caf\xe9'\n"  # not UTF-8
+    licenses = {
+        "list": pa.array([["MIT"]] * count), "string": pa.array(["MIT"] * count), "struct": pa.array([{"key": "MIT"}] * count),
+        "list of structs": pa.array([[{"key": "MIT", "n": 1}]] * count),
+    }.get(kind, pa.array(["MIT"] * count))  # fmt: skip
+    binary = pa.array(good, pa.binary())
+    content = {
+        "dictionary": binary.view(pa.string()).dictionary_encode(), "bytes": binary, "integers": pa.array(range(count))
+    }.get(kind, binary.view(pa.string()))  # fmt: skip
+    paths = pa.array([b"a\xff.py"] * count, pa.binary()).view(pa.string())
+    table = pa.table({"content": content, "max_stars_repo_licenses": licenses, "max_stars_repo_path": paths,
+                      "max_stars_count": pa.array([float("nan")] * count)})  # fmt: skip
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    if kind == "integers":
+        with pytest.raises(UserError, match=r"100 of 100 rows failed \(100 × is int, not text\).*--max-failed"):
+            run(tmp_path, f"stack:{tmp_path}/a.parquet")
+        assert run(tmp_path, f"stack:{tmp_path}/a.parquet", max_failed=1.0).rows == 0
+        return
+    dataset = run(tmp_path, f"stack:{tmp_path}/a.parquet")
+    assert dataset.rows == count - 1
+    assert [failure["reason"] for failure in dataset.failures()] == ["not UTF-8 (byte 0xe9 at offset 11)"]
+    rows = list(dataset.read())
+    assert {tuple(row["max_stars_repo_licenses"]) for row in rows} == {("MIT",)}
+    assert {row["max_stars_repo_path"] for row in rows} == {"a\\xff.py"} and rows[0]["max_stars_count"] is None
+
+
+TWIN = "def twice(x):\n    return 2 * x\n"
+FORMS: dict[str, bytes] = {
+    "plain": TWIN.encode(), "mark": b"\xef\xbb\xbf" + TWIN.encode(), "windows": TWIN.replace("\n", "\r\n").encode(),
+    "mac": TWIN.replace("\n", "\r").encode(), "utf-16": TWIN.encode("utf-16"), "utf-32": TWIN.encode("utf-32"),
+    "utf-16 without mark": TWIN.encode("utf-16-be"), "both": b"\xef\xbb\xbf" + TWIN.replace("\n", "\r\n").encode(),
+}  # fmt: skip
+
+
+def test_twins_are_found_whatever_form_and_source_they_have(tmp_path: pathlib.Path) -> None:
+    folder = folder_of(tmp_path / "src", {f"{name}.py": content for name, content in FORMS.items()})
+    binary = pa.array(list(FORMS.values()), pa.binary())
+    pyarrow.parquet.write_table(pa.table({"content": binary}), tmp_path / "a.parquet")
+    texts = pa.array([content.decode("utf-8") for name, content in FORMS.items() if "utf" not in name])
+    pyarrow.parquet.write_table(pa.table({"content": texts}), tmp_path / "b.parquet")
+    dataset = run(tmp_path, folder, f"stack:{tmp_path}/a.parquet", f"stack:{tmp_path}/b.parquet")
+    assert dataset.column("content") == [TWIN] and not dataset.failures()
+    assert dataset.counters["dropped_duplicate"] == 2 * len(FORMS) + 5 - 1
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"x = 1\n\0\0\n", "binary (NUL at character 6)"), ("x = 1\0", "binary (NUL at character 5)"),
+     ("x = '\ud800'", "half a surrogate pair at character 5"), (b"\xff\xfex", "not UTF-16"), (5, "is int, not text"),
+     (b"\x80", "not UTF-8 (byte 0x80 at offset 0)")],
+)  # fmt: skip
+def test_what_is_no_text_says_why(content: Any, reason: str) -> None:
+    with pytest.raises(ingest.NotText, match=re.escape(reason)):
+        ingest.normalised(content)
+
+
+def test_a_name_that_is_not_utf8_is_written_so_that_it_can_be_read(tmp_path: pathlib.Path) -> None:
+    folder_of(tmp_path / "src", {"a.py": CODE})
+    (tmp_path / "src" / os.fsdecode(b"caf\xe9.py")).write_text("x = 1\n")
+    (tmp_path / "src" / os.fsdecode(b"bad\xe9.py")).write_bytes(b"\xff\xff\xff")
+    dataset = run(tmp_path, f"folder:{tmp_path}/src", workers=2)
+    assert set(dataset.column("max_stars_repo_path")) == {"a.py", "caf\\xe9.py"}
+    assert dataset.failures()[0]["key"] == "folder:src/bad\\xe9.py"
 
 
 def posts(path: pathlib.Path, rows: list[dict[str, Any]]) -> str:
@@ -306,6 +421,131 @@ def test_a_cut_dump_is_told(tmp_path: pathlib.Path) -> None:
         run(tmp_path, source)
 
 
+BAD_ROWS = {
+    "a reference that XML does not have": (b"&lt;p&gt;How do I 1", b"&lt;p&gt;&#x0E;How do I 1"),
+    "a bare ampersand": (b"Question 1?", b"Question & answer &nbsp; 1?"),
+    "a control character": (b"Question 1?", b"Question \x0e 1?"),
+    "not UTF-8": (b"Question 1?", b"Question caf\xe9 1?"),
+    "an angle": (b"Question 1?", b"Question < 1?"),
+    "half a score": (b'Score="1"', b'Score="1.5"'),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_ROWS)
+def test_a_bad_line_that_can_be_mended_is(fault: str, tmp_path: pathlib.Path) -> None:
+    source = posts(tmp_path / "Posts.xml", [question(1), answer(2, 1, 1, "yes"), question(3), answer(4, 3, 1, "no")])
+    before, after = BAD_ROWS[fault]
+    text = (tmp_path / "Posts.xml").read_bytes()
+    assert before in text
+    (tmp_path / "Posts.xml").write_bytes(text.replace(before, after, 1))
+    dataset = run(tmp_path, source)
+    assert dataset.rows == 2 and not dataset.failures()
+
+
+def test_bad_lines_are_failures_and_the_rest_goes_on(tmp_path: pathlib.Path) -> None:
+    rows = [question(i) for i in range(1, 9)] + [answer(10 + i, i, 1, f"yes {i}") for i in range(1, 9)]
+    rows[0].pop("Id")
+    rows[2]["AcceptedAnswerId"] = "x"
+    rows[11]["Score"] = "nan"
+    rows[12].pop("ParentId")
+    source = posts(tmp_path / "Posts.xml", rows)
+    lines = (tmp_path / "Posts.xml").read_text().replace("/>", "", 2).splitlines()  # rows 0 and 1 have no end
+    (tmp_path / "Posts.xml").write_text("\n".join(lines))
+    dataset = run(tmp_path, source, max_failed=1.0)
+    assert {row["source"] for row in dataset.read()} == {f"stackoverflow:{i}" for i in (6, 7, 8)}
+    assert [(failure["key"], failure["reason"][:20]) for failure in dataset.failures()] == [
+        (f"stackoverflow/Posts.xml line {line}", reason)
+        for line, reason in {
+            3: "unclosed token: line", 4: "unclosed token: line", 5: "AcceptedAnswerId is ", 14: "Score is 'nan'",
+            15: "ParentId is missing",
+        }.items()
+    ]  # fmt: skip
+
+
+def test_another_tag_or_dump_after_an_interruption_is_not_mixed(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [question(1), answer(2, 1, 1, "snake"), question(3, tags="<java>"), answer(4, 3, 1, "coffee")]
+    source = posts(tmp_path / "Posts.xml", rows)
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ingest, "run_stage", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, source)
+    assert list((tmp_path / "documents" / "spool").glob("*.sqlite"))
+    assert "coffee" in next(run(tmp_path, source, tag="java").read())["content"]
+    with pytest.raises(UserError, match=r'config.tag: "java" there, "python" asked'):
+        run(tmp_path, source)
+    with monkeypatch.context() as patched:
+        patched.setattr(ingest, "run_stage", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, source, name="replaced")
+    posts(tmp_path / "Posts.xml", [question(1), answer(2, 1, 1, "viper")])
+    assert "viper" in next(run(tmp_path, source, name="replaced").read())["content"]
+
+
+def test_two_processes_join_one_dump(tmp_path: pathlib.Path) -> None:
+    rows = [row for i in range(1, 400, 2) for row in (question(i), answer(i + 1, i, 1, f"yes {i}"))]
+    source = posts(tmp_path / "Posts.xml", rows)
+    command = [sys.executable, "-m", "phi1.cli", "data", "ingest", "--sources", source, "--output", str(tmp_path / "d")]
+    root = pathlib.Path(ingest.__file__).parent.parent
+    both = [subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert Dataset(tmp_path / "d").rows == 200 and not (tmp_path / "d" / "spool").exists()
+
+
+def test_prose_is_judged_by_its_words_and_its_code_by_its_lines(tmp_path: pathlib.Path) -> None:
+    paragraph = "<p>" + "A long explanation stands in one line. " * 60 + "</p>"
+    minified = "<pre><code>" + "a=1;" * 300 + "</code></pre>"
+    source = posts(
+        tmp_path / "Posts.xml",
+        [question(1), answer(2, 1, 1, paragraph), question(3), answer(4, 3, 1, paragraph + minified),
+         question(5), answer(6, 5, 1, "<p>" + "x" * 2000 + "</p>")],
+    )  # fmt: skip
+    dataset = run(tmp_path, source)
+    assert [row["source"] for row in dataset.read()] == ["stackoverflow:1"]
+    assert dataset.counters["dropped_minified"] == 2
+
+
+def test_authors_and_addresses_are_kept(tmp_path: pathlib.Path) -> None:
+    source = posts(
+        tmp_path / "Posts.xml",
+        [
+            question(1, OwnerUserId=7),
+            answer(2, 1, 1, "yes") | {"OwnerDisplayName": "Ann"},
+            question(3),
+            answer(4, 3, 1, "no"),
+        ],
+    )
+    first, second = run(tmp_path, source).read()
+    assert first["authors"] == ["https://stackoverflow.com/users/7", "Ann"] and second["authors"] == []
+    assert first["url"] == "https://stackoverflow.com/a/2"
+
+
+def test_a_row_group_is_read_in_bounded_batches(tmp_path: pathlib.Path) -> None:
+    text = "value = 1\n" * 90_000  # 0.9 MB; 700 of them are 630 MB
+    table = pa.table({"content": pa.DictionaryArray.from_arrays(pa.array([0] * 700, pa.int32()), pa.array([text]))})
+    pyarrow.parquet.write_table(table, tmp_path / "small.parquet")
+    assert (tmp_path / "small.parquet").stat().st_size < 100_000
+    program = (
+        "import sys, pathlib, resource\nfrom data_tools import ingest\n"
+        "made = ingest.run(ingest.Config(output=pathlib.Path(sys.argv[1]) / 'd', sources=(f'stack:{sys.argv[1]}/small.parquet',), max_bytes=1000))\n"
+        "print(made.rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)\n"
+    )
+    root = pathlib.Path(ingest.__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=root, capture_output=True, text=True, check=True
+    )
+    rows, megabytes = map(int, done.stdout.split())
+    assert rows == 0 and megabytes < 500
+
+
 def test_html_becomes_text_and_code_stays_as_it_is() -> None:
     html = "<p>One\n two</p>\n\n<ul><li>a</li><li>b</li></ul><pre class='x'><code>\tx  =  1\n\n\n\ny\n</code></pre><p>&amp;</p>"
     assert readers.html_to_text(html) == "One two\n\n- a\n- b\n\n```\n\tx  =  1\n\n\n\ny\n```\n\n&"
+    unclosed = "<p>Use</p><pre><code>a = 1\nb = 2\n</code><p>and more</p><pre><code>c = 3"
+    assert readers.html_to_text(unclosed) == "Use\n\n```\na = 1\nb = 2\n```\n\nand more\n\n```\nc = 3\n```"
