@@ -107,7 +107,7 @@ def test_the_curve_is_what_the_filter_keeps(config: Config, documents: Dataset) 
 def test_the_same_seed_gives_the_same_bytes(config: Config) -> None:
     one = classify.run(config)
     other = classify.run(dataclasses.replace(config, output=config.output.with_name("other"), workers=2))
-    for name in ("metrics.json", "threshold.svg"):
+    for name in ("forest.skops", "metrics.json", "threshold.svg"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
     shard = Dataset(config.embeddings)
     expected = classify.probabilities(load_forest(one), shard, 0)
