@@ -148,7 +148,17 @@ def describe(metrics: dict[str, Any]) -> str:
         lines.append(
             f"  {name:<18} {value['value']:6.3f}  (95% {low:.3f} to {high:.3f})   majority: {value['baseline']:.3f}"
         )
+    if at_chance(metrics):
+        lines.append(
+            "warning: classify: chance (AUC 0.5) is inside the interval: on unseen documents this forest has not been shown "
+            "to tell anything; annotate more documents, or with a better model"
+        )
     return "\n".join(lines)
+
+
+def at_chance(metrics: dict[str, Any]) -> bool:
+    """Whether the interval of the AUC holds 0.5 or lies below it: whether the forest may as well be guessing."""
+    return metrics["test"]["roc_auc"]["interval"][0] <= 0.5
 
 
 def _train(config: Config, annotations: Dataset, embeddings: Dataset) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Read code and text into a dataset with The Stack's column names.
 
-Sources: installed packages, The Stack's parquet files, StackOverflow's Posts.xml, folders (see --sources).
+Sources: installed packages, The Stack's and other parquet files, StackOverflow's Posts.xml, folders (see --sources).
 A file is a document, a question with its best answer is one too. Every document is brought to one form first (UTF-8,
 no byte order mark, \\n at the ends of lines), so that twins are found whatever source they come from. Two passes over
 the sources, in parallel: the first hashes the documents that pass the filters, the second writes each once.
@@ -40,8 +40,8 @@ class Config:
     """Folder of the new dataset."""
 
     sources: tuple[str, ...] = dataclasses.field(default=("stdlib",), metadata={"no_effect": True})  # by content
-    """What to read: stdlib | pypi:NAME (an installed package) | folder:PATH | stack:PATH (parquet file, folder or
-    glob) | stackoverflow:PATH/Posts.xml."""
+    """What to read: stdlib | pypi:NAME (an installed package) | folder:PATH (.py .txt .md .jsonl .jsonl.zst) | stack:PATH
+    (parquet file, folder or glob) | parquet:PATH?content=COLUMN (others' parquet) | stackoverflow:PATH/Posts.xml."""
 
     limit: int | None = None
     """Keep at most this many documents: those whose content hashes lowest, so that the choice is stable."""

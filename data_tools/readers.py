@@ -4,8 +4,10 @@ A source is written "kind:place":
 
     stdlib                            the running interpreter's standard library, without its tests
     pypi:networkx                     an installed distribution's Python files, without its tests
-    folder:PATH                       all *.py files under PATH
+    folder:PATH                       all files under PATH that are .py, .txt, .md, .jsonl or .jsonl.zst
     stack:PATH                        The Stack's parquet files: a file, a folder or a glob
+    parquet:PATH?FIELD=COLUMN&…       other parquet files; a field (`FIELDS`) that is not named is looked for by its usual
+                                      columns, e.g. parquet:/data/edu/*.parquet?content=text
     stackoverflow:PATH/Posts.xml      the public dump: question and best answer as one document
 
 `plan(sources)` splits them into units (a list of files, a parquet row group, a part of the questions), each
@@ -20,6 +22,7 @@ import glob
 import hashlib
 import html.parser
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -29,7 +32,8 @@ import shutil
 import sqlite3
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+import urllib.parse
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -42,6 +46,23 @@ if TYPE_CHECKING:
 
 UNIT_BYTES = 32 << 20  # of source files in one unit: a shard of about that size
 _QUESTIONS_BYTES = 1 << 30  # of Posts.xml per unit
+FIELDS: dict[str, tuple[str, ...]] = {
+    "content": ("content", "text", "code"),
+    "path": ("max_stars_repo_path", "path", "file_path"),
+    "name": ("max_stars_repo_name", "repo_name", "repo"),
+    "licenses": ("max_stars_repo_licenses", "detected_licenses", "licenses", "license"),
+    "lang": ("lang", "language"),
+    "origin": ("hexsha", "blob_id", "id"),
+    "head": ("max_stars_repo_head_hexsha", "revision_id"),
+    "stars": ("max_stars_count", "star_events_count", "stars"),
+    "authors": ("authors", "author"),
+    "url": ("url",),
+}
+"""What a row of parquet or JSON may say of its document, and the columns in which data sets say it; the first wins."""
+
+_TEXTS = {".py": ("Python", False), ".txt": ("Text", True), ".md": ("Markdown", True)}
+"""Suffix -> (language, whether it is prose) of files that are one document."""
+_LINES = (".jsonl", ".jsonl.zst")  # a document a line
 _BATCH_BYTES = 16 << 20  # of a row group in memory at a time
 _BATCH_ROWS = 64  # at most: a dictionary-encoded cell inflates to any size whatever the file says of its own
 
@@ -55,7 +76,7 @@ _COPYLEFT = re.compile(r"\b(gpl|agpl|lgpl|gnu|gplv\d|lgplv\d)", re.I)
 @dataclasses.dataclass(frozen=True)
 class Unit:
     """A part of a source, read alone. place: a file or folder; items: files in it, a row group, a part.
-    content: hash of what it holds."""
+    columns: field -> column, where the user said so. content: hash of what it holds."""
 
     kind: str
     place: str
@@ -64,12 +85,14 @@ class Unit:
     licenses: tuple[str, ...] = ()
     items: tuple[str, ...] = ()
     part: tuple[int, int] = (0, 1)
+    columns: tuple[tuple[str, str], ...] = ()
     content: str = ""
 
     @property
     def made_of(self) -> tuple[str, str]:
         """Name and identity, for `run_stage`."""
-        return self.source, sha256_json([self.kind, self.name, self.source, self.licenses, self.part, self.content])
+        facts = [self.kind, self.name, self.source, self.licenses, self.part, self.columns, self.content]
+        return self.source, sha256_json(facts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +161,7 @@ def plan(sources: Sequence[str], hashes: ContentHashes, *, any_license: bool = F
         kind, _, place = source.partition(":")
         if kind not in _PLANNERS or (place == "") != (kind == "stdlib"):
             raise UserError(
-                f"--sources {source}: not a source; write stdlib, pypi:NAME, folder:PATH, stack:PATH or "
+                f"--sources {source}: not a source; write stdlib, pypi:NAME, folder:PATH, stack:PATH, parquet:PATH or "
                 "stackoverflow:PATH/Posts.xml"
             )
         units += _PLANNERS[kind](place, any_license, hashes)
@@ -147,8 +170,10 @@ def plan(sources: Sequence[str], hashes: ContentHashes, *, any_license: bool = F
 
 def read(unit: Unit, spool: pathlib.Path, tag: str) -> Iterator[Raw | Failure | Counted]:
     """The documents of one unit, in a fixed order. spool: the folder that `spooled` filled for `tag`."""
-    if unit.kind == "stack":
+    if unit.kind == "parquet":
         yield from _read_row_group(unit)
+    elif unit.kind == "lines":
+        yield from _read_lines(unit)
     elif unit.kind == "stackoverflow":
         yield from _read_questions(unit, spool, tag)
     else:
@@ -227,11 +252,16 @@ def _plan_folder(place: str, any_license: bool, hashes: ContentHashes) -> list[U
     root = pathlib.Path(place).expanduser()
     if not root.is_dir():
         raise UserError(f"--sources folder:{place}: no folder there")
-    files = [path for path in sorted(root.rglob("*.py")) if path.is_file()]
+    files = [path for path in sorted(root.rglob("*")) if path.name.endswith((*_TEXTS, *_LINES)) and path.is_file()]
     if not files:
-        raise UserError(f"--sources folder:{place}: no *.py file in it")
-    sized = [(str(path.relative_to(root)), path.stat().st_size) for path in files]
-    units = _split(Unit("folder", str(root), "", "folder"), sized)
+        raise UserError(f"--sources folder:{place}: no {', '.join((*_TEXTS, *_LINES))} file in it")
+    whole = Unit("folder", str(root), "", "folder")
+    sized = [(str(path.relative_to(root)), path.stat().st_size) for path in files if not path.name.endswith(_LINES)]
+    units = _split(whole, sized) if sized else []
+    for path in files:
+        if path.name.endswith(_LINES):
+            items = (str(path.relative_to(root)),)
+            units.append(dataclasses.replace(whole, kind="lines", items=items, content=hashes.of(path)))
     name = hashes.name(sha256_json([unit.content for unit in units]), printable(root.resolve().name))
     return [dataclasses.replace(unit, name=name, source=f"folder:{name}") for unit in units]
 
@@ -293,13 +323,55 @@ def _read_files(unit: Unit) -> Iterator[Raw | Failure | Counted]:
         except OSError as error:
             yield Failure(f"{unit.source}/{name}", f"cannot be read: {error.strerror}")
             continue
-        yield Raw(content, name, unit.name, unit.source, unit.licenses)
+        lang, prose = _TEXTS[pathlib.PurePath(item).suffix]
+        yield Raw(content, name, unit.name, unit.source, unit.licenses, lang, prose)
 
 
-# The Stack.
+def _read_lines(unit: Unit) -> Iterator[Raw | Failure | Counted]:
+    """Documents of a .jsonl or .jsonl.zst file."""
+    import pyarrow
+
+    path = pathlib.Path(unit.place) / unit.items[0]
+    name = printable(unit.items[0])
+    try:
+        with pyarrow.input_stream(str(path), compression="zstd" if path.suffix == ".zst" else None) as stream:
+            for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError("not an object")
+                except (ValueError, RecursionError) as error:
+                    yield Failure(f"{unit.source}/{name} line {number}", f"not JSON: {_one_line(error)[:100]}")
+                    continue
+                yield _raw(row, unit, f"{name} line {number}")
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read to its end ({_one_line(error)}); fetch it again") from error
+
+
+# Parquet files, The Stack's among them.
 
 
 def _plan_stack(place: str, any_license: bool, hashes: ContentHashes) -> list[Unit]:
+    return _plan_files("stack", place, (), hashes)
+
+
+def _plan_parquet(place: str, any_license: bool, hashes: ContentHashes) -> list[Unit]:
+    path, _, query = place.partition("?")
+    try:
+        pairs = urllib.parse.parse_qsl(query, strict_parsing=True) if query else []
+    except ValueError:
+        pairs = [("", query)]
+    for field, _ in pairs:
+        if field not in FIELDS:
+            raise UserError(
+                f"--sources parquet:{place}: after ? stand FIELD=COLUMN pairs with & between; fields: {', '.join(FIELDS)}"
+            )
+    return _plan_files("parquet", path, tuple(sorted(pairs)), hashes)
+
+
+def _plan_files(kind: str, place: str, columns: tuple[tuple[str, str], ...], hashes: ContentHashes) -> list[Unit]:
     import pyarrow
     import pyarrow.parquet
 
@@ -308,47 +380,71 @@ def _plan_stack(place: str, any_license: bool, hashes: ContentHashes) -> list[Un
         sorted(path.rglob("*.parquet")) if path.is_dir() else [pathlib.Path(f) for f in sorted(glob.glob(str(path)))]
     )
     if not files:
-        raise UserError(f"--sources stack:{place}: no parquet file there")
+        raise UserError(f"--sources {kind}:{place}: no parquet file there")
     units = []
     for file in files:
         try:
             metadata = pyarrow.parquet.read_metadata(file)
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{file}: not a whole parquet file ({_one_line(error)}); fetch it again") from error
-        if "content" not in metadata.schema.to_arrow_schema().names:
-            raise UserError(f"{file}: has no column `content`; The Stack's files have one")
+        names = metadata.schema.to_arrow_schema().names
+        for field, column in columns:
+            if column not in names:
+                raise UserError(f"{file}: has no column `{column}` ({field}); it has {', '.join(names)}")
+        if "content" not in _chosen(names, columns):
+            raise UserError(
+                f"{file}: has no column {' or '.join(f'`{name}`' for name in FIELDS['content'])}, but {', '.join(names)}; "
+                "say which holds the text: parquet:PATH?content=COLUMN"
+            )
         groups = metadata.num_row_groups
         content = hashes.of(file)
         name = hashes.name(content, printable(str(file.relative_to(path)) if path.is_dir() else file.name))
-        whole = Unit("stack", str(file), name, f"stack:{name}", content=content)
+        whole = Unit("parquet", str(file), name, f"{kind}:{name}", columns=columns, content=content)
         units += [dataclasses.replace(whole, part=(i, groups)) for i in range(groups)]
     return units
 
 
-_STACK_COLUMNS = ("content", "lang", "hexsha", "max_stars_repo_path", "max_stars_repo_name", "max_stars_repo_licenses",
-                  "max_stars_repo_head_hexsha", "max_stars_count")  # fmt: skip
+def _chosen(names: Collection[str], columns: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """Field -> column: as the user said, else the first usual one that is there."""
+    usual = {field: column for field, known in FIELDS.items() for column in reversed(known) if column in names}
+    return usual | dict(columns)
 
 
 def _read_row_group(unit: Unit) -> Iterator[Raw | Failure | Counted]:
-    for row in _rows_of_group(unit, _STACK_COLUMNS):
-        path, name = _text(row.get("max_stars_repo_path")), _text(row.get("max_stars_repo_name"))
-        head, stars = _text(row.get("max_stars_repo_head_hexsha")) or None, row.get("max_stars_count")
-        finite = isinstance(stars, int | float) and math.isfinite(stars) and abs(stars) < 2**63
-        yield Raw(
-            row["content"],
-            path,
-            name,
-            unit.source,
-            licenses_in(row.get("max_stars_repo_licenses")),
-            _text(row.get("lang")) or "Python",
-            origin=_text(row.get("hexsha")) or None,
-            head=head,
-            stars=int(stars) if finite else None,  # type: ignore[arg-type]
-            url=f"https://github.com/{name}/blob/{head}/{path}" if name and head and path else None,
-        )
+    for number, row in enumerate(_rows_of_group(unit)):
+        yield _raw(row, unit, f"row {number} of group {unit.part[0]}")
 
 
-def _rows_of_group(unit: Unit, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _raw(row: Mapping[str, Any], unit: Unit, place: str) -> Raw:
+    """A row of a table as a document. place: its path, if it names none."""
+    columns = _chosen(row.keys(), unit.columns)
+    values = {field: row.get(column) for field, column in columns.items()}
+    texts = {field: _text(values.get(field)) for field in ("path", "name", "lang", "origin", "head", "url")}
+    stars, path = values.get("stars"), texts["path"]
+    finite = isinstance(stars, int | float) and math.isfinite(stars) and abs(stars) < 2**63
+    suffix = pathlib.PurePosixPath(path).suffix
+    lang, prose = _TEXTS.get(suffix, ("Python", False))
+    if not suffix and not texts["lang"]:  # nothing says what it is; data sets call the column of written text so
+        prose = columns.get("content") == "text"
+        lang = "Text" if prose else lang
+    permalink = "https://github.com/{name}/blob/{head}/{path}".format(**texts)
+    return Raw(
+        values.get("content"),
+        path or place,
+        texts["name"],
+        unit.source,
+        licenses_in(values.get("licenses")),
+        texts["lang"] or lang,
+        prose or texts["lang"].lower() in ("markdown", "text", "restructuredtext"),
+        origin=texts["origin"] or None,
+        head=texts["head"] or None,
+        stars=int(stars) if finite else None,  # type: ignore[arg-type]
+        authors=licenses_in(values.get("authors")),
+        url=texts["url"] or (permalink if path and texts["name"] and texts["head"] else None),
+    )
+
+
+def _rows_of_group(unit: Unit) -> Iterator[dict[str, Any]]:
     """The rows of a parquet row group, a few in memory at a time. Texts are bytes; a cell that cannot be read is an
     exception in its place."""
     import pyarrow
@@ -361,7 +457,7 @@ def _rows_of_group(unit: Unit, names: Sequence[str]) -> Iterator[dict[str, Any]]
             batches = file.iter_batches(
                 batch_size=max(1, min(_BATCH_ROWS, _BATCH_BYTES // each)),
                 row_groups=[unit.part[0]],
-                columns=[name for name in names if name in set(file.schema_arrow.names)],
+                columns=sorted(set(_chosen(file.schema_arrow.names, unit.columns).values())),
                 use_threads=False,
             )
             for batch in batches:
@@ -399,11 +495,13 @@ def _text(value: Any) -> str:
     """A cell that should hold a text."""
     if value is None or isinstance(value, Exception):
         return ""
-    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def licenses_in(value: Any) -> tuple[str, ...]:
-    """Licences as datasets write them: a text, a list of them, records with the name in a field, or nothing."""
+    """Licences (or authors) as data sets write them: a text, a list of them, records with the name in a field, or nothing."""
     if value is None or isinstance(value, Exception):
         return ()
     if isinstance(value, Mapping):
@@ -678,5 +776,6 @@ _PLANNERS = {
     "pypi": _plan_distribution,
     "folder": _plan_folder,
     "stack": _plan_stack,
+    "parquet": _plan_parquet,
     "stackoverflow": _plan_posts,
 }
