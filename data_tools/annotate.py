@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_tools.dataset import MANIFEST, Dataset, Failure, Produced, failed_shards, run_stage
-from data_tools.llm import LLM, Answer, LLMConfig, Request, RequestFailed, default_ledger
+from data_tools.llm import LLM, Answer, LLMConfig, Request, RequestFailed, default_ledger, whole_unicode
 from data_tools.progress import Progress
 from phi1.errors import UserError
 from phi1.files import sha256_json
@@ -285,4 +285,4 @@ def _judgement(config: Config, answer: Answer) -> dict[str, Any]:
         or not isinstance(reasoning, str)
     ):
         raise RequestFailed(f"no rating from 0 to 10 in the answer: {answer.text[:80]!r}")
-    return {"score": float(rating), "reasoning": reasoning, "model": answer.model}
+    return {"score": float(rating), "reasoning": whole_unicode(reasoning), "model": answer.model}

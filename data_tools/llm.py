@@ -295,7 +295,8 @@ class LLM:
                 self._news.notify_all()
 
     def _ask(self, request: Request, key: str, body: dict[str, Any]) -> Answer:
-        began, failures, waits = time.monotonic(), 0, 0
+        failures = waits = 0
+        limited = 0.0  # when a rate limit first refused this request
         while True:
             with self._news:
                 served = self._served
@@ -310,7 +311,8 @@ class LLM:
                     raise RequestFailed(verdict.reason) from refused
                 if verdict.remedy is Remedy.WAIT:  # `slot` waits for all requests alike
                     waits += 1
-                    if time.monotonic() - began + (verdict.after or _backoff(waits)) > self.config.patience:
+                    limited = limited or time.monotonic()
+                    if time.monotonic() - limited + (verdict.after or _backoff(waits)) > self.config.patience:
                         self._doubt(
                             body, refused, served, f"a rate limit outlasts --patience {self.config.patience:g} s"
                         )
@@ -618,7 +620,7 @@ class LLM:
             if not request.logprobs:
                 raise RequestFailed(f"the answer holds no text: {one_line(why)[:120]}")
             content = ""
-        text = content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a surrogate pair: U+FFFD
+        text = whole_unicode(content)
         logprobs = _first_logprobs(choice) if request.logprobs else {}
         if request.logprobs and not logprobs:
             raise _NoLogprobs(f"{self.model} answered without logprobs")
@@ -634,7 +636,7 @@ class LLM:
             text=text,
             value=value,
             logprobs=logprobs,
-            model=model if isinstance(model, str) and model else self.model,
+            model=whole_unicode(model) if isinstance(model, str) and model else self.model,
             prompt_tokens=prompt or 0,
             completion_tokens=completion or 0,
             truncated=choice.get("finish_reason") == "length",
@@ -643,6 +645,11 @@ class LLM:
         if request.accept is not None:
             request.accept(answer)
         return answer
+
+
+def whole_unicode(text: str) -> str:
+    """A text with U+FFFD for each half of a surrogate pair, which JSON can carry and no file can hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _backoff(times: int) -> float:

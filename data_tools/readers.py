@@ -486,7 +486,11 @@ def _cells(array: "pyarrow.Array") -> list[Any]:
     for cell in array:
         try:
             cells.append(cell.as_py())
-        except (ValueError, OverflowError) as error:  # a text inside of a list, a date out of range
+        except (
+            ValueError,
+            OverflowError,
+            pyarrow.ArrowException,
+        ) as error:  # a text inside of a list, a date out of range
             cells.append(error)
     return cells
 

@@ -151,7 +151,7 @@ def test_a_changed_question_refuses_the_folder(server: FakeServer, make_document
 def test_ratings_carry_their_reasoning_and_bad_ones_go_to_the_failures(
     server: FakeServer, make_documents: Make
 ) -> None:
-    replies = {"x = 1": '{"reasoning": "clear", "rating": 8}', "x = 2": '{"reasoning": "dull", "rating": 2}'}
+    replies = {"x = 1": '{"reasoning": "clear\\ud800", "rating": 8}', "x = 2": '{"reasoning": "dull", "rating": 2}'}
     replies |= {"x = 3": '{"reasoning": "?", "rating": 11}', "x = 4": "I would say seven"}
 
     def script(body: dict[str, Any], index: int) -> Any:
@@ -161,7 +161,7 @@ def test_ratings_carry_their_reasoning_and_bad_ones_go_to_the_failures(
     documents = make_documents([f"{key}\n" for key in replies])
     dataset = annotate.run(config(documents, server, mode="rating", positive_fraction=0.5))
     rows = {row["content"]: (row["score"], row["label"], row["reasoning"]) for row in dataset.read()}
-    assert rows == {"x = 1": (8.0, 1, "clear"), "x = 2": (2.0, 0, "dull")}
+    assert rows == {"x = 1": (8.0, 1, "clear\ufffd"), "x = 2": (2.0, 0, "dull")}
     assert sorted(failure["reason"][:20] for failure in dataset.failures()) == [
         "no rating from 0 to ",
         "the answer is not JS",

@@ -275,10 +275,8 @@ def test_a_missing_server_is_told_at_once(tmp_path: pathlib.Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
-    started = time.monotonic()
     with client(url, tmp_path) as llm, pytest.raises(UserError, match=r"no server answers there.*--base-url"):
         llm.ask(request())
-    assert time.monotonic() - started < 10
 
 
 def test_options_that_do_not_fit_are_told(tmp_path: pathlib.Path) -> None:
@@ -351,7 +349,7 @@ def test_a_drip_does_not_outlive_the_timeout(part: str, server: FakeServer, tmp_
     with client(server, tmp_path, timeout=1.0) as llm:
         assert llm.ask(request()).text == "yes"
     ended.set()
-    assert server.times[1] - server.times[0] < 30  # it would drip for ever
+    assert len(server.bodies) >= 2  # the first would drip for ever
 
 
 def test_a_body_without_end_is_cut_off(
@@ -386,8 +384,15 @@ def test_a_timeout_stays_counted_because_it_may_be_billed(server: FakeServer, tm
 
 
 def test_the_number_in_flight_grows_to_the_maximum_and_not_past_it(server: FakeServer, tmp_path: pathlib.Path) -> None:
+    together = threading.Event()
+
     def script(body: dict[str, Any], index: int) -> Any:
-        time.sleep(0.02)
+        if index == 60:
+            together.wait()  # until eight are in flight
+        elif index > 60 and server.in_flight == 8:
+            together.set()
+        elif index > 60 and not together.is_set():
+            together.wait(0.5)
         return completion("yes")
 
     server.script = script
@@ -464,9 +469,11 @@ def test_a_call_left_open_by_a_dead_process_is_asked_again_and_stays_counted(tmp
 
 def test_ctrl_c_ends_at_once_and_what_was_asked_stays_counted(server: FakeServer, tmp_path: pathlib.Path) -> None:
     server.hung_up_expected = True
+    ended = threading.Event()
 
     def script(body: dict[str, Any], index: int) -> Any:
-        time.sleep(0 if int(body["messages"][0]["content"]) < 3 else 20)
+        if int(body["messages"][0]["content"]) >= 3:
+            ended.wait()
         return completion("yes")
 
     server.script = script
@@ -483,12 +490,12 @@ def test_ctrl_c_ends_at_once_and_what_was_asked_stays_counted(server: FakeServer
     )
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(3)] == ["yes\n"] * 3
-    time.sleep(0.3)
+    while server.in_flight < 2:
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    started = time.monotonic()
-    process.wait(timeout=60)
+    process.wait()  # though its requests are never answered
     process.stdout.close()
-    assert time.monotonic() - started < 10
+    ended.set()
     ledger = Ledger(tmp_path / "llm.sqlite")
     assert ledger.spent()[0] > 3 * 11 + 100  # three answers, and the bounds of those in flight
     assert ledger._in_flight() == set()
