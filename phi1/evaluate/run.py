@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from phi1.errors import UserError
-from phi1.evaluate import exercises, humaneval, judge, sandbox
+from phi1.evaluate import answers, exercises, humaneval, judge, sandbox
 from phi1.evaluate.humaneval import Problem
 from phi1.evaluate.passk import interval, pass_at_k
 from phi1.files import sha256_json, write_json
@@ -133,7 +133,7 @@ def _generator(config: Config) -> tuple[pathlib.Path, Generate]:
     def generate(prompts: Sequence[str], seed: int) -> list[str]:
         return complete(
             model, tokenizer, prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            top_p=config.top_p, stop=humaneval.STOP, seed=seed, batch_size=config.batch_size,
+            top_p=config.top_p, stop=answers.STOP, seed=seed, batch_size=config.batch_size,
         )  # fmt: skip
 
     return folder, generate
@@ -168,7 +168,7 @@ def sample(
         chunk = todo[start : start + CHUNK]
         completions = generate([by_id[task_id].prompt for task_id, _ in chunk], config.seed + len(rows))
         # The model's loop cuts at the first stop string too; cutting here makes the score independent of it.
-        completions = [humaneval.cut(completion) for completion in completions]
+        completions = [answers.cut(completion) for completion in completions]
         jobs = [by_id[task_id].job(text, config.timeout) for (task_id, _), text in zip(chunk, completions, strict=True)]
         with open(path, "a", encoding="utf-8") as file:
             for place, result in sandbox.run_each(jobs, workers=config.workers):
