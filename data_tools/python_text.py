@@ -125,7 +125,8 @@ def _scan(text: str, found: Found, depth: int) -> None:
             continue
         candidates = list(_candidates(lines, start, match.start()))
         code, taken = min(candidates, key=lambda candidate: candidate[1])
-        trees, whole = [], False
+        trees: list[ast.Module] = []
+        whole = False
         for read in (_as_it_is, _mended):
             for text_read, n in candidates:
                 trees, whole = read(text_read)

@@ -41,10 +41,10 @@ def atomic_write(path: pathlib.Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
-    with atomic_write(path, "w") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+    """Writes `value` as indented JSON, atomically. Half a character (a lone surrogate) is written as JSON's \\u escape."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def sha256_file(path: pathlib.Path) -> str:
@@ -59,4 +59,4 @@ def sha256_file(path: pathlib.Path) -> str:
 def sha256_json(value: Any) -> str:
     """The SHA-256 of a JSON-able value in canonical form (sorted keys, no blanks)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -164,15 +164,13 @@ def rows(text: str) -> list[dict[str, Any]]:
 
 def read(text: str, make: Callable[..., Any], where: str) -> list[Any]:
     """`make(**fields)` of each row of a file. Raises UserError, naming the row."""
-    number = 0
+    found: list[Any] = []
     try:
-        found = []
-        for number, row in enumerate(rows(text), 1):
+        for row in rows(text):
             found.append(make(**fields(row)))
         return found
     except (ValueError, KeyError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-        at = f" row {number}" if number else ""
         raise UserError(
-            f"{where}: not a file of problems ({at.strip()}{': ' if at else ''}{type(error).__name__}: {error}); expected JSON lines with "
+            f"{where}: not a file of problems (row {len(found) + 1}: {type(error).__name__}: {error}); expected JSON lines with "
             "task_id, prompt, entry_point, test (HumanEval), or MBPP's or EvalPlus' columns"
         ) from error
