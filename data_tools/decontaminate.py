@@ -232,7 +232,7 @@ class Benchmark:
             best, by_tokens = about.best, about.by_tokens
             if shared:
                 gram = min(shared)
-                reasons[i] = ("ngram", f"{self.ngrams[gram]} {gram!r}")
+                reasons[i] = ("ngram", f"{self.ngrams[gram]}: {gram!r}")
             elif best and best.rate >= self.rate:
                 reasons[i] = ("ast", self._words(best))
             elif by_tokens and by_tokens.rate >= self.rate:

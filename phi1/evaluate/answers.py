@@ -1,7 +1,7 @@
 """What of a model's answer is the program: cut by parsing, or at stop strings.
 
 A completion goes on where the prompt ends; a chat model's answer may be a fence, prose and a fence, the whole function
-again, or a body without its indentation. `read` tries these in turn and takes the first that parses and
+again, or a body without its indentation. `read` tries these in turn and takes the first that compiles and
 defines the function; of it the longest prefix counts, and of what follows the function only what it needs: a helper,
 a class or a constant stay, a call that prints does not run. Stop strings (`cut`), as Codex was cut, lose right code that has a
 comment, a helper or an `if` at column 0; both scores are reported.
@@ -10,7 +10,9 @@ comment, a helper or an `if` at column 0; both scores are reported.
 import ast
 import dataclasses
 import io
+import itertools
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 
 from phi1.evaluate.humaneval import Problem
@@ -19,8 +21,10 @@ STOP = ("\nclass ", "\ndef ", "\n#", "\n@", "\nprint", "\nif ", "\n```")
 """Where Codex' completions were cut (Chen et al. 2021, section 3.4), and where a fence ends."""
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n]*\n(.*?)(?:^[ \t]*\1|\Z)", re.MULTILINE | re.DOTALL)
 _BEGINS = re.compile(r"^(?:import |from |def |async def |class |@)", re.MULTILINE)
-LONGEST = 1 << 16
+LONGEST = 1 << 15
 """Characters of an answer that are looked at: a model that never stops has no function in what follows."""
+_BLOCKS = 20  # of an answer, and places where a program may begin
+_TRIES = 100  # prefixes that are compiled; the line of each error tells where the next ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,35 +44,35 @@ def cut(completion: str, stop: Iterable[str] = STOP) -> str:
 def read(problem: Problem, answer: str) -> Reading:
     """The program in an answer. Where no reading defines the function, the answer as it is, for the record."""
     answer = answer[:LONGEST]
-    for how, text, whole in _readings(problem, answer):
-        completion = _as_program(problem, text) if whole else _as_body(problem, text)
-        if completion is not None:
-            return Reading(completion, how)
+    blocks = [block for _, block in _FENCE.findall(answer) if block.strip()][:_BLOCKS]
+    readings: list[tuple[str, Iterable[str | None]]] = [("completion", (_as_body(problem, answer),))]
+    before: list[str] = []  # blocks that come before the function's, with what it may need
+    for block in blocks:
+        readings.append(("fence", (_as_program(problem, "\n".join([*before, block])),)))
+        before += [block] * (_parsed(block)[0] is not None)
+    readings += [("body in a fence", _bodies(problem, block)) for block in blocks]
+    readings += [
+        (
+            "program",
+            (_as_program(problem, answer[m.start() :]) for m in itertools.islice(_BEGINS.finditer(answer), _BLOCKS)),
+        )
+    ]
+    readings += [("body", _bodies(problem, answer))]
+    for how, completions in readings:
+        found = [completion for completion in completions if completion is not None]
+        if found:  # of ways to indent a body, the one that loses least
+            return Reading(found[0] if how == "program" else max(found, key=lambda text: text.count("\n")), how)
     return Reading(answer, "")
 
 
-def _readings(problem: Problem, answer: str) -> Iterator[tuple[str, str, bool]]:
-    """(name, text, whether it is a whole program), the likeliest first."""
-    yield "completion", answer, False
-    blocks = [match[1] for match in _FENCE.findall(answer)]
-    for block in blocks:
-        yield "fence", block, True
-    if len(blocks) > 1:
-        yield "fences", "\n".join(blocks), True
-    for block in blocks:
-        yield from _bodies(problem, "body in a fence", block)
-    for match in _BEGINS.finditer(answer):
-        yield "program", answer[match.start() :], True
-    yield from _bodies(problem, "body", answer)
-
-
-def _bodies(problem: Problem, how: str, text: str) -> Iterator[tuple[str, str, bool]]:
+def _bodies(problem: Problem, text: str) -> Iterator[str | None]:
     """Text that may be a body: as it is, with its first line's indentation lost, or all of it."""
-    if how != "body":
-        yield how, text, False
     indent = _indent(problem)
-    yield how, indent + text.lstrip(" \n"), False
-    yield how, "".join(indent + line if line.strip() else line for line in _lines(text.strip("\n") + "\n")), False
+    yield _as_body(problem, text)
+    yield _as_body(problem, indent + text.lstrip(" \n"))
+    yield _as_body(
+        problem, "".join(indent + line if line.strip() else line for line in _lines(text.strip("\n") + "\n"))
+    )
 
 
 def _indent(problem: Problem) -> str:
@@ -82,11 +86,13 @@ def _as_body(problem: Problem, text: str) -> str | None:
     """The longest prefix of a text that goes on with the prompt's function; None if it gives it nothing to do."""
     lines = _lines(text)
     end = len(lines)
-    while end > 0:
-        kept = "".join(lines[:end])
+    for _ in range(_TRIES):
+        kept = "".join(lines[: max(0, end)])
         tree, error = _parsed(problem.prompt + kept)
         if tree is not None:
-            return _needed(problem.prompt, kept, tree, problem.entry_point) if _works(tree, problem.entry_point) else None
+            return (
+                _needed(problem.prompt, kept, tree, problem.entry_point) if _works(tree, problem.entry_point) else None
+            )
         # An error stays whatever follows it: a shorter prefix ends before it.
         end = min(end - 1, max(0, error - 1 - problem.prompt.count("\n")) if error else end - 1)
     return None
@@ -96,8 +102,8 @@ def _as_program(problem: Problem, text: str) -> str | None:
     """The longest prefix of a text that is a program with the function in it, to be appended to the prompt."""
     lines = _lines(text)
     end = len(lines)
-    while end > 0:
-        kept = "".join(lines[:end])
+    for _ in range(_TRIES):
+        kept = "".join(lines[: max(0, end)])
         tree, error = _parsed(kept)
         if tree is not None:
             if not _works(tree, problem.entry_point):
@@ -109,9 +115,13 @@ def _as_program(problem: Problem, text: str) -> str | None:
 
 
 def _parsed(text: str) -> tuple[ast.Module | None, int]:
-    """The tree, or the line of the error (0: unknown)."""
+    """The tree, or the line of the error (0: unknown). Compiled, too: a `return` outside a function parses."""
     try:
-        return ast.parse(text), 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            tree = ast.parse(text)
+            compile(tree, "answer", "exec", dont_inherit=True)
+        return tree, 0
     except SyntaxError as error:
         return None, error.lineno or 0
     except (ValueError, RecursionError, MemoryError):
@@ -167,7 +177,9 @@ def _binds(node: ast.stmt) -> set[str]:
     if isinstance(node, ast.If) and "__main__" in {n.value for n in ast.walk(node.test) if isinstance(n, ast.Constant)}:
         return set()
     names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    for target in [n for n in ast.walk(node) if isinstance(n, (ast.Attribute, ast.Subscript)) and isinstance(n.ctx, ast.Store)]:
+    for target in [
+        n for n in ast.walk(node) if isinstance(n, (ast.Attribute, ast.Subscript)) and isinstance(n.ctx, ast.Store)
+    ]:
         base: ast.expr = target
         while isinstance(base, (ast.Attribute, ast.Subscript)):
             base = base.value
@@ -186,7 +198,8 @@ def _sets_up(node: ast.stmt) -> bool:
         return node.names[0].name == "*"
     call = node.value if isinstance(node, ast.Expr) else None
     function = call.func if isinstance(call, ast.Call) else None
-    return isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "sys"
+    named = isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name)
+    return named and function.value.id == "sys" and function.attr.startswith("set")  # type: ignore[union-attr]
 
 
 def _lines(text: str) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from phi1.errors import UserError
 
-_EVALPLUS = '''import copy
+_EVALPLUS = """import copy
 import json
 import math
 
@@ -69,7 +69,7 @@ def check(candidate):
         wanted = _reference(*copy.deepcopy(arguments))
         got = candidate(*copy.deepcopy(arguments))
         assert _right(got, wanted, arguments, {atol!r}), "another result than the reference's"
-'''
+"""
 
 
 def fields(row: dict[str, Any]) -> dict[str, str]:
@@ -128,7 +128,13 @@ def _mbpp(row: dict[str, Any]) -> dict[str, str]:
     imports = row.get("test_imports") or []
     setup = "\n".join(imports if isinstance(imports, list) else [imports]) + "\n" + (row.get("test_setup_code") or "")
     test = _text(row, "test", "") or (setup.strip() + "\n" + "\n".join(tests) + "\n" if tests else "")
-    return {"task_id": task_id, "prompt": prompt, "entry_point": name, "test": test, "solution": code.replace("\r\n", "\n")}
+    return {
+        "task_id": task_id,
+        "prompt": prompt,
+        "entry_point": name,
+        "test": test,
+        "solution": code.replace("\r\n", "\n"),
+    }
 
 
 def _entry_point(code: str, tests: Sequence[str]) -> str:

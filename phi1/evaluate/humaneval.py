@@ -96,7 +96,9 @@ def load(path: pathlib.Path | None = None) -> list[Problem]:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); name a .jsonl, .jsonl.gz or .json") from error
+        raise UserError(
+            f"{path}: cannot be read ({type(error).__name__}: {error}); name a .jsonl, .jsonl.gz or .json"
+        ) from error
     problems: list[Problem] = formats.read(text, Problem, str(path))
     if not problems:
         raise UserError(f"{path}: holds no problem")

@@ -90,7 +90,10 @@ def messages(problem: Problem, completion: str) -> list[dict[str, str]]:
         f"The exercise:\n{_fenced(problem.prompt)}\n\nThe student's program:\n{_fenced(normalised(problem, completion))}\n\n"
         'Answer in JSON: {"critique": "one or two sentences", "grade": 0 to 10}'
     )
-    return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": text.encode("utf-8", "replace").decode()}]
+    return [
+        {"role": "system", "content": _SYSTEM},
+        {"role": "user", "content": text.encode("utf-8", "replace").decode()},
+    ]
 
 
 def _fenced(text: str) -> str:
@@ -157,10 +160,15 @@ def _collected(problem: Problem, answers: list[tuple[int, int | None, str]], is_
     answers.sort(key=lambda answer: answer[0])
     graded = [(value, words) for _, value, words in answers if value is not None]
     failures = tuple(words for _, value, words in answers if value is None)
-    return Grade(problem.task_id, tuple(value for value, _ in graded), graded[0][1] if graded else "", failures, is_canary)
+    return Grade(
+        problem.task_id, tuple(value for value, _ in graded), graded[0][1] if graded else "", failures, is_canary
+    )
 
 
-_IN_PROSE = re.compile(r"(?:grade|score|rating)\W{1,12}(\d+(?:\.\d+)?)(?!\d)(?:\s*(?:/|out of)\s*(\d+))?|\b(\d+(?:\.\d+)?)\s*(?:/|out of)\s*10\b", re.IGNORECASE)
+_IN_PROSE = re.compile(
+    r"(?:grade|score|rating)\W{1,12}(\d+(?:\.\d+)?)(?!\d)(?:\s*(?:/|out of)\s*(\d+))?|\b(\d+(?:\.\d+)?)\s*(?:/|out of)\s*10\b",
+    re.IGNORECASE,
+)
 
 
 def read_grade(text: str) -> tuple[int | None, str]:
@@ -224,14 +232,18 @@ def describe(found: Mapping[str, Any]) -> str:
     """A summary in one line."""
     mean, (low, high) = found["grade_percent"], found["interval_percent"]
     parts = ["no grade" if mean is None else f"{mean:.0f}% ({low:.0f}–{high:.0f}%)"]
-    parts.append(f"{found['graded']} graded, {found['without_grade']} without a grade, {found['failed_answers']} answers without one")
+    parts.append(
+        f"{found['graded']} graded, {found['without_grade']} without a grade, {found['failed_answers']} answers without one"
+    )
     if found["deviation_between_repeats"] is not None:
         parts.append(f"deviation between repeats {found['deviation_between_repeats']:.2f} of 10")
     parts.append(f"{found['canaries_believed']} of {found['canaries']} canaries believed")
     tests = found["with_tests"]
     if tests["auc"] is not None:
         r = "none (all grades equal)" if tests["correlation"] is None else f"{tests['correlation']:.2f}"
-        parts.append(f"correlation with the tests {r}, AUC {tests['auc']:.2f} ({tests['passed']} pass, {tests['failed']} fail)")
+        parts.append(
+            f"correlation with the tests {r}, AUC {tests['auc']:.2f} ({tests['passed']} pass, {tests['failed']} fail)"
+        )
     return "; ".join(parts)
 
 

@@ -53,7 +53,9 @@ def load_folder(folder: pathlib.Path, sampling: Sampling, device: str) -> Model:
 
     folder = checkpoint.resolve(folder)
     device = _device(device)
-    model, tokenizer = checkpoint.load_model(folder, device=device, dtype=torch.bfloat16 if device.startswith("cuda") else None)
+    model, tokenizer = checkpoint.load_model(
+        folder, device=device, dtype=torch.bfloat16 if device.startswith("cuda") else None
+    )
 
     def answer(prompts: Sequence[str], seed: int) -> list[str | Refused]:
         return list(complete(
@@ -74,7 +76,9 @@ def _load_hugging_face(folder: pathlib.Path, sampling: Sampling, device: str) ->
     try:
         import transformers
     except ImportError as error:
-        raise UserError(f"{folder}: a Hugging Face folder needs the package transformers: pip install transformers") from error
+        raise UserError(
+            f"{folder}: a Hugging Face folder needs the package transformers: pip install transformers"
+        ) from error
     import torch
 
     try:
@@ -95,7 +99,9 @@ def _load_hugging_face(folder: pathlib.Path, sampling: Sampling, device: str) ->
         for start in range(0, len(order), sampling.batch_size):
             part = order[start : start + sampling.batch_size]
             for i in [i for i in part if not 0 < len(encoded[i]) < limit]:
-                answers[i] = Refused(f"the prompt's {len(encoded[i])} tokens leave no room in the model's {limit} positions")
+                answers[i] = Refused(
+                    f"the prompt's {len(encoded[i])} tokens leave no room in the model's {limit} positions"
+                )
             part = [i for i in part if i not in answers]
             if not part:
                 continue
@@ -117,7 +123,11 @@ def _load_hugging_face(folder: pathlib.Path, sampling: Sampling, device: str) ->
         return [answers[i] for i in range(len(prompts))]
 
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"])
-    words = sorted(path for path in folder.iterdir() if path.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "added_tokens")))
+    words = sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "added_tokens"))
+    )
     return Model(str(folder), _hash(weights), _hash(words), answer)
 
 
@@ -182,11 +192,15 @@ class Server:
         except openai.APITimeoutError as error:
             raise Refused(f"no answer within {self.timeout:g} s") from error
         except openai.APIConnectionError as error:
-            raise UserError(f"{self.url}: no server answers there ({error}); start it, or correct {self.option}") from error
+            raise UserError(
+                f"{self.url}: no server answers there ({error}); start it, or correct {self.option}"
+            ) from error
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise UserError(f"{self.url}: the key in OPENAI_API_KEY is refused; set a valid one") from error
         except openai.NotFoundError as error:
-            raise UserError(f"{self.url}: refuses model {self.model!r} ({error.status_code}: {error.message})") from error
+            raise UserError(
+                f"{self.url}: refuses model {self.model!r} ({error.status_code}: {error.message})"
+            ) from error
         except openai.BadRequestError as error:
             if "max_completion_tokens" in str(error) and self._limit_name == "max_tokens":
                 self._limit_name = "max_completion_tokens"  # OpenAI's newer models know the limit by this name
@@ -240,4 +254,6 @@ def load_server(url: str | None, name: str, sampling: Sampling, *, chat: bool, w
                 raise
 
     kind = "chat" if chat else "completion"
-    return Model(f"{server.url} {name} ({kind})", sha256_json([server.url, name, kind, ASK if chat else ""]), "", answer)
+    return Model(
+        f"{server.url} {name} ({kind})", sha256_json([server.url, name, kind, ASK if chat else ""]), "", answer
+    )

@@ -31,7 +31,9 @@ def interval(values: Sequence[float], z: float = 1.959964) -> tuple[float, float
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def bootstrap(values: Sequence[float], *, resamples: int = 10_000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+def bootstrap(
+    values: Sequence[float], *, resamples: int = 10_000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
     """Percentile bootstrap interval for the mean of values, one per problem: problems drawn again, with replacement.
 
     It takes the values' spread as it is, so for shares of several samples it is narrower than Wilson's; where all are

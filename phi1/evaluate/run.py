@@ -118,7 +118,9 @@ def run(config: Config) -> None:
     write_json(output / "results.json", results)  # before a judge has its say: what was run is kept
     if config.judge_model is not None:
         grades = _judged(problems, rows, config)
-        passed = {row["task_id"]: row["status"] == "passed" for row in rows if row["sample"] == 0 and row["status"] in RAN}
+        passed = {
+            row["task_id"]: row["status"] == "passed" for row in rows if row["sample"] == 0 and row["status"] in RAN
+        }
         results["judge"] = {"model": config.judge_model} | judge.summary(grades, passed)
         write_json(output / "grades.json", [dataclasses.asdict(one) for one in grades])
         write_json(output / "results.json", results)
@@ -148,7 +150,12 @@ def load_model(config: Config) -> Model:
     sampling = models.Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size)
     if config.model is not None:
         return models.load_server(
-            config.model_url, config.model, sampling, chat=config.chat, workers=config.workers, timeout=config.answer_timeout
+            config.model_url,
+            config.model,
+            sampling,
+            chat=config.chat,
+            workers=config.workers,
+            timeout=config.answer_timeout,
         )
     assert config.checkpoint is not None
     return models.load_folder(config.checkpoint, sampling, config.device)
@@ -169,7 +176,12 @@ def _judged(problems: Sequence[Problem], rows: Sequence[dict[str, Any]], config:
 
 
 def sample(
-    problems: Sequence[Problem], model: Model, output: pathlib.Path, settings: dict[str, Any], config: Config, strength: str
+    problems: Sequence[Problem],
+    model: Model,
+    output: pathlib.Path,
+    settings: dict[str, Any],
+    config: Config,
+    strength: str,
 ) -> list[dict[str, Any]]:
     """Completes and runs what `output`/samples.jsonl does not hold yet; returns all rows.
 
@@ -219,7 +231,13 @@ def _run(
         row = {"answer": answer[: answers.LONGEST], "completion": reading.completion, "how": reading.how,
                "program": problem.prompt + reading.completion}  # fmt: skip
         if not problem.test.strip():
-            facts = {"status": "no_test", "detail": "the problem has no test", "output": "", "seconds": 0.0, "cpu_seconds": 0.0}
+            facts = {
+                "status": "no_test",
+                "detail": "the problem has no test",
+                "output": "",
+                "seconds": 0.0,
+                "cpu_seconds": 0.0,
+            }
             yield place, row | facts | {"by_stop_strings": "no_test"}
             continue
         rows[place] = row
