@@ -176,6 +176,11 @@ CHANGES: dict[str, Callable[[Problem], str | None]] = {
     "in a docstring": lambda p: f"class Notes:\n    '''Keep.\n\n{_indented(renamed(p)).replace(chr(39) * 3, '')}    '''\n",
     "commented out": lambda p: "import os\n" + _indented(renamed(p), "# ") + "x = 1\n",
     "notebook": lambda p: json.dumps({"cells": [{"cell_type": "code", "source": renamed(p).splitlines(keepends=True)}]}),
+    "JSON lines": lambda p: "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(("prose", renamed(p)))),
+    "numbered lines": lambda p: _in_text("".join(f"{n:>4}  {line}\n" for n, line in enumerate(renamed(p).rstrip().split("\n"), 98))),
+    "a diff": lambda p: "@@ -0,0 +1 @@\n" + _indented(renamed(p), "+"),
+    "a method": lambda p: "class Zz:\n" + _indented(renamed(p)).replace("(", "(self, ", 1).replace("(self, )", "(self)"),
+    "tabs": lambda p: renamed(p).replace("    ", "\t"),
     "cut off": lambda p: renamed(p).rstrip("\n") + " + (\n",
 }  # fmt: skip
 

@@ -24,8 +24,11 @@ _QUOTES = re.compile(r'"""|' + "'''")
 _PYTHON = {"", "python", "py", "python3", "py3", "python2", "pycon", "ipython", "ipython3", "sage", "text", "txt"}
 _MARGIN = frozenset(" .:>#|")
 """What may stand left of a function's later lines besides what stands left of its first."""
+_DIGITS = frozenset("0123456789")
 _DEPTH = 3  # texts in strings in texts
+_STRING = 200  # lines of a string that goes on at the margin: a quotation mark that stands alone ends nowhere
 _MENDED = 4  # at most every fourth line, or three
+_TRIES = 40
 
 
 @dataclasses.dataclass
@@ -123,6 +126,11 @@ def _scan(text: str, found: Found, depth: int) -> None:
         if match is None:
             start += 1
             continue
+        rest = lines[start][match.start() :]
+        if "\\n" in rest and depth < _DEPTH:  # a string's inside, as in JSON lines
+            _read(_unescaped(rest), found, depth + 1)
+            start += 1
+            continue
         candidates = list(_candidates(lines, start, match.start()))
         code, taken = min(candidates, key=lambda candidate: candidate[1])
         trees: list[ast.Module] = []
@@ -147,20 +155,24 @@ def _scan(text: str, found: Found, depth: int) -> None:
 def _candidates(lines: list[str], start: int, column: int) -> Iterator[tuple[str, int]]:
     """Texts that the function which begins at (start, column) may be, and how many lines each takes."""
     margin = lines[start][:column]
+    beside = _MARGIN | set(margin) | (_DIGITS if _DIGITS & set(margin) else set())  # numbered lines
     first = lines[start][column:]
     if margin.endswith("`"):  # code within a sentence
         first = first.partition("`")[0]
     for place in [column] if not margin.strip() else [column, 0]:
         for trust_quotes in (True, False):  # a string may go on at the margin; or a quotation mark may stand alone
             taken = [first]
-            in_string, head = _odd_quotes(first), max(0, _opened(first))
+            in_string, head = _STRING * _odd_quotes(first), max(0, _opened(first))
             for line in lines[start + 1 :]:
                 left, rest = line[:place], line[place:]
                 deeper = not rest.strip() or rest[0] in " )]}" or head > 0
-                if not ((trust_quotes and in_string) or (deeper and not set(left) - _MARGIN - set(margin))):
+                if not ((trust_quotes and in_string > 0) or (deeper and not set(left) - beside)):
                     break
                 taken.append(rest)
-                in_string ^= _odd_quotes(rest)
+                if _odd_quotes(rest):
+                    in_string = 0 if in_string else _STRING
+                elif in_string:
+                    in_string -= 1
                 head = head and max(0, head + _opened(rest))
             while not taken[-1].strip() and len(taken) > 1:
                 taken.pop()
@@ -168,6 +180,13 @@ def _candidates(lines: list[str], start: int, column: int) -> Iterator[tuple[str
             yield code, len(taken)
             if "&" in code and (clear := html.unescape(code)) != code:
                 yield clear, len(taken)
+
+
+def _unescaped(text: str) -> str:
+    """A string's value from within its quotation marks, its end left on the last line."""
+    for seen, meant in (("\\n", "\n"), ("\\t", "\t"), ('\\"', '"'), ("\\'", "'"), ("\\\\", "\\")):
+        text = text.replace(seen, meant)
+    return re.sub(r"[\"'][,}\])]*\s*\Z", "\n", text)
 
 
 def _odd_quotes(line: str) -> bool:
@@ -197,13 +216,23 @@ def _as_it_is(code: str) -> tuple[list[ast.Module], bool]:
     return ([], False) if tree is None else ([tree], True)
 
 
+def _python3(line: str) -> str:
+    for pattern, replacement in _PYTHON2:
+        line = pattern.sub(replacement, line)
+    return line
+
+
 def _mended(code: str) -> tuple[list[ast.Module], bool]:
     """Trees of a function some of whose lines Python 3 cannot read: with those lines translated, and without them;
     and whether translation was enough, so that nothing was left out."""
     lines = code.split("\n")
+    python3 = [line if place == 0 else _python3(line) for place, line in enumerate(lines)]
+    if (tree := parse("\n".join(python3))) is not None:
+        kept = [line if line == before else "" for line, before in zip(python3, lines, strict=True)]
+        return [tree, *filter(None, [parse("\n".join(kept))])], True
     without = list(lines)
     whole = True
-    for _ in range(max(3, len(lines) // _MENDED)):
+    for _ in range(min(_TRIES, max(3, len(lines) // _MENDED))):
         try:
             tree = ast.parse("\n".join(lines))
         except SyntaxError as error:
@@ -215,9 +244,7 @@ def _mended(code: str) -> tuple[list[ast.Module], bool]:
         if not 0 < place < len(lines):  # not the `def` itself
             return [], False
         line = lines[place]
-        changed = line
-        for pattern, replacement in _PYTHON2:
-            changed = pattern.sub(replacement, changed)
+        changed = _python3(line)
         if changed == line:
             changed, whole = line[: len(line) - len(line.lstrip())] + "pass", False
         if changed == line:

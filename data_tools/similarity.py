@@ -4,7 +4,7 @@ The paper (section 5) names both measures and publishes neither the trees' seria
 Here they are pinned, because a threshold means nothing without them:
 
 - preorder: the list of a function's node types in preorder, one symbol a node. Left out: names, constants' values,
-  docstrings, comments (which a tree has none of), annotations, decorators, and Load/Store marks.
+  a method's self, docstrings, comments (which a tree has none of), annotations, decorators, and Load/Store marks.
 - brackets: the same with a symbol where a node's children end. Deeper differences count more.
 - sorted: preorder, with the statements of each body in a fixed order: blind to which of them comes first.
 - rate: 1 - Levenshtein distance / the longer list's length, compared as a fraction of integers.
@@ -25,7 +25,7 @@ from typing import Literal
 
 Serialisation = Literal["preorder", "brackets", "sorted"]
 RATE = "1 - levenshtein / max(length), in integers"
-LEFT_OUT = "names, values, docstrings, annotations, decorators, contexts"
+LEFT_OUT = "names, values, self, docstrings, annotations, decorators, contexts"
 
 _WORD = re.compile(r"[a-z0-9]+")
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
@@ -85,6 +85,8 @@ def _fields(node: ast.AST) -> list[tuple[str, list[ast.AST]]]:
         items = value if isinstance(value, list) else [value]
         if name == "body" and items and _is_docstring(node, items[0]):
             items = items[1:]
+        if name == "args" and items and isinstance(items[0], ast.arg) and items[0].arg in ("self", "cls"):
+            items = items[1:]  # a method is compared as a function
         found.append((name, [item for item in items if isinstance(item, ast.AST)]))
     return found
 
