@@ -333,6 +333,16 @@ class Benchmark:
             found.append((counting, alone))
         return found
 
+    def similar(self, contents: Sequence[str]) -> dict[str, Fraction]:
+        """Per task that some function in the contents matches, the highest rate."""
+        found: dict[str, Fraction] = {}
+        functions = [function for content in contents for function in python_text.find(content or "").functions]
+        for matches, _ in self._near(functions):
+            for match in matches:
+                task = self.problems[match.task].task_id
+                found[task] = max(found.get(task, Fraction(0)), match.rate)
+        return found
+
     def agree(self, function: Function, task: int) -> bool:
         """Whether a function has a task's name, or half of the words of the shorter docstring of the two in common."""
         if _flat(function.name) == _flat(self.names[task]):
