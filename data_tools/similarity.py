@@ -39,6 +39,14 @@ _SYMBOLS: dict[type, str] = {
 }  # fmt: skip
 _END = chr(0x20)
 _LEFT_OUT = frozenset(("annotation", "returns", "decorator_list", "ctx", "type_comment", "type_params", "kind"))
+_NO_NODES = frozenset(
+    ("id", "attr", "name", "arg", "n", "s", "level", "module", "asname", "simple", "is_async", "conversion")
+)
+_COUNTING = {
+    kind: tuple(name for name in getattr(kind, "_fields", ())
+                if name not in _LEFT_OUT and name not in _NO_NODES and kind is not ast.Constant)
+    for kind in _SYMBOLS
+}  # fmt: skip
 
 
 def words(text: str) -> list[str]:
@@ -72,22 +80,24 @@ def serialise(function: ast.AST, how: Serialisation = "preorder") -> str:
         out.append(_SYMBOLS[type(node)])
         if how == "brackets":
             stack.append(None)
-        stack += [child for _, children in reversed(_fields(node)) for child in reversed(children)]
+        for children in reversed(_fields(node)):
+            stack += reversed(children)
     return "".join(out)
 
 
-def _fields(node: ast.AST) -> list[tuple[str, list[ast.AST]]]:
-    """The node's fields that count, each with the nodes in it."""
+def _fields(node: ast.AST) -> list[list[ast.AST]]:
+    """Of each field of the node that counts, the nodes in it."""
     found = []
-    for name, value in ast.iter_fields(node):
-        if name in _LEFT_OUT:
-            continue
-        items = value if isinstance(value, list) else [value]
-        if name == "body" and items and _is_docstring(node, items[0]):
-            items = items[1:]
-        if name == "args" and items and isinstance(items[0], ast.arg) and items[0].arg in ("self", "cls"):
-            items = items[1:]  # a method is compared as a function
-        found.append((name, [item for item in items if isinstance(item, ast.AST)]))
+    for name in _COUNTING[type(node)]:
+        value = getattr(node, name, None)
+        if isinstance(value, ast.AST):
+            found.append([value])
+        elif isinstance(value, list) and value:
+            if name == "body" and _is_docstring(node, value[0]):
+                value = value[1:]
+            elif name == "args" and isinstance(value[0], ast.arg) and value[0].arg in ("self", "cls"):
+                value = value[1:]  # a method is compared as a function
+            found.append([item for item in value if isinstance(item, ast.AST)])
     return found
 
 
@@ -98,12 +108,12 @@ def _sorted(function: ast.AST) -> str:
     while stack:
         node, ready = stack.pop()
         fields = _fields(node)
-        if not ready:
+        if not ready and fields:
             stack.append((node, True))
-            stack += [(child, False) for _, children in fields for child in children]
+            stack += [(child, False) for children in fields for child in children]
             continue
         parts = [_SYMBOLS[type(node)]]
-        for _, children in fields:
+        for children in fields:
             texts = [done[id(child)] for child in children]
             parts += sorted(texts) if children and isinstance(children[0], ast.stmt) else texts
         done[id(node)] = "".join(parts)
@@ -174,12 +184,15 @@ def exact(rate: float) -> Fraction:
     return Fraction(str(rate))
 
 
+_CHUNK = 2048  # texts of about the same length: what is too long or short for them is not compared
+
+
 def near_pairs(left: Sequence[str], right: Sequence[str], least: Fraction) -> Iterator[tuple[int, int, int, int]]:
     """All pairs whose match rate is at least `least`: (place in left, place in right, length - distance, length).
 
     left: the many (each different string is compared once). Distances that cannot be near enough are cut off,
     by a bound that no near pair passes: lengths alone give a rate, and the distance of a near pair is at most
-    (1 - least) x the longest length in the window.
+    (1 - least) x the longest length of those that are compared together.
     """
     import numpy
     from rapidfuzz.distance import Levenshtein
@@ -189,21 +202,20 @@ def near_pairs(left: Sequence[str], right: Sequence[str], least: Fraction) -> It
     for i, text in enumerate(left):
         places.setdefault(text, []).append(i)
     texts = sorted(places, key=len)
-    lengths = [len(text) for text in texts]
-    length_of = numpy.array(lengths, dtype=numpy.int64)
+    order = sorted(range(len(right)), key=lambda j: len(right[j]))
+    sizes = [len(right[j]) for j in order]
     part, whole = least.numerator, least.denominator
-    for j, text in enumerate(right):
-        size = len(text)
-        low = bisect.bisect_left(lengths, math.ceil(size * least))
-        high = bisect.bisect_right(lengths, size / least) if least else len(texts)
+    for start in range(0, len(texts), _CHUNK):
+        chunk = texts[start : start + _CHUNK]
+        low = bisect.bisect_left(sizes, math.ceil(len(chunk[0]) * least))
+        high = bisect.bisect_right(sizes, len(chunk[-1]) / least) if least else len(sizes)
         if low >= high:
             continue
-        window = texts[low:high]
-        longest = max(size, lengths[high - 1])
-        distance = cdist([text], window, scorer=Levenshtein.distance, score_cutoff=math.floor((1 - least) * longest),
-                         dtype=numpy.int32)[0].astype(numpy.int64)  # fmt: skip
-        longer = numpy.maximum(length_of[low:high], size)
-        for k in numpy.nonzero(distance * whole <= (whole - part) * longer)[0].tolist():
-            n = int(longer[k])
-            for i in places[window[k]]:
-                yield i, j, n - int(distance[k]), n
+        longest = max(len(chunk[-1]), sizes[high - 1])
+        distance = cdist(chunk, [right[j] for j in order[low:high]], scorer=Levenshtein.distance,
+                         score_cutoff=math.floor((1 - least) * longest), dtype=numpy.int32).astype(numpy.int64)  # fmt: skip
+        longer = numpy.maximum([[len(text)] for text in chunk], sizes[low:high])
+        for a, b in numpy.argwhere(distance * whole <= (whole - part) * longer).tolist():
+            n = int(longer[a, b])
+            for i in places[chunk[a]]:
+                yield i, order[low + b], n - int(distance[a, b]), n

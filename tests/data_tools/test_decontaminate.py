@@ -331,7 +331,7 @@ def test_against_the_distance_of_the_trees_themselves() -> None:
     apted, helpers = pytest.importorskip("apted"), pytest.importorskip("apted.helpers")
 
     def as_tree(node: ast.AST) -> Any:
-        children = [as_tree(child) for _, nodes in similarity._fields(node) for child in nodes]
+        children = [as_tree(child) for nodes in similarity._fields(node) for child in nodes]
         return helpers.Tree(type(node).__name__, *children)
 
     chosen = [f for f, size in zip(BENCHMARK.functions, BENCHMARK.sizes, strict=True) if size < 30][:10]
