@@ -144,6 +144,7 @@ def _block_jobs(arch: int, dtype: str, quick: bool) -> list[Job]:
         _job("block_elementwise", "after_in_kernel", arch, dtype, {**heads, **tile}, 4, 3),
         _job("block_elementwise", "after_in_backward_kernel", arch, dtype, {**heads, **chunk, **tile}, 4, 3),
         _job("block_elementwise", "after_out_kernel", arch, dtype, {"DROPOUT": True, **tile}, 4, 3),
+        _job("block_elementwise", "residual_factor_kernel", arch, dtype, tile, 4, 3),
         _job("block_elementwise", "after_out_backward_kernel", arch, dtype, {"DROPOUT": True, **chunk, **tile}, 4, 3),
     ]
     products: list[tuple[str, dict[str, Any]]] = [("project_in", heads), ("project_out", {"DROPOUT": True})]

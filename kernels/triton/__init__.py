@@ -31,6 +31,9 @@ def _of(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
+residual_factor = _of("block", "residual_factor")
+
+
 def _attention_refuses(*, dtype: torch.dtype, head_dim: int, **options: object) -> str | None:
     if head_dim not in HEAD_DIMS:
         return f"head_dim = {head_dim}: the kernels are made for {', '.join(map(str, HEAD_DIMS))}"
