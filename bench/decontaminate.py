@@ -279,6 +279,34 @@ def show(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def embedded(problems: Sequence[str], clean: Sequence[str], embedder: str) -> dict[str, Any]:
+    """Per kind of change that the trees do not see through, the share whose nearest task is its own, and that within the
+    default distance; of clean rows, those within it."""
+    import numpy
+
+    config = Config(input=Path(), output=Path(), problems=tuple(problems), embedder=embedder)
+    benchmark = Benchmark(config, exercises=False)
+    tasks = benchmark._benchmark_vectors
+    found: dict[str, Any] = {}
+    for kind in (
+        "docstring rewritten",
+        "renamed",
+        "renamed, other constants",
+        "statements reordered",
+        "one statement more",
+    ):
+        pairs = [(i, text) for i, p in enumerate(benchmark.problems) if (text := CHANGES[kind](p)) is not None]
+        vectors = benchmark._embedded([text for _, text in pairs])
+        distance = numpy.sqrt((2 - 2 * vectors @ tasks.T).clip(min=0))
+        own = numpy.array([i for i, _ in pairs])
+        found[kind] = {"planted": len(pairs), "nearest is its own": float((distance.argmin(1) == own).mean()),
+                       "within": float((distance.min(1) <= config.embedding_distance).mean())}  # fmt: skip
+    distance = numpy.sqrt((2 - 2 * benchmark._embedded(list(clean)) @ tasks.T).clip(min=0))
+    found["clean functions"] = {"planted": len(clean), "nearest is its own": None,
+                                "within": float((distance.min(1) <= config.embedding_distance).mean())}  # fmt: skip
+    return {"embedder": benchmark.facts["embedding_model"], "distance": config.embedding_distance, "rows": found}
+
+
 # ---------------------------------------------------------------- speed
 
 
@@ -308,6 +336,7 @@ def main() -> None:
     parser.add_argument(
         "--teacher", type=int, default=0, help="also so many exercises of the offline teacher, as clean rows"
     )
+    parser.add_argument("--embedder", default="none", help="also the share that an embedding finds, e.g. minilm")
     parser.add_argument("--output", type=Path, help="file for the figures, as JSON, with the machine they are of")
     options = parser.parse_args()
     found = list(functions(PACKAGES[:4] if options.quick else PACKAGES))
@@ -329,6 +358,17 @@ def main() -> None:
         exercises = [row["prompt"] + row["solution"] for row in rows]
         tables["teacher"] = table(options.problems, exercises, ways[0])
         print(f"{' + '.join(ways[0])}, clean rows: the offline teacher's exercises\n{show(tables['teacher'])}\n")
+    if options.embedder != "none":
+        tables["embedding"] = embedded(options.problems, clean[:300], options.embedder)
+        print(f"{tables['embedding']['embedder']}, L2 distance at most {tables['embedding']['distance']}")
+        for kind, row in tables["embedding"]["rows"].items():
+            own = (
+                ""
+                if row["nearest is its own"] is None
+                else f"{100 * row['nearest is its own']:>8.1f}% nearest to their own task"
+            )
+            print(f"{kind:<28}{row['planted']:>8}{100 * row['within']:>8.1f}% within{own}")
+        print()
     fast = speed(options.problems, [tree for _, tree in found], EXERCISES // 10 if options.quick else EXERCISES)
     print(f"{fast['trees']:,} different trees against {fast['tasks']}: {fast['seconds']:.1f} s of CPU time ({fast['near']:,} pairs at {min(RATES)}); "
           f"{parse['functions']:,} functions found and serialised in {parse['seconds']:.1f} s")  # fmt: skip

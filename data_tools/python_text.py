@@ -14,6 +14,7 @@ import dataclasses
 import html
 import json
 import re
+import warnings
 from collections.abc import Iterator
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -59,10 +60,19 @@ def plain(content: str) -> str:
 
 def parse(code: str) -> ast.Module | None:
     """The tree of a text, None if it does not parse."""
-    try:
-        return ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+    return _tried(code)[0]
+
+
+def _tried(code: str) -> tuple[ast.Module | None, int | None]:
+    """The tree; or the line of what is not Python's syntax, None where that is not the reason."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the code that is read, not of ours
+        try:
+            return ast.parse(code), None
+        except SyntaxError as error:
+            return None, error.lineno or 0
+        except (ValueError, RecursionError, MemoryError):
+            return None, None
 
 
 def _read(text: str, found: Found, depth: int) -> None:
@@ -233,14 +243,10 @@ def _mended(code: str) -> tuple[list[ast.Module], bool]:
     without = list(lines)
     whole = True
     for _ in range(min(_TRIES, max(3, len(lines) // _MENDED))):
-        try:
-            tree = ast.parse("\n".join(lines))
-        except SyntaxError as error:
-            place = (error.lineno or 0) - 1
-        except (ValueError, RecursionError, MemoryError):
-            return [], False
-        else:
+        tree, number = _tried("\n".join(lines))
+        if tree is not None:
             return [tree, *filter(None, [parse("\n".join(without))])], whole
+        place = (number or 0) - 1
         if not 0 < place < len(lines):  # not the `def` itself
             return [], False
         line = lines[place]

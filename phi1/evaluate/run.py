@@ -85,10 +85,11 @@ class Config:
 
 def run(config: Config) -> None:
     """Runs the benchmark and prints its table."""
-    if config.samples < 1:
-        raise UserError(f"--samples {config.samples}: must be at least 1")
-    if config.judge_repeats < 1:
-        raise UserError(f"--judge-repeats {config.judge_repeats}: must be at least 1")
+    for name in ("samples", "workers", "judge_repeats", "max_new_tokens", "batch_size"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    if min(config.k, default=1) < 1 or (config.limit is not None and config.limit < 1):
+        raise UserError(f"--k {' '.join(map(str, config.k))}, --limit {config.limit}: must be at least 1")
     if config.samples > 1 and config.temperature == 0:
         raise UserError(f"--samples {config.samples} with --temperature 0 gives equal samples: set e.g. 0.2 or 0.8")
     if (config.checkpoint is None) == (config.model is None):

@@ -14,7 +14,7 @@ import pytest
 
 from bench.decontaminate import CHANGES, functions, one_more, renamed, verdicts
 from data_tools import decontaminate, python_text, similarity
-from data_tools.dataset import Dataset, run_stage
+from data_tools.dataset import Dataset, Failure, run_stage
 from data_tools.decontaminate import Config
 from phi1.errors import UserError
 from phi1.evaluate import humaneval
@@ -188,6 +188,12 @@ def test_other_languages_are_counted(tmp_path: pathlib.Path) -> None:
     assert python_text.find(text).languages == {"sh", "java"}
     result = decontaminated(tmp_path, [text], exercises=False)
     assert result.counters["kept_with_other_languages"] == 1
+
+
+def test_a_row_without_content_is_not_clean() -> None:
+    rows = [{"hexsha": "a", "content": None}, {"hexsha": "b", "content": "x = 1\n"}]
+    out = list(BENCHMARK.sort_out(rows))  # type: ignore[arg-type]
+    assert out[0] == Failure("a", "unchecked: no text") and out[1] == rows[1]
 
 
 def test_rows_that_are_no_text(tmp_path: pathlib.Path) -> None:

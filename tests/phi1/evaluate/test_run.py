@@ -199,6 +199,9 @@ def test_bad_options(tmp_path: pathlib.Path) -> None:
         run.run(Config(checkpoint=tmp_path, samples=5))
     with pytest.raises(UserError, match="absent"):
         run.run(Config(checkpoint=tmp_path / "absent", limit=1))
+    for options in ({"workers": 0}, {"k": (0,)}, {"limit": 0}, {"judge_repeats": 0}):
+        with pytest.raises(UserError, match="must be at least 1"):
+            run.run(Config(checkpoint=tmp_path, **options))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="name the model"):
         run.run(Config())
     with pytest.raises(UserError, match="--output is missing"):
