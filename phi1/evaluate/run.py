@@ -203,7 +203,7 @@ def sample(
     report = _progress("completed and run")
     for start in range(0, len(todo), CHUNK):
         chunk = todo[start : start + CHUNK]
-        given = model.complete([by_id[task_id].prompt for task_id, _ in chunk], config.seed + len(rows))
+        given = _complete(model, [by_id[task_id].prompt for task_id, _ in chunk], config.seed + len(rows))
         with open(path, "a", encoding="utf-8") as file:
             for place, row in _run([by_id[task_id] for task_id, _ in chunk], given, config):
                 row = {"task_id": chunk[place][0], "sample": chunk[place][1]} | row
@@ -214,6 +214,17 @@ def sample(
             os.fsync(file.fileno())
         report(start + len(chunk), len(todo))
     return [row for row in rows if row["task_id"] in by_id]
+
+
+def _complete(model: Model, prompts: Sequence[str], seed: int) -> list["str | Refused"]:
+    """The model's answers; a prompt that is no text is refused for it."""
+    texts = [place for place, prompt in enumerate(prompts) if prompt == _clear(prompt)]
+    given: list[str | Refused] = [Refused("the prompt holds half a character, which no tokenizer reads")] * len(prompts)
+    for place, answer in zip(
+        texts, model.complete([prompts[place] for place in texts], seed) if texts else (), strict=True
+    ):
+        given[place] = answer
+    return given
 
 
 def _run(

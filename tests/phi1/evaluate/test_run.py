@@ -122,6 +122,7 @@ def test_exercises_are_read_and_checked(tmp_path: pathlib.Path) -> None:
     problems = exercises.load(folder)
     assert [p.group for p in problems] == ["one step", "two steps", "two steps"]
     assert dataclasses.replace(problems[1], task_id="P/1", group="odd") == PROBLEMS[1]
+    assert exercises.load(exercise_dataset(tmp_path / "n", test=None))[0].test == ""
     (folder / "00000.parquet").write_bytes(b"other")
     with pytest.raises(UserError, match=r"00000\.parquet: corrupt shard"):
         exercises.load(folder)
@@ -232,6 +233,21 @@ def test_what_a_model_says_is_recorded_and_stops_nothing(tmp_path: pathlib.Path)
     assert results["without_test"] == 1 and results["scores"][0]["problems"] == 11
     run.write_json(tmp_path / "out" / "results.json", results | {"text": "\ud800"})
     assert "1 problems have no test" in run.table({"benchmark": "x", "samples": 1, "temperature": 0.0} | results)
+
+
+def test_a_prompt_that_is_no_text_is_recorded(tmp_path: pathlib.Path) -> None:
+    problems = [dataclasses.replace(PROBLEMS[0], prompt="def add(x):\n    '\ud800'\n"), PROBLEMS[2]]
+    asked: list[str] = []
+
+    def answer(prompts: Sequence[str], seed: int) -> list[str]:
+        asked.extend(prompts)
+        return right_if_even(prompts, seed)
+
+    rows = run.sample(problems, model(answer), tmp_path / "out", {}, Config(checkpoint=tmp_path), "full")
+    assert asked == [PROBLEMS[2].prompt] and {r["task_id"]: r["status"] for r in rows} == {
+        "P/0": "no_answer",
+        "P/2": "passed",
+    }
 
 
 def test_lines_end_at_newlines_only(tmp_path: pathlib.Path) -> None:
