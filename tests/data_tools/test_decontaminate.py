@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
+import numpy
 import pyarrow
 import pytest
+from fake_openai import FakeServer, completion
 
 from bench.decontaminate import CHANGES, functions, one_more, renamed, verdicts
 from data_tools import decontaminate, python_text, similarity
@@ -246,6 +248,54 @@ def test_embedding_finds_a_copy_that_the_other_tests_miss(tmp_path: pathlib.Path
     unseen = decontaminate.run(Config(input=tmp_path / "in", output=tmp_path / "unseen", embedder="minilm", ngram=30,
                                       ast_rate=0.999, embed_above=0.998, problems=(str(few),)))  # fmt: skip
     assert unseen.rows == 2
+
+
+def test_a_judge_reads_what_no_other_test_sees(
+    tmp_path: pathlib.Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors are made up: each row's nearest tasks are HumanEval/1 and the one after. A judge without an answer is no yes."""
+    order = list(PROBLEMS)
+
+    def vectors(self: Any, texts: list[str]) -> Any:
+        rng = numpy.random.default_rng(0)
+        tasks = rng.normal(size=(len(order), 64))
+        rows = (
+            tasks if len(texts) == len(order) else tasks[1] + 0.5 * tasks[2] + 3 * rng.normal(size=(len(texts), 64)) / 8
+        )
+        return rows / numpy.linalg.norm(rows, axis=1, keepdims=True)
+
+    def script(body: dict[str, Any], index: int) -> Any:
+        text = body["messages"][0]["content"]
+        if "median" in text:
+            return completion('{"same": false}')
+        return completion(
+            "Hm, I think so."
+            if "riddle" in text
+            else '{"same": true}'
+            if "separate_paren_groups" in text
+            else '{"same": false}'
+        )
+
+    monkeypatch.setattr(decontaminate.Benchmark, "_embedded", vectors)
+    server.script = script
+    rows = ["Klammern trennen: zerlege den Text in seine Gruppen.\n", "A riddle.\n", OTHER]
+    options = {
+        "embedder": "minilm",
+        "embedding_distance": 0.1,
+        "judge_nearest": 2,
+        "base_url": server.base_url,
+        "model": "fake-1",
+    }
+    result = decontaminated(tmp_path, rows, exercises=False, attempts=1, **options)
+    assert result.column("content") == [OTHER] and len(server.bodies) == 6
+    assert reasons(result) == ["judge HumanEval/1", "unchecked the judge gives no answer about HumanEval/1"]
+    assert result.counters["removed_judge"] == 1
+    kept = decontaminate.run(
+        Config(input=tmp_path / "in", output=tmp_path / "kept", unchecked="keep", attempts=1, **options)
+    )  # type: ignore[arg-type]
+    assert kept.rows == 2 and kept.counters["kept_unchecked"] == 1
+    with pytest.raises(UserError, match="--judge-nearest 2"):
+        decontaminated(tmp_path / "x", rows, judge_nearest=2)
 
 
 def test_summary_says_when_nothing_or_everything_matched(
