@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import doctest
 import hashlib
+import io
 import json
 import pathlib
 import re
@@ -274,7 +275,7 @@ def read_exercise(text: str) -> dict[str, Any]:
         raise Unusable("no function")
     if len(functions) > 1:
         raise Unusable("more than one function")
-    function, lines = functions[0], code.splitlines(keepends=True)
+    function, lines = functions[0], list(io.StringIO(code, newline=""))  # lines as Python counts them
     for node in imports:
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
         for name in names:

@@ -113,7 +113,7 @@ def test_run_again_does_nothing_twice(finished: pathlib.Path) -> None:
 @pytest.mark.timeout(0)  # `follow` watches progress
 def test_the_report_is_one_page_that_fetches_nothing(finished: pathlib.Path) -> None:
     page = (finished / "report.html").read_text(encoding="utf-8")
-    for section in ("scores", "pipeline", "filter", "samples", "training", "answers", "sources"):
+    for section in ("scores", "pipeline", "filter", "decontamination", "samples", "training", "answers", "sources"):
         assert f'<section id="{section}">' in page
     assert "offline teacher" in page
     assert "<script" not in page
@@ -134,7 +134,7 @@ def test_the_report_in_a_browser(finished: pathlib.Path, tmp_path: pathlib.Path)
              "--enable-logging=stderr"]  # fmt: skip
     url = (finished / "report.html").as_uri()
     dom = subprocess.run([browser, *flags, "--dump-dom", url], capture_output=True, text=True)
-    assert dom.stdout.count("<section") == 7
+    assert dom.stdout.count("<section") == 8
     assert dom.stdout.count("<svg") >= 2  # the filter's threshold and the losses
     assert ":CONSOLE(" not in dom.stderr, dom.stderr  # no error, nothing that could not be loaded
     picture = tmp_path / "report.png"
