@@ -1,5 +1,5 @@
 """The network: parameter counts, masks, cache, dropout, types, torch.compile. Agreement with transformers is in
-test_huggingface.py."""
+huggingface/test_folders.py."""
 
 import dataclasses
 import itertools

@@ -22,7 +22,7 @@ from phi1.tokenizer import Tokenizer, train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 VOCABULARY = 320
 BASE = ModelConfig(
     vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=4,
