@@ -66,13 +66,16 @@ def export_folder(
                 "bos_token": END_OF_TEXT,
                 "eos_token": END_OF_TEXT,
                 "unk_token": END_OF_TEXT,
+                "pad_token": END_OF_TEXT,
+                "padding_side": "left",  # so that batches of unequal prompts can be generated from
                 "model_max_length": config.max_positions,
                 "model_input_names": ["input_ids", "attention_mask"],  # 4.57 would add token_type_ids
                 "clean_up_tokenization_spaces": False,
             },
         )
         ends = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
-        write_json(temporary / "generation_config.json", ends)
+        # Not in config.json: there transformers would keep the embedding of <|endoftext|> from being trained.
+        write_json(temporary / "generation_config.json", ends | {"pad_token_id": tokenizer.eot_id})
         write_json(temporary / "config.json", phi_config(config, dtype) | ends)
 
 
