@@ -16,6 +16,7 @@ from phi1.checkpoint import atomic_folder, save_tensors
 from phi1.config import ModelConfig
 from phi1.errors import UserError
 from phi1.files import write_json
+from phi1.huggingface.card import model_card
 from phi1.model import Phi1
 from phi1.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -29,11 +30,12 @@ def export_folder(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a folder that transformers (4.57 and 5) loads: `AutoModelForCausalLM.from_pretrained(folder)`.
 
     dtype: type of the written weights, default the parameters' own. Dropout is written as 0, as in phi-1's own
-    config. The folder appears whole or not at all. Raises UserError if it exists, if the disk is full, or if the
+    config. facts: the checkpoint's (`phi1.checkpoint.read_facts`), for README.md, the model card. The folder appears whole or not at all. Raises UserError if it exists, if the disk is full, or if the
     tokenizer has more entries than the model has rows.
     """
     folder, config = pathlib.Path(folder), model.config
@@ -46,6 +48,7 @@ def export_folder(
         )
     dtype = dtype or model.embedding.dtype
     tensors = to_phi(model.state_dict(), config)
+    count = sum(tensor.numel() for tensor in tensors.values())
     shards = _shards({name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}, max_shard_bytes)
     with atomic_folder(folder) as temporary:
         weight_map: dict[str, str] = {}
@@ -55,8 +58,7 @@ def export_folder(
             save_tensors(temporary / file, {name: tensors[name].to(dtype) for name in names})
             weight_map |= dict.fromkeys(names, file)
         if len(shards) > 1:
-            total = sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": count * dtype.itemsize}, "weight_map": weight_map}
             write_json(temporary / "model.safetensors.index.json", index)
         tokenizer.save(temporary / "tokenizer.json")
         write_json(
@@ -77,6 +79,8 @@ def export_folder(
         # Not in config.json: there transformers would keep the embedding of <|endoftext|> from being trained.
         write_json(temporary / "generation_config.json", ends | {"pad_token_id": tokenizer.eot_id})
         write_json(temporary / "config.json", phi_config(config, dtype) | ends)
+        card = model_card(folder.name, config, count, dtype, tokenizer, facts or {})
+        (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def phi_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
