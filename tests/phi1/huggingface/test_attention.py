@@ -223,6 +223,8 @@ def test_a_folder_is_loaded_with_it(tmp_path: Any) -> None:
 def bidirectional(**changes: Any) -> Any:
     found = model("llama", **changes)
     found.config.is_causal = False
+    for layer in found.model.layers:  # transformers 4
+        layer.self_attn.is_causal = False
     return found
 
 
