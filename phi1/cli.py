@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("phi1.plan", "what a recipe will take: memory, work and days on given GPUs"),
     "generate": ("phi1.generate", "complete a prompt"),
     "evaluate": ("phi1.evaluate.run", "HumanEval, held-out exercises, an LLM's grade"),
+    "study": ("data_tools.study", "prune what is near the benchmark, retrain, compare: the paper's table 3"),
     "export": ("phi1.export", "write a checkpoint as a Hugging Face PhiForCausalLM folder"),
     "import": ("phi1.import_", "read a Hugging Face Phi or CodeGen folder into a checkpoint"),
     "report": ("data_tools.report", "one HTML page of what a run did"),

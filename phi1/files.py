@@ -46,9 +46,9 @@ def json_text(value: Any) -> str:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
-    with atomic_write(path, "w") as file:
-        file.write(json_text(value))
+    """Writes `value` as indented JSON, atomically. Half a character (a lone surrogate) is written as JSON's \\u escape."""
+    with atomic_write(path) as file:
+        file.write(json_text(value).encode("utf-8", "backslashreplace"))
 
 
 def sha256_file(path: pathlib.Path) -> str:
@@ -63,7 +63,7 @@ def sha256_file(path: pathlib.Path) -> str:
 def sha256_json(value: Any) -> str:
     """The SHA-256 of a JSON-able value in canonical form (sorted keys, no blanks)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def set_aside(path: pathlib.Path) -> pathlib.Path:

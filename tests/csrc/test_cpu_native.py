@@ -151,7 +151,7 @@ MUTATIONS = [
     ("attention_decode.inl", "top[r] == -__builtin_inff() ? 0 : top[r]", "top[r]"),
     ("cross_entropy.inl", "top = -3.40282347e38f", "top = -__builtin_inff()"),
     ("attention_decode.inl", "query[r] + 1 + p.seqlen_k", "query[r] + p.seqlen_k"),
-    ("attention_decode.inl", "(first + r) / args.seqlen_q", "(first + r) % args.seqlen_q"),
+    ("attention_decode.inl", "(first + r) / p.seqlen_q", "(first + r) % p.seqlen_q"),
     ("attention_decode.inl", "visible[row + m] - start", "visible[row] - start"),
     ("attention_decode.inl", "item % parts * together", "item % parts"),
     ("attention_decode.inl", "smaller(start + kFewKeys, most[row / kBlock])", "most[row / kBlock]"),

@@ -24,7 +24,7 @@ def test_against_the_reference(case: Case, dtype: torch.dtype, isa: str) -> None
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("name", ["gqa", "dropout", "documents_unequal", "decode_four_32", "few"])
+@pytest.mark.parametrize("name", ["gqa", "dropout", "documents_unequal", "documents_cache", "decode_four_32", "few"])
 def test_bitwise_equal_for_any_thread_count(name: str, isa: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         results = []
