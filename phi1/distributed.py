@@ -4,10 +4,12 @@ import contextlib
 import importlib
 import os
 import pathlib
+import pickle
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -56,6 +58,7 @@ class World:
 
     def __exit__(self, *error: object) -> None:
         if self.distributed:
+            _settle()
             dist.destroy_process_group()
 
     def sum(self, *values: float) -> list[float]:
@@ -67,35 +70,40 @@ class World:
         return self._reduce(values, dist.ReduceOp.MAX)
 
     def _reduce(self, values: tuple[float, ...], operation: Any) -> list[float]:
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        tensor = _kept(torch.tensor(values, dtype=torch.float64, device=self.device))
         if self.distributed:
             dist.all_reduce(tensor, op=operation)
         return tensor.tolist()
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, by rank."""
+        """Every process's value, which must be one that pickle takes, by rank."""
         if not self.distributed:
             return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        message = bytearray(pickle.dumps(value))
+        longest = int(self.max(len(message))[0])
+        padded = bytearray(longest)  # pickle ignores what follows its end
+        padded[: len(message)] = message
+        mine = _kept(torch.frombuffer(padded, dtype=torch.uint8).to(self.device))
+        everyones = [_kept(torch.empty_like(mine)) for _ in range(self.size)]
+        dist.all_gather(everyones, mine)
+        return [pickle.loads(tensor.cpu().numpy().tobytes()) for tensor in everyones]
 
     def first(self, action: Callable[[], T]) -> T:
         """What `action` returns on rank 0, which runs it while the others wait.
 
         Its UserError ends every process, and is said once.
         """
-        outcome: list[Any] = [None, None]
+        result: Any = None
+        failure = None
         if self.rank == 0:
             try:
-                outcome[0] = action()
+                result = action()
             except UserError as error:
-                outcome[1] = str(error)
-        if self.distributed:
-            dist.broadcast_object_list(outcome, src=0, device=self.device)
-        if outcome[1] is not None:
-            self.fail(outcome[1])
-        return outcome[0]
+                failure = str(error)
+        result, failure = self.gather((result, failure))[0]
+        if failure is not None:
+            self.fail(failure)
+        return result
 
     def each(self, action: Callable[[], T]) -> T:
         """What `action` returns, run by every process.
@@ -148,6 +156,31 @@ class World:
             print(
                 "nobody reads the progress lines any more; the run goes on, and metrics.jsonl has them", file=sys.stderr
             )
+
+
+_recent: list[torch.Tensor] = []
+
+
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor of a collective, noted for `_settle`."""
+    _recent.append(tensor)
+    del _recent[:-256]
+    return tensor
+
+
+def _settle() -> None:
+    """Waits until gloo's threads have let go of the tensors of the last collectives, at most a second.
+
+    They do so a little after a collective is done, for which they need Python's lock. The destructor of the process group
+    waits for them with the lock held, for ever if it comes before: so hung one of four runs that failed right after a
+    collective (torch 2.13, gdb's stacks). That they hold a tensor shows in its count of references.
+    """
+    deadline = time.monotonic() + 1.0
+    for tensor in _recent:
+        while sys.getrefcount(tensor) > 3 and time.monotonic() < deadline:  # the list's, this name's and the call's
+            time.sleep(0.001)
+    _recent.clear()
+    time.sleep(0.1)  # and for tensors that are not noted here: DDP's, torch's own
 
 
 def native_precision(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -92,6 +93,7 @@ def _process(rank, size, port, arguments, output, passes):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")  # fmt: skip
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(200, exit=True)  # says where, should it hang
     phi1.train.peak_flops = lambda device, dtype: (1e12, "assumed")
     if passes:
         _signal_in(passes)
