@@ -23,7 +23,7 @@ class Case:
 
     name: str
     works: dict[str, float]
-    """What is timed ("forward", ...) and how much it is: FLOPs or bytes."""
+    """What is timed ("forward", ...) and how much it is: FLOPs, bytes or tokens."""
     candidates: Sequence[Candidate]
     size: str | None = None
     """Of the call, as automatic choice sees it (`kernels.measured.size_class`); None: it is no op's."""
@@ -50,7 +50,7 @@ class Suite:
     check: Callable[[Shape], str | None] = lambda shape: None
     """What is wrong with a shape, or None."""
     quantity: str = "FLOP"
-    """Or "B". FLOP are compared with a matrix product's."""
+    """Or "B", or "tokens". FLOP are compared with a matrix product's."""
     seconds: tuple[float, float] = (0.3, 2.0)
     """Measuring time for a group, with --quick and without."""
     rounds: dict[str, int] = dataclasses.field(default_factory=lambda: {"cuda": 10, "cpu": 3})
@@ -120,6 +120,8 @@ def main(suite: Suite, argv: Sequence[str] | None = None) -> None:
         dtypes = parse_dtypes(parser, options.dtypes)
     flop = suite.quantity == "FLOP"
     prefix, scale = ("T", 1e12) if flop and device == "cuda" else ("G", 1e9)
+    if suite.quantity == "tokens":
+        prefix, scale = "", 1.0
     bench = Benchmark(
         suite.name, device, unit=f"{prefix}{suite.quantity}/s", formula=suite.formula,
         seconds=suite.seconds[0 if options.quick else 1], rounds=suite.rounds[device],

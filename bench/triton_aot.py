@@ -83,7 +83,8 @@ def jobs(quick: bool) -> list[Job]:
 def _attention_jobs(arch: int, dtype: str, quick: bool) -> list[Job]:
     import torch
 
-    from kernels.triton import HEAD_DIMS, attention_tuning
+    from kernels.native import HEAD_DIMS
+    from kernels.triton import attention_tuning
 
     # phi-1's call; in 16 bits all eight.
     variants = [{"CAUSAL": True, "DROPOUT": True, "DOCUMENTS": False}]

@@ -14,7 +14,7 @@ import re
 from typing import Any
 
 from data_tools import classify, decontaminate
-from data_tools.dataset import MANIFEST, Dataset
+from data_tools.dataset import MANIFEST, Dataset, sweep
 from phi1 import __version__
 from phi1.errors import UserError
 from phi1.evaluate.run import read_lines
@@ -75,6 +75,7 @@ def run(config: Config) -> pathlib.Path:
         f"<nav>{links}</nav>\n{body}\n</body></html>\n"
     )
     output = config.output or config.run / "report.html"
+    sweep(output.parent)
     with atomic_write(output, "w") as file:
         file.write(page)
     print(f"report: {output}")
@@ -273,10 +274,20 @@ def _failures(dataset: Dataset) -> str:
     return f"<details><summary>{len(failures):,} failures</summary>{_pre(lines, 4000)}</details>"
 
 
-def _sample_rows(dataset: Dataset) -> list[dict[str, Any]]:
-    """A few rows spread over the dataset (the first of each tenth)."""
-    rows = list(dataset.read())
-    return [rows[i * len(rows) // 10] for i in range(10)] if len(rows) > 10 else rows
+def _sample_rows(dataset: Dataset) -> tuple[list[dict[str, Any]], list[tuple[str, dict[str, Any]]]]:
+    """A few rows spread over the dataset (the first of each tenth), and the best and the worst by quality, in one pass."""
+    wanted = {i * dataset.rows // 10 for i in range(10)}
+    rows: list[dict[str, Any]] = []
+    best: dict[str, Any] | None = None
+    worst: dict[str, Any] | None = None
+    for i, row in enumerate(dataset.read()):
+        if i in wanted:
+            rows.append(row)
+        if "quality" in row:
+            best = row if best is None or row["quality"] >= best["quality"] else best
+            worst = row if worst is None or row["quality"] < worst["quality"] else worst
+    ends = [("rated highest", best), ("rated lowest of those kept", worst)]
+    return rows, [(label, row) for label, row in ends if row is not None]
 
 
 def _samples(datasets: list[Dataset]) -> str:
@@ -284,12 +295,10 @@ def _samples(datasets: list[Dataset]) -> str:
     for dataset in datasets:
         if not dataset.rows:
             continue
-        rows = _sample_rows(dataset)
+        rows, shown = _sample_rows(dataset)
         if "content" not in rows[0]:
             continue
         text = [f"<h3>{_e(dataset.folder.name)}</h3>"]
-        ordered = sorted(dataset.read(), key=lambda row: row["quality"]) if "quality" in rows[0] else []
-        shown = [("rated highest", ordered[-1]), ("rated lowest of those kept", ordered[0])] if ordered else []
         shown += [("", row) for row in rows[:3]]
         for label, row in shown:
             facts = [label] if label else []

@@ -8,6 +8,7 @@ Boxes and arrows are SVG elements, no drawing package. `tests/docs` checks that 
 import dataclasses
 import html
 import itertools
+import json
 import pathlib
 
 FOLDER = pathlib.Path(__file__).parent / "figures"
@@ -127,7 +128,44 @@ def block() -> str:
     return drawing(x - 16, 96, "the parallel block: two products and one kernel after each", parts)
 
 
-FIGURES = {"pipeline.svg": pipeline, "dispatch.svg": dispatch, "block.svg": block}
+RESULTS = FOLDER.parents[1] / "bench" / "results"
+MACHINE = "authenticamd-family-25-avx512-bf16"
+BARS = [
+    ("attn", "1x2048x8x64 bf16 causal", "forward", "attention, forward"),
+    ("attn", "1x2048x8x64 bf16 causal", "both", "… with the backward pass"),
+    ("attn", "1x2048x8x128 bf16 causal", "both", "… head_dim 128"),
+    ("attn", "1x2048x8x64 fp32 causal", "both", "… in fp32"),
+    ("block", "2x1024x512x8x64x2048 bf16", "forward + backward", "a whole layer"),
+    ("loss", "4096x512x51200 bf16", "forward + backward", "lm_head and loss"),
+    ("loss", "4096x512x51200 fp32", "forward + backward", "… in fp32"),
+    ("train", "2x1024x512x8x51200 bf16", "step", "a training step"),
+]
+"""(benchmark, case, work, what the bar says)."""
+
+
+def results() -> str:
+    """Time of the fastest peer over ours, from bench/results, on the one kind of machine that has whole tables."""
+    parts, y, scale = [], 46, 150
+    parts.append(
+        '<text class="title" x="10" y="20">Time of the fastest peer over ours (1 = as fast), two cores of an AMD EPYC (Zen 4)</text>'
+    )
+    for benchmark, case, work, label in BARS:
+        rows = json.loads((RESULTS / f"{benchmark}-{MACHINE}.json").read_text())["rows"]
+        rows = [row for row in rows if (row["case"], row["work"]) == (case, work) and row["seconds"] is not None]
+        ours = min(row["seconds"] for row in rows if row["ours"])
+        peer = min((row for row in rows if not row["ours"]), key=lambda row: row["seconds"])
+        ratio = peer["seconds"] / ours
+        parts.append(f'<text x="10" y="{y + 13}">{label}</text>')
+        parts.append(
+            f'<rect class="ours" x="210" y="{y}" width="{scale * ratio:.0f}" height="18" style="rx:2"/>'
+            f'<text class="small" x="{216 + scale * ratio:.0f}" y="{y + 13}">{ratio:.2f} × {html.escape(peer["implementation"])}</text>'
+        )
+        y += 26
+    parts.append(f'<path d="M{210 + scale} 34V{y}" style="marker-end:none;stroke-dasharray:3"/>')
+    return drawing(820, y + 10, "speed on a CPU against the fastest peer, from bench/results", parts)
+
+
+FIGURES = {"pipeline.svg": pipeline, "dispatch.svg": dispatch, "block.svg": block, "results.svg": results}
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)

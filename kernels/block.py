@@ -18,22 +18,28 @@ from torch import Tensor
 from kernels import cpu, native, reference, triton
 from kernels.attention import check_documents, flash_attention
 from kernels.autocast import cast_inputs
-from kernels.checks import check, check_dtype, check_like, check_not_captured, check_shape, seed_bits
+from kernels.checks import (
+    check,
+    check_device,
+    check_dtype,
+    check_int32,
+    check_like,
+    check_not_captured,
+    check_shape,
+    seed_bits,
+)
 from kernels.fused_block import FusedBlock
 from kernels.measured import size_class
 from kernels.norm import layer_norm
-from kernels.reference import Dropout
+from kernels.reference import Dropout, KVCache
 from kernels.registry import choose, differentiated, forced_backend, in_graph, machine_of, register
 from kernels.rotary import apply_rotary, check_table
 
-KVCache = tuple[Tensor, Tensor, int]
-"""Keys and values (batch or more, capacity, kv_heads, head_dim) of the tokens so far, and how many there are."""
-
 
 def _attention(
-    piece: str | None, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, dropout: Dropout
-) -> Tensor:
-    options = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "backend": piece}
+    piece: str | None, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, dropout: Dropout
+) -> Tensor:  # fmt: skip
+    options = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "backend": piece}
     attention = flash_attention(q, k, v, dropout_p=dropout.p, dropout_seed=dropout.seed, **options)  # type: ignore[arg-type]
     assert isinstance(attention, Tensor)
     return attention
@@ -81,19 +87,41 @@ def _residual_factor_fake(like: Tensor, seed: int, p: float) -> Tensor:
     return like.new_empty(like.shape)
 
 
-def _check_cache(name: str, cache: Tensor, length: int, x: Tensor, kv_heads: int, head_dim: int) -> None:
+def _check_cache(
+    name: str, cache: Tensor, length: int | Tensor, x: Tensor, cu_seqlens: Tensor | None, kv_heads: int, head_dim: int
+) -> None:
     """Raises ValueError unless x's tokens fit into `cache` (keys or values): backends write there without another look."""
     batch, seq, _ = x.shape
+    if cu_seqlens is not None:
+        batch = cu_seqlens.shape[0] - 1
     check(
         cache.dim() == 4 and cache.shape[0] >= batch and tuple(cache.shape[2:]) == (kv_heads, head_dim),
         lambda: f"{name}.shape = {tuple(cache.shape)}: must be ({batch} or more, capacity, {kv_heads}, {head_dim})",
     )
     check_like(name, cache, "x", x)
+    if isinstance(length, Tensor):
+        _check_documents_fit(name, cache, length, cu_seqlens)
+        return
     check(length >= 0, lambda: f"kv_cache[2] = {length}: must be the number of tokens so far")
     check(
         length + seq <= cache.shape[1],
         lambda: f"{name} holds {length} of {cache.shape[1]} tokens: {seq} more do not fit; make a longer cache",
     )
+
+
+def _check_documents_fit(name: str, cache: Tensor, lengths: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Raises ValueError unless each document fits behind its row's tokens. On a GPU only shapes are looked at."""
+    assert cu_seqlens is not None
+    check_shape("kv_cache[2]", lengths, (cu_seqlens.shape[0] - 1,), "(documents,)")
+    check_int32("kv_cache[2]", lengths)
+    check_device("kv_cache[2]", lengths, "cu_seqlens", cu_seqlens)
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    for row, (length, new) in enumerate(zip(lengths.tolist(), cu_seqlens.diff().tolist(), strict=True)):
+        if length < 0 or length + new > cache.shape[1]:
+            raise ValueError(
+                f"{name} holds {length} of {cache.shape[1]} tokens in row {row}: {new} more do not fit; make a longer cache"
+            )
 
 
 @cast_inputs("x", "norm_weight", "norm_bias", "w_in", "b_in", "w_out", "b_out")
@@ -130,8 +158,9 @@ def parallel_block(
     attention_dropout, residual_dropout, dropout_seed: masks are `kernels.reference.attention_keep` and `residual_keep`
         of the seed. Both probabilities are rounded to a multiple of 1/256, as in `flash_attention`: 0.1 becomes 0.1016.
     kv_cache: (k, v, length): this call's keys and values are written at [length, length + seq), then attention
-        runs over the first length + seq. k and v have x's dtype and device. For inference: such a call records no
-        gradient, on any backend, whatever requires one.
+        runs over the first length + seq. With cu_seqlens document i goes on in row i, and length is int32 (documents,),
+        the tokens that each row holds; a document may be empty. k and v have x's dtype and device. For inference: such a
+        call records no gradient, on any backend, whatever requires one.
     Under torch.autocast x and the six parameters are cast to its dtype (kernels/autocast.py), which y then has.
     Returns y (batch, seq, hidden).
 
@@ -174,20 +203,25 @@ def parallel_block(
     dropout_seed = seed_bits("dropout_seed", dropout_seed)
     if not torch.compiler.is_compiling():  # what is compiled is captured later: the operator looks again
         check_not_captured(max(attention_dropout, residual_dropout), x)
-    check(
-        kv_cache is None or cu_seqlens is None,
-        lambda: "kv_cache and cu_seqlens are both given: decode packed documents as separate batch entries",
-    )
-    if kv_cache is not None:
-        keys, values, length = kv_cache
-        _check_cache("kv_cache[0]", keys, length, x, kv_heads, head_dim)
-        _check_cache("kv_cache[1]", values, length, x, kv_heads, head_dim)
     if cu_seqlens is not None:
         check_documents(cu_seqlens, cu_seqlens, x)
+    queries, seen = seq, seq
+    if kv_cache is not None:
+        keys, values, length = kv_cache
+        check(
+            isinstance(length, Tensor) == (cu_seqlens is not None),
+            lambda: "kv_cache[2]: must be a number, or with cu_seqlens an int32 tensor of a number for each document",
+        )
+        _check_cache("kv_cache[0]", keys, length, x, cu_seqlens, kv_heads, head_dim)
+        _check_cache("kv_cache[1]", values, length, x, cu_seqlens, kv_heads, head_dim)
+        if not isinstance(length, Tensor):
+            seen = length + seq
+        elif cu_seqlens is not None:  # how long each document is only the run knows
+            queries, seen = -(-batch * seq // (cu_seqlens.shape[0] - 1)), keys.shape[1]
     check_table(x, batch, seq, head_dim, cos, sin, positions)
     name = choose(
         "parallel_block", x.device, backend,
-        dtype=x.dtype, head_dim=head_dim, size=size_class(seq, seq if kv_cache is None else kv_cache[2] + seq),
+        dtype=x.dtype, head_dim=head_dim, size=size_class(queries, seen),
         training=kv_cache is None and differentiated(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out),
         hidden=hidden, inner=inner, rotary_dim=2 * cos.shape[-1],
     )  # fmt: skip
@@ -207,7 +241,8 @@ def parallel_block(
     )  # fmt: skip
     if kv_cache is not None:
         with torch.no_grad():
-            y = torch.ops.phi1.parallel_block_cached(rows, *parameters, *kv_cache, *options)
+            each = (0, length) if isinstance(length, Tensor) else (length, None)
+            y = torch.ops.phi1.parallel_block_cached(rows, *parameters, keys, values, *each, *options)
     else:
         y = FusedBlock.apply(rows, *parameters, differentiated(rows, *parameters), *options)[0]
     return y.view(batch, seq, hidden)

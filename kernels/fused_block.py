@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import reference
 from kernels.autocast import without_autocast
 from kernels.autograd import once_differentiable
 from kernels.checks import check_not_captured, check_positions
@@ -96,7 +95,7 @@ class Pieces(NamedTuple):
 def block_forward(
     pieces: Pieces, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
     layout: Layout, cu_seqlens: Tensor | None, eps: float, attention_dropout: Dropout, residual_dropout: Dropout,
-    kv_cache: tuple[Tensor, Tensor, int] | None = None,
+    kv_cache: reference.KVCache | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y (tokens, hidden), z, attention's part of g, lse) for x (tokens, hidden)."""
     check_positions(layout.positions, layout.cos.shape[0])
@@ -105,14 +104,11 @@ def block_forward(
     normed = pieces.norm_forward(x, norm_weight, norm_bias, eps)[0]
     z = pieces.project_in(normed, w_in, b_in, g[:, layout.attention_width :], layout)
     q, k, v = layout.qkv(z, documents)
+    cu_q = cu_k = cu_seqlens
     if kv_cache is not None:
-        keys, values, length = kv_cache
-        until = length + layout.seq
-        keys[: layout.batch, length:until] = k
-        values[: layout.batch, length:until] = v
-        k, v = keys[: layout.batch, :until], values[: layout.batch, :until]
+        k, v, cu_q, cu_k = reference.extend(kv_cache, k, v, cu_seqlens)
     attention, lse = pieces.attention_forward(
-        q, k, v, cu_seqlens, cu_seqlens, True, layout.head_dim**-0.5, *attention_dropout,
+        q, k, v, cu_q, cu_k, True, layout.head_dim**-0.5, *attention_dropout,
         out=layout.attention(g, documents),
     )  # fmt: skip
     return pieces.project_out(g, w_out, b_out, x, residual_dropout), z, attention, lse
@@ -168,7 +164,7 @@ torch.library.define(
 torch.library.define(
     "phi1::parallel_block_cached",
     "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out,"
-    f" Tensor(a!) keys, Tensor(b!) values, SymInt length, {_OPTIONS}) -> Tensor",
+    f" Tensor(a!) keys, Tensor(b!) values, SymInt length, Tensor? lengths, {_OPTIONS}) -> Tensor",
 )
 
 
@@ -208,15 +204,15 @@ def _forward_fake(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grad
 
 @torch.library.impl("phi1::parallel_block_cached", ("cpu", "cuda"))
 @without_autocast
-def _cached(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, keys, values, length, *options):  # type: ignore[no-untyped-def]
+def _cached(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, keys, values, length, lengths, *options):  # type: ignore[no-untyped-def]
     arguments = _arguments(x, w_in, *options)
     parameters = (norm_weight, norm_bias, w_in, b_in, w_out, b_out)
     forward = implementation("parallel_block", options[-1]).forward
-    return forward(x, *parameters, *arguments, kv_cache=(keys, values, length))[0]
+    return forward(x, *parameters, *arguments, kv_cache=(keys, values, length if lengths is None else lengths))[0]
 
 
 @torch.library.register_fake("phi1::parallel_block_cached")
-def _cached_fake(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, keys, values, length, *options):  # type: ignore[no-untyped-def]
+def _cached_fake(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, keys, values, length, lengths, *options):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape)
 
 
@@ -268,8 +264,3 @@ def _gradients(ctx, saved, grad_y):  # type: ignore[no-untyped-def]
 def vendor_product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T by the vendor's library (oneDNN, cuBLASLt)."""
     return torch.mm(x, weight.T)
-
-
-def dropout_arguments(dropout: Dropout) -> tuple[int, float, int]:
-    """(threshold, scale, seed) as the native kernels take them."""
-    return reference.dropout_threshold(dropout.p), reference.dropout_scale(dropout.p), dropout.seed % 2**64

@@ -281,18 +281,49 @@ class Steps(NamedTuple):
     rotary: Callable[..., tuple[Tensor, Tensor]]
     """(q, k, cos, sin, positions=) -> q, k, turned"""
     attention: Callable[..., Tensor]
-    """(q, k, v, cu_seqlens, dropout) -> q's shape; causal"""
+    """(q, k, v, cu_seqlens_q, cu_seqlens_k, dropout) -> q's shape; causal"""
     gelu: Callable[..., Tensor]
     """elementwise, the tanh form"""
     dropout: Callable[..., Tensor]
     """(y, dropout) -> y's shape"""
 
 
+KVCache = tuple[Tensor, Tensor, int | Tensor]
+"""Keys and values (batch or more, capacity, kv_heads, head_dim) of the tokens so far, and how many there are: a number,
+or with documents int32 (documents,), a row of the cache for each."""
+
+
+def extend(
+    kv_cache: KVCache, k: Tensor, v: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Writes new keys and values behind those that the cache holds; returns all that are to be seen, and the documents of
+    queries and of keys.
+
+    k, v: (batch, seq, kv_heads, head_dim); with documents (1, tokens, kv_heads, head_dim), document i for row i.
+    With documents the rows are folded into one sequence, (1, documents * capacity, kv_heads, head_dim), in which the room
+    behind each row's tokens is a document of its own, without queries.
+    """
+    keys, values, length = kv_cache
+    if cu_seqlens is None or not isinstance(length, Tensor):
+        rows, until = k.shape[0], length + k.shape[1]
+        keys[:rows, length:until], values[:rows, length:until] = k, v
+        return keys[:rows, :until], values[:rows, :until], None, None
+    rows, tokens, capacity = cu_seqlens.shape[0] - 1, k.shape[1], keys.shape[1]
+    new = cu_seqlens.diff()
+    row = torch.arange(rows, device=k.device).repeat_interleave(new, output_size=tokens)
+    place = torch.arange(tokens, device=k.device) + (length - cu_seqlens[:-1])[row]
+    keys[row, place], values[row, place] = k[0], v[0]
+    starts = capacity * torch.arange(rows, device=k.device)
+    ends = torch.stack([starts + length + new, starts + capacity], dim=1).flatten()
+    cu_q, cu_k = (torch.nn.functional.pad(x, (1, 0)).int() for x in (cu_seqlens[1:].repeat_interleave(2), ends))
+    return keys[:rows].flatten(0, 1)[None], values[:rows].flatten(0, 1)[None], cu_q, cu_k
+
+
 def parallel_block(
     steps: Steps, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
     cos: Tensor, sin: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, heads: int, kv_heads: int,
     head_dim: int, eps: float, attention_dropout: Dropout, residual_dropout: Dropout,
-    kv_cache: tuple[Tensor, Tensor, int] | None,
+    kv_cache: KVCache | None,
 ) -> Tensor:  # fmt: skip
     """phi-1's layer: attention and MLP side by side on one LayerNorm. See `kernels.parallel_block` for the arguments."""
     batch, seq, _ = x.shape
@@ -300,13 +331,13 @@ def parallel_block(
     qkv, u = z.tensor_split([(heads + 2 * kv_heads) * head_dim], dim=-1)
     q, k, v = qkv.unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=2)
     q, k = steps.rotary(q, k, cos, sin, positions=positions)
-    if kv_cache is not None:  # keys and values of earlier tokens stand there, these are added
-        keys, values, length = kv_cache
-        keys[:batch, length : length + seq], values[:batch, length : length + seq] = k, v
-        k, v = keys[:batch, : length + seq], values[:batch, : length + seq]
     if cu_seqlens is not None:  # documents of all sequences, one after another
         q, k, v = (part.reshape(1, batch * seq, -1, head_dim) for part in (q, k, v))
-    attention = steps.attention(q, k, v, cu_seqlens, attention_dropout).reshape(batch, seq, heads * head_dim)
+    cu_q = cu_k = cu_seqlens
+    if kv_cache is not None:
+        k, v, cu_q, cu_k = extend(kv_cache, k, v, cu_seqlens)
+    attention = steps.attention(q, k, v, cu_q, cu_k, attention_dropout)
+    attention = attention.reshape(batch, seq, heads * head_dim)
     return x + steps.dropout(
         steps.linear(torch.cat([attention, steps.gelu(u)], dim=-1), w_out, b_out), residual_dropout
     )

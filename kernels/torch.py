@@ -40,6 +40,8 @@ def _documents(
     starts_k = document_starts("cu_seqlens_k", cu_k, k.shape[1])
     parts = [_zeros(q[:, : starts_q[0]], k, v)]
     for i in range(len(starts_q) - 1):
+        if starts_q[i] == starts_q[i + 1]:
+            continue  # nothing to compute, and no gradient for keys that nothing sees
         documents = slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
         parts.append(_sdpa(q[:, documents[0]], k[:, documents[1]], v[:, documents[1]], causal, scale))
     return torch.cat([*parts, _zeros(q[:, starts_q[-1] :], k, v)], dim=1)
@@ -53,7 +55,7 @@ def _zeros(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     m, n = q.shape[1], k.shape[1]
-    if m == 0 or n == 0:
+    if n == 0:
         return _zeros(q, k, v)
     if causal and m > n:  # queries that see no key: SDPA would make them NaN
         return torch.cat([_zeros(q[:, : m - n], k, v), _sdpa(q[:, m - n :], k, v, causal, scale)], dim=1)

@@ -21,11 +21,15 @@ def run(config: Config) -> None:
     """Writes the folder and says what is in it."""
     import torch
 
-    from phi1.checkpoint import load_model
-    from phi1.huggingface import export_folder
+    from phi1.checkpoint import load_model, read_facts, resolve
+    from phi1.huggingface import export_folder, limits
 
-    model, tokenizer = load_model(config.checkpoint)
+    checkpoint = resolve(config.checkpoint)
+    model, tokenizer = load_model(checkpoint)
     dtype = None if config.dtype == "checkpoint" else getattr(torch, config.dtype)
-    export_folder(config.output, model, tokenizer, dtype=dtype)
+    export_folder(config.output, model, tokenizer, dtype=dtype, facts=read_facts(checkpoint))
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{config.output}: PhiForCausalLM, {count:,} parameters in {str(dtype or model.embedding.dtype)[6:]}")
+    others = limits(model.config, tokenizer)
+    if others:
+        print(f"note: for transformers and lm-eval; {'; '.join(others)}")

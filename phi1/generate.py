@@ -4,19 +4,43 @@ The completion goes to standard output as it is: nothing is stripped from it or 
 """
 
 import dataclasses
+import itertools
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from phi1.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from phi1.model import Phi1
     from phi1.tokenizer import Tokenizer
+
+
+def load(source: pathlib.Path | str, device: str = "auto") -> tuple["Phi1", "Tokenizer"]:
+    """A model to generate with, in evaluation mode, and its tokenizer.
+
+    source: a checkpoint's folder, a run's (its newest checkpoint), or a Hugging Face folder that `phi1 import` reads.
+    device: cpu, cuda, cuda:1, ...; auto: a GPU where there is one. On a GPU the model is held in bfloat16, on a CPU in the
+        type that it was written in.
+    Raises UserError for a source that is none of these, or a device that is not there.
+    """
+    import torch
+
+    from phi1 import checkpoint, huggingface
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: PyTorch finds no CUDA GPU here; use --device cpu")
+    dtype = torch.bfloat16 if device.startswith("cuda") else None
+    source = pathlib.Path(source)
+    if (source / "config.json").exists() and not (source / checkpoint.CHECKPOINT).exists():
+        model, tokenizer = huggingface.import_folder(source), huggingface.import_tokenizer(source)
+        return model.to(device, dtype), tokenizer
+    return checkpoint.load_model(source, device=device, dtype=dtype)
 
 
 def complete(
@@ -31,6 +55,7 @@ def complete(
     seed: int = 0,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
+    stream: Callable[[int, str], None] | None = None,
 ) -> list[str]:
     """One completion for each prompt, in order, without the prompt.
 
@@ -39,6 +64,8 @@ def complete(
     of these strings; they are looked for in its text, not in its tokens. It also ends at <|endoftext|>.
     seed: prompt i draws from a stream of its own, (seed, i), so its sample does not depend on batch_size.
     batch_size: sequences decoded at once. progress: called with (prompts done, prompts in all).
+    stream: called with (index of a prompt, what is new of its completion) as soon as that is sure to stay; the pieces
+    joined are the completion.
 
     Prompt and completion together never exceed the model's max_positions: a completion ends there, and a prompt
     that leaves no room for one token gets the completion "" and a warning on standard error. An empty prompt
@@ -57,121 +84,171 @@ def complete(
     ):
         if not fits:
             raise UserError(f"{option} = {value}: must be {must_be}")
+    positions = model.config.max_positions
     encoded = [ids or [tokenizer.eot_id] for ids in tokenizer.encode_batch(prompts)]
-    limit = model.config.max_positions
-    fitting = [i for i, ids in enumerate(encoded) if len(ids) < limit]
-    completions, done = [""] * len(prompts), len(prompts) - len(fitting)
+    waiting = [
+        _Sequence(i, ids, min(max_new_tokens, positions - len(ids)), tokenizer, stop, stream)
+        for i, ids in enumerate(encoded)
+        if len(ids) < positions
+    ]
+    done = len(prompts) - len(waiting)
     if done:
         print(
-            f"warning: {done} of {len(prompts)} prompts fill the model's {limit} positions; their completions are empty",
+            f"warning: {done} of {len(prompts)} prompts fill the model's {positions} positions; their completions are empty",
             file=sys.stderr,
         )
+    if temperature > 0:
+        for sequence in waiting:
+            sequence.draw_from(seed)
+    completions = [""] * len(prompts)
     was_training = model.training
     model.eval()
-    # Prompts of about the same length go together: see _decode.
-    fitting.sort(key=lambda i: len(encoded[i]))
     try:
-        for start in range(0, len(fitting), batch_size):
-            rows = fitting[start : start + batch_size]
-            sampler = _Sampler([(seed, i) for i in rows], max_new_tokens, temperature, top_p, model.embedding.device)
-            with torch.inference_mode():
-                texts = _decode(model, tokenizer, [encoded[i] for i in rows], max_new_tokens, stop, sampler)
-            for i, text in zip(rows, texts, strict=True):
-                completions[i] = text
-            done += len(rows)
-            if progress is not None:
-                progress(done, len(prompts))
+        with torch.inference_mode():
+            for finished in _decode(model, tokenizer.vocab_size, waiting, batch_size, temperature, top_p):
+                for sequence in finished:
+                    completions[sequence.index] = sequence.text
+                done += len(finished)
+                if progress is not None:
+                    progress(done, len(prompts))
     finally:
         model.train(was_training)
     return completions
 
 
 def _decode(
-    model: "Phi1",
-    tokenizer: "Tokenizer",
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    stop: Sequence[str],
-    sampler: "_Sampler",
-) -> list[str]:
-    """Decodes a batch in lockstep, every row at the same position, so that no row is padded or masked.
+    model: "Phi1", vocab_size: int, waiting: list["_Sequence"], batch_size: int, temperature: float, top_p: float
+) -> Iterator[list["_Sequence"]]:
+    """Decodes the sequences, and yields those that are finished.
 
-    The shortest prompt's length is read at once. From there on a row takes its prompt's next token while it has
-    one, and what the model chooses after that: each row sees exactly its own tokens at its own positions.
+    A step is one pass over what is new of every sequence on its way, packed without padding: the whole prompt of one
+    that begins, the last token of the others. A finished one leaves its row of the cache, and the next begins there.
     """
     import torch
 
-    device, rows = model.embedding.device, range(len(prompts))
-    lengths = [len(prompt) for prompt in prompts]
-    first, end = min(lengths), min(max(lengths) + max_new_tokens, model.config.max_positions)
-    given = torch.zeros(len(prompts), end, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        given[row, : len(prompt)] = torch.tensor(prompt)
-    given, starts = given.to(device), torch.tensor(lengths, device=device)
+    if not waiting:
+        return
+    device, rows = model.embedding.device, min(batch_size, len(waiting))
+    cache = model.new_cache(rows, max(len(sequence.prompt) + sequence.limit for sequence in waiting))
+    cache.length = torch.zeros(rows, dtype=torch.int32, device=device)
     # Ids past the tokenizer's (spare rows of the model) mean no text: they are never chosen.
-    vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
-    # A stop string that a token completes lies in this many last tokens, each being at least a byte.
-    window = max((len(string.encode()) for string in stop), default=0)
-
-    cache = model.new_cache(len(prompts), end)
-    new: list[list[int]] = [[] for _ in rows]
-    running = set(rows)
-    tokens = given[:, :first]
-    for position in range(first, end):
-        logits = model.logits(model.hidden_states(tokens, cache=cache)[:, -1])[:, :vocab_size]
-        chosen = sampler.choose(logits, position - starts)
-        tokens = torch.where(position < starts, given[:, position], chosen)[:, None]
-        for row, token in enumerate(tokens[:, 0].tolist()):
-            if row not in running or position < lengths[row]:
-                continue
-            if token == tokenizer.eot_id:
-                running.discard(row)
-                continue
-            new[row].append(token)
-            tail = tokenizer.decode(new[row][-window:]) if window else ""
-            if len(new[row]) == max_new_tokens or any(string in tail for string in stop):
-                running.discard(row)
-        if not running:
-            break
-    return [_cut(tokenizer.decode(ids), stop) for ids in new]
-
-
-def _cut(text: str, stop: Sequence[str]) -> str:
-    """`text` before the first occurrence of any stop string."""
-    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
+    vocab_size = min(vocab_size, model.config.vocab_size)
+    waiting.reverse()
+    running: list[_Sequence | None] = [None] * rows
+    while waiting or any(sequence is not None for sequence in running):
+        new: list[list[int]] = []
+        for row, sequence in enumerate(running):
+            if sequence is None and waiting:
+                running[row] = sequence = waiting.pop()
+                cache.length[row] = 0
+            new.append([] if sequence is None else sequence.new[-1:] or sequence.prompt)
+        tokens = torch.tensor([token for ids in new for token in ids], device=device)
+        ends = torch.tensor([0, *itertools.accumulate(map(len, new))], dtype=torch.int32, device=device)
+        hidden = model.hidden_states(tokens[None], cu_seqlens=ends, cache=cache)[0]
+        busy = [(row, sequence) for row, sequence in enumerate(running) if sequence is not None]
+        last = ends[torch.tensor([row + 1 for row, _ in busy], device=device)] - 1
+        logits = model.logits(hidden[last])[:, :vocab_size]
+        if temperature > 0:
+            uniform = torch.tensor([sequence.uniform() for _, sequence in busy], dtype=torch.float64, device=device)
+            chosen = _sample(logits, temperature, top_p, uniform)
+        else:
+            chosen = logits.argmax(-1)
+        finished = []
+        for (row, sequence), token in zip(busy, chosen.tolist(), strict=True):
+            if sequence.add(token):
+                running[row] = None
+                finished.append(sequence)
+        if finished:
+            yield finished
 
 
-class _Sampler:
-    """Chooses tokens; row r's j-th new token is decided by the j-th uniform number of its own stream.
+class _Sequence:
+    """A prompt and what it has been completed with so far.
 
-    streams: a row's (seed, prompt index).
+    limit: most tokens of the completion.
     """
 
     def __init__(
-        self, streams: list[tuple[int, int]], length: int, temperature: float, top_p: float, device: "torch.device"
+        self,
+        index: int,
+        prompt: list[int],
+        limit: int,
+        tokenizer: "Tokenizer",
+        stop: Sequence[str],
+        stream: Callable[[int, str], None] | None,
     ) -> None:
+        self.index, self.prompt, self.limit = index, prompt, limit
+        self.new: list[int] = []
+        self.text = ""
+        """What is streamed of the completion; in the end all of it."""
+        self._tokenizer, self._stop, self._stream = tokenizer, stop, stream
+        # A stop string that a token completes lies in this many last tokens, each being at least a byte.
+        self._window = max((len(string.encode()) for string in stop), default=0)
+
+    def draw_from(self, seed: int) -> None:
+        """The j-th new token is decided by the j-th uniform number of the stream (seed, index)."""
         import numpy as np
-        import torch
 
-        self.temperature, self.top_p = temperature, top_p
-        if temperature > 0:  # (rows, length)
-            uniform = np.stack([np.random.default_rng(stream).random(length) for stream in streams])
-            self._uniform = torch.from_numpy(uniform).to(device)
+        self._uniform = np.random.default_rng((seed, self.index)).random(self.limit)
 
-    def choose(self, logits: "Tensor", index: "Tensor") -> "Tensor":
-        """(rows,) token ids for logits (rows, vocabulary); index (rows,): which new token it is (below 0: not read)."""
-        import torch
+    def uniform(self) -> float:
+        """The number that decides the next token."""
+        return float(self._uniform[len(self.new)])
 
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        # float64: the sum over 50,000 probabilities is then as exact as the uniform numbers.
-        probability, token = (logits.double() / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    def add(self, token: int) -> bool:
+        """Takes the next token; whether the completion is finished."""
+        finished = token == self._tokenizer.eot_id
+        if not finished:
+            self.new.append(token)
+            tail = self._tokenizer.decode(self.new[-self._window :]) if self._window else ""
+            finished = len(self.new) == self.limit or any(string in tail for string in self._stop)
+        if finished or self._stream is not None:
+            text = self._tokenizer.decode(self.new)
+            text = text[: min((at for at in map(text.find, self._stop) if at >= 0), default=len(text))]
+            if not finished:
+                text = text[: self._sure(text)]
+            if self._stream is not None and len(text) > len(self.text):
+                self._stream(self.index, text[len(self.text) :])
+            self.text = text
+        return finished
+
+    def _sure(self, text: str) -> int:
+        """How much of `text` no next token can change: up to an unfinished character, or what may begin a stop string."""
+        begun = (n for string in self._stop for n in range(1, len(string)) if text.endswith(string[:n]))
+        return min(len(text.rstrip("\ufffd")), len(text) - max(begun, default=0))
+
+
+def _sample(logits: "Tensor", temperature: float, top_p: float, uniform: "Tensor") -> "Tensor":
+    """(rows,) token ids from logits (rows, vocabulary), each decided by a uniform number in [0, 1) (rows,), float64.
+
+    A row's token does not depend on the other rows.
+    """
+    # float64: the sum over 50,000 probabilities is then as exact as the uniform numbers.
+    probability = (logits.double() / temperature).softmax(-1)
+    if top_p == 1:
         cumulative = probability.cumsum(-1)
-        kept = (cumulative - probability < self.top_p).sum(-1, keepdim=True)  # at least the most likely one
-        mass = cumulative.gather(-1, kept - 1)
-        uniform = self._uniform.gather(-1, index.clamp(0, self._uniform.shape[1] - 1)[:, None])
-        rank = torch.searchsorted(cumulative, uniform * mass, right=True).minimum(kept - 1)
-        return token.gather(-1, rank)[:, 0]
+        return _pick(cumulative, cumulative[:, -1:], uniform)
+    count, vocabulary = 64, probability.shape[1]
+    while True:
+        # The likeliest, equal ones by id: of the last value some may be cut off, so the set must end before it.
+        largest, token = probability.topk(min(count, vocabulary))
+        token, by_id = token.sort()
+        largest, by_size = largest.gather(-1, by_id).sort(descending=True, stable=True)
+        cumulative = largest.cumsum(-1)
+        kept = (cumulative - largest < top_p).sum(-1, keepdim=True)  # at least the likeliest one
+        if count >= vocabulary or bool((largest.gather(-1, kept - 1) > largest[:, -1:]).all()):
+            break
+        count *= 8
+    rank = _pick(cumulative, cumulative.gather(-1, kept - 1), uniform)
+    return token.gather(-1, by_size.gather(-1, rank[:, None]))[:, 0]
+
+
+def _pick(cumulative: "Tensor", mass: "Tensor", uniform: "Tensor") -> "Tensor":
+    """(rows,) indices: the first whose cumulative probability (rows, n) exceeds uniform * mass, and at most mass's own."""
+    import torch
+
+    found = torch.searchsorted(cumulative, uniform[:, None] * mass, right=True)
+    return found.minimum((cumulative < mass).sum(-1, keepdim=True))[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +256,7 @@ class Config:
     """Options of `phi1 generate`."""
 
     checkpoint: pathlib.Path
-    """A checkpoint's folder, or a run's (its newest checkpoint)."""
+    """A checkpoint's folder, a run's (its newest checkpoint), or a Hugging Face folder."""
     prompt: str | None = None
     """The text to complete."""
     prompt_file: pathlib.Path | None = None
@@ -195,24 +272,14 @@ class Config:
     seed: int = 0
     """Seed of the sampling (no effect at temperature 0)."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, …; auto: a GPU where there is one. On a GPU the model runs in bfloat16."""
+    """cpu, cuda, cuda:1, …; auto: a GPU where there is one. On a GPU the model runs in bfloat16, on a CPU
+    in the type that its weights are stored in."""
 
 
 def run(config: Config) -> None:
-    """Writes the completion to standard output."""
+    """Writes the completion to standard output, as it comes."""
     prompt = _prompt(config)
-
-    import torch
-
-    from phi1.checkpoint import load_model
-
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: PyTorch finds no CUDA GPU here; use --device cpu")
-    dtype = torch.bfloat16 if device.startswith("cuda") else None
-    model, tokenizer = load_model(config.checkpoint, device=device, dtype=dtype)
+    model, tokenizer = load(config.checkpoint, config.device)
     used = len(tokenizer.encode(prompt))
     if used >= model.config.max_positions:
         raise UserError(
@@ -227,8 +294,8 @@ def run(config: Config) -> None:
         top_p=config.top_p,
         stop=config.stop,
         seed=config.seed,
+        stream=lambda _, piece: print(piece, end="", flush=True),
     )
-    sys.stdout.write(completion)
     if sys.stdout.isatty() and not completion.endswith("\n"):
         sys.stdout.write("\n")
 

@@ -23,13 +23,14 @@ from phi1.errors import UserError
 class Cache:
     """Keys and values of the tokens seen so far, for incremental decoding; `Phi1.new_cache` makes one.
 
-    keys, values: (layers, batch, max_length, kv_heads, head_dim). length: tokens seen, the same for every row.
-    A forward pass over T tokens writes positions [length, length + T) and moves length on.
+    keys, values: (layers, batch, max_length, kv_heads, head_dim). length: tokens seen; a number where every row has seen
+    as many, int32 (batch,) where calls are packed: cu_seqlens' document i goes on in row i.
+    A forward pass over T tokens writes a row's positions [length, length + T) and moves length on.
     """
 
     keys: Tensor
     values: Tensor
-    length: int = 0
+    length: int | Tensor = 0
 
 
 class Block(nn.Module):
@@ -59,7 +60,7 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         positions: Tensor | None,
         cu_seqlens: Tensor | None,
-        kv_cache: tuple[Tensor, Tensor, int] | None,
+        kv_cache: tuple[Tensor, Tensor, int | Tensor] | None,
         dropout_seed: int,
     ) -> Tensor:
         config, dtype = self.config, x_btd.dtype
@@ -168,9 +169,13 @@ class Phi1(nn.Module):
         """What lm_head reads: the last block's output after the final LayerNorm, (batch, time, hidden)."""
         config, (batch, time) = self.config, tokens.shape
         seen = 0 if cache is None else cache.length
+        if cache is not None and cu_seqlens is not None and not isinstance(seen, Tensor):
+            seen = torch.full((cu_seqlens.shape[0] - 1,), seen, dtype=torch.int32, device=tokens.device)
         if positions is None:
             if cu_seqlens is not None:
-                positions = document_positions(cu_seqlens, batch * time).view(batch, time)
+                positions = document_positions(cu_seqlens, batch * time, seen).view(batch, time)
+            elif isinstance(seen, Tensor):
+                raise UserError("cache.length differs between rows: give cu_seqlens, which tokens go on in which row")
             elif seen + time > config.max_positions:
                 raise UserError(
                     f"{seen + time} tokens: the model has {config.max_positions} positions (model.max_positions); "
@@ -188,7 +193,7 @@ class Phi1(nn.Module):
             layer_seed = dropout_seed % (1 << 52) + (layer << 52)
             x_btd = block(x_btd, (self.rotary_cos, self.rotary_sin), positions, cu_seqlens, kv_cache, layer_seed)
         if cache is not None:
-            cache.length += time
+            cache.length = seen + (time if cu_seqlens is None else cu_seqlens.diff())
         dtype = x_btd.dtype
         return layer_norm(x_btd, self.norm_weight.to(dtype), self.norm_bias.to(dtype), config.layer_norm_eps)
 
@@ -212,7 +217,7 @@ class Phi1(nn.Module):
         targets: (batch, time) int64, what follows each token (the caller shifts); -100 does not count.
         cu_seqlens: (documents + 1,) int32, where documents start and end in the batch folded to batch * time
             tokens (ends of rows included). Attention and positions then stay inside a document, which is at most
-            max_positions long. Without it the rows are plain sequences, documents concatenated in them, as in the paper.
+            max_positions long. With a cache document i is what comes next in row i, and may be empty. Without it the rows are plain sequences, documents concatenated in them, as in the paper.
         positions: (time,) or (batch, time) int64, overrides what is derived from the above.
         cache: keys and values of the tokens before these; written and moved on in place. For inference: no gradient
             is recorded.
@@ -236,8 +241,11 @@ def _after_load(model: Phi1, _: object) -> None:
     model._fill_rotary()  # a function with a name: a model with a lambda cannot be pickled
 
 
-def document_positions(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Each token's index in its own document, (total,) int64; cu_seqlens (documents + 1,) int32, from 0 to total."""
+def document_positions(cu_seqlens: Tensor, total: int, seen: int | Tensor = 0) -> Tensor:
+    """Each token's index in its own document, (total,) int64.
+
+    cu_seqlens: (documents + 1,) int32, from 0 to total. seen: (documents,), the tokens of each document before these.
+    """
     index = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     document = torch.searchsorted(cu_seqlens, index, right=True) - 1
-    return (index - cu_seqlens[document]).long()
+    return (index - (cu_seqlens[:-1] - seen)[document]).long()

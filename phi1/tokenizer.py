@@ -33,6 +33,8 @@ _MERGES_HEADER = "#version: 0.2\n"
 # encode(b) wherever a ends in one, so that a prompt ending in a newline ends between tokens. Digits are single and
 # take no space, so that a number is copied digit by digit wherever it stands.
 _PIECES = r"\n| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s"
+GPT2_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""Those of codegen's vocabulary, GPT-2's."""
 _WHITESPACE_RUN = re.compile(" {2,31}|\t{2,9}")
 _BYTES = 256
 
@@ -80,6 +82,13 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Entries: ids run from 0 to vocab_size - 1 (a model may have more rows)."""
         return self._backend.get_vocab_size()
+
+    @property
+    def pieces(self) -> str:
+        """The regular expression of the pieces that BPE works on."""
+        steps = json.loads(self._backend.to_str())["pre_tokenizer"] or {}
+        found = [step["pattern"]["Regex"] for step in steps.get("pretokenizers", []) if step["type"] == "Split"]
+        return found[0] if found else GPT2_PIECES
 
     @functools.cached_property
     def hash(self) -> str:

@@ -33,12 +33,12 @@ __attribute__((always_inline)) inline vfloat scores_of_keys(const float* q, int6
   return part[0];
 }
 
-// Rows first .. first + count of a (batch entry, key/value head): row i is query i % seqlen_q of query head
-// i / seqlen_q of the group. scores: (kFewRows, length). kBlock: rows of a register block, 1 where there is one only.
+// Rows first .. first + count of a (problem, key/value head): row i is query i % seqlen_q of query head i / seqlen_q of
+// the group. scores: (kFewRows, length). kBlock: rows of a register block, 1 where there is one only.
 template <typename T, int D, int kBlock>
 void decode_rows(const AttentionArgs& args, const Problem& p, int64_t kv_head, int64_t first, int64_t count,
                  DecodeScratch<D>& scratch, float* scores, int64_t length) {
-  const Rows k = p.rows(args.k, 0, kv_head, args.dtype), v = p.rows(args.v, 0, kv_head, args.dtype);
+  const Rows k = p.rows(args.k, p.first_k, kv_head, args.dtype), v = p.rows(args.v, p.first_k, kv_head, args.dtype);
   const vfloat hidden = splat(-__builtin_inff()), log2e = splat(kLog2e), scale = splat(args.scale);
   const vint lane = lane_index();
   constexpr int out_vecs = kBlock == 1 ? D / kLanes : 2;  // vectors of head_dim in a register block
@@ -51,13 +51,13 @@ void decode_rows(const AttentionArgs& args, const Problem& p, int64_t kv_head, i
     greatest[r] = hidden;
     visible[r] = 0;
     if (r >= count) continue;
-    head[r] = kv_head * (args.heads / args.kv_heads) + (first + r) / args.seqlen_q;
-    query[r] = (first + r) % args.seqlen_q;
+    head[r] = kv_head * (args.heads / args.kv_heads) + (first + r) / p.seqlen_q;
+    query[r] = (first + r) % p.seqlen_q;
     visible[r] = p.seqlen_k;
     if (args.causal) visible[r] = larger(0, smaller(p.seqlen_k, query[r] + 1 + p.seqlen_k - p.seqlen_q));
     most[r / kBlock] = larger(most[r / kBlock], visible[r]);
     all = larger(all, visible[r]);
-    const Rows q = p.rows(args.q, 0, head[r], args.dtype);
+    const Rows q = p.rows(args.q, p.first_q, head[r], args.dtype);
     read_row_typed<T>(q.data + query[r] * q.stride, scratch.q + r * D, D);
   }
 
@@ -133,46 +133,60 @@ void decode_rows(const AttentionArgs& args, const Problem& p, int64_t kv_head, i
     }
 
   for (int64_t r = 0; r < count; ++r) {
-    const Rows out = p.rows(args.out, 0, head[r], args.dtype);
+    const Rows out = p.rows(args.out, p.first_q, head[r], args.dtype);
     const float factor = sum[r] == 0 ? 0 : float(1 / sum[r]);
     for (int d = 0; d < D; ++d) scratch.out[r * D + d] *= factor;
     write_row(args.dtype, out.data + query[r] * out.stride, scratch.out + r * D, D);
-    args.lse[(p.batch * args.heads + head[r]) * args.seqlen_q + query[r]] = log_sum_exp(top[r], sum[r]);
-  }
-}
-
-template <typename T, int D>
-void decode(const AttentionArgs& args, int threads) {
-  const int64_t rows = args.heads / args.kv_heads * args.seqlen_q, length = round_up(args.seqlen_k, kFewKeys);
-  const int64_t heads = args.batch * args.kv_heads;
-  // Below about 20 microseconds of work, waking the other threads costs more than they save.
-  if (heads * rows * args.seqlen_k * D < 1 << 19) threads = 1;
-  // Fewer rows together where there would not be work for all threads.
-  const int64_t together = larger(1, smaller(kFewRows, rows * heads / threads)),
-                parts = (rows + together - 1) / together;
-  const size_t bytes = sizeof(DecodeScratch<D>) + size_t(kFewRows * length) * 4;
-  Workspace workspace(size_t(threads) * bytes);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t item = 0; item < heads * parts; ++item) {
-    auto* scratch = reinterpret_cast<DecodeScratch<D>*>(workspace.data + size_t(omp_get_thread_num()) * bytes);
-    const int64_t head = item / parts, first = item % parts * together;
-    const auto run = rows == 1 ? decode_rows<T, D, 1> : decode_rows<T, D, 4>;
-    run(args, problem(args, head / args.kv_heads), head % args.kv_heads, first, smaller(together, rows - first),
-        *scratch, reinterpret_cast<float*>(scratch + 1), length);
-  }
-}
-
-template <int D>
-void decode(const AttentionArgs& args, int threads) {
-  switch (args.dtype) {
-    case DType::f32: return decode<float, D>(args, threads);
-    case DType::bf16: return decode<bf16, D>(args, threads);
-    case DType::f16: return decode<f16, D>(args, threads);
+    args.lse[(p.batch * args.heads + head[r]) * args.seqlen_q + p.first_q + query[r]] = log_sum_exp(top[r], sum[r]);
   }
 }
 
 // Where these rows are faster than panels, measured on Zen 4 after 2,048 keys.
 template <class Dot>
-inline bool few_queries(const AttentionArgs& args) {
-  return args.starts_q == nullptr && args.seqlen_q <= (Dot::k == 2 ? 8 : 16) && args.dropout_threshold == 0;
+inline bool few_queries(const AttentionArgs& args, const Problem& p) {
+  return p.seqlen_q <= (Dot::k == 2 ? 8 : 16) && args.dropout_threshold == 0;
+}
+
+// The problems of few queries.
+template <class Dot, typename T, int D>
+void decode(const AttentionArgs& args, int threads) {
+  const int64_t problems = problem_count(args), group = args.heads / args.kv_heads;
+  int64_t queries = 0, most_queries = 0, most_keys = 0, products = 0;
+  for (int64_t i = 0; i < problems; ++i) {
+    const Problem p = problem(args, i);
+    if (p.seqlen_q == 0 || !few_queries<Dot>(args, p)) continue;
+    queries += p.seqlen_q;
+    products += p.seqlen_q * p.seqlen_k;
+    most_queries = larger(most_queries, p.seqlen_q);
+    most_keys = larger(most_keys, p.seqlen_k);
+  }
+  if (queries == 0) return;
+  const int64_t length = round_up(most_keys, kFewKeys);
+  // Below about 20 microseconds of work, waking the other threads costs more than they save.
+  if (args.heads * products * D < 1 << 19) threads = 1;
+  // Fewer rows together where there would not be work for all threads.
+  const int64_t together = larger(1, smaller(kFewRows, args.heads * queries / threads)),
+                parts = (group * most_queries + together - 1) / together;
+  const size_t bytes = sizeof(DecodeScratch<D>) + size_t(kFewRows * length) * 4;
+  Workspace workspace(size_t(threads) * bytes);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+  for (int64_t item = 0; item < problems * args.kv_heads * parts; ++item) {
+    const int64_t head = item / parts, first = item % parts * together;
+    const Problem p = problem(args, head / args.kv_heads);
+    const int64_t rows = group * p.seqlen_q;
+    if (first >= rows || !few_queries<Dot>(args, p)) continue;
+    auto* scratch = reinterpret_cast<DecodeScratch<D>*>(workspace.data + size_t(omp_get_thread_num()) * bytes);
+    const auto run = rows == 1 ? decode_rows<T, D, 1> : decode_rows<T, D, 4>;
+    run(args, p, head % args.kv_heads, first, smaller(together, rows - first), *scratch,
+        reinterpret_cast<float*>(scratch + 1), length);
+  }
+}
+
+template <class Dot, int D>
+void decode(const AttentionArgs& args, int threads) {
+  switch (args.dtype) {
+    case DType::f32: return decode<Dot, float, D>(args, threads);
+    case DType::bf16: return decode<Dot, bf16, D>(args, threads);
+    case DType::f16: return decode<Dot, f16, D>(args, threads);
+  }
 }

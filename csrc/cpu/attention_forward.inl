@@ -154,7 +154,9 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
   }
 }
 
-// The keys and panels of all problems, counted through: those of a (problem, key/value head) lie side by side.
+// The keys and panels of all problems but those of few queries (attention_decode.inl), counted through: those of a
+// (problem, key/value head) lie side by side.
+template <class Dot>
 struct ForwardWork {
   const AttentionArgs& args;
   int64_t problems;
@@ -168,8 +170,9 @@ struct ForwardWork {
     key_start[0] = panel_start[0] = 0;
     for (int64_t i = 0; i < problems; ++i) {
       const Problem p = problem(args, i);
-      key_start[i + 1] = key_start[i] + padded_keys(p) * args.kv_heads;
-      panel_start[i + 1] = panel_start[i] + query_panels(p) * args.heads;
+      const bool few = few_queries<Dot>(args, p);
+      key_start[i + 1] = key_start[i] + (few ? 0 : padded_keys(p) * args.kv_heads);
+      panel_start[i + 1] = panel_start[i] + (few ? 0 : query_panels(p) * args.heads);
     }
   }
 
@@ -199,11 +202,13 @@ struct ForwardWork {
 template <class Dot, int D>
 void forward(const AttentionArgs& args, int threads) {
   constexpr int width = D / Dot::k;
-  const ForwardWork work(args);
+  const ForwardWork<Dot> work(args);
+  if (work.panel_start[work.problems] == 0) return;
   const int64_t heads = work.heads(), group = args.heads / args.kv_heads;
   const bool alone = heads_alone(heads, threads);
   int64_t most_keys = 0;  // packed at a time
-  for (int64_t i = 0; i < work.problems; ++i) most_keys = larger(most_keys, work.padded_keys(problem(args, i)));
+  for (int64_t i = 0; i < work.problems; ++i)
+    most_keys = larger(most_keys, (work.key_start[i + 1] - work.key_start[i]) / args.kv_heads);
   if (!alone) most_keys = work.key_start[work.problems];
   const int64_t lanes = most_keys * width;
   Workspace workspace(size_t(alone ? threads : 1) * 2 * size_t(lanes) * 4 +
@@ -265,9 +270,7 @@ void forward(const AttentionArgs& args, int threads) {
 
 void attention_forward(const AttentionArgs& args, int threads) {
   with_kernel(args, [&](auto dot, auto dim) {
-    if (few_queries<decltype(dot)>(args))
-      decode<decltype(dim)::value>(args, threads);
-    else
-      forward<decltype(dot), decltype(dim)::value>(args, threads);
+    decode<decltype(dot), decltype(dim)::value>(args, threads);
+    forward<decltype(dot), decltype(dim)::value>(args, threads);
   });
 }

@@ -1,5 +1,6 @@
 """The benchmarks run as scripts, at tiny shapes, and say what they must: these tests say nothing about speed."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attn, block, harness, suite
+from bench import attn, block, generate, harness, huggingface, suite
 from kernels import machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,3 +157,42 @@ def test_save_writes_table_and_plot_with_the_device_in_the_name(tmp_path, monkey
 
 def _unavailable(reason):
     raise harness.Unavailable(reason)
+
+
+@pytest.mark.parametrize(
+    ("script", "shape", "ours", "peers"),
+    [
+        (huggingface, "2x16x1", "phi1", {"sdpa", "eager"}),
+        (generate, "8x3x64x1x400", "phi1 generate", {"transformers.generate"}),
+    ],
+    ids=["huggingface", "generate"],
+)
+def test_models_in_transformers(script, shape, ours, peers, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface, "VOCABULARY", 128)
+    monkeypatch.setattr(suite, "matrix_peak", lambda device, dtype: 1e9)  # a large product takes a while
+    pytest.importorskip("transformers")
+    path, threads = tmp_path / "rows.json", torch.get_num_threads()
+    try:
+        suite.main(
+            dataclasses.replace(script.SUITE, seconds=(0.0, 0.0), rounds={"cpu": 2, "cuda": 2}),
+            [
+                "--quick",
+                "--device",
+                "cpu",
+                "--threads",
+                "1",
+                "--shapes",
+                shape,
+                "--dtypes",
+                "fp32",
+                "--json",
+                str(path),
+            ],
+        )
+    finally:
+        torch.set_num_threads(threads)
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["implementation"] for row in rows if row["ours"]} == {ours}
+    assert {row["implementation"] for row in rows if not row["ours"]} == peers
+    assert all(row["seconds"] and row["rate"] > 0 for row in rows), rows
+    assert len({row["case"] for row in rows}) == 2

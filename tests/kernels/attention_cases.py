@@ -74,6 +74,7 @@ CASES = [
          causal=False, dropout_p=0.2),
     Case("documents_dropout_packed", batch=1, heads=3, kv_heads=3, documents=((90, 90), (31, 31), (67, 67)),
          head_dim=32, dropout_p=0.1, strided="packed"),
+    Case("documents_cache", batch=1, heads=4, kv_heads=2, documents=((1, 40), (0, 24), (3, 17), (0, 47), (20, 30), (0, 34))),
     Case("packed", seqlen_q=100, seqlen_k=100, heads=4, kv_heads=2, strided="packed"),
     Case("packed_128", batch=1, seqlen_q=66, seqlen_k=66, head_dim=128, causal=False, strided="packed"),
     Case("misaligned", seqlen_q=50, seqlen_k=83, strided="misaligned"),

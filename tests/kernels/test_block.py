@@ -199,6 +199,29 @@ def test_cache_equals_the_whole_sequence(name, steps):
 
 
 @pytest.mark.parametrize("name", ["reference", "torch", None])
+def test_packed_cache_equals_the_whole_sequences(name):
+    """Three rows that get tokens at their own pace: some none, some many at once."""
+    inputs = [t.double() for t in make(batch=3)[:7]] + make()[7:]
+    whole = run(inputs, backend=name)
+    cache = [torch.full((4, 12, KV_HEADS, HEAD_DIM), float("nan"), dtype=torch.float64) for _ in range(2)]
+    seen, got = torch.zeros(3, dtype=torch.int32), [[], [], []]
+    for new in ((4, 1, 0), (1, 1, 7), (0, 5, 1), (6, 0, 1), (0, 4, 2)):
+        parts = [inputs[0][row, seen[row] : seen[row] + n] for row, n in enumerate(new)]
+        positions = torch.cat([torch.arange(seen[row], seen[row] + n) for row, n in enumerate(new)])
+        cu = torch.tensor([0, *new]).cumsum(0).int()
+        x = torch.cat(parts)[None]
+        y = run([x, *inputs[1:]], positions=positions[None], cu_seqlens=cu, kv_cache=(*cache, seen), backend=name)
+        for row, part in enumerate(y[0].split(list(new))):
+            got[row].append(part)
+        seen += torch.tensor(new)
+    assert seen.tolist() == [11, 11, 11]
+    torch.testing.assert_close(torch.stack([torch.cat(parts) for parts in got]), whole, rtol=1e-12, atol=1e-12)
+    assert all(bool(c[3].isnan().all() and c[:, 11:].isnan().all()) for c in cache), (
+        "nothing is written beyond the rows' tokens"
+    )
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", None])
 def test_packed_documents_equal_separate_ones(name):
     inputs = [t.double() for t in make(batch=1, seq=20)[:7]] + make()[7:]
     ends = [0, 3, 4, 15, 20]
@@ -234,6 +257,7 @@ def _changed(index: int, value: Tensor) -> list[Tensor]:
     return inputs
 
 
+_CU, _SEEN = torch.tensor([0, 8, 22], dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
 _CACHE = tuple(torch.zeros(2, 16, KV_HEADS, HEAD_DIM) for _ in range(2))
 
 
@@ -250,7 +274,12 @@ _CACHE = tuple(torch.zeros(2, 16, KV_HEADS, HEAD_DIM) for _ in range(2))
         (make(), {"residual_dropout": 1.0}, r"residual_dropout = 1.0: must be in \[0, 1\)"),
         (make(), {"attention_dropout": -0.1}, r"attention_dropout = -0.1: must be in \[0, 1\)"),
         (make(), {"kv_cache": (*_CACHE, 10)}, r"kv_cache\[0\] holds 10 of 16 tokens: 11 more do not fit"),
-        (make(), {"kv_cache": (*_CACHE, 0), "cu_seqlens": torch.tensor([0, 22], dtype=torch.int32)}, "both given"),
+        (make(), {"kv_cache": (*_CACHE, 0), "cu_seqlens": _CU}, r"kv_cache\[2\]: must be a number, or with cu_seqlens"),
+        (make(), {"kv_cache": (*_CACHE, _SEEN)}, r"kv_cache\[2\]: must be a number, or with cu_seqlens"),
+        (make(), {"kv_cache": (*_CACHE, _SEEN.long()), "cu_seqlens": _CU}, r"kv_cache\[2\].dtype = torch.int64"),
+        (make(), {"kv_cache": (*_CACHE, _SEEN[:1]), "cu_seqlens": _CU}, r"kv_cache\[2\].shape = \(1,\): must be \(2,\)"),
+        (make(), {"kv_cache": (*_CACHE, _SEEN), "cu_seqlens": _CU}, r"kv_cache\[0\] holds 3 of 16 tokens in row 1: 14 more do"),
+        (make(), {"kv_cache": (*_CACHE, -_SEEN), "cu_seqlens": _CU}, r"kv_cache\[0\] holds -3 of 16 tokens in row 1"),
     ],
 )  # fmt: skip
 def test_bad_input(inputs, options, message):

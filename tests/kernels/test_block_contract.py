@@ -97,6 +97,24 @@ def test_a_longer_cache_of_more_rows_with_strides(backend):
     assert all(bool(w[2].isnan().all()) and bool(w[:, 5:].isnan().all()) for w in wide)
 
 
+def test_a_packed_cache_equals_the_whole_sequences(backend):
+    """Rows that go on at their own pace, every other head of a wider cache."""
+    inputs = inputs_of(backend)
+    cache = [cache_of(inputs, 2, 9, 2 * KV_HEADS, HEAD_DIM)[:, :, ::2] for _ in range(2)]
+    seen, got = torch.zeros(2, dtype=torch.int32), [[], []]
+    for new in ((4, 1), (0, 3), (1, 1)):
+        parts = [inputs[0][row, seen[row] : seen[row] + n] for row, n in enumerate(new)]
+        positions = torch.cat([torch.arange(seen[row], seen[row] + n) for row, n in enumerate(new)])[None]
+        options = {"positions": positions, "cu_seqlens": torch.tensor([0, new[0], sum(new)], dtype=torch.int32)}
+        y = run([torch.cat(parts)[None], *inputs[1:]], kv_cache=(*cache, seen), backend=backend, **options)
+        for row, part in enumerate(y[0].split(list(new))):
+            got[row].append(part)
+        seen += torch.tensor(new)
+    whole = torch.stack([torch.cat(parts) for parts in got])
+    torch.testing.assert_close(whole, run(inputs, backend=backend), rtol=0.02, atol=0.02)
+    assert all(bool(c[:, 5:].isnan().all()) for c in cache)
+
+
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_another_default_device(backend, device):
     inputs = inputs_of(backend)

@@ -24,7 +24,7 @@ def test_against_the_reference(case: Case, dtype: torch.dtype, isa: str) -> None
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("name", ["gqa", "dropout", "documents_unequal", "decode_four_32", "few"])
+@pytest.mark.parametrize("name", ["gqa", "dropout", "documents_unequal", "documents_cache", "decode_four_32", "few"])
 def test_bitwise_equal_for_any_thread_count(name: str, isa: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         results = []
@@ -175,7 +175,7 @@ def test_bad_input(changes: dict[str, object], message: str) -> None:
 
 def test_what_it_refuses_goes_elsewhere_or_is_an_error() -> None:
     q = torch.randn(1, 5, 2, 80)
-    with pytest.raises(BackendError, match=r"head_dim = 80: the kernels are compiled for 32, 64, 128; able: reference"):
+    with pytest.raises(BackendError, match=r"head_dim = 80: the kernels are made for 32, 64, 128; pad q, k and v; able: reference"):
         flash_attention(q, q, q, dropout_p=0.1, backend="cpu")
     with use_backend("cpu"), pytest.raises(BackendError, match=r"dtype = torch\.float64"):
         flash_attention(q[..., :64].double(), q[..., :64].double(), q[..., :64].double())

@@ -1,6 +1,7 @@
 """`phi1 export`: a checkpoint becomes a folder that transformers loads."""
 
 import dataclasses
+import hashlib
 import pathlib
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 
 from phi1.checkpoint import write_model
 from phi1.cli import main
-from phi1.config import ModelConfig
+from phi1.config import PRESETS, ModelConfig
+from phi1.huggingface import limits
 from phi1.model import Phi1
-from phi1.tokenizer import train_tokenizer
+from phi1.tokenizer import codegen_tokenizer, train_tokenizer
 
 CONFIG = ModelConfig(
     vocab_size=320, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1,
@@ -44,6 +46,38 @@ def test_transformers_continues_as_we_do(
     assert main([*command, "--device", "cpu"]) == 0
     written = tokenizer.decode(ids[0], skip_special_tokens=True)
     assert written == prompt + capsys.readouterr().out
+
+
+def test_what_other_programs_would_misread_is_said(
+    checkpoint: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "hf")]) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert "num_key_value_heads = 2 (num_attention_heads), here it is 1" in note
+    assert "intermediate_size = 128 (4 hidden_size), here it is 64" in note
+    assert "no name for the pieces of this vocabulary" in note and "head_dim" not in note
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "| step | 7 |" in card and "34,802 in float32" in card and "2 of 16 on 1 key/value heads" in card
+    assert all(
+        f"- {reason}" in card for reason in note.removeprefix("note: for transformers and lm-eval; ").split("; ")
+    )
+    assert card.startswith("---\nlibrary_name: transformers\n")
+
+
+def test_the_published_shape_and_tokenizer_are_what_converters_know() -> None:
+    tokenizer = codegen_tokenizer()
+    assert limits(PRESETS["phi1"], tokenizer) == limits(PRESETS["phi1-small"], tokenizer) == []
+    (reason,) = limits(dataclasses.replace(PRESETS["phi1-small"], head_dim=32), tokenizer)
+    assert "head_dim = 64 (hidden_size / num_attention_heads), here it is 32" in reason
+    # How llama.cpp's convert_hf_to_gguf.py knows a tokenizer: this hash, of what becomes of this text, is its "phi-2".
+    text = (
+        "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 3 33 333 3333 33333 "
+        "333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= нещо на Български "
+        "''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, "
+        "'D you like some tea? We'Ve a'lL"
+    )
+    made = hashlib.sha256(str(tokenizer.encode(text)).encode()).hexdigest()
+    assert made == "fcace8b9cac38ce847670c970cd5892031a753a1ef381abd1d9af00f713da085"
 
 
 def test_type(checkpoint: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -14,7 +14,8 @@ from phi1.checkpoint import write_model
 from phi1.cli import main
 from phi1.config import ModelConfig
 from phi1.errors import UserError
-from phi1.generate import _Sampler, complete
+from phi1.generate import _sample, complete, load
+from phi1.huggingface import export_folder
 from phi1.model import Cache, Phi1
 from phi1.tokenizer import Tokenizer, train_tokenizer
 
@@ -43,21 +44,26 @@ def model() -> Phi1:
 
 
 class Scripted(nn.Module):
-    """Writes `script` after any prompt of `start` tokens, one token after another; reads nothing."""
+    """Writes `script` after any prompt of `start` tokens, one token after another; reads nothing.
+
+    passes: how many tokens each pass was given.
+    """
 
     def __init__(self, tokenizer: Tokenizer, script: Sequence[int], start: int, max_positions: int = 48) -> None:
         super().__init__()
         self.config = ModelConfig(vocab_size=400, max_positions=max_positions)
         self.embedding = nn.Parameter(torch.zeros(1))
         self.start, self.script = start, [*script, *[tokenizer.encode("!")[0]] * 100]
+        self.passes: list[int] = []
 
     def new_cache(self, batch: int, max_length: int) -> Cache:
         return Cache(torch.zeros(0), torch.zeros(0))
 
-    def hidden_states(self, tokens: Tensor, *, cache: Cache) -> Tensor:
+    def hidden_states(self, tokens: Tensor, *, cu_seqlens: Tensor, cache: Cache) -> Tensor:
         """How many tokens of the script are written, in place of hidden states."""
-        cache.length += tokens.shape[1]
-        return torch.full((*tokens.shape, 1), cache.length - self.start)
+        self.passes.append(tokens.shape[1])
+        cache.length = cache.length + cu_seqlens.diff()
+        return (cache.length - self.start).repeat_interleave(cu_seqlens.diff())[None, :, None]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return nn.functional.one_hot(torch.tensor([self.script[int(row)] for row in hidden[:, 0]]), 400).float()
@@ -102,9 +108,8 @@ def test_top_p_and_temperature_give_the_right_frequencies() -> None:
     draws = 4000
 
     def frequencies(temperature: float, top_p: float) -> dict[int, float]:
-        sampler = _Sampler([(0, i) for i in range(draws)], 1, temperature, top_p, torch.device("cpu"))
-        index = torch.zeros(draws, dtype=torch.int64)
-        chosen = sampler.choose(probabilities.log().expand(draws, -1), index)
+        uniform = torch.rand(draws, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        chosen = _sample(probabilities.log().expand(draws, -1), temperature, top_p, uniform)
         return {token: count / draws for token, count in Counter(chosen.tolist()).items()}
 
     # Five standard deviations of a frequency over 4,000 draws are at most 0.04.
@@ -114,6 +119,35 @@ def test_top_p_and_temperature_give_the_right_frequencies() -> None:
     assert frequencies(1.0, 1e-9) == {1: 1.0}
     squares = probabilities.square() / probabilities.square().sum()
     assert frequencies(0.5, 1.0) == pytest.approx(dict(enumerate(squares.tolist())), abs=0.04)
+
+
+def by_sorting(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
+    """What `_sample` gives for top_p < 1, from all probabilities in order."""
+    probability, token = (logits.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    cumulative = probability.cumsum(-1)
+    kept = (cumulative - probability < top_p).sum(-1, keepdim=True)
+    mass = cumulative.gather(-1, kept - 1)
+    rank = torch.searchsorted(cumulative, uniform[:, None] * mass, right=True).minimum(kept - 1)
+    return token.gather(-1, rank)[:, 0]
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.95, 0.9999])
+def test_partial_selection_draws_what_sorting_draws(top_p: float, sharpness: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (sharpness * torch.randn(32, 3000, generator=generator)).bfloat16()  # equal values are frequent
+    logits[3] = 0.0  # of a row that needs them all the others take no note
+    uniform = torch.rand(32, dtype=torch.float64, generator=generator)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-53])
+    drawn = _sample(logits, 0.8, top_p, uniform)
+    assert torch.equal(drawn, by_sorting(logits, 0.8, top_p, uniform))
+    assert torch.equal(drawn[4:5], _sample(logits[4:5], 0.8, top_p, uniform[4:5]))
+
+
+def test_a_token_of_no_probability_is_never_drawn() -> None:
+    logits = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, -1)
+    uniform = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert _sample(logits, 1.0, 1.0, uniform).tolist() == [0, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -138,11 +172,17 @@ def test_stop_strings_cut_the_text(text: str, stop: list[str], expected: str | N
 def test_decoding_ends_at_a_stop_string(tokenizer: Tokenizer) -> None:
     script = tokenizer.encode("ab#@?")  # the stop string is as many tokens as it has bytes
     model = Scripted(tokenizer, script, 1, max_positions=200)
-    seen: list[int] = []
-    step = model.hidden_states
-    model.hidden_states = lambda tokens, *, cache: seen.append(1) or step(tokens, cache=cache)  # type: ignore
     assert complete(model, tokenizer, ["a"], stop=["#@?"]) == ["ab"]  # type: ignore[arg-type]
-    assert len(seen) == len(script) == 5
+    assert len(model.passes) == len(script) == 5
+
+
+def test_a_pass_holds_whole_prompts_and_no_finished_row(tokenizer: Tokenizer) -> None:
+    """Two rows: the third prompt begins where the first one ends, in the pass of the second one's next token."""
+    model = Scripted(tokenizer, [*tokenizer.encode("ok"), tokenizer.eot_id], 4)
+    prompts = ["#@?!", "#@?", "#@?!"]  # the second writes one token more: it is one behind in the script
+    texts = complete(model, tokenizer, prompts, max_new_tokens=3, batch_size=2)  # type: ignore[arg-type]
+    assert texts[0] == texts[2] == "ok"
+    assert model.passes == [4 + 3, 2, 2, 4, 1, 1]
 
 
 def test_ids_without_text_are_never_chosen(tokenizer: Tokenizer) -> None:
@@ -191,6 +231,40 @@ def test_progress_and_mode(model: Phi1, tokenizer: Tokenizer) -> None:
 def test_senseless_options_are_refused(option: dict[str, object], model: Phi1, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match=f"^{next(iter(option))} = "):
         complete(model, tokenizer, ["a"], **option)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stop", [[], ["\ndef ", "\nclass "], ["zz\n\nz"]])
+def test_streamed_pieces_are_the_completion(stop: list[str], model: Phi1, tokenizer: Tokenizer) -> None:
+    text = "é😀 \ndef\n\ufffd\nde\nclass x"
+    scripted = Scripted(tokenizer, [*tokenizer.encode(text), tokenizer.eot_id], 1, max_positions=200)
+    for network in (scripted, model):
+        prompts = ["a"] if network is scripted else PROMPTS
+        pieces: list[list[str]] = [[] for _ in prompts]
+        texts = complete(
+            network, tokenizer, prompts, stop=stop, max_new_tokens=40, batch_size=3, stream=lambda i, new, pieces=pieces: pieces[i].append(new),  # type: ignore[arg-type, misc]
+        )  # fmt: skip
+        assert ["".join(parts) for parts in pieces] == texts
+        assert all(piece for parts in pieces for piece in parts)
+        if network is scripted:
+            assert texts == [text.split("\nclass ")[0] if "\nclass " in stop else text]
+            assert len(pieces[0]) > 5 and "😀" in "".join(pieces[0])
+
+
+def test_the_tokens_are_those_of_transformers(model: Phi1, tokenizer: Tokenizer, tmp_path: pathlib.Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    export_folder(tmp_path / "hf", model, tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours, own = load(tmp_path / "hf", "cpu")
+    assert own.hash == tokenizer.hash and not ours.training
+    for prompts in (["abcd", "bcde", "zzzz"], ["def f(x):\n", "a", "x = 1024\n    y = 2\n", "zz\n\n"]):
+        batch = ids(prompts, padding=True, return_tensors="pt")
+        out = theirs.generate(
+            **batch, max_new_tokens=12, do_sample=False, suppress_tokens=list(range(tokenizer.vocab_size, 400))
+        )
+        new = out[:, batch["input_ids"].shape[1] :].tolist()
+        ended = [row[: row.index(tokenizer.eot_id)] if tokenizer.eot_id in row else row for row in new]
+        assert complete(ours, own, prompts, max_new_tokens=12) == [tokenizer.decode(row) for row in ended]
 
 
 @pytest.fixture(scope="module")

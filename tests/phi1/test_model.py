@@ -1,5 +1,5 @@
 """The network: parameter counts, masks, cache, dropout, types, torch.compile. Agreement with transformers is in
-test_huggingface.py."""
+huggingface/test_folders.py."""
 
 import dataclasses
 import itertools
@@ -125,6 +125,24 @@ def test_cache_gives_the_logits_of_one_pass(kv_heads: int) -> None:
         pieces = [model(piece, cache=cache) for piece in tokens.split([7, 1, 1, 8, 3], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), atol=TOLERANCE, rtol=0)
     assert cache.length == 20 and cache.keys.shape == (3, 2, 20, kv_heads, 16)
+
+
+def test_packed_cache_gives_the_logits_of_one_pass() -> None:
+    """Rows that go on at their own pace: two prompts at once, one of them alone, then one of each with a third."""
+    model, tokens = random_model(), random_tokens(3, 20)
+    whole, cache, at = model(tokens), model.new_cache(3, 20), [0, 0, 0]
+    with torch.inference_mode():
+        for new in ((5, 9, 0), (1, 0, 0), (1, 1, 7), (0, 0, 13), (13, 10, 0)):
+            pieces = [tokens[row, at[row] : at[row] + n] for row, n in enumerate(new)]
+            offsets = torch.tensor([0, *new]).cumsum(0).int()
+            logits = model(torch.cat(pieces)[None], cu_seqlens=offsets, cache=cache)[0]
+            for row, part in enumerate(logits.split(list(new))):
+                expected = whole[row, at[row] : at[row] + new[row]]
+                torch.testing.assert_close(part, expected, atol=TOLERANCE, rtol=0)
+                at[row] += new[row]
+    assert isinstance(cache.length, torch.Tensor) and cache.length.tolist() == at == [20, 20, 20]
+    with pytest.raises(UserError, match=r"cache\.length differs between rows: give cu_seqlens"):
+        model(tokens[:, :1], cache=cache)
 
 
 def test_more_tokens_than_positions_is_a_user_error() -> None:

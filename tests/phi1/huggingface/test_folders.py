@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import phi1
 from phi1.config import PRESETS, ModelConfig
 from phi1.errors import UserError
 from phi1.huggingface import export_folder, import_folder, import_tokenizer, phi_config, to_phi
@@ -22,7 +23,7 @@ from phi1.tokenizer import Tokenizer, train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 VOCABULARY = 320
 BASE = ModelConfig(
     vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=4,
@@ -223,7 +224,10 @@ def test_exported_tokenizer_gives_the_same_ids(tmp_path: pathlib.Path, tokenizer
     assert theirs(text)["input_ids"] == tokenizer.encode(text)
     assert set(theirs(text)) == {"input_ids", "attention_mask"}
     assert theirs.decode(tokenizer.encode(text)) == text
-    assert theirs.eos_token_id == tokenizer.eot_id and theirs.model_max_length == 256
+    assert theirs.eos_token_id == theirs.pad_token_id == tokenizer.eot_id and theirs.padding_side == "left"
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert generation.eos_token_id == generation.pad_token_id == tokenizer.eot_id
+    assert theirs.model_max_length == 256
     assert import_tokenizer(tmp_path / "hf").hash == tokenizer.hash
 
 
@@ -325,6 +329,18 @@ def test_export_refuses_what_it_would_spoil(tmp_path: pathlib.Path, tokenizer: T
 def test_folder_without_tokenizer_is_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=r"neither tokenizer\.json nor vocab\.json"):
         import_tokenizer(tmp_path)
+
+
+def test_our_version_is_none_that_transformers_takes_for_its_package_kernels() -> None:
+    from packaging.version import parse
+    from transformers.utils import import_utils
+
+    ours = parse(phi1.__version__)
+    for low, high in (
+        (import_utils.KERNELS_MIN_VERSION, import_utils.KERNELS_MAX_VERSION),
+        ("0.18.2", "0.19.0"),  # of transformers 5.23
+    ):
+        assert not parse(low) <= ours < parse(high), "transformers would import its names from our package kernels"
 
 
 @pytest.mark.parametrize("installed", [True, False], ids=["installed", "PYTHONPATH only"])
