@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import reference
 from kernels.autocast import without_autocast
 from kernels.autograd import once_differentiable
 from kernels.checks import check_not_captured, check_positions
