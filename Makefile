@@ -15,7 +15,7 @@ quickstart: $(READY)
 	$(BIN)/phi1 quickstart
 
 # Two processes of one thread each; a file's tests stay together, because they share what takes long to make.
-PYTEST_OPTIONS ?= -n 2 --dist loadfile
+PYTEST_OPTIONS ?= -n 2 --dist loadfile --durations 40
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
