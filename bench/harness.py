@@ -302,7 +302,7 @@ class Benchmark:
         if options.json is not None:
             options.json.write_text(self.document())
         if options.save:
-            slug = re.sub(r"[^a-z0-9]+", "-", self.environment["device"].lower()).strip("-")
+            slug = re.sub(r"[^a-z0-9]+", "-", self.environment["kind"].lower()).strip("-")
             self.save(RESULTS / f"{self.name}-{slug}")
 
     def save(self, stem: Path) -> None:

@@ -70,7 +70,7 @@ def arguments(description: str, form: str) -> argparse.ArgumentParser:
     parser.add_argument("--skip", help="leave out implementations whose name matches this regular expression")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
     parser.add_argument(
-        "--save", action="store_true", help="write bench/results/<name>-<device>.json, .md and .png"
+        "--save", action="store_true", help="write bench/results/<name>-<kind of machine>.json, .md and .png"
     )  # fmt: skip
     return parser
 

@@ -83,7 +83,8 @@ def jobs(quick: bool) -> list[Job]:
 def _attention_jobs(arch: int, dtype: str, quick: bool) -> list[Job]:
     import torch
 
-    from kernels.triton import HEAD_DIMS, attention_tuning
+    from kernels.native import HEAD_DIMS
+    from kernels.triton import attention_tuning
 
     # phi-1's call; in 16 bits all eight.
     variants = [{"CAUSAL": True, "DROPOUT": True, "DOCUMENTS": False}]
@@ -144,6 +145,7 @@ def _block_jobs(arch: int, dtype: str, quick: bool) -> list[Job]:
         _job("block_elementwise", "after_in_kernel", arch, dtype, {**heads, **tile}, 4, 3),
         _job("block_elementwise", "after_in_backward_kernel", arch, dtype, {**heads, **chunk, **tile}, 4, 3),
         _job("block_elementwise", "after_out_kernel", arch, dtype, {"DROPOUT": True, **tile}, 4, 3),
+        _job("block_elementwise", "residual_factor_kernel", arch, dtype, tile, 4, 3),
         _job("block_elementwise", "after_out_backward_kernel", arch, dtype, {"DROPOUT": True, **chunk, **tile}, 4, 3),
     ]
     products: list[tuple[str, dict[str, Any]]] = [("project_in", heads), ("project_out", {"DROPOUT": True})]

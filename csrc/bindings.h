@@ -6,8 +6,9 @@
 
 #include <array>
 #include <string>
+#include <tuple>
 
-#include "rotary.h"
+#include "arguments.h"
 
 namespace phi1 {
 
@@ -39,6 +40,81 @@ inline RotaryArgs rotary_args(HeadsTensor q, HeadsTensor k, HeadsTensor q_out, H
           position_batch_stride,
           inverse,
           static_cast<DType>(dtype)};
+}
+
+// The arguments of one call, as kernels/native.py packs them, without its threads or stream.
+using Dropout = std::tuple<uint32_t, float, uint64_t>;  // threshold, scale, seed
+
+// sizes: batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim. documents: the offsets of queries and keys, and how
+// many.
+inline AttentionArgs attention_args(HeadsTensor q, HeadsTensor k, HeadsTensor v, HeadsTensor out, Memory lse,
+                                    std::array<int64_t, 6> sizes, std::tuple<Memory, Memory, int64_t> documents,
+                                    bool causal, float scale, Dropout dropout, int dtype) {
+  AttentionArgs args = {};
+  args.q = q, args.k = k, args.v = v, args.out = out;
+  args.lse = address<float>(lse);
+  std::tie(args.batch, args.seqlen_q, args.seqlen_k, args.heads, args.kv_heads, args.head_dim) = std::tuple_cat(sizes);
+  args.cu_seqlens_q = address<const int32_t>(std::get<0>(documents));
+  args.cu_seqlens_k = address<const int32_t>(std::get<1>(documents));
+  args.documents = std::get<2>(documents);
+  args.causal = causal;
+  args.scale = scale;
+  std::tie(args.dropout_threshold, args.dropout_scale, args.seed) = dropout;
+  args.dtype = static_cast<DType>(dtype);
+  return args;
+}
+
+// grads: of out, q, k and v.
+inline void add_gradients(AttentionArgs& args, const std::array<HeadsTensor, 4>& grads) {
+  args.grad_out = grads[0], args.grad_q = grads[1], args.grad_k = grads[2], args.grad_v = grads[3];
+}
+
+// sizes: batch, seq, heads of q and k, head_dim, rotary_dim / 2, width of z, inner, activated's stride.
+inline AfterInArgs after_in_args(Memory z, Memory bias, Memory activated, std::array<int64_t, 8> sizes,
+                                 std::tuple<Memory, Memory, int64_t> table, Memory position,
+                                 int64_t position_batch_stride, int dtype) {
+  AfterInArgs args = {};
+  args.z = address(z), args.bias = address(bias), args.activated = address(activated);
+  std::tie(args.batch, args.seq, args.turned_heads, args.head_dim, args.half, args.width, args.inner,
+           args.activated_stride) = std::tuple_cat(sizes);
+  args.cos = address<const float>(std::get<0>(table)), args.sin = address<const float>(std::get<1>(table));
+  args.table_rows = std::get<2>(table);
+  args.position = address<const int64_t>(position);
+  args.position_batch_stride = position_batch_stride;
+  args.dtype = static_cast<DType>(dtype);
+  return args;
+}
+
+inline ResidualArgs residual_args(Memory h, std::array<int64_t, 2> sizes, Dropout dropout, int dtype) {
+  ResidualArgs args = {};
+  args.h = address(h);
+  args.rows = sizes[0], args.columns = sizes[1];
+  std::tie(args.dropout_threshold, args.dropout_scale, args.seed) = dropout;
+  args.dtype = static_cast<DType>(dtype);
+  return args;
+}
+
+// sizes: rows, hidden, elements between x's rows.
+inline LayerNormArgs layer_norm_args(Memory x, Memory weight, Memory stats, std::array<int64_t, 3> sizes, int dtype) {
+  LayerNormArgs args = {};
+  args.x = address(x), args.weight = address(weight);
+  args.stats = address<float>(stats);
+  std::tie(args.rows, args.hidden, args.x_stride) = std::tuple_cat(sizes);
+  args.dtype = static_cast<DType>(dtype);
+  return args;
+}
+
+// sizes: rows, columns, ignore_index.
+inline CrossEntropyArgs cross_entropy_args(Memory logits, Memory bias, Memory targets, Memory loss, Memory bias_sums,
+                                           std::array<int64_t, 3> sizes, float z_loss, int dtype) {
+  CrossEntropyArgs args = {};
+  args.logits = address(logits), args.bias = address(bias);
+  args.targets = address<const int64_t>(targets);
+  args.loss = address<float>(loss), args.bias_sums = address<float>(bias_sums);
+  std::tie(args.rows, args.columns, args.ignore_index) = std::tuple_cat(sizes);
+  args.z_loss = z_loss;
+  args.dtype = static_cast<DType>(dtype);
+  return args;
 }
 
 // Each adds its functions to the module: bindings_cpu.cpp, bindings_cuda.cpp.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import chunked_loss, fused_block, native, reference
 from kernels.checks import check_offsets
-from kernels.fused_block import Dropout, Layout, Pieces, dropout_arguments, vendor_product
+from kernels.fused_block import Dropout, Layout, Pieces, vendor_product
 from kernels.registry import register
 
 
@@ -30,34 +30,13 @@ def rotary(
     return q_out, k_out
 
 
-HEAD_DIMS = (32, 64, 128)
-"""What the attention kernels are compiled for."""
-
-
 def _attention_refuses(*, dtype: torch.dtype, head_dim: int, **_: object) -> str | None:
-    if head_dim not in HEAD_DIMS:
-        return f"head_dim = {head_dim}: the kernels are compiled for {', '.join(map(str, HEAD_DIMS))}"
-    return native.refuses_dtype(dtype=dtype)
-
-
-def _attention_arguments(
-    q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
-    causal: bool, scale: float, dropout_p: float, dropout_seed: int,
-) -> tuple[object, ...]:  # fmt: skip
-    """The last arguments of `Isa.attention_forward` and `Isa.attention_backward`."""
-    batch, seqlen_q, heads, head_dim = q.shape
-    threshold = reference.dropout_threshold(dropout_p)
-    return (
-        (batch, seqlen_q, k.shape[1], heads, k.shape[2], head_dim),
-        (None, None, 0) if cu_q is None or cu_k is None else (cu_q, cu_k, cu_q.shape[0] - 1),
-        causal, scale, (threshold, reference.dropout_scale(dropout_p), dropout_seed & (1 << 64) - 1),
-        native.DTYPE_CODES[q.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+    return native.refuses_head_dim(head_dim) or native.refuses_dtype(dtype=dtype)
 
 
 def attention_forward(
     isa: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
-    causal: bool, scale: float, dropout_p: float, dropout_seed: int, *, out: Tensor | None = None,
+    causal: bool, scale: float, *dropout: Any, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (a new tensor, or the one given) and the log-sum-exp; see `kernels.flash_attention`."""
     q, k, v = (native.rows_contiguous(x) for x in (q, k, v))
@@ -68,15 +47,14 @@ def attention_forward(
     result = q.new_empty(q.shape) if out is None or out.stride(-1) != 1 else out
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     isa.attention_forward(
-        q, k, v, result, lse, *_attention_arguments(q, k, cu_q, cu_k, causal, scale, dropout_p, dropout_seed),
-    )  # fmt: skip
+        *native.attention_arguments(q, k, v, result, lse, cu_q, cu_k, causal, scale, *dropout), torch.get_num_threads()
+    )
     return result if out is None or out is result else out.copy_(result), lse
 
 
 def attention_backward(
     isa: Any, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
-    causal: bool, scale: float, dropout_p: float, dropout_seed: int,
-    *, grads: tuple[Tensor, Tensor, Tensor] | None = None,
+    causal: bool, scale: float, *dropout: Any, grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, in new tensors or in `grads` (contiguous last dims). Each (problem, key/value head) is one thread's: more threads than those stand idle."""
     grad_out, q, k, v, out = (native.rows_contiguous(x) for x in (grad_out, q, k, v, out))
@@ -85,9 +63,10 @@ def attention_backward(
     grads = grads or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     lse = lse.contiguous()
     isa.attention_backward(
-        grad_out, q, k, v, out, *grads, lse,
-        *_attention_arguments(q, k, cu_q, cu_k, causal, scale, dropout_p, dropout_seed),
-    )  # fmt: skip
+        (grad_out, *grads),
+        *native.attention_arguments(q, k, v, out, lse, cu_q, cu_k, causal, scale, *dropout),
+        torch.get_num_threads(),
+    )
     return grads
 
 
@@ -129,24 +108,14 @@ def layer_norm_backward(
     return grads
 
 
-def _after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: Layout) -> tuple[object, ...]:
-    """The arguments of `Isa.after_in`, and the last of `Isa.after_in_backward`."""
+def _contiguous(layout: Layout) -> Layout:
     positions = None if layout.positions is None else layout.positions.contiguous()
-    cos, sin = layout.cos.contiguous(), layout.sin.contiguous()
-    sizes = (
-        layout.batch, layout.seq, layout.heads + layout.kv_heads, layout.head_dim, cos.shape[1], z.shape[1], layout.inner,
-        activated.stride(0),
-    )  # fmt: skip
-    return (
-        z, bias, activated, sizes, cos, sin, positions,
-        positions.stride(0) if positions is not None and positions.dim() == 2 else 0,
-        native.DTYPE_CODES[z.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+    return layout._replace(cos=layout.cos.contiguous(), sin=layout.sin.contiguous(), positions=positions)
 
 
 def _project_in(isa: Any, n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
     z, b_in = vendor_product(n, w_in), b_in.contiguous()
-    isa.after_in(*_after_in_arguments(z, b_in, activated, layout))
+    isa.after_in(*native.after_in_arguments(z, b_in, activated, _contiguous(layout)), torch.get_num_threads())
     return z
 
 
@@ -155,25 +124,26 @@ def _project_in_backward(
 ) -> Tensor:
     b_in = b_in.contiguous()
     grad_bias = torch.empty_like(b_in)
-    isa.after_in_backward(grad_z, grad_bias, *_after_in_arguments(z, b_in, activated, layout))
+    arguments = native.after_in_arguments(z, b_in, activated, _contiguous(layout))
+    isa.after_in_backward(grad_z, grad_bias, *arguments, torch.get_num_threads())
     return grad_bias
 
 
 def _project_out(isa: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
     y, b_out, x = vendor_product(g, w_out), b_out.contiguous(), x.contiguous()
     isa.residual(
-        y, b_out, x, *y.shape, dropout_arguments(dropout),
+        y, b_out, x, tuple(y.shape), native.dropout_arguments(dropout),
         native.DTYPE_CODES[y.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
 def _project_out_backward(isa: Any, grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
-    threshold, *rest = dropout_arguments(dropout)
+    threshold, *rest = native.dropout_arguments(dropout)
     grad_h = grad_y if threshold == 0 else torch.empty_like(grad_y)
     grad_bias = grad_y.new_empty(grad_y.shape[1])
     isa.residual_backward(
-        grad_y, grad_h, grad_bias, *grad_y.shape, (threshold, *rest),
+        grad_y, grad_h, grad_bias, tuple(grad_y.shape), (threshold, *rest),
         native.DTYPE_CODES[grad_y.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return grad_h, grad_bias

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import chunked_loss, fused_block, native, reference
+from kernels import chunked_loss, fused_block, native
 from kernels.checks import check_offsets
-from kernels.fused_block import Dropout, Layout, Pieces, dropout_arguments, vendor_product
+from kernels.fused_block import Dropout, Layout, Pieces, vendor_product
 from kernels.machine import Machine
 from kernels.registry import missing_here, register
 
@@ -43,16 +43,11 @@ def rotary(
     return q_out, k_out
 
 
-HEAD_DIMS = (32, 64, 128)
-
-
 def attention_refuses(*, dtype: torch.dtype, head_dim: int, **_: object) -> str | None:
     """Why the kernels cannot serve this call of `flash_attention`, or None."""
     if dtype not in (torch.bfloat16, torch.float16):
         return f"dtype = {dtype}: the kernels multiply bfloat16 or float16"
-    if head_dim not in HEAD_DIMS:
-        return f"head_dim = {head_dim}: the kernels are compiled for {', '.join(map(str, HEAD_DIMS))}; pad q, k and v"
-    return None
+    return native.refuses_head_dim(head_dim)
 
 
 ATTENTION_VERSIONS = {"mma": (0, 0), "hopper": (1, 0), "hopper_backward": (1, 1)}
@@ -91,21 +86,13 @@ def _dense(x: Tensor) -> Tensor:
     return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
-def _attention_arguments(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
-    causal: bool, scale: float, dropout_p: float, dropout_seed: int,
-) -> tuple[object, ...]:  # fmt: skip
+def _check_sizes(q: Tensor, k: Tensor) -> None:
+    """Raises ValueError for more rows or heads than the kernels count."""
     for name, size in (("seqlen_q", q.shape[1]), ("seqlen_k", k.shape[1])):
         if size >= 2**30:
             raise ValueError(f"{name} = {size}: the cuda backend counts rows up to {2**30 - 1}; split the sequence")
     if q.shape[0] * q.shape[2] >= 2**31:
         raise ValueError(f"batch * heads = {q.shape[0] * q.shape[2]}: must be below {2**31}; split the batch")
-    return (
-        q, k, v, out, lse, (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3]),
-        (cu_q, cu_k), 0 if cu_q is None else cu_q.shape[0] - 1, causal, scale,
-        reference.dropout_threshold(dropout_p), reference.dropout_scale(dropout_p), dropout_seed % 2**64,
-        native.DTYPE_CODES[q.dtype], _stream(q),
-    )  # fmt: skip
 
 
 def attention_forward(
@@ -115,6 +102,7 @@ def attention_forward(
     """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) float32; see `kernels.flash_attention`.
 
     version: the kernels' number in ATTENTION_VERSIONS."""
+    _check_sizes(q, k)
     q, scale, _ = native.positive_scale(q, scale)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     result = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None or not _is_aligned(out) else out
@@ -127,7 +115,8 @@ def attention_forward(
     if q.numel():
         with _device(q):
             module.attention_forward_cuda(
-                *_attention_arguments(q, k, v, result, lse, cu_q, cu_k, causal, scale, *dropout),
+                *native.attention_arguments(q, k, v, result, lse, cu_q, cu_k, causal, scale, *dropout),
+                _stream(q),
                 version,
             )
     return result if out is None or out is result else out.copy_(result), lse
@@ -154,7 +143,8 @@ def attention_backward(
             module.attention_backward_cuda(
                 (grad_out, *grads),
                 row_stats,
-                *_attention_arguments(q, k, v, out, lse, cu_q, cu_k, causal, scale, *dropout),
+                *native.attention_arguments(q, k, v, out, lse, cu_q, cu_k, causal, scale, *dropout),
+                _stream(q),
                 version,
             )
     if sign != 1:
@@ -201,8 +191,8 @@ def layer_norm_backward(
     if x.numel():
         with _device(x):
             module.layer_norm_backward_cuda(
-                grad, rows, weight, stats, grad_x, grad_weight, grad_bias, partial, residual,
-                (*rows.shape, rows.stride(0), chunks), native.DTYPE_CODES[x.dtype], _stream(x),
+                grad, rows, weight, stats, residual, grad_x, grad_weight, grad_bias, partial, chunks,
+                (*rows.shape, rows.stride(0)), native.DTYPE_CODES[x.dtype], _stream(x),
             )  # fmt: skip
     return grad_x, grad_weight, grad_bias
 
@@ -234,21 +224,12 @@ def _partial_sums(x: Tensor) -> Tensor:
 
 
 def _after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: Layout) -> tuple[object, ...]:
-    """The arguments of `after_in_cuda`, and the last of `after_in_backward_cuda`. The tensors in `layout` are dense."""
+    """The arguments of `after_in_cuda`, and the last of `after_in_backward_cuda`."""
     if layout.tokens >= 2**30:
         raise ValueError(
             f"batch * seq = {layout.tokens}: the cuda backend counts tokens up to {2**30 - 1}; split the batch"
         )
-    cos, sin, positions = layout.cos, layout.sin, layout.positions
-    sizes = (
-        layout.batch, layout.seq, layout.heads + layout.kv_heads, layout.head_dim, cos.shape[1], z.shape[1], layout.inner,
-        activated.stride(0),
-    )  # fmt: skip
-    return (
-        z, bias, activated, sizes, (cos, sin), cos.shape[0], positions,
-        positions.stride(0) if positions is not None and positions.dim() == 2 else 0,
-        native.DTYPE_CODES[z.dtype], _stream(z),
-    )  # fmt: skip
+    return *native.after_in_arguments(z, bias, activated, _dense_layout(layout)), _stream(z)
 
 
 def _dense_layout(layout: Layout) -> Layout:
@@ -258,7 +239,7 @@ def _dense_layout(layout: Layout) -> Layout:
 
 def project_in(module: Any, n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
     """See `Pieces.project_in`."""
-    z, b_in, layout = vendor_product(n, w_in), _dense(b_in), _dense_layout(layout)
+    z, b_in = vendor_product(n, w_in), _dense(b_in)
     with _device(z):
         module.after_in_cuda(*_after_in_arguments(z, b_in, activated, layout))
     return z
@@ -268,7 +249,7 @@ def project_in_backward(
     module: Any, grad_z: Tensor, z: Tensor, b_in: Tensor, activated: Tensor, layout: Layout
 ) -> Tensor:
     """See `Pieces.project_in_backward`."""
-    b_in, layout = _dense(b_in), _dense_layout(layout)
+    b_in = _dense(b_in)
     grad_bias, partial = torch.empty_like(b_in), _partial_sums(z)
     with _device(z):
         module.after_in_backward_cuda(
@@ -283,7 +264,7 @@ def project_out(module: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor,
     y, b_out, x = vendor_product(g, w_out), _dense(b_out), _dense(x)
     with _device(y):
         module.residual_cuda(
-            y, b_out, x, tuple(y.shape), dropout_arguments(dropout), native.DTYPE_CODES[y.dtype], _stream(y),
+            y, b_out, x, tuple(y.shape), native.dropout_arguments(dropout), native.DTYPE_CODES[y.dtype], _stream(y),
         )  # fmt: skip
     return y
 
@@ -291,7 +272,7 @@ def project_out(module: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor,
 def project_out_backward(module: Any, grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
     """See `Pieces.project_out_backward`."""
     grad_y = _dense(grad_y)
-    threshold, *rest = dropout_arguments(dropout)
+    threshold, *rest = native.dropout_arguments(dropout)
     grad_h = grad_y if threshold == 0 else torch.empty_like(grad_y)
     grad_bias, partial = grad_y.new_empty(grad_y.shape[1]), _partial_sums(grad_y)
     with _device(grad_y):
@@ -321,7 +302,7 @@ def cross_entropy(
     parts = 0 if bias_sums is None else bias_sums.shape[0]
     with _device(logits):
         module.cross_entropy_cuda(
-            logits, bias, targets, loss, stats, bias_sums, (*logits.shape, parts, ignore_index), z_loss,
+            logits, bias, targets, loss, bias_sums, stats, parts, (*logits.shape, ignore_index), z_loss,
             native.DTYPE_CODES[logits.dtype], _stream(logits),
         )  # fmt: skip
 

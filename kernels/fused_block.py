@@ -265,8 +265,3 @@ def _gradients(ctx, saved, grad_y):  # type: ignore[no-untyped-def]
 def vendor_product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T by the vendor's library (oneDNN, cuBLASLt)."""
     return torch.mm(x, weight.T)
-
-
-def dropout_arguments(dropout: Dropout) -> tuple[int, float, int]:
-    """(threshold, scale, seed) as the native kernels take them."""
-    return reference.dropout_threshold(dropout.p), reference.dropout_scale(dropout.p), dropout.seed % 2**64

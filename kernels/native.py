@@ -5,10 +5,16 @@ the argument list too.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from kernels import reference
+from kernels.reference import Dropout
+
+if TYPE_CHECKING:
+    from kernels.fused_block import Layout
 
 MISSING: str | None = None
 """Why there is no native module, or None."""
@@ -30,6 +36,17 @@ def refuses_dtype(*, dtype: torch.dtype, **_: object) -> str | None:
     return None if dtype in DTYPE_CODES else f"dtype = {dtype}: native kernels take float32, bfloat16 and float16"
 
 
+HEAD_DIMS = (32, 64, 128)
+"""What the attention kernels of all backends of ours are made for."""
+
+
+def refuses_head_dim(head_dim: int) -> str | None:
+    """Why our attention kernels cannot serve this head_dim, or None."""
+    if head_dim in HEAD_DIMS:
+        return None
+    return f"head_dim = {head_dim}: the kernels are made for {', '.join(map(str, HEAD_DIMS))}; pad q, k and v"
+
+
 def rows_contiguous(x: Tensor) -> Tensor:
     """x if its last dim is contiguous, else a contiguous copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -40,6 +57,35 @@ def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
     if scale > 0:
         return q, scale, 1.0
     return (-q, -scale, -1.0) if scale < 0 else (q * 0.0, 1.0, 0.0)
+
+
+def dropout_arguments(dropout: Dropout) -> tuple[int, float, int]:
+    """(threshold, scale, seed): csrc/bindings.h, Dropout."""
+    return reference.dropout_threshold(dropout.p), reference.dropout_scale(dropout.p), dropout.seed % 2**64
+
+
+def attention_arguments(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
+    causal: bool, scale: float, dropout_p: float, dropout_seed: int,
+) -> tuple[object, ...]:  # fmt: skip
+    """csrc/bindings.h, attention_args."""
+    (batch, seqlen_q, heads, head_dim), (_, seqlen_k, kv_heads, _) = q.shape, k.shape
+    return (
+        q, k, v, out, lse, (batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim),
+        (None, None, 0) if cu_q is None or cu_k is None else (cu_q, cu_k, cu_q.shape[0] - 1),
+        causal, scale, dropout_arguments(Dropout(dropout_p, dropout_seed)), DTYPE_CODES[q.dtype],
+    )  # fmt: skip
+
+
+def after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: "Layout") -> tuple[object, ...]:
+    """csrc/bindings.h, after_in_args. The tensors in `layout` are contiguous."""
+    cos, sin, positions = layout.cos, layout.sin, layout.positions
+    sizes = (
+        layout.batch, layout.seq, layout.heads + layout.kv_heads, layout.head_dim, cos.shape[1], z.shape[1], layout.inner,
+        activated.stride(0),
+    )  # fmt: skip
+    position_stride = positions.stride(0) if positions is not None and positions.dim() == 2 else 0
+    return z, bias, activated, sizes, (cos, sin, cos.shape[0]), positions, position_stride, DTYPE_CODES[z.dtype]
 
 
 def rotary_arguments(

@@ -194,12 +194,12 @@ inline int64_t first_query(const Problem& p, int64_t panels, int64_t i) { return
 // Whether heads come out even enough over the threads without sharing a head.
 inline bool heads_alone(int64_t heads, int threads) { return heads % threads == 0 || heads >= 8 * threads; }
 
-inline int64_t problem_count(const AttentionArgs& args) { return args.starts_q ? args.documents : args.batch; }
+inline int64_t problem_count(const AttentionArgs& args) { return args.cu_seqlens_q ? args.documents : args.batch; }
 
 inline Problem problem(const AttentionArgs& args, int64_t i) {
-  if (args.starts_q == nullptr) return {i, 0, 0, args.seqlen_q, args.seqlen_k};
-  const int64_t q = args.starts_q[i], k = args.starts_k[i];
-  return {0, q, k, args.starts_q[i + 1] - q, args.starts_k[i + 1] - k};
+  if (args.cu_seqlens_q == nullptr) return {i, 0, 0, args.seqlen_q, args.seqlen_k};
+  const int64_t q = args.cu_seqlens_q[i], k = args.cu_seqlens_k[i];
+  return {0, q, k, args.cu_seqlens_q[i + 1] - q, args.cu_seqlens_k[i + 1] - k};
 }
 
 template <typename T>

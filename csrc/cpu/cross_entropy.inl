@@ -67,7 +67,7 @@ void cross_entropy_typed(const CrossEntropyArgs& args, int threads) {
       const float lse = softmax[row].lse();
       args.loss[row] = __builtin_logf(softmax[row].total) + (softmax[row].top - logit) + args.z_loss * lse * lse;
     }
-    if (args.grad_bias) {
+    if (args.bias_sums) {
 #pragma omp for schedule(static)
       for (int64_t first = 0; first < columns; first += kStrip) {
         const int64_t count = smaller(kStrip, columns - first);
@@ -85,12 +85,12 @@ void cross_entropy_typed(const CrossEntropyArgs& args, int threads) {
           for_lanes(count, [&](int64_t i, auto n) {
             const vfloat p = exp_of(vload(x + i, n) + vload(bias + first + i, n), top, n) * scale;
             vstore(x + i, p, n);
-            add_to(args.grad_bias + first + i, p, n);
+            add_to(args.bias_sums + first + i, p, n);
           });
           if (here) {
             store(x[target - first],
                   __builtin_expf(at_target - softmax[row].top) * softmax[row].scale(args.z_loss) - 1.0f);
-            args.grad_bias[target] -= 1.0f;
+            args.bias_sums[target] -= 1.0f;
           }
         }
       }

@@ -3,9 +3,7 @@
 
 #include <vector>
 
-#include "cpu/attention.h"
-#include "cpu/elementwise.h"
-#include "rotary.h"
+#include "arguments.h"
 
 namespace phi1::cpu {
 

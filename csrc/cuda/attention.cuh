@@ -1,7 +1,7 @@
 // What the attention kernels share: which tile a block works on, and what a query sees.
 #pragma once
 
-#include "cuda/attention.h"
+#include "arguments.h"
 #include "cuda/dropout.cuh"
 #include "cuda/tile.cuh"
 
@@ -124,7 +124,7 @@ PHI1_DEVICE void for_kept(const AttentionArgs& args, int plane, int row, int col
 #pragma unroll
     for (int group = 0; group < kN / 4; ++group) {
       uint32_t word[2][2];
-      attention_random<kTransposed>(word, args.dropout_seed, plane, row + 16 * m, column + 32 * group);
+      attention_random<kTransposed>(word, args.seed, plane, row + 16 * m, column + 32 * group);
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll

@@ -13,7 +13,7 @@
 // is fixed: the result is the same each time. Registers in bench/results/ptxas.md.
 #pragma once
 
-#include "cuda/block.h"
+#include "arguments.h"
 #include "cuda/dropout.cuh"
 #include "cuda/eight.cuh"
 #include "cuda/ptx.cuh"
@@ -242,6 +242,12 @@ __global__ void __launch_bounds__(kBlockThreads) residual_grad_kernel(const __gr
   }
   st_global_8(args.partial + index * args.columns + column, sum);
 }
+
+struct BlockSumArgs {
+  const float* partial;  // (chunks, columns): of either kernel, or of the cross-entropy
+  void* sum;             // (columns)
+  int64_t chunks, columns;
+};
 
 // Adds up the chunks. grid: columns / kSumColumns, rounded up; block: kSumThreads.
 template <typename T>

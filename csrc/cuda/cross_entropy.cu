@@ -34,7 +34,7 @@ void cross_entropy_backward(const CrossEntropyArgs& args, void* stream) {
     using T = decltype(element);
     launch_cross_entropy<T>("cross_entropy_grad", cross_entropy_grad_kernel<T>,
                             blocks_for(args.columns / 8, kBlockThreads) * args.chunks, kBlockThreads, 0, stream,
-                            {args.partial, args.chunks * args.columns * 4}, args);
+                            {args.bias_sums, args.chunks * args.columns * 4}, args);
   });
 }
 

@@ -12,8 +12,8 @@
 // (logit - greatest) log2(e) in this order: logits of 1,000 lose nothing.
 #pragma once
 
+#include "arguments.h"
 #include "cuda/block.cuh"
-#include "cuda/cross_entropy.h"
 #include "cuda/eight.cuh"
 #include "cuda/ptx.cuh"
 
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   if (column >= args.columns) return;
   float shift[8], sum[8];
   ld_global_8(shift, static_cast<const T*>(args.bias) + column);
-  float* partial = args.partial + index * args.columns + column;
+  float* partial = args.bias_sums + index * args.columns + column;
   ld_global_8(sum, partial);
   for (int row = chunk.begin; row < chunk.end; ++row) {
     T* at = static_cast<T*>(args.logits) + row * args.columns + column;

@@ -1,11 +1,7 @@
 // The CUDA kernels as the bindings see them: no CUDA header needed. Each throws on a bad argument or a failed launch.
 #pragma once
 
-#include "cuda/attention.h"
-#include "cuda/block.h"
-#include "cuda/cross_entropy.h"
-#include "cuda/layer_norm.h"
-#include "rotary.h"
+#include "arguments.h"
 
 namespace phi1::cuda {
 

@@ -12,8 +12,8 @@
 #include <cuda_runtime.h>
 #endif
 
+#include "arguments.h"
 #include "cuda/ptx.cuh"
-#include "rotary.h"
 
 namespace phi1::cuda {
 

@@ -8,8 +8,8 @@
 // up the chunks, in order: the result is the same each time.
 #pragma once
 
+#include "arguments.h"
 #include "cuda/eight.cuh"
-#include "cuda/layer_norm.h"
 #include "cuda/ptx.cuh"
 
 namespace phi1::cuda {

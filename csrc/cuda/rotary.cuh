@@ -7,9 +7,9 @@
 // No shared memory; registers in bench/results/ptxas.md.
 #pragma once
 
+#include "arguments.h"
 #include "cuda/eight.cuh"
 #include "cuda/ptx.cuh"
-#include "rotary.h"
 
 namespace phi1::cuda {
 

@@ -19,8 +19,6 @@ from kernels.machine import TRITON_INTERPRETED as INTERPRETED
 from kernels.machine import Machine
 from kernels.registry import missing_here, register
 
-HEAD_DIMS = (32, 64, 128)
-
 
 def _of(module: str, name: str) -> Callable[..., Any]:
     """kernels.triton.<module>.<name>, imported when it is first called: triton may be missing."""
@@ -31,12 +29,13 @@ def _of(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
+residual_factor = _of("block", "residual_factor")
+
+
 def _attention_refuses(*, dtype: torch.dtype, head_dim: int, **options: object) -> str | None:
-    if head_dim not in HEAD_DIMS:
-        return f"head_dim = {head_dim}: the kernels are made for {', '.join(map(str, HEAD_DIMS))}"
     if dtype == torch.float32 and not INTERPRETED:  # there it serves to check the arithmetic
         return "dtype = torch.float32: these kernels spill registers in it (bench/results/triton-aot.md)"
-    return native.refuses_dtype(dtype=dtype)
+    return native.refuses_head_dim(head_dim) or native.refuses_dtype(dtype=dtype)
 
 
 def _needs_descriptors(machine: Machine) -> str | None:

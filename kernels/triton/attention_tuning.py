@@ -21,29 +21,35 @@ TILES: dict[str, dict[int, list[Tile]]] = {
     "dq": {
         32: [(128, 64, 8, 2), (64, 32, 4, 3)],
         64: [(128, 64, 8, 2), (64, 32, 4, 3)],
-        128: [(64, 32, 4, 2)],
+        128: [(64, 32, 4, 2), (64, 32, 8, 2)],
     },
     "dkv": {
         32: [(32, 128, 8, 1), (32, 64, 4, 1)],
         64: [(32, 128, 8, 1), (32, 64, 4, 1), (32, 32, 4, 2)],
-        128: [(32, 32, 4, 1), (32, 64, 8, 1)],
+        128: [(32, 32, 4, 1), (32, 64, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)],
     },
 }
 # These spill in some kinds of calls only (8 to 272 bytes a thread, with triton 3.7.1 or 3.9.0), "full" being not causal
 # and "batch" without documents; of several words a call must be all.
 # Finding a program's document takes registers, and so does dropout; without the diagonal's loop the compiler spends them
 # elsewhere.
-_NOT_WITH = {
+_NOT_WITH: dict[tuple[str, int], dict[Tile, set[str]]] = {
     ("forward", 32): {(128, 64, 8, 3): {"full"}},
     ("forward", 64): {(64, 64, 4, 3): {"full", "documents"}},
     ("dq", 32): {(128, 64, 8, 2): {"full"}},
     ("dq", 64): {(128, 64, 8, 2): {"dropout"}},
+    ("dq", 128): {(64, 32, 4, 2): {"causal dropout batch"}},
     ("dkv", 64): {
-        (32, 128, 8, 1): {"documents"},
+        (32, 128, 8, 1): {"documents", "causal dropout"},
         (32, 64, 4, 1): {"documents", "dropout"},
         (32, 32, 4, 2): {"full batch dropout"},
     },
-    ("dkv", 128): {(32, 32, 4, 1): {"full"}, (32, 64, 8, 1): {"causal"}},
+    ("dkv", 128): {
+        (32, 32, 4, 1): {"full", "causal dropout"},
+        (32, 64, 8, 1): {"causal"},
+        (32, 32, 8, 1): {"full", "documents"},
+        (16, 32, 8, 1): {"full", "batch"},
+    },
 }
 # Loading by tensor descriptors, on sm_90 only. They take fewer registers (dq's (128, 64) at head_dim 64, causal: 122 a
 # thread, not 156), so that larger tiles fit.
@@ -64,6 +70,9 @@ DESCRIPTOR_TILES: dict[str, dict[int, list[Tile]]] = {
         128: [(32, 64, 8, 2)],
     },
 }
+_DESCRIPTORS_NOT_WITH: dict[tuple[str, int], dict[Tile, set[str]]] = {
+    ("dkv", 64): {(64, 128, 8, 1): {"causal dropout"}}
+}
 # The constant that says how many rows of each tensor a descriptor loads.
 ROWS = {"q": "BLOCK_M", "grad": "BLOCK_M", "k": "BLOCK_N", "v": "BLOCK_N"}
 # float32 inputs: full precision without tensor cores, for checks rather than for speed.
@@ -81,13 +90,21 @@ def candidates(
     if dtype == torch.float32:
         return [(FLOAT32_TILE, False)]
     kinds = {"causal" if causal else "full", "documents" if documents else "batch", *(("dropout",) if dropout else ())}
-    spills_with = _NOT_WITH.get((kernel, head_dim), {})
-    found = [
-        (tile, False)
-        for tile in TILES[kernel][head_dim]
-        if not any(kinds.issuperset(kind.split()) for kind in spills_with.get(tile, ()))
-    ]
-    return found + [(tile, True) for tile in DESCRIPTOR_TILES[kernel][head_dim] if by_descriptors]
+
+    def those(
+        tiles: dict[str, dict[int, list[Tile]]], not_with: dict[tuple[str, int], dict[Tile, set[str]]]
+    ) -> list[Tile]:
+        spills_with = not_with.get((kernel, head_dim), {})
+        return [
+            tile
+            for tile in tiles[kernel][head_dim]
+            if not any(kinds.issuperset(kind.split()) for kind in spills_with.get(tile, ()))
+        ]
+
+    found = [(tile, False) for tile in those(TILES, _NOT_WITH)]
+    if by_descriptors:
+        found += [(tile, True) for tile in those(DESCRIPTOR_TILES, _DESCRIPTORS_NOT_WITH)]
+    return found
 
 
 def tuned(function, kernel: str):

@@ -18,6 +18,7 @@ from kernels.triton.block_elementwise import (
     after_in_kernel,
     after_out_backward_kernel,
     after_out_kernel,
+    residual_factor_kernel,
 )
 from kernels.triton.block_product import BLOCK_HALVES, project_in_kernel, project_out_kernel
 from kernels.triton.column_sums import CHUNK_ROWS, column_sums, partial_sums
@@ -164,6 +165,20 @@ def project_out(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dro
             y, b_out, x, tokens, columns, *arguments, DROPOUT=arguments[1] > 0, ROWS=rows, BLOCK=block
         )
     return y
+
+
+def residual_factor(like: Tensor, seed: int, p: float) -> Tensor:
+    """`phi1::residual_factor` of kernels/block.py: 0 or 1 / (1 - p), in like's (batch, seq, hidden) and dtype."""
+    factor = torch.empty_like(like, memory_format=torch.contiguous_format)
+    columns = like.shape[-1]
+    tokens = like.numel() // columns
+    arguments = _dropout_arguments(Dropout(p, seed))
+    rows, block = ELEMENTWISE_TILE
+    with on_device(like.device):
+        residual_factor_kernel[(triton.cdiv(tokens, rows), triton.cdiv(columns, block))](
+            factor, tokens, columns, *arguments, ROWS=rows, BLOCK=block
+        )
+    return factor
 
 
 def project_out_whole(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:

@@ -200,3 +200,15 @@ def after_out_backward_kernel(
         total += d
     partial = partial_ptr + chunk.to(tl.int64) * columns + column
     tl.store(partial, tl.sum(total, 0), mask=column < columns)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
+def residual_factor_kernel(
+    factor_ptr, rows, columns, keep_scale, threshold, seed_low, seed_high, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """factor (rows, columns): keep_scale where residual dropout keeps an element, else 0."""
+    first_row, first_column = tl.program_id(0) * ROWS, tl.program_id(1) * BLOCK
+    row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    kept = residual_keep(seed_low, seed_high, first_row, first_column, threshold, ROWS, BLOCK)
+    _store(factor_ptr + row.to(tl.int64)[:, None] * columns + column[None, :], tl.where(kept, keep_scale, 0.0), mask)

@@ -14,9 +14,9 @@
 
 namespace {
 
+using phi1::AttentionArgs;
 using phi1::DType;
 using phi1::HeadsTensor;
-using phi1::cpu::AttentionArgs;
 using namespace phi1::cpu::PHI1_ISA;
 
 // A (batch, seq, heads, dim) tensor of T in a heap block that has no byte to spare.
@@ -38,7 +38,7 @@ struct Shape {
   int64_t batch, seqlen_q, seqlen_k, heads, kv_heads, dim;
   bool causal;
   double dropout;
-  std::vector<int32_t> starts_q, starts_k;
+  std::vector<int32_t> cu_seqlens_q, cu_seqlens_k;
   // Extreme scores: q is multiplied by `stretch`, `shift` is added to every score; of these the softmax is compared,
   // not the gradients of scores, which are differences of large numbers.
   float stretch = 1, shift = 0;
@@ -64,12 +64,12 @@ bool run(DType dtype, const Shape& s, double tolerance, double& greatest) {
     for (int64_t j = 0; j < n * hk; ++j) store(k(bi, j / hk, j % hk, 0), s.shift / 0.2f);
   }
 
-  AttentionArgs args = {};
+  phi1::AttentionArgs args = {};
   args.q = q.spec(), args.k = k.spec(), args.v = v.spec(), args.out = out.spec(), args.grad_out = grad.spec();
   args.grad_q = dq.spec(), args.grad_k = dk.spec(), args.grad_v = dv.spec(), args.lse = lse.data.get();
   args.batch = b, args.seqlen_q = m, args.seqlen_k = n, args.heads = h, args.kv_heads = hk, args.head_dim = d;
-  if (!s.starts_q.empty()) args.starts_q = s.starts_q.data(), args.starts_k = s.starts_k.data();
-  args.documents = int64_t(s.starts_q.size()) - 1;
+  if (!s.cu_seqlens_q.empty()) args.cu_seqlens_q = s.cu_seqlens_q.data(), args.cu_seqlens_k = s.cu_seqlens_k.data();
+  args.documents = int64_t(s.cu_seqlens_q.size()) - 1;
   args.causal = s.causal, args.scale = 0.2f, args.seed = 0x123456789abcdefull, args.dtype = dtype;
   args.dropout_threshold = uint32_t(std::lround(s.dropout * 256));
   args.dropout_scale = float(256.0 / (256 - args.dropout_threshold));
@@ -84,12 +84,12 @@ bool run(DType dtype, const Shape& s, double tolerance, double& greatest) {
     const double error = std::abs(got - expected) / (1 + std::abs(expected));
     worst = error <= worst ? worst : error;  // NaN stays
   };
-  const int64_t problems = s.starts_q.empty() ? b : args.documents;
+  const int64_t problems = s.cu_seqlens_q.empty() ? b : args.documents;
   for (int64_t problem = 0; problem < problems; ++problem) {
-    const bool packed = !s.starts_q.empty();
+    const bool packed = !s.cu_seqlens_q.empty();
     const size_t at = size_t(problem);
-    const int64_t bi = packed ? 0 : problem, q0 = packed ? s.starts_q[at] : 0, k0 = packed ? s.starts_k[at] : 0;
-    const int64_t rows = packed ? s.starts_q[at + 1] - q0 : m, columns = packed ? s.starts_k[at + 1] - k0 : n;
+    const int64_t bi = packed ? 0 : problem, q0 = packed ? s.cu_seqlens_q[at] : 0, k0 = packed ? s.cu_seqlens_k[at] : 0;
+    const int64_t rows = packed ? s.cu_seqlens_q[at + 1] - q0 : m, columns = packed ? s.cu_seqlens_k[at + 1] - k0 : n;
     for (int64_t head = 0; head < h; ++head)
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t kv = head / (h / hk);

@@ -69,7 +69,7 @@ double layer_norm_error(DType dtype) {
   const Buffer<T> x((rows - 1) * stride + hidden, 3), weight(hidden), bias(hidden), grad(rows * hidden),
       residual(rows * hidden), y(rows * hidden), dx(rows * hidden), dweight(hidden), dbias(hidden);
   const Buffer<float> stats(2 * rows);
-  LayerNormArgs args = {};
+  phi1::LayerNormArgs args = {};
   args.x = x.get(), args.weight = weight.get(), args.bias = bias.get(), args.y = y.get(), args.stats = stats.get();
   args.rows = rows, args.hidden = hidden, args.x_stride = stride, args.eps = 0.1f, args.dtype = dtype;
   layer_norm_forward(args, 2);
@@ -114,7 +114,7 @@ double block_error(DType dtype, bool positions) {
   const std::unique_ptr<int64_t[]> position(new int64_t[size_t(tokens)]);
   for (int64_t i = 0; i < tokens; ++i) position[size_t(i)] = i * 7 % 40;
   const std::vector<double> z_before = z.copy();
-  AfterInArgs args = {};
+  phi1::AfterInArgs args = {};
   args.z = z.get(), args.bias = bias.get(), args.activated = activated.get(), args.activated_stride = stride;
   args.batch = batch, args.seq = seq, args.turned_heads = turned, args.head_dim = dim, args.half = half;
   args.width = width, args.inner = inner, args.cos = cos.get(), args.sin = sin.get(), args.dtype = dtype;
@@ -173,7 +173,7 @@ double residual_error(DType dtype, uint32_t threshold) {
   const Buffer<T> h(rows * columns), bias(columns), x(rows * columns), grad(rows * columns), dh(rows * columns),
       dbias(columns);
   const std::vector<double> before = h.copy();
-  ResidualArgs args = {};
+  phi1::ResidualArgs args = {};
   args.h = h.get(), args.bias = bias.get(), args.x = x.get(), args.rows = rows, args.columns = columns;
   args.dropout_threshold = threshold, args.dropout_scale = 1.25f, args.seed = 0x123456789abcdefull;
   args.dtype = dtype;
@@ -204,9 +204,9 @@ double cross_entropy_error(DType dtype, float z_loss, bool padded) {
   for (int64_t c = 0; c < columns; ++c) store(logits.get()[columns + c], float(c) / 100);  // the maximum comes last
   const std::vector<double> before = logits.copy();
   std::vector<double> sums = dbias.copy();
-  CrossEntropyArgs args = {};
+  phi1::CrossEntropyArgs args = {};
   args.logits = logits.get(), args.bias = bias.get(), args.targets = targets.get(), args.loss = loss.get();
-  args.grad_bias = dbias.get(), args.rows = rows, args.columns = columns, args.ignore_index = -7, args.dtype = dtype;
+  args.bias_sums = dbias.get(), args.rows = rows, args.columns = columns, args.ignore_index = -7, args.dtype = dtype;
   args.z_loss = z_loss;
   cross_entropy(args, 2);
   Errors compare;
@@ -233,7 +233,7 @@ double add_product_error(DType dtype) {
   const int64_t count = 4096 + 27;
   const Buffer<T> grad(count), low(count);  // nothing of what they hold may be read
   std::vector<float> sums(count);
-  AddProductArgs args = {};
+  phi1::AddProductArgs args = {};
   args.high = reinterpret_cast<uint16_t*>(grad.get()), args.low = reinterpret_cast<uint16_t*>(low.get());
   args.count = count, args.dtype = dtype;
   for (int chunk = 0; chunk < 5; ++chunk) {

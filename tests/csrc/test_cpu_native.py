@@ -215,7 +215,7 @@ MUTATIONS = [
     ("cross_entropy.inl", "keep_lanes((1u << n) - 1, e)", "e"),
     ("cross_entropy.inl", "row.total *= __builtin_expf(row.top - above);", ""),
     ("cross_entropy.inl", "if (target == args.ignore_index) continue;", ""),
-    ("cross_entropy.inl", "args.grad_bias[target] -= 1.0f;", ""),
+    ("cross_entropy.inl", "args.bias_sums[target] -= 1.0f;", ""),
     ("cross_entropy.inl", "scale(args.z_loss) - 1.0f", "scale(args.z_loss)"),
     ("cross_entropy.inl", "1.0f + 2.0f * z_loss * lse()", "1.0f + z_loss * lse()"),
     ("cross_entropy.inl", "+ args.z_loss * lse * lse", "+ args.z_loss * lse"),

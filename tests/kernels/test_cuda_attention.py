@@ -186,7 +186,7 @@ def test_opcheck(emulator):  # noqa: F811
     ("change", "message"),
     [
         ({"dtype": torch.float32}, r"dtype = torch.float32: the kernels multiply bfloat16 or float16"),
-        ({"head_dim": 48}, r"head_dim = 48: the kernels are compiled for 32, 64, 128"),
+        ({"head_dim": 48}, r"head_dim = 48: the kernels are made for 32, 64, 128"),
     ],
 )
 def test_what_the_kernels_are_not_made_for_is_refused(emulator, change, message):  # noqa: F811

@@ -192,7 +192,7 @@ def test_compiles_to_one_graph(emulator):  # noqa: F811
     ("change", "dtype", "message"),
     [
         ({}, torch.float32, "dtype = torch.float32: the kernels multiply bfloat16 or float16"),
-        ({"head_dim": 48}, torch.bfloat16, "head_dim = 48: the kernels are compiled for 32, 64, 128"),
+        ({"head_dim": 48}, torch.bfloat16, "head_dim = 48: the kernels are made for 32, 64, 128"),
         ({"hidden": 36}, torch.bfloat16, r"x.shape\[-1\] = 36: the kernels take a multiple of 8; pad it with zeros"),
         (
             {"inner": 20},

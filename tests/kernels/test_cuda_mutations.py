@@ -429,7 +429,7 @@ MUTATIONS = [
         ("dbias: before the one-hot", "stats.y - (j == hot ? 1.0f : 0.0f);\n        sum[j] += d[j];",
          "stats.y;\n        sum[j] += d[j];\n        d[j] -= j == hot ? 1.0f : 0.0f;"),
         ("dbias: earlier chunks forgotten", "ld_global_8(sum, partial);", "for (float& x : sum) x = 0.0f;"),
-        ("dbias: every part in the first's place", "args.partial + index * args.columns + column", "args.partial + column"),
+        ("dbias: every part in the first's place", "args.bias_sums + index * args.columns + column", "args.bias_sums + column"),
     ),
     *_mutations(
         "dropout.cuh",

@@ -312,7 +312,7 @@ def test_a_version_is_forced_and_says_what_it_needs():
         BackendError, match=r"'cuda/mma' cannot serve this call: dtype = torch.float32: the kernels multi"
     ):
         attention_on(H100, "cuda/mma", dtype=torch.float32)
-    with pytest.raises(BackendError, match="'cpu' cannot serve this call: head_dim = 80: the kernels are compiled for"):
+    with pytest.raises(BackendError, match="'cpu' cannot serve this call: head_dim = 80: the kernels are made for"):
         attention_on(ZEN4, "cpu", head_dim=80)
     if not machines.TRITON_INTERPRETED:
         assert attention_on(H100, "triton/descriptors") == "triton/descriptors"

@@ -132,6 +132,9 @@ def test_residual_mask_is_the_reference_bit_for_bit(product):
     x, dropout = torch.zeros(rows, columns, device=DEVICE), Dropout(p, seed)
     y = project("out", g, w, bias + 1, x, dropout).cpu()
     assert torch.equal(y, expected * torch.tensor(reference.dropout_scale(p)))
+    for dtype in (torch.float32, torch.bfloat16):  # what the composed block multiplies by
+        factor = block().residual_factor(x.to(dtype).view(2, rows // 2, columns), seed, p)
+        assert torch.equal(factor.cpu().view_as(y), y.to(dtype))
     grad, grad_bias = block().project_out_backward(x + 1, dropout)
     assert torch.equal(grad.cpu(), y)
     torch.testing.assert_close(grad_bias.cpu(), y.sum(0))

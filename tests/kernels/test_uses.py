@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo.exc
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -195,8 +196,10 @@ USES: dict[str, Callable[[Layer], None]] = {
 
 
 def describe(error: Exception) -> str:
-    """The error's type and how its message begins."""
+    """The error's type and how its message begins; which of its own errors TorchDynamo wraps ours in varies."""
     text = " ".join(str(error).split())
+    if isinstance(error, torch._dynamo.exc.TorchDynamoException) and "BackendError" in text:
+        return "BackendError, by way of TorchDynamo"
     return (
         f"{type(error).__name__}: {text[:70].rsplit(' ', 1)[0]} …"
         if len(text) > 70

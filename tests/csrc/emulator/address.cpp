@@ -81,7 +81,7 @@ void cross_entropy() {
   for (int64_t i = 0; i < kTokens; ++i) targets.get()[i] = i % 7 ? i % kHidden : -100;
   CrossEntropyArgs args{};
   args.logits = logits.get(), args.bias = bias.get(), args.targets = targets.get();
-  args.loss = loss.get(), args.stats = stats.get(), args.partial = partial.get();
+  args.loss = loss.get(), args.stats = stats.get(), args.bias_sums = partial.get();
   args.rows = kTokens, args.columns = kHidden, args.chunks = kChunks, args.ignore_index = -100;
   args.dtype = DType::bf16;
   cross_entropy(args, nullptr);
@@ -104,7 +104,7 @@ void attention() {
   args.lse = lse.get(), args.row_stats = row_stats.get();
   args.batch = kBatch, args.seqlen_q = args.seqlen_k = kSeq;
   args.heads = kHeads, args.kv_heads = kKvHeads, args.head_dim = kDim;
-  args.scale = 0.125f, args.dropout_threshold = 35, args.dropout_scale = 1.2f, args.dropout_seed = 5;
+  args.scale = 0.125f, args.dropout_threshold = 35, args.dropout_scale = 1.2f, args.seed = 5;
   args.causal = true, args.dtype = DType::bf16;
   attention_forward(args, nullptr);
   attention_backward(args, nullptr);
