@@ -1,14 +1,14 @@
-"""How many requests a server can take: additive increase, multiplicative decrease, and its own `Retry-After`."""
+"""How many requests a server can take: additive increase, multiplicative decrease, and the waits it asks for."""
 
 import contextlib
-import email.utils
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from data_tools.ledger import Closed
+
+_SAID_FROM = 5.0  # seconds: a shorter wait is not worth a line
 
 
 class AdaptiveLimit:
@@ -55,29 +55,16 @@ class AdaptiveLimit:
             self._limit = min(self.maximum, self._limit + 1 / self._limit)
             self._changed.notify()
 
-    def failed(self, sent: float, after: float | None) -> None:
-        """Counts a failure. sent: when that attempt was sent (time.monotonic()). after: seconds the server asked to wait."""
+    def failed(self, sent: float, after: float | None, reason: str = "") -> None:
+        """Counts a failure. sent: when that attempt was sent (time.monotonic()). after: seconds in which nobody shall
+        send; a wait of seconds is said, with its reason."""
         with self._changed:
             if sent > self._decreased:  # one decrease per round: the rest were sent before it took effect
                 self._limit = max(1.0, self._limit / 2)
                 self._decreased = time.monotonic()
             if after:
                 until = time.monotonic() + after
-                if until > self._not_before and after > 5:
-                    print(f"\nthe server asks to wait {after:,.0f} s", file=sys.stderr, flush=True)
+                if until > self._not_before + 1 and after > _SAID_FROM:
+                    line = f"waiting {after:,.0f} s as the server asks ({reason}); nothing is lost meanwhile"
+                    print(f"\n{line}", file=sys.stderr, flush=True)
                 self._not_before = max(self._not_before, until)
-
-
-def retry_after(headers: Any) -> float | None:
-    """The header `Retry-After` in seconds (given as seconds or as an HTTP date, RFC 9110 10.2.3)."""
-    value = headers.get("retry-after")
-    if value is None:
-        return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None

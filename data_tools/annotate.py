@@ -17,8 +17,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_tools.dataset import Dataset, Failure, Produced, run_stage
-from data_tools.llm import LLM, Answer, LLMConfig, Request, RequestFailed
+from data_tools.dataset import MANIFEST, Dataset, Failure, Produced, failed_shards, run_stage
+from data_tools.llm import LLM, Answer, LLMConfig, Request, RequestFailed, default_ledger, whole_unicode
 from data_tools.progress import Progress
 from phi1.errors import UserError
 from phi1.files import sha256_json
@@ -54,6 +54,9 @@ class Config(LLMConfig):
 
     threshold: float | None = None
     """Label 1 from this score on instead (log-odds, or rating 0 to 10)."""
+
+    temperature: float | None = 0.0
+    """Sampling temperature; none: the server's own, for models that take no other."""
 
     seed: int = 0
     """Chooses the sample."""
@@ -154,8 +157,9 @@ def run(config: Config) -> Dataset:
     if config.samples < 1 or config.characters < 1:
         raise UserError("--samples and --characters must be at least 1")
     documents = Dataset(config.input)
-    count = min(config.samples, documents.rows)
-    with LLM(config, config.output.parent / "llm.sqlite") as llm:
+    shards = -(-min(config.samples, documents.rows) // _SHARD_ROWS)
+    whole = (config.output / MANIFEST).exists()
+    with LLM(config, *default_ledger(config, config.output)) as llm:
 
         @functools.cache
         def annotated() -> list[dict[str, Any] | Failure]:
@@ -169,10 +173,12 @@ def run(config: Config) -> Dataset:
             config,
             config.output,
             [documents],
-            -(-count // _SHARD_ROWS),
+            shards,
             produce,
             schema(),
             extra={"prompt": sha256_json(list(request_for("", config).messages)), "answered_by": llm.model},
+            # A label depends on all scores: shards that were made of some answers do not fit those made of more.
+            redo=range(shards) if not whole or (config.retry_failed and failed_shards(config.output)) else (),
         )
     labels = set(dataset.column("label"))
     if len(labels) == 1:
@@ -203,26 +209,28 @@ def excerpt(content: str, characters: int) -> str:
 
 def request_for(text: str, config: Config) -> Request:
     """What is asked about one excerpt."""
+    accept = functools.partial(_judgement, config)
     if config.mode == "rating":
         messages = [{"role": "system", "content": RATING}, {"role": "user", "content": f"```python\n{text}\n```"}]
-        return Request(messages, max_tokens=400, schema=RATING_SCHEMA)
+        return Request(messages, max_tokens=400, temperature=config.temperature, schema=RATING_SCHEMA, accept=accept)
     messages = [{"role": "system", "content": SYSTEM}]
     for code, answer in (*EXAMPLES, (text, "")):
         messages.append({"role": "user", "content": f"```python\n{code}\n```\n{QUESTION}"})
         messages.append({"role": "assistant", "content": answer})
-    return Request(messages[:-1], max_tokens=1, logprobs=True)
+    return Request(messages[:-1], max_tokens=1, temperature=config.temperature, logprobs=True, accept=accept)
 
 
 def log_odds(logprobs: dict[str, float]) -> float:
     """log p(yes) - log p(no) of the first token, over all spellings (case, blanks) among the alternatives.
 
-    An answer that is not among them counts as the least likely of them, which bounds its probability from above.
+    logprobs: finite. An answer that is not among them counts as the least likely of them, which bounds its probability from above.
     Raises RequestFailed if neither is there.
     """
 
     def of(word: str) -> float | None:
         found = [value for token, value in logprobs.items() if token.strip().lower() == word]
-        return math.log(math.fsum(map(math.exp, found))) if found else None
+        highest = max(found, default=0.0)  # taken out of the sum: exp(-800) is 0
+        return highest + math.log(math.fsum(math.exp(value - highest) for value in found)) if found else None
 
     yes, no, least = of("yes"), of("no"), min(logprobs.values())
     if yes is None and no is None:
@@ -248,6 +256,8 @@ def _annotate(config: Config, documents: Dataset, llm: LLM) -> list[dict[str, An
     answers = llm.ask_all(requests.values(), progress=progress)
     for key, answer in zip(keys, answers, strict=True):
         try:
+            if isinstance(answer, RequestFailed):
+                raise answer
             made.append(rows[key] | _judgement(config, answer) | {"prompt_hash": requests[key].prompt_hash})
         except RequestFailed as failure:
             made.append(Failure(key, str(failure)))
@@ -262,13 +272,17 @@ def _annotate(config: Config, documents: Dataset, llm: LLM) -> list[dict[str, An
     return made
 
 
-def _judgement(config: Config, answer: Answer | RequestFailed) -> dict[str, Any]:
-    if isinstance(answer, RequestFailed):
-        raise answer
+def _judgement(config: Config, answer: Answer) -> dict[str, Any]:
+    """The columns that an answer fills. Raises RequestFailed if it is of no use."""
     if config.mode == "logprob":
         return {"score": log_odds(answer.logprobs), "reasoning": None, "model": answer.model}
     value = answer.value if isinstance(answer.value, dict) else {}
     rating, reasoning = value.get("rating"), value.get("reasoning")
-    if not isinstance(rating, int | float) or not 0 <= rating <= 10 or not isinstance(reasoning, str):
+    if (
+        not isinstance(rating, int | float)
+        or isinstance(rating, bool)
+        or not 0 <= rating <= 10
+        or not isinstance(reasoning, str)
+    ):
         raise RequestFailed(f"no rating from 0 to 10 in the answer: {answer.text[:80]!r}")
-    return {"score": float(rating), "reasoning": reasoning, "model": answer.model}
+    return {"score": float(rating), "reasoning": whole_unicode(reasoning), "model": answer.model}

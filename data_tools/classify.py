@@ -11,9 +11,10 @@ import json
 import pathlib
 import sys
 import warnings
+import zipfile
 from typing import TYPE_CHECKING, Any
 
-from data_tools.dataset import Dataset, config_dict
+from data_tools.dataset import Dataset, config_dict, sweep
 from phi1 import __version__
 from phi1.errors import UserError
 from phi1.files import atomic_write, sha256_json, write_json
@@ -88,6 +89,7 @@ def run(config: Config) -> pathlib.Path:
             )
         print(f"classify: already in {config.output}", file=sys.stderr)
         return config.output
+    sweep(config.output)
     metrics = _train(config, annotations, embeddings)
     write_json(path, {"made_of": made_of, "code_version": __version__} | metrics)  # last: it says "whole"
     print(describe(metrics), file=sys.stderr)
@@ -146,7 +148,17 @@ def describe(metrics: dict[str, Any]) -> str:
         lines.append(
             f"  {name:<18} {value['value']:6.3f}  (95% {low:.3f} to {high:.3f})   majority: {value['baseline']:.3f}"
         )
+    if at_chance(metrics):
+        lines.append(
+            "warning: classify: chance (AUC 0.5) is inside the interval: on unseen documents this forest has not been shown "
+            "to tell anything; annotate more documents, or with a better model"
+        )
     return "\n".join(lines)
+
+
+def at_chance(metrics: dict[str, Any]) -> bool:
+    """Whether the interval of the AUC holds 0.5 or lies below it: whether the forest may as well be guessing."""
+    return metrics["test"]["roc_auc"]["interval"][0] <= 0.5
 
 
 def _train(config: Config, annotations: Dataset, embeddings: Dataset) -> dict[str, Any]:
@@ -184,10 +196,8 @@ def _train(config: Config, annotations: Dataset, embeddings: Dataset) -> dict[st
     ).fit(x[train], y[train])
     forest.set_params(n_jobs=None)  # the file shall not depend on this machine
     config.output.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    skops.io.dump(forest, buffer)
     with atomic_write(config.output / FOREST) as file:
-        file.write(buffer.getvalue())
+        file.write(_canonical(skops.io.dumps(forest)))
     histogram = np.zeros(_BINS + 1, dtype=np.int64)
     for shard in range(len(embeddings.shards)):
         # Rounded as printed, so that a threshold means the same here and in the filter up to half a bin.
@@ -204,6 +214,55 @@ def _train(config: Config, annotations: Dataset, embeddings: Dataset) -> dict[st
         "kept_by_threshold": curve,
         "documents": int(kept[0]),
     }
+
+
+def _canonical(archive: bytes) -> bytes:
+    """A skops file that is the same for equal forests.
+
+    skops names objects and their arrays by memory address, stamps the archive's members with the time, and writes the
+    nodes of a tree with whatever stood in the padding of their records. Here objects are numbered in the order in which
+    the schema names them, the time is that of no file, and padding is zero.
+    """
+    import numpy as np
+
+    numbers: dict[str, int] = {}
+
+    def number(value: object) -> int:
+        return numbers.setdefault(str(value), len(numbers))
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, dict):
+            value = {key: number(item) if key == "__id__" else renamed(item) for key, item in value.items()}
+            if isinstance(name := value.get("file"), str):
+                stem, dot, suffix = name.rpartition(".")
+                value["file"] = f"{number(stem)}{dot}{suffix}"
+            return value
+        return [renamed(item) for item in value] if isinstance(value, list) else value
+
+    with zipfile.ZipFile(io.BytesIO(archive)) as source:
+        schema = renamed(json.loads(source.read("schema.json")))
+        members = {"schema.json": json.dumps(schema, indent=2).encode()}
+        for name in source.namelist():
+            if name == "schema.json":
+                continue
+            data = source.read(name)
+            stem, dot, suffix = name.rpartition(".")
+            if suffix == "npy":
+                array = np.load(io.BytesIO(data), allow_pickle=False)
+                if array.dtype.names:
+                    clean = np.zeros(array.shape, array.dtype)
+                    for field in array.dtype.names:
+                        clean[field] = array[field]
+                    array = clean
+                buffer = io.BytesIO()
+                np.save(buffer, array)
+                data = buffer.getvalue()
+            members[f"{number(stem)}{dot}{suffix}"] = data
+    result = io.BytesIO()
+    with zipfile.ZipFile(result, "w") as target:
+        for name in sorted(members):
+            target.writestr(zipfile.ZipInfo(name), members[name])
+    return result.getvalue()
 
 
 def evaluate(

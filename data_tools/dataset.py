@@ -7,10 +7,13 @@
       manifest.json        the same plus all receipts (written last: its presence means "whole")
 
 Shard i is a pure function of (config, inputs, i): it does not depend on the number of workers, and a
-stage run again goes on after the shards that have receipts. With another config or input, it refuses.
+stage run again goes on after the shards that have receipts. With another config or input, it refuses. What things are
+made of is told by content: neither a path nor a time stamp nor a folder's name is part of a dataset's identity.
 """
 
+import collections
 import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import functools
 import json
@@ -18,9 +21,10 @@ import multiprocessing
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from data_tools.ledger import alive
 from phi1 import __version__
 from phi1.errors import UserError
 from phi1.files import atomic_write, sha256_file, sha256_json, write_json
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 STAGE = "stage.json"
+_GROUP_BYTES = 16 << 20  # of text in a row group: what a stage and its reader hold in memory of a shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +91,8 @@ class Dataset:
     def hash(self) -> str:
         """SHA-256 over what the dataset is made of: stage, config, inputs, shard hashes."""
         return sha256_json(
-            {key: self.manifest[key] for key in ("stage", "config", "inputs")}
+            {key: self.manifest[key] for key in ("stage", "config")}
+            | {"inputs": [entry["hash"] for entry in self.manifest["inputs"]]}
             | {"shards": [s["sha256"] for s in self.shards]}
         )
 
@@ -94,10 +100,8 @@ class Dataset:
         """The failure ledger: {"key", "reason"} per row that could not be made."""
         return [failure for shard in self.shards for failure in shard["failures"]]
 
-    def table(self, shard: int, columns: Sequence[str] | None = None) -> "pyarrow.Table":
-        """Shard `shard` as an Arrow table, its hash checked the first time."""
-        import pyarrow.parquet
-
+    def _verify(self, shard: int) -> pathlib.Path:
+        """The path of a shard, its hash checked the first time."""
         path = self.folder / f"{shard:05d}.parquet"
         if shard not in self._verified:
             if not path.exists() or sha256_file(path) != self.shards[shard]["sha256"]:
@@ -106,14 +110,26 @@ class Dataset:
                     f"delete {path.with_suffix('.json')} and {self.folder / MANIFEST}, and run the stage again"
                 )
             self._verified.add(shard)
-        return pyarrow.parquet.read_table(path, columns=None if columns is None else list(columns))
+        return path
+
+    def table(self, shard: int, columns: Sequence[str] | None = None) -> "pyarrow.Table":
+        """Shard `shard` as an Arrow table."""
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(self._verify(shard), columns=None if columns is None else list(columns))
 
     def read(
         self, columns: Sequence[str] | None = None, shards: Iterable[int] | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Rows as dicts, in order."""
+        """Rows as dicts, in order; in memory is one row group at a time."""
+        import pyarrow.parquet
+
         for shard in range(len(self.shards)) if shards is None else shards:
-            yield from self.table(shard, columns).to_pylist()
+            with pyarrow.parquet.ParquetFile(self._verify(shard)) as file:
+                for group in range(file.num_row_groups):
+                    yield from file.read_row_group(
+                        group, columns=None if columns is None else list(columns)
+                    ).to_pylist()
 
     def column(self, name: str) -> list[Any]:
         """One column as a list, all shards."""
@@ -146,15 +162,21 @@ def run_stage(
     *,
     workers: int = 1,
     extra: Mapping[str, Any] | None = None,
+    parts: Sequence[tuple[str, str]] = (),
+    redo: Collection[int] = (),
+    max_failed: float | None = None,
     quiet: bool = False,
 ) -> Dataset:
     """Makes (or finishes) the dataset `output`: shard i holds what `produce(config, inputs, i)` yields.
 
     stage: the stage's name. config: its dataclass (hashed by `config_dict`). inputs: datasets whose
     hashes are recorded. schema: Arrow schema of the rows. workers: processes (1: this one; `produce` must
-    then be picklable). extra: JSON-able facts that go into the manifest (and count as config).
+    then be picklable). extra: JSON-able facts that go into the manifest (and count as config). parts: for each shard
+    what it is made of, if that is no input: (name, hash of its content). redo: shards to make again though they are
+    whole. max_failed: the share of what was read (counter "read", else rows and failures) that may fail.
 
-    Raises UserError if `output` holds a dataset made with another stage, config or input.
+    Raises UserError if `output` holds a dataset made with another stage, config or input, if more than `max_failed`
+    failed, or if a worker dies; what was made stays.
     """
     identity = {
         "stage": stage,
@@ -164,6 +186,11 @@ def run_stage(
     }
     identity = json.loads(json.dumps(identity))  # as it will be read back: tuples are lists
     _claim(output, identity)
+    sweep(output)
+    for shard in redo:
+        (output / MANIFEST).unlink(missing_ok=True)
+        (output / f"{shard:05d}.json").unlink(missing_ok=True)
+    _check_parts(output, parts)
     if (output / MANIFEST).exists():
         dataset = Dataset(output)
         _say(quiet, f"{stage}: {dataset.rows:,} rows already in {output}")
@@ -172,7 +199,7 @@ def run_stage(
     started, done, rows = time.monotonic(), 0, 0
     if len(todo) < shards:
         _say(quiet, f"{stage}: going on after {shards - len(todo)} of {shards} shards")
-    make = functools.partial(_make_shard, config, inputs, produce, schema, output)
+    make = functools.partial(_make_shard, config, inputs, produce, schema, output, tuple(parts))
     for receipt in _receipts(todo, workers, make):
         done, rows = done + 1, rows + receipt["rows"]
         elapsed = time.monotonic() - started
@@ -188,6 +215,7 @@ def run_stage(
         counters["failures"] += len(receipt["failures"])
         for key, value in receipt["counters"].items():
             counters[key] = counters.get(key, 0) + value
+    _check_share(stage, output, receipts, counters, max_failed)
     write_json(output / MANIFEST, identity | {"counters": counters, "code_version": __version__, "shards": receipts})
     if counters["rows"] == 0:
         print(f"warning: {stage}: no row was made in {output} ({counters['failures']} failures)", file=sys.stderr)
@@ -203,15 +231,72 @@ def _claim(output: pathlib.Path, identity: dict[str, Any]) -> None:
     if before is not None and any(output.glob("[0-9]*.parquet")):
         old, new = _flat(before), _flat(identity)
         differing = sorted(key for key in old | new if old.get(key) != new.get(key))
-        raise UserError(
-            f"{output}: holds a dataset made with other settings (different: {', '.join(differing)}); "
-            "choose another folder, or delete this one"
-        )
+        if differing:
+            told = ", ".join(f"{key}: {_short(old.get(key))} there, {_short(new.get(key))} asked" for key in differing)
+            raise UserError(
+                f"{output}: holds a dataset made with other settings (different: {told}); run it as it was begun, "
+                "choose another folder, or delete this one"
+            )
     write_json(path, identity)
 
 
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}…"
+
+
+def _check_parts(output: pathlib.Path, parts: Sequence[tuple[str, str]]) -> None:
+    """Refuses to go on if a whole shard was made of something else than what is there now."""
+    for shard, (name, content) in enumerate(parts):
+        path = output / f"{shard:05d}.json"
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")).get("made_of") != content:
+            raise UserError(
+                f"{output}: shard {shard} was made when {name} held something else; bring that back, choose another "
+                "folder, or delete this one"
+            )
+
+
+def _check_share(
+    stage: str,
+    output: pathlib.Path,
+    receipts: Sequence[Mapping[str, Any]],
+    counters: Mapping[str, int],
+    max_failed: float | None,
+) -> None:
+    read = counters.get("read", counters["rows"] + counters["failures"])
+    if max_failed is None or counters["failures"] <= max_failed * read:
+        return
+    reasons = collections.Counter(
+        failure["reason"].split(" (")[0] for receipt in receipts for failure in receipt["failures"]
+    )
+    told = ", ".join(f"{count:,} × {reason[:80]}" for reason, count in reasons.most_common(3))
+    raise UserError(
+        f"{stage}: {counters['failures']:,} of {read:,} rows failed ({told}), more than --max-failed {max_failed:g}; "
+        f"{output} stays unfinished: mend the input, or accept that with a higher --max-failed"
+    )
+
+
+def failed_shards(output: pathlib.Path, reason: str = "") -> list[int]:
+    """The whole shards of `output` with a failure whose reason starts with `reason`."""
+    receipts = {int(path.stem): json.loads(path.read_text(encoding="utf-8")) for path in output.glob("[0-9]*.json")}
+    return sorted(
+        shard
+        for shard, receipt in receipts.items()
+        if any(failure["reason"].startswith(reason) for failure in receipt["failures"])
+    )
+
+
+def sweep(folder: pathlib.Path) -> None:
+    """Removes what writers that were killed left in a folder: NAME.tmp-PID of processes that are no more."""
+    for path in folder.glob("*.tmp-*"):
+        number = path.name.rpartition("-")[2]
+        if number.isdigit() and not alive(int(number)):
+            path.unlink(missing_ok=True)
+
+
 def _flat(identity: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in identity.items() if key != "config"} | {
+    inputs = [entry["hash"] for entry in identity["inputs"]]  # an input may have been renamed
+    return {"stage": identity["stage"], "shard_count": identity["shard_count"], "inputs": inputs} | {
         f"config.{key}": value for key, value in identity["config"].items()
     }
 
@@ -227,6 +312,12 @@ def _receipts(todo: list[int], workers: int, make: Callable[[int], dict[str, Any
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield future.result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise UserError(
+                "a worker process died (killed, or out of memory); what was finished is kept: run the same command "
+                "again to go on, with fewer --workers if memory was short"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -238,6 +329,7 @@ def _make_shard(
     produce: Callable[[Any, Sequence[Dataset], int], Iterable[Produced]],
     schema: "pyarrow.Schema",
     output: pathlib.Path,
+    parts: Sequence[tuple[str, str]],
     shard: int,
 ) -> dict[str, Any]:
     import pyarrow
@@ -246,26 +338,41 @@ def _make_shard(
     rows: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
     counters: dict[str, int] = {}
-    for item in produce(config, inputs, shard):
-        if isinstance(item, Failure):
-            failures.append(dataclasses.asdict(item))
-        elif isinstance(item, Counted):
-            for key, value in item.counters.items():
-                counters[key] = counters.get(key, 0) + value
-        else:
-            rows.append(item)
+    count = held = 0
     path = output / f"{shard:05d}.parquet"
-    with atomic_write(path) as file:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), file, compression="zstd")
+    with atomic_write(path) as file, pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+        for item in produce(config, inputs, shard):
+            if isinstance(item, Failure):
+                failures.append({"key": _printable(item.key), "reason": _printable(item.reason)})
+            elif isinstance(item, Counted):
+                for key, value in item.counters.items():
+                    counters[key] = counters.get(key, 0) + value
+            else:
+                rows.append(item)
+                held += 100 + sum(len(value) for value in item.values() if hasattr(value, "__len__"))
+            if held >= _GROUP_BYTES:
+                writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+                count, held = count + len(rows), 0
+                rows.clear()
+        if rows or count == 0:
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+            count += len(rows)
     receipt = {
-        "rows": len(rows),
+        "rows": count,
         "bytes": path.stat().st_size,
         "sha256": sha256_file(path),
         "counters": counters,
         "failures": failures,
     }
+    if parts:
+        receipt["made_of"] = parts[shard][1]
     write_json(path.with_suffix(".json"), receipt)
     return receipt
+
+
+def _printable(text: str) -> str:
+    """A text that UTF-8 can hold, as what stands for undecodable bytes in a file's name is not."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _say(quiet: bool, line: str) -> None:

@@ -64,10 +64,13 @@ def run(config: Config) -> Dataset:
     embedder = functools.cache(lambda: Embedder(name, folder, max_tokens=config.max_tokens))
 
     def produce(_: Config, inputs: Sequence[Dataset], shard: int) -> Iterator[Produced]:
-        rows = list(inputs[0].read(["hexsha", "content"], [shard]))
-        texts = [excerpt(row["content"], _CHARACTERS_PER_TOKEN * config.max_tokens) for row in rows]
-        for row, vector in zip(rows, embedder().embed(texts, progress), strict=True):
-            yield {"hexsha": row["hexsha"], "embedding": vector}
+        keys: list[str] = []
+        texts: list[str] = []
+        for row in inputs[0].read(["hexsha", "content"], [shard]):
+            keys.append(row["hexsha"])
+            texts.append(excerpt(row["content"], _CHARACTERS_PER_TOKEN * config.max_tokens))
+        for key, vector in zip(keys, embedder().embed(texts, progress), strict=True):
+            yield {"hexsha": key, "embedding": vector}
 
     dataset = run_stage(
         "embed",

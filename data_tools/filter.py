@@ -1,6 +1,7 @@
 """Keep the documents that the forest rates high enough; each keeps its probability as `quality`."""
 
 import dataclasses
+import json
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,9 @@ class Config:
     keep_fraction: float | None = None
     """Keep this fraction of the documents, the best ones (and what ties with the last)."""
 
+    allow_chance: bool = dataclasses.field(default=False, metadata={"no_effect": True})
+    """Filter even by a forest that may as well be guessing (chance is inside the interval of its AUC)."""
+
 
 def run(config: Config) -> Dataset:
     """Makes the dataset. Raises UserError if the inputs do not belong together."""
@@ -52,6 +56,16 @@ def run(config: Config) -> Dataset:
             f"{config.classifier}: its forest reads embeddings of {forest.n_features_in_} dimensions, "
             f"{config.embeddings} has {width}; use the same embedder for both"
         )
+    metrics = json.loads((config.classifier / classify.METRICS).read_text(encoding="utf-8"))
+    if classify.at_chance(metrics):
+        auc = metrics["test"]["roc_auc"]
+        told = f"AUC {auc['value']:.2f}, 95% interval {auc['interval'][0]:.2f} to {auc['interval'][1]:.2f}"
+        if not config.allow_chance:
+            raise UserError(
+                f"{config.classifier}: its forest may as well be guessing ({told}), and would drop documents by chance; "
+                "annotate more documents or with a better model, or pass --allow-chance"
+            )
+        print(f"warning: filter: by a forest that may as well be guessing ({told})", file=sys.stderr)
     quality = [classify.probabilities(forest, embeddings, shard) for shard in range(len(embeddings.shards))]
     threshold = config.threshold if config.threshold is not None else _quantile(quality, config.keep_fraction or 1.0)
 

@@ -1,22 +1,27 @@
 """Read code and text into a dataset with The Stack's column names.
 
-Sources: installed packages, The Stack's parquet files, StackOverflow's Posts.xml, folders (see --sources).
-A file is a document, a question with its best answer is one too. Two passes over the sources, in parallel:
-the first hashes the documents that pass the filters, the second writes each once.
+Sources: installed packages, The Stack's and other parquet files, StackOverflow's Posts.xml, folders (see --sources).
+A file is a document, a question with its best answer is one too. Every document is brought to one form first (UTF-8,
+no byte order mark, \\n at the ends of lines), so that twins are found whatever source they come from. Two passes over
+the sources, in parallel: the first hashes the documents that pass the filters, the second writes each once.
+
+What cannot be read as text is in the dataset's failure ledger, with the reason.
 """
 
+import codecs
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import pathlib
 import re
-import shutil
+import string
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_tools import readers
-from data_tools.dataset import Counted, Dataset, Failure, Produced, run_stage
+from data_tools.dataset import MANIFEST, Counted, Dataset, Failure, Produced, run_stage
 
 if TYPE_CHECKING:
     import pyarrow
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 _GENERATED = re.compile(
     r"auto-?generated|@generated|generated (by|from|automatically)|automatically generated|do not edit", re.I
 )
+_ASCII_ALPHANUMERIC = (string.ascii_letters + string.digits).encode()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,9 +39,9 @@ class Config:
     output: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
     """Folder of the new dataset."""
 
-    sources: tuple[str, ...] = ("stdlib",)
-    """What to read: stdlib | pypi:NAME (an installed package) | folder:PATH | stack:PATH (parquet file, folder or
-    glob) | stackoverflow:PATH/Posts.xml."""
+    sources: tuple[str, ...] = dataclasses.field(default=("stdlib",), metadata={"no_effect": True})  # by content
+    """What to read: stdlib | pypi:NAME (an installed package) | folder:PATH (.py .txt .md .jsonl .jsonl.zst) | stack:PATH
+    (parquet file, folder or glob) | parquet:PATH?content=COLUMN (others' parquet) | stackoverflow:PATH/Posts.xml."""
 
     limit: int | None = None
     """Keep at most this many documents: those whose content hashes lowest, so that the choice is stable."""
@@ -44,10 +50,10 @@ class Config:
     """Drop documents longer than this, bytes."""
 
     max_average_line: int = 100
-    """Drop documents whose lines are longer than this on average, characters (minified code, data)."""
+    """Drop documents whose lines of code are longer than this on average, characters (minified code, data)."""
 
     max_line: int = 1000
-    """Drop documents with a line longer than this, characters."""
+    """Drop documents with a line of code, or a word of prose, longer than this, characters."""
 
     min_alphanumeric: float = 0.25
     """Drop documents with a smaller fraction of letters and digits (tables, art)."""
@@ -58,12 +64,18 @@ class Config:
     any_license: bool = False
     """Also read packages whose licence is not known as permissive."""
 
+    max_failed: float = dataclasses.field(default=0.5, metadata={"no_effect": True})
+    """Stop, unfinished, if more than this share of what was read cannot be read as text."""
+
     workers: int = dataclasses.field(default=1, metadata={"no_effect": True})
     """Processes."""
 
 
 def schema() -> "pyarrow.Schema":
-    """Columns of a dataset of documents: The Stack's, and `source`."""
+    """Columns of a dataset of documents: The Stack's, where each came from, whose it is and where it can be seen.
+
+    hexsha: SHA-1 of the content as it stands here; origin_hexsha: the source's own (The Stack: the git blob's).
+    """
     import pyarrow as pa
 
     return pa.schema(
@@ -80,6 +92,11 @@ def schema() -> "pyarrow.Schema":
             ("max_line_length", pa.int64()),
             ("alphanum_fraction", pa.float64()),
             ("source", pa.string()),
+            ("origin_hexsha", pa.string()),
+            ("max_stars_repo_head_hexsha", pa.string()),
+            ("max_stars_count", pa.int64()),
+            ("authors", pa.list_(pa.string())),
+            ("url", pa.string()),
         ]
     )
 
@@ -88,57 +105,102 @@ def run(config: Config) -> Dataset:
     """Makes the dataset. Raises UserError for a source that is absent or corrupt."""
     import pyarrow as pa
 
-    units, fingerprint = readers.plan(config.sources, any_license=config.any_license)
+    units = readers.plan(
+        config.sources, readers.ContentHashes(config.output / "hashes.json"), any_license=config.any_license
+    )
     spool = config.output / "spool"
-    if not (config.output / "manifest.json").exists():
-        readers.prepare(units, spool, config.tag)
-    extra = {"fingerprint": fingerprint}
-    keys = run_stage(
-        "ingest-keys",
-        config,
-        config.output / "keys",
-        [],
-        len(units),
-        functools.partial(_keys, units, spool),
-        pa.schema([("hexsha", pa.string())]),
-        workers=config.workers,
-        extra=extra,
-    )
-    dataset = run_stage(
-        "ingest",
-        config,
-        config.output,
-        [keys],
-        len(units),
-        functools.partial(_documents, units, spool, _select(keys, config.limit)),
-        schema(),
-        workers=config.workers,
-        extra=extra,
-    )
-    shutil.rmtree(spool, ignore_errors=True)
-    return dataset
+    whole = (config.output / MANIFEST).exists()
+    facts: dict[str, Any] = {
+        "extra": {"sources": dict(collections.Counter(unit.source for unit in units))},
+        "parts": [unit.made_of for unit in units],
+        "workers": config.workers,
+        "max_failed": config.max_failed,
+    }
+    with contextlib.nullcontext() if whole else readers.spooled(units, spool, config.tag):
+        keys = run_stage(
+            "ingest-keys",
+            config,
+            config.output / "keys",
+            [],
+            len(units),
+            functools.partial(_keys, units, spool),
+            pa.schema([("hexsha", pa.string())]),
+            **facts,
+        )
+        return run_stage(
+            "ingest",
+            config,
+            config.output,
+            [keys],
+            len(units),
+            functools.partial(_documents, units, spool, _select(keys, config.limit)),
+            schema(),
+            **facts,
+        )
+
+
+class NotText(Exception):
+    """What is no text. The message says why."""
+
+
+def normalised(content: Any) -> str:
+    """A text in the one form that all documents have: no byte order mark, \\n at the ends of lines, no NUL.
+
+    content: str, or bytes in UTF-8, or in UTF-16 or UTF-32 (told by the mark, or UTF-16 by its zeros). Raises NotText.
+    """
+    if isinstance(content, Exception) or not isinstance(content, str | bytes):
+        raise NotText(
+            f"cannot be read: {content}" if isinstance(content, Exception) else f"is {type(content).__name__}, not text"
+        )
+    if isinstance(content, bytes):
+        encoding = _encoding(content)
+        try:
+            content = content.decode(encoding)
+        except UnicodeDecodeError as error:
+            raise NotText(
+                f"not {encoding.upper()} (byte 0x{content[error.start]:02x} at offset {error.start})"
+            ) from error
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise NotText(f"not Unicode (half a surrogate pair at character {error.start})") from error
+    if "\0" in content:
+        raise NotText(f"binary (NUL at character {content.index(chr(0))})")
+    return content.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _encoding(content: bytes) -> str:
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    head = content[:4096]
+    zeros = [half.count(0) / max(1, len(half)) for half in (head[::2], head[1::2])]
+    if min(zeros) == 0 and max(zeros) > 0.5:  # every other byte of Latin text
+        return "utf-16-be" if zeros[0] else "utf-16-le"
+    return "utf-8"
 
 
 def document(raw: readers.Raw, config: Config) -> dict[str, Any] | Failure | str:
-    """A row of the dataset, or a Failure (not text, empty), or the reason why a filter drops it."""
-    key = f"{raw.source}/{raw.path}"
-    content = raw.content
-    if isinstance(content, bytes):
-        if len(content) > config.max_bytes:
-            return "large"
-        try:
-            content = content.decode("utf-8-sig").replace("\r\n", "\n")
-        except UnicodeDecodeError as error:
-            return Failure(key, f"not UTF-8 (byte 0x{content[error.start]:02x} at offset {error.start})")
+    """A row of the dataset, or a Failure (not text), or the reason why a filter drops it."""
+    if raw.content is None:
+        return "empty"
+    if isinstance(raw.content, bytes) and len(raw.content) > 4 * config.max_bytes + 4:  # UTF-32 has four bytes for one
+        return "large"
+    try:
+        content = normalised(raw.content)
+    except NotText as error:
+        return Failure(f"{raw.source}/{raw.path}", str(error))
     if not content.strip():
-        return Failure(key, "empty")
-    encoded = content.encode("utf-8", errors="surrogatepass")
+        return "empty"
+    encoded = content.encode()
     if len(encoded) > config.max_bytes:
         return "large"
     lines = content.splitlines()
-    longest = max(map(len, lines))
-    average = len(content) / len(lines)
-    alphanumeric = sum(map(str.isalnum, content)) / len(content)
+    code = _judged_lines(content) if raw.prose else lines
+    average = sum(map(len, code)) / max(1, len(code)) if raw.prose else len(content) / len(lines)
+    longest = max(map(len, code), default=0)
+    alphanumeric = _alphanumeric(content, encoded) / len(content)
     if average > config.max_average_line or longest > config.max_line or alphanumeric < config.min_alphanumeric:
         return "minified"
     if _GENERATED.search("\n".join(line for line in lines[:10] if line.lstrip().startswith("#"))):
@@ -152,22 +214,54 @@ def document(raw: readers.Raw, config: Config) -> dict[str, Any] | Failure | str
         "max_stars_repo_name": raw.name,
         "max_stars_repo_licenses": list(raw.licenses),
         "content": content,
-        "avg_line_length": average,
-        "max_line_length": longest,
+        "avg_line_length": len(content) / len(lines),
+        "max_line_length": max(map(len, lines)),
         "alphanum_fraction": alphanumeric,
         "source": raw.source,
+        "origin_hexsha": raw.origin,
+        "max_stars_repo_head_hexsha": raw.head,
+        "max_stars_count": raw.stars,
+        "authors": list(raw.authors),
+        "url": raw.url,
     }
 
 
+def _alphanumeric(content: str, encoded: bytes) -> int:
+    """How many characters are letters or digits."""
+    if content.isascii():  # nearly all code: 0.05 ms for 108 KB, where the other way takes 3.0
+        return len(encoded) - len(encoded.translate(None, _ASCII_ALPHANUMERIC))
+    return sum(map(str.isalnum, content))
+
+
+def _judged_lines(content: str) -> list[str]:
+    """What is as long as a line of code should be: the lines between ``` lines, and outside of them words, since a
+    paragraph is one line."""
+    judged: list[str] = []
+    code = False
+    for line in content.splitlines():
+        if line.startswith("```"):
+            code = not code
+        else:
+            judged += [line] if code else line.split()
+    return judged
+
+
 def _made(units: Sequence[readers.Unit], spool: pathlib.Path, config: Config, shard: int) -> Iterator[Any]:
-    for raw in readers.read(units[shard], spool):
+    for raw in readers.read(units[shard], spool, config.tag):
         yield document(raw, config) if isinstance(raw, readers.Raw) else raw
 
 
 def _keys(
     units: Sequence[readers.Unit], spool: pathlib.Path, config: Config, inputs: Sequence[Dataset], shard: int
 ) -> Iterator[Produced]:
-    yield from ({"hexsha": row["hexsha"]} for row in _made(units, spool, config, shard) if isinstance(row, dict))
+    read = 0
+    for row in _made(units, spool, config, shard):
+        read += not isinstance(row, Counted)
+        if isinstance(row, dict):
+            yield {"hexsha": row["hexsha"]}
+        elif isinstance(row, Failure):
+            yield row
+    yield Counted({"read": read})
 
 
 def _select(keys: Dataset, limit: int | None) -> tuple[dict[int, frozenset[int]], str]:

@@ -1,9 +1,13 @@
 """The ledger of LLM requests: what was asked, what came back, what it cost. One SQLite file.
 
 A call is `open` (sent, its price reserved at an upper bound), `done` (answered, its price as billed) or
-`lost` (no answer came, but the server may bill it: the bound stays counted). Only one call per key is open or done, over all
-threads and processes, so nothing is paid for twice; the totals move in the same transaction as the call,
-so the budget holds for all of them together.
+`lost` (no answer that could be used, but the server may bill it: what was counted stays counted). Only one call per key
+is open or done, over all threads and processes, so nothing is paid for twice; the totals move in the same transaction as
+the call, so the budget holds for all of them together.
+
+What is not known is counted high: a call whose end nobody saw, or that was answered with something that is no answer,
+at its bound; a `usage` without a number at the bound of that number. Where a server bills more than the bound (it adds a
+prompt of its own), the bound of all later calls is raised by as much.
 """
 
 import dataclasses
@@ -28,7 +32,10 @@ CREATE UNIQUE INDEX IF NOT EXISTS live ON calls (key) WHERE state IN ('open', 'd
 CREATE INDEX IF NOT EXISTS in_flight ON calls (started) WHERE state = 'open';
 CREATE TABLE IF NOT EXISTS totals (one INTEGER PRIMARY KEY CHECK (one = 1), tokens INTEGER NOT NULL, usd REAL NOT NULL);
 INSERT OR IGNORE INTO totals VALUES (1, 0, 0.0);
+CREATE TABLE IF NOT EXISTS scopes (scope TEXT PRIMARY KEY, tokens INTEGER NOT NULL, usd REAL NOT NULL);
 """
+_OVERHEAD = 64  # tokens that a chat template adds
+_LARGEST_COUNT = 1 << 40  # of tokens: what is more is no count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +56,22 @@ class Closed(Exception):
 class Ledger:
     """Opened for many threads; many processes may open the same file.
 
-    usd_per_token: (prompt, completion). budget_tokens, budget_usd: the totals of the file never pass them.
-    stale_after: seconds after which an open call of another process is given up as lost.
+    scope: what the budget is counted over: calls of the same scope ("": all calls of the file). usd_per_token: (prompt,
+    completion). budget_tokens, budget_usd: the totals of the scope never pass them. stale_after: seconds after which
+    an open call of another process is given up as lost.
     """
 
     def __init__(
         self,
         path: pathlib.Path,
         *,
+        scope: str = "",
         usd_per_token: tuple[float, float] = (0.0, 0.0),
         budget_tokens: int | None = None,
         budget_usd: float | None = None,
         stale_after: float = 600.0,
     ) -> None:
-        self.path = path
+        self.path, self._scope = path, scope
         self._prices, self._stale_after = usd_per_token, stale_after
         self._budget_tokens, self._budget_usd = budget_tokens, budget_usd
         self._lock = threading.Lock()
@@ -73,6 +82,14 @@ class Ledger:
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=NORMAL")
             self._database.executescript(_SCHEMA)
+            self._database.execute("INSERT OR IGNORE INTO scopes VALUES (?, 0, 0.0)", (scope,))
+            # How far bills have passed the bounds: (prompt, completion) tokens.
+            row = self._database.execute(
+                "SELECT max(prompt_tokens - length(CAST(request AS BLOB)) - ?), "
+                "max(completion_tokens - json_extract(request, '$.max_tokens')) FROM calls WHERE state = 'done'",
+                (_OVERHEAD,),
+            ).fetchone()
+            self._excess = max(0, row[0] or 0), max(0, row[1] or 0)
         except sqlite3.DatabaseError as error:
             raise UserError(f"{path}: not a ledger of LLM requests ({error}); name another file (--ledger)") from error
 
@@ -95,7 +112,12 @@ class Ledger:
             row = self._database.execute(
                 "SELECT response FROM calls WHERE key = ? AND state = 'done'", (key,)
             ).fetchone()
-        return None if row is None else json.loads(row[0])
+        return None if row is None else _loaded(row[0])
+
+    def forget(self, key: str) -> None:
+        """Lets a request be asked again: its answer goes, what was paid for it stays counted."""
+        with self._transaction():
+            self._database.execute("UPDATE calls SET state = 'lost' WHERE key = ? AND state = 'done'", (key,))
 
     def claim(self, key: str, body: dict[str, Any], closed: threading.Event) -> Claim:
         """The answer to `body` if the ledger has it, else the right to ask; waits while another asks the same.
@@ -110,7 +132,7 @@ class Ledger:
                     "SELECT id, state, response FROM calls WHERE key = ? AND state IN ('open', 'done')", (key,)
                 ).fetchone()
                 if row is not None and row[1] == "done":
-                    return Claim(row[0], json.loads(row[2]))
+                    return Claim(row[0], _loaded(row[2]))
                 in_flight = self._in_flight()
                 if row is not None and row[0] not in in_flight:
                     self._database.execute("UPDATE calls SET state = 'lost' WHERE id = ?", (row[0],))
@@ -122,23 +144,47 @@ class Ledger:
 
     def settle(self, claim: Claim, response: dict[str, Any]) -> None:
         """Records the answer and replaces the reserved price by the billed one."""
-        usage = response.get("usage") or {}
-        prompt = usage.get("prompt_tokens", claim.prompt_tokens)
-        completion = usage.get("completion_tokens", claim.completion_tokens)
+        prompt, completion = billed(response)
+        prompt = claim.prompt_tokens if prompt is None else prompt
+        completion = claim.completion_tokens if completion is None else completion
         usd = self._price(prompt, completion)
         with self._transaction():
             self._mine.discard(claim.id)
+            self._learn(claim, prompt, completion)
             self._add(prompt + completion - claim.prompt_tokens - claim.completion_tokens, usd - claim.usd)
             self._database.execute(
                 "UPDATE calls SET state = 'done', prompt_tokens = ?, completion_tokens = ?, usd = ?, response = ? "
                 "WHERE id = ?",
-                (prompt, completion, usd, json.dumps(response, ensure_ascii=False), claim.id),
+                (
+                    prompt,
+                    completion,
+                    usd,
+                    json.dumps(response),
+                    claim.id,
+                ),  # ASCII: half a surrogate pair can be stored too
             )
 
-    def release(self, claim: Claim, *, lost: bool) -> None:
-        """Gives up a claim. lost: what is counted for it stays counted, for it may be billed; else nothing is."""
+    def _learn(self, claim: Claim, prompt: int, completion: int) -> None:
+        self._excess = (
+            self._excess[0] + max(0, prompt - claim.prompt_tokens),
+            self._excess[1] + max(0, completion - claim.completion_tokens),
+        )
+
+    def release(self, claim: Claim, *, lost: bool, response: Any = None) -> None:
+        """Gives up a claim. lost: what is counted for it stays counted, for it may be billed; else nothing is.
+        response: a body that is no answer; where it states a usage above the bound, that is counted."""
+        prompt, completion = (max(a, b or 0) for a, b in zip((claim.prompt_tokens, claim.completion_tokens),
+                                                             billed(response), strict=True))  # fmt: skip
         with self._transaction():
             self._mine.discard(claim.id)
+            if lost and (prompt > claim.prompt_tokens or completion > claim.completion_tokens):
+                usd = self._price(prompt, completion)
+                self._learn(claim, prompt, completion)
+                self._add(prompt + completion - claim.prompt_tokens - claim.completion_tokens, usd - claim.usd)
+                self._database.execute(
+                    "UPDATE calls SET prompt_tokens = ?, completion_tokens = ?, usd = ? WHERE id = ?",
+                    (prompt, completion, usd, claim.id),
+                )
             if lost:
                 self._database.execute("UPDATE calls SET state = 'lost' WHERE id = ?", (claim.id,))
             else:
@@ -148,13 +194,14 @@ class Ledger:
     def _in_flight(self) -> set[int]:
         """Calls that may still be answered: sent not long ago, by a process that lives."""
         rows = self._database.execute("SELECT id, pid, started FROM calls WHERE state = 'open'").fetchall()
-        return {id for id, pid, started in rows if time.time() - started < self._stale_after and _alive(pid)}
+        return {id for id, pid, started in rows if time.time() - started < self._stale_after and alive(pid)}
 
     def _reserve(self, key: str, request: str, max_tokens: int, wait: bool) -> Claim | None:
         """A claim; None if it does not fit the budget now but may when a call in flight settles (`wait`)."""
-        # A token is at least one byte, and the JSON text holds the roles and the schema as well; 64 more
-        # for what a chat template adds. About four times too high for code, but only for calls in flight.
-        prompt = len(request.encode()) + 64
+        # A token is at least one byte, and the JSON text holds the roles and the schema as well.
+        # About four times too high for code, but only for calls in flight.
+        prompt = len(request.encode()) + _OVERHEAD + self._excess[0]
+        max_tokens += self._excess[1]
         usd = self._price(prompt, max_tokens)
         tokens, spent = self._totals()
         over_tokens = self._budget_tokens is not None and tokens + prompt + max_tokens > self._budget_tokens
@@ -183,11 +230,15 @@ class Ledger:
         return prompt * self._prices[0] + completion * self._prices[1]
 
     def _totals(self) -> tuple[int, float]:
-        tokens, usd = self._database.execute("SELECT tokens, usd FROM totals").fetchone()
+        query = "SELECT tokens, usd FROM scopes WHERE scope = ?" if self._scope else "SELECT tokens, usd FROM totals"
+        tokens, usd = self._database.execute(query, (self._scope,) if self._scope else ()).fetchone()
         return tokens, usd
 
     def _add(self, tokens: int, usd: float) -> None:
         self._database.execute("UPDATE totals SET tokens = tokens + ?, usd = max(0.0, usd + ?)", (tokens, usd))
+        self._database.execute(
+            "UPDATE scopes SET tokens = tokens + ?, usd = max(0.0, usd + ?) WHERE scope = ?", (tokens, usd, self._scope)
+        )
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -208,7 +259,30 @@ class Ledger:
                 ) from error
 
 
-def _alive(pid: int) -> bool:
+def billed(response: Any) -> tuple[int | None, int | None]:
+    """(prompt, completion) tokens that a response says were used; None where it states no number."""
+    usage = response.get("usage") if isinstance(response, dict) else None
+    values = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
+    prompt, completion = (
+        int(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _LARGEST_COUNT
+        else None
+        for value in values
+    )
+    return prompt, completion
+
+
+def _loaded(response: str | None) -> dict[str, Any]:
+    """A stored answer; {} for one that is damaged, which the client reports as its row's failure."""
+    try:
+        value = json.loads(response or "")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this machine lives."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -6,30 +6,40 @@
 Each request goes through a ledger (`data_tools/ledger.py`): one that was answered before is answered from
 there, and one that could pass the budget is not sent. The number of requests in flight adapts to the server: one more
 per round of successes, half after a 429, a 5xx or a timeout (additive increase, multiplicative decrease),
-and none before the time that `Retry-After` names.
+and none before the time that the server names.
+
+What a refusal means is looked up in one table (`data_tools/provider_errors.py`). A request that fails alone is a
+`RequestFailed`, its row's failure; what fails for everyone is a `UserError`, after which the same command goes on. Where
+that is in doubt, the answers to other requests decide, or if there are none a probe: the same request with a harmless
+question. Money is counted high where it is not known: a 200 that is no answer (HTML, cut JSON, no choices), a lost
+connection and a timeout count at the bound of their request.
 
 Without `--base-url`, the embedded server (`data_tools/llm_server.py`) is started at the first request that
 the ledger cannot answer.
 """
 
+import asyncio
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import random
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from data_tools import llm_server
-from data_tools.adaptive import AdaptiveLimit, retry_after
-from data_tools.ledger import Closed, Ledger
+from data_tools.adaptive import AdaptiveLimit
+from data_tools.ledger import Claim, Closed, Ledger, billed
 from data_tools.progress import Progress
+from data_tools.provider_errors import Remedy, Verdict, one_line, sort
 from phi1.errors import UserError
 from phi1.files import sha256_json
 
@@ -38,7 +48,12 @@ if TYPE_CHECKING:
 
 _NO_EFFECT = {"no_effect": True}
 _MAX_BACKOFF = 60.0  # seconds
-_HOPELESS = 3  # requests in a row that failed in every attempt: the server is down, not the request
+_NO_ANSWER_ATTEMPTS = 3  # for a 200 that is no answer: each may be billed
+_PROBE_ATTEMPTS = 2
+_DOUBTS = 3  # requests in doubt together before a probe is sent
+_SHARE_FROM = 20  # requests, before the share that failed means something
+_LARGEST_BODY = 64 << 20  # bytes of an answer: what is longer is none
+_NO_LOGPROB = -9999.0  # OpenAI's value for a token that is too unlikely to have one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,16 +80,28 @@ class LLMConfig:
     """Stop before the ledger's total passes this many tokens, prompt and generated together."""
 
     ledger: pathlib.Path | None = dataclasses.field(default=None, metadata=_NO_EFFECT)
-    """SQLite file of all requests and answers. None: llm.sqlite beside the output folder."""
+    """SQLite file of all requests and answers; budgets count its total. None: llm.sqlite beside the output folder if it
+    is there or the server is the embedded one, else the user's own ($XDG_DATA_HOME/phi1/llm.sqlite), of which budgets
+    count what was asked for outputs in the same parent folder."""
 
     concurrency: int = dataclasses.field(default=32, metadata=_NO_EFFECT)
     """At most this many requests in flight."""
 
     timeout: float = dataclasses.field(default=180.0, metadata=_NO_EFFECT)
-    """Seconds to wait for one answer."""
+    """Seconds from sending a request to the last byte of its answer. The embedded server, which shares this machine with
+    whatever else runs on it, gets twenty times as long."""
 
     attempts: int = dataclasses.field(default=8, metadata=_NO_EFFECT)
-    """Attempts per request before it counts as failed."""
+    """Attempts per request before it counts as failed; a rate limit's refusals are waited out and do not count."""
+
+    patience: float = dataclasses.field(default=3600.0, metadata=_NO_EFFECT)
+    """Seconds that a rate limit may hold up one request before the run stops, to be gone on with later."""
+
+    max_failed: float = dataclasses.field(default=0.5, metadata=_NO_EFFECT)
+    """Stop, unfinished, if more than this share of the requests failed (from 20 requests on, and at the end)."""
+
+    retry_failed: bool = dataclasses.field(default=False, metadata=_NO_EFFECT)
+    """Ask again what failed in an earlier run, also where the output is finished or a paid answer cannot be used."""
 
     llm_threads: int = dataclasses.field(default=2, metadata=_NO_EFFECT)
     """CPU threads of the embedded server."""
@@ -85,17 +112,19 @@ class Request:
     """One chat completion. Two equal requests are one: vary `seed` to sample again.
 
     messages: {"role", "content"} each. max_tokens: of the answer. schema: a JSON schema that the answer
-    must fit (structured output). logprobs: also give the first token's 20 likeliest alternatives.
+    must fit (structured output). logprobs: also give the first token's 20 likeliest alternatives. temperature: None is
+    the server's own. accept: raises RequestFailed for an answer that is of no use.
     """
 
     messages: Sequence[dict[str, str]]
     max_tokens: int
-    temperature: float = 0.0
+    temperature: float | None = 0.0
     top_p: float | None = None
     seed: int | None = None
     stop: Sequence[str] = ()
     schema: dict[str, Any] | None = None
     logprobs: bool = False
+    accept: "Callable[[Answer], object] | None" = dataclasses.field(default=None, compare=False)
 
     @property
     def prompt_hash(self) -> str:
@@ -145,15 +174,54 @@ class RequestFailed(Exception):
     """This request got no usable answer; others may. The message is the reason."""
 
 
+class _Refused(Exception):
+    """An attempt that got no answer. claim: the call in the ledger, where it was answered with something useless."""
+
+    def __init__(self, verdict: Verdict, claim: Claim | None = None, response: Any = None) -> None:
+        super().__init__(verdict.reason)
+        self.verdict, self.claim, self.response = verdict, claim, response
+
+
+class _NoLogprobs(RequestFailed):
+    """An answer without the logprobs that were asked for."""
+
+
+def default_ledger(config: LLMConfig, output: pathlib.Path) -> tuple[pathlib.Path, str]:
+    """The ledger of a stage that writes `output`, and the scope of its budget (see LLMConfig.ledger)."""
+    if config.ledger is not None:
+        return config.ledger, ""
+    beside = output.parent / "llm.sqlite"
+    if config.base_url is None or beside.exists():
+        return beside, ""
+    home = pathlib.Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()
+    return home / "phi1" / "llm.sqlite", str(output.parent.resolve())
+
+
+def canonical_url(url: str) -> str:
+    """One spelling of a server's address: scheme and host in lower case, no default port, no user, ends in /v1."""
+    try:
+        parts = urllib.parse.urlsplit(url.strip())
+        host, port = (parts.hostname or "").removesuffix("."), parts.port
+    except ValueError as error:
+        raise UserError(f"--base-url {url}: is no URL ({error})") from error
+    if parts.scheme not in ("http", "https") or not host:
+        raise UserError(f"--base-url {url}: must be like http://HOST:PORT/v1")
+    host = f"[{host}]" if ":" in host else "127.0.0.1" if host == "localhost" else host
+    suffix = "" if port in (None, {"http": 80, "https": 443}[parts.scheme]) else f":{port}"
+    path = "/".join(filter(None, parts.path.split("/")))
+    path = path if "v1" in path.split("/") else f"{path}/v1".lstrip("/")
+    return f"{parts.scheme}://{host}{suffix}/{path}" + (f"?{parts.query}" if parts.query else "")
+
+
 class LLM:
     """A client with a ledger; a context manager. Thread-safe.
 
-    ledger: the SQLite file (config.ledger, if given, wins).
+    ledger: the SQLite file; scope: of its budget. config.ledger, if given, wins over both.
     Raises UserError, with what to do, for a missing server, a wrong key, an unknown model, a server without
-    logprobs or structured output, a spent budget; `ask` raises RequestFailed for a request that failed alone.
+    logprobs or structured output, a spent budget or account; `ask` raises RequestFailed for a request that failed alone.
     """
 
-    def __init__(self, config: LLMConfig, ledger: pathlib.Path) -> None:
+    def __init__(self, config: LLMConfig, ledger: pathlib.Path, scope: str = "") -> None:
         if config.base_url is not None and not config.model:
             raise UserError(f"--model is missing: name a model that {config.base_url} serves")
         if config.base_url is None and config.model not in (None, llm_server.MODEL):
@@ -164,26 +232,37 @@ class LLM:
         prices = (config.usd_per_million_input, config.usd_per_million_output)
         if config.budget_usd is not None and None in prices:
             raise UserError("--budget-usd needs --usd-per-million-input and --usd-per-million-output")
+        if not 0 <= config.max_failed <= 1:
+            raise UserError(f"--max-failed {config.max_failed}: must lie between 0 and 1")
         self.config = config
         self.model = config.model or llm_server.MODEL
         # The embedded server's port changes from run to run and is no part of a request's identity.
-        self.server = config.base_url or f"embedded:{llm_server.MODEL_FILE}"
+        self.server = canonical_url(config.base_url) if config.base_url else f"embedded:{llm_server.MODEL_FILE}"
         self.ledger = Ledger(
             config.ledger or ledger,
+            scope="" if config.ledger else scope,
             usd_per_token=((prices[0] or 0.0) / 1e6, (prices[1] or 0.0) / 1e6),
             budget_tokens=config.budget_tokens,
             budget_usd=config.budget_usd,
-            stale_after=config.timeout + 60,
         )
+        # 400 tokens take 5 s on two idle cores, and took more than 180 s at a load of 13.
+        self._timeout = config.timeout * (1 if config.base_url else 20)
         # The embedded server answers one at a time; a second request waits in its queue.
         self._limit = AdaptiveLimit(config.concurrency if config.base_url else 2)
         self._stack = contextlib.ExitStack()
         self._lock = threading.Lock()
-        self._client: openai.OpenAI | None = None
+        self._client: openai.AsyncOpenAI | None = None
+        self._loop = asyncio.new_event_loop()
         self._closed = threading.Event()
         self._answered = False
-        self._failed_in_a_row = 0
         self._max_tokens_name = "max_tokens"
+        self._asked_again: set[str] = set()
+        # For what is in doubt: how many requests are being asked, wait in doubt, and were answered in a way that
+        # shows that the server serves others; whether a probe is on its way; what stopped the client.
+        self._news = threading.Condition()
+        self._asking = self._doubting = self._served = 0
+        self._probing = False
+        self._stopped: UserError | None = None
 
     def __enter__(self) -> "LLM":
         return self
@@ -191,6 +270,8 @@ class LLM:
     def __exit__(self, *_: Any) -> None:
         self._closed.set()
         self._stack.close()
+        if not self._loop.is_running():
+            self._loop.close()
         self.ledger.close()
 
     def ask(self, request: Request) -> Answer:
@@ -198,40 +279,70 @@ class LLM:
         body = request.body(self.model)
         key = sha256_json({"server": self.server} | body)
         if (known := self.ledger.find(key)) is not None:
-            return self._read(request, known, paid=False)
-        last: Exception | None = None
-        for attempt in range(self.config.attempts):
+            try:
+                return self._read(request, known, paid=False)
+            except RequestFailed:
+                with self._lock:
+                    again = self.config.retry_failed and key not in self._asked_again
+                    self._asked_again.add(key)
+                if not again:
+                    raise
+                self.ledger.forget(key)
+        with self._news:
+            self._asking += 1
+        try:
+            return self._ask(request, key, body)
+        finally:
+            with self._news:
+                self._asking -= 1
+                self._news.notify_all()
+
+    def _ask(self, request: Request, key: str, body: dict[str, Any]) -> Answer:
+        failures = waits = 0
+        limited = 0.0  # when a rate limit first refused this request
+        while True:
+            with self._news:
+                served = self._served
             try:
                 with self._limit.slot(self._closed):
-                    return self._attempt(request, key, body)
-            except _Retry as retry:
-                last = retry
-            if attempt + 1 < self.config.attempts:
-                wait = min(0.5 * 2**attempt, _MAX_BACKOFF) * random.uniform(0.5, 1.0)
-                if self._closed.wait(wait):
-                    raise Closed
-        with self._lock:
-            self._failed_in_a_row += 1
-            hopeless = not self._answered or self._failed_in_a_row >= _HOPELESS
-        if hopeless:
-            raise UserError(
-                f"{self.server}: {last} ({self.config.attempts} attempts); answers so far are in "
-                f"{self.ledger.path}: run the same command again to go on"
-            )
-        raise RequestFailed(f"{last} ({self.config.attempts} attempts)")
+                    return self._attempt(request, key, body, waits)
+            except _Refused as refused:
+                verdict, no_answer = refused.verdict, refused.response is not None
+                if verdict.remedy is Remedy.STOP:
+                    raise self._stop(verdict) from refused
+                if verdict.remedy is Remedy.REQUEST:
+                    raise RequestFailed(verdict.reason) from refused
+                if verdict.remedy is Remedy.WAIT:  # `slot` waits for all requests alike
+                    waits += 1
+                    limited = limited or time.monotonic()
+                    if time.monotonic() - limited + (verdict.after or _backoff(waits)) > self.config.patience:
+                        self._doubt(
+                            body, refused, served, f"a rate limit outlasts --patience {self.config.patience:g} s"
+                        )
+                    continue
+                failures += 1
+                attempts = min(self.config.attempts, _NO_ANSWER_ATTEMPTS) if no_answer else self.config.attempts
+                if verdict.remedy is Remedy.DOUBT or failures >= attempts:
+                    self._doubt(body, refused, served, f"{failures} attempts" if failures > 1 else "")
+            if self._closed.wait(_backoff(failures) * random.uniform(0.5, 1.0)):
+                raise Closed
 
-    def _attempt(self, request: Request, key: str, body: dict[str, Any]) -> Answer:
+    def _attempt(self, request: Request, key: str, body: dict[str, Any], waits: int = 0) -> Answer:
         claim = self.ledger.claim(key, body, self._closed)
         if claim.response is not None:  # another thread or process asked the same meanwhile
             return self._read(request, claim.response, paid=False)
         sent = time.monotonic()
         try:
             response = self._send(body)
-        except _Retry as retry:
-            self._limit.failed(sent, retry.after)
-            self.ledger.release(claim, lost=retry.billed)
+        except _Refused as refused:
+            verdict = refused.verdict
+            if verdict.remedy in (Remedy.WAIT, Remedy.RETRY):
+                hold = verdict.after or (_backoff(waits + 1) if verdict.remedy is Remedy.WAIT else None)
+                outlasts = verdict.remedy is Remedy.WAIT and hold is not None and hold > self.config.patience
+                self._limit.failed(sent, None if outlasts else hold, verdict.reason[:120])
+            self.ledger.release(claim, lost=verdict.billed, response=refused.response)
             raise
-        except (UserError, RequestFailed):
+        except UserError:
             self.ledger.release(claim, lost=False)
             raise
         except BaseException:  # the server may have done the work and may bill it
@@ -239,29 +350,132 @@ class LLM:
             raise
         self.ledger.settle(claim, response)
         self._limit.succeeded()
-        with self._lock:
-            self._answered, self._failed_in_a_row = True, 0
         try:
-            return self._read(request, response, paid=True)
-        except UserError:  # paid, but not what was asked for: another run must be able to ask again
-            self.ledger.release(claim, lost=True)
+            answer = self._read(request, response, paid=True)
+        except _NoLogprobs as failure:
+            advice = "it gives no logprobs: use --mode rating, or another server or model"
+            raise _Refused(Verdict(Remedy.DOUBT, str(failure), advice), claim) from failure
+        except RequestFailed:
+            self._serves()
             raise
+        self._serves()
+        return answer
+
+    def _serves(self) -> None:
+        """Notes that a request was answered."""
+        with self._news:
+            self._answered = True
+            self._served += 1
+            self._news.notify_all()
+
+    def _doubt(self, body: dict[str, Any], refused: _Refused, served: int, note: str) -> NoReturn:
+        """Raises RequestFailed if other requests are answered after this one was sent, else UserError.
+
+        Waits for the others; if none is left that could tell, or several are in doubt, a probe tells: the same request
+        with a harmless question. served: `_served` when this request was sent.
+        """
+        try:
+            if not self._others_served(served):
+                try:
+                    works = self._probe(body)
+                finally:
+                    with self._news:
+                        self._probing = False
+                if not works:
+                    raise self._stop(refused.verdict, note) from refused
+                self._serves()
+        except (UserError, Closed):
+            if refused.claim is not None:  # paid, but of no use: a run that can use another answer asks again
+                self.ledger.release(refused.claim, lost=True)
+            raise
+        raise RequestFailed(refused.verdict.reason + (f" ({note})" if note else "")) from refused
+
+    def _others_served(self, served: int) -> bool:
+        """True as soon as another request is answered; False if the caller has to send a probe."""
+        with self._news:
+            self._doubting += 1
+            self._news.notify_all()
+            try:
+                while self._served == served:
+                    if self._stopped is not None:
+                        raise self._stopped
+                    if self._closed.is_set():
+                        raise Closed
+                    if not self._probing and (self._doubting == self._asking or self._doubting >= _DOUBTS):
+                        self._probing = True
+                        return False
+                    self._news.wait(0.2)
+                return True
+            finally:
+                self._doubting -= 1
+
+    def _probe(self, body: dict[str, Any]) -> bool:
+        """Whether the server answers the same request with a harmless question."""
+        harmless = body | {"messages": [{"role": "user", "content": "Answer with the word yes."}]}
+        for attempt in range(_PROBE_ATTEMPTS):
+            claim = self.ledger.claim(sha256_json({"probe": uuid.uuid4().hex}), harmless, self._closed)
+            try:
+                response = self._send(harmless)
+            except _Refused as refused:
+                self.ledger.release(claim, lost=refused.verdict.billed, response=refused.response)
+                if refused.verdict.remedy is not Remedy.RETRY:
+                    return False
+            except BaseException:
+                self.ledger.release(claim, lost=True)
+                raise
+            else:
+                self.ledger.settle(claim, response)
+                try:
+                    self._read(Request([], 1, logprobs=bool(body.get("logprobs"))), response, paid=True)
+                except RequestFailed:
+                    return False
+                return True
+            if self._closed.wait(_backoff(attempt + 1)):
+                raise Closed
+        return False
+
+    def _stop(self, verdict: Verdict, note: str = "") -> UserError:
+        """What stops the run, in one line; also told to all other requests."""
+        models = f"; {self._models()}" if "HTTP 404" in verdict.reason else ""
+        error = UserError(
+            f"{self.config.base_url or self.server}: {verdict.reason}" + (f" ({note})" if note else "") + models
+            + (f"; {verdict.advice}" if verdict.advice else "")
+            + f"; answers so far are in {self.ledger.path}: run the same command again to go on"
+        )  # fmt: skip
+        with self._news:
+            self._stopped = self._stopped or error
+            self._news.notify_all()
+            return self._stopped
 
     def ask_all(
         self, requests: Iterable[Request], *, progress: Progress | None = None
     ) -> Iterator[Answer | RequestFailed]:
         """Answers in the order of the requests, several in flight; a failed one is yielded, not raised.
 
-        After an error (or if the caller stops early) the client sends nothing more.
+        After an error (or if the caller stops early) the client sends nothing more. Raises UserError if more than
+        config.max_failed of the requests failed.
         """
         pending: collections.deque[concurrent.futures.Future[Answer | RequestFailed]] = collections.deque()
+        asked = failed = 0
+        reason = ""
         try:
-            for request in requests:
-                pending.append(self._start(request))
-                if len(pending) >= 2 * self._limit.maximum:
-                    yield self._next(pending, progress)
-            while pending:
-                yield self._next(pending, progress)
+            waiting = iter(requests)
+            ended = False
+            while pending or not ended:
+                while not ended and len(pending) < 2 * self._limit.maximum:
+                    if (request := next(waiting, None)) is None:
+                        ended = True
+                    else:
+                        pending.append(self._start(request))
+                if not pending:
+                    break
+                answer = self._next(pending, progress)
+                asked += 1
+                if isinstance(answer, RequestFailed):
+                    failed, reason = failed + 1, str(answer)
+                if asked >= _SHARE_FROM or (ended and not pending and asked > 1):
+                    self._check_share(failed, asked, reason)
+                yield answer
         except Exception:
             self._closed.set()
             concurrent.futures.wait(pending)  # what is in flight is still received: it is paid for
@@ -269,6 +483,13 @@ class LLM:
         except BaseException:  # Ctrl-C: what is in flight counts as lost
             self._closed.set()
             raise
+
+    def _check_share(self, failed: int, asked: int, reason: str) -> None:
+        if failed > self.config.max_failed * asked:
+            raise UserError(
+                f"{self.config.base_url or self.server}: {failed} of {asked} requests failed, the last with: {reason}; "
+                "mend that and run the same command again, or accept it with a higher --max-failed"
+            )
 
     def _start(self, request: Request) -> "concurrent.futures.Future[Answer | RequestFailed]":
         future: concurrent.futures.Future[Answer | RequestFailed] = concurrent.futures.Future()
@@ -279,6 +500,10 @@ class LLM:
             except RequestFailed as failure:
                 future.set_result(failure)
             except BaseException as error:
+                if isinstance(error, UserError):
+                    with self._news:
+                        self._stopped = self._stopped or error
+                    self._closed.set()
                 future.set_exception(error)
 
         # Not a ThreadPoolExecutor: the interpreter would wait for its threads, after Ctrl-C for minutes.
@@ -286,12 +511,17 @@ class LLM:
         return future
 
     def _next(self, pending: "collections.deque[Any]", progress: Progress | None) -> Answer | RequestFailed:
-        answer = pending.popleft().result()
+        try:
+            answer = pending.popleft().result()
+        except Closed:
+            if self._stopped is None:
+                raise
+            raise self._stopped from None
         if progress is not None:
             progress.advance(note=f"{self._limit.value} in flight" if self._limit.maximum > 2 else "")
         return answer
 
-    def _connect(self) -> "openai.OpenAI":
+    def _connect(self) -> "openai.AsyncOpenAI":
         with self._lock:
             if self._client is None:
                 try:
@@ -305,126 +535,186 @@ class LLM:
                     base_url = self.config.base_url
                 host = urllib.parse.urlparse(base_url).hostname
                 local = host in ("127.0.0.1", "localhost", "::1")  # never through a proxy
-                self._client = openai.OpenAI(
+                client = openai.AsyncOpenAI(
                     base_url=base_url,
                     api_key=os.environ.get("OPENAI_API_KEY") or "none",
                     max_retries=0,
-                    timeout=self.config.timeout,
-                    http_client=openai.DefaultHttpxClient(trust_env=not local),
+                    timeout=self._timeout,
+                    http_client=openai.DefaultAsyncHttpxClient(trust_env=not local),
                 )
-                self._stack.callback(self._client.close)
+                # All requests live in one event loop, where a deadline can cut one off wherever it is.
+                thread = threading.Thread(target=self._loop.run_forever, name="llm-network", daemon=True)
+                thread.start()
+                self._stack.callback(self._disconnect, client, thread)
+                self._client = client
             return self._client
 
+    def _disconnect(self, client: "openai.AsyncOpenAI", thread: threading.Thread) -> None:
+        async def finish() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await client.close()
+
+        asyncio.run_coroutine_threadsafe(finish(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        thread.join()
+
     def _send(self, body: dict[str, Any]) -> dict[str, Any]:
-        """One attempt. Raises _Retry, RequestFailed or UserError."""
+        """One attempt. Raises _Refused, or UserError where there is no server."""
         client = self._connect()
         import openai
 
-        sent = dict(body)
-        sent[self._max_tokens_name] = sent.pop("max_tokens")
+        name = self._max_tokens_name
+        sent = {name if key == "max_tokens" else key: value for key, value in body.items()}
+        call = asyncio.wait_for(_received(client, sent), self._timeout)
         try:
-            raw = client.chat.completions.with_raw_response.create(**sent)
-        except openai.APITimeoutError as error:
-            raise _Retry(f"no answer within {self.config.timeout:g} s", billed=True) from error
+            data = asyncio.run_coroutine_threadsafe(call, self._loop).result()
+        except (asyncio.TimeoutError, openai.APITimeoutError) as error:
+            reason = f"no whole answer within {self._timeout:g} s"
+            raise _Refused(Verdict(Remedy.RETRY, reason, billed=True)) from error
         except openai.APIConnectionError as error:
             # By name: the client's HTTP library is httpx or httpx2, by its version.
             if type(error.__cause__).__name__ != "ConnectError":
-                raise _Retry(f"connection lost ({error.__cause__!r})", billed=True) from error
+                raise _Refused(Verdict(Remedy.RETRY, f"connection lost ({error.__cause__!r})", billed=True)) from error
             if self._answered:
-                raise _Retry(f"does not accept connections any more ({error.__cause__})", billed=False) from error
+                reason = f"does not accept connections any more ({error.__cause__})"
+                raise _Refused(Verdict(Remedy.RETRY, reason)) from error
             raise UserError(
-                f"{self.server}: no server answers there ({error.__cause__}); start it, correct --base-url, "
+                f"{self.config.base_url}: no server answers there ({error.__cause__}); start it, correct --base-url, "
                 "or leave --base-url out to use the embedded model"
             ) from error
+        except _Cut as error:
+            raise _Refused(Verdict(Remedy.RETRY, f"connection lost ({error})", billed=True)) from error
         except openai.APIStatusError as error:
-            self._refused(error)
-            return self._send(body)
-        try:
-            response = json.loads(raw.http_response.content)
-            response["choices"][0]["message"]
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise UserError(
-                f"{self.server}: answers, but not as an OpenAI-compatible server does; --base-url usually ends in /v1"
-            ) from error
-        return response
-
-    def _refused(self, error: "openai.APIStatusError") -> None:
-        """Raises what a refusal (HTTP status) means; returns if the request should be sent again at once."""
-        message = _one_line(error.message)
-        status = error.status_code
-        if status in (401, 403):
-            raise UserError(
-                f"{self.server}: the key in OPENAI_API_KEY is refused ({status}: {message}); set a valid one"
-            ) from error
-        if status == 404:
-            raise UserError(f"{self.server}: no model {self.model!r} there ({message}); {self._models()}") from error
-        if status == 429 and "insufficient_quota" in message:
-            raise UserError(
-                f"{self.server}: the account's quota is spent ({message}); top it up, go on later"
-            ) from error
-        if status in (408, 409, 429) or status >= 500:
-            raise _Retry(
-                f"HTTP {status}: {message}", billed=False, after=retry_after(error.response.headers)
-            ) from error
-        if "max_completion_tokens" in message and self._max_tokens_name == "max_tokens":
-            self._max_tokens_name = "max_completion_tokens"  # OpenAI's reasoning models call it so
-            return
-        if "logprob" in message:
-            raise UserError(
-                f"{self.server}: {self.model} gives no logprobs ({message}); use --mode rating, or another server"
-            ) from error
-        if "response_format" in message or "json_schema" in message:
-            raise UserError(
-                f"{self.server}: {self.model} has no structured output ({message}); "
-                "use --mode logprob, or another server"
-            ) from error
-        raise RequestFailed(f"HTTP {status}: {message}") from error
+            headers = {key.lower(): value for key, value in error.response.headers.items()}
+            verdict = sort(error.status_code, headers, error.response.text)
+            if verdict.remedy is Remedy.RENAME:
+                if name == "max_tokens":  # this request's name, whatever other threads have changed meanwhile
+                    self._max_tokens_name = "max_completion_tokens"  # OpenAI's reasoning models call it so
+                    return self._send(body)
+                verdict = dataclasses.replace(verdict, remedy=Remedy.DOUBT)
+            raise _Refused(verdict) from error
+        return _answer_in(data)
 
     def _models(self) -> str:
         try:
-            names = [model.id for model in self._connect().models.list().data]
+            listed = asyncio.run_coroutine_threadsafe(_model_names(self._connect()), self._loop)
+            names = listed.result(self._timeout)
         except Exception as error:  # any failure here only shortens the message
-            return f"it does not list its models either ({type(error).__name__}): check --model and --base-url"
+            return f"it does not list its models either ({type(error).__name__})"
         return f"it serves: {', '.join(names[:8])}" + (", …" if len(names) > 8 else "")
 
     def _read(self, request: Request, response: dict[str, Any], *, paid: bool) -> Answer:
-        choice = response["choices"][0]
-        text = choice["message"].get("content") or ""
-        logprobs: dict[str, float] = {}
-        if request.logprobs:
-            content = (choice.get("logprobs") or {}).get("content") or []
-            if not content or not content[0].get("top_logprobs"):
-                raise UserError(
-                    f"{self.server}: {self.model} answered without logprobs; use --mode rating, or another server"
-                )
-            logprobs = {entry["token"]: entry["logprob"] for entry in content[0]["top_logprobs"]}
+        """The answer in a response. Raises RequestFailed, whatever the response is."""
+        try:
+            choice = response["choices"][0]
+            message = choice["message"]
+            content = message.get("content")
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise RequestFailed("the answer holds no message") from error
+        if isinstance(content, list):  # parts, as some servers answer
+            content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+        if choice.get("finish_reason") == "content_filter" and not request.logprobs:
+            raise RequestFailed("the answer was cut by the server's content filter")
+        if not isinstance(content, str):
+            why = message.get("refusal") or choice.get("finish_reason") or "no content"
+            if not request.logprobs:
+                raise RequestFailed(f"the answer holds no text: {one_line(why)[:120]}")
+            content = ""
+        text = whole_unicode(content)
+        logprobs = _first_logprobs(choice) if request.logprobs else {}
+        if request.logprobs and not logprobs:
+            raise _NoLogprobs(f"{self.model} answered without logprobs")
         value = None
         if request.schema is not None:
             try:
                 value = json.loads(text)
-            except ValueError as error:
-                raise RequestFailed(f"the answer is not JSON: {_one_line(text)[:80]!r}") from error
-        usage = response.get("usage") or {}
-        return Answer(
+            except (ValueError, RecursionError) as error:
+                raise RequestFailed(f"the answer is not JSON: {one_line(text)[:80]!r}") from error
+        prompt, completion = billed(response)
+        model = response.get("model")
+        answer = Answer(
             text=text,
             value=value,
             logprobs=logprobs,
-            model=response.get("model") or self.model,
-            prompt_tokens=usage.get("prompt_tokens", 0),
-            completion_tokens=usage.get("completion_tokens", 0),
+            model=whole_unicode(model) if isinstance(model, str) and model else self.model,
+            prompt_tokens=prompt or 0,
+            completion_tokens=completion or 0,
             truncated=choice.get("finish_reason") == "length",
             paid=paid,
         )
+        if request.accept is not None:
+            request.accept(answer)
+        return answer
 
 
-class _Retry(Exception):
-    """An attempt that failed and may be made again. billed: the server may have charged it.
-    after: seconds to wait, if the server named them."""
-
-    def __init__(self, reason: str, *, billed: bool, after: float | None = None) -> None:
-        super().__init__(reason)
-        self.billed, self.after = billed, after
+def whole_unicode(text: str) -> str:
+    """A text with U+FFFD for each half of a surrogate pair, which JSON can carry and no file can hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _one_line(text: str) -> str:
-    return " ".join(str(text).split())[:300]
+def _backoff(times: int) -> float:
+    """Seconds to wait after the `times`-th failure, where the server names none: doubling from half a second."""
+    return min(0.5 * 2 ** min(times - 1, 20), _MAX_BACKOFF)
+
+
+class _Cut(Exception):
+    """The connection broke inside of an answer."""
+
+
+async def _received(client: "openai.AsyncOpenAI", sent: dict[str, Any]) -> bytes:
+    """The body of the answer to a chat completion."""
+    data = bytearray()
+    async with client.chat.completions.with_streaming_response.create(**sent) as raw:
+        try:
+            async for part in raw.iter_bytes():
+                data += part
+                if len(data) > _LARGEST_BODY:
+                    raise _Cut(f"longer than {_LARGEST_BODY >> 20} MiB")
+        except (asyncio.CancelledError, _Cut):
+            raise
+        except Exception as error:  # of the HTTP library (httpx or httpx2), by its version
+            raise _Cut(repr(error)) from error
+    return bytes(data)
+
+
+async def _model_names(client: "openai.AsyncOpenAI") -> list[str]:
+    return [model.id for model in (await client.models.list()).data]
+
+
+def _answer_in(data: bytes) -> dict[str, Any]:
+    """The chat completion in a body that came with status 200. Raises _Refused for what is none: it may be billed."""
+    text = data.decode("utf-8", "replace")
+    try:
+        response = json.loads(text)
+    except (ValueError, RecursionError):
+        response = None
+    choices = response.get("choices") if isinstance(response, dict) else None
+    if isinstance(choices, list) and choices and isinstance(choices[0], dict) and "message" in choices[0]:
+        return response
+    if isinstance(response, dict) and response.get("error"):  # OpenRouter wraps its upstream's refusals so
+        code = response["error"].get("code") if isinstance(response["error"], dict) else None
+        verdict = sort(code if isinstance(code, int) and 400 <= code < 600 else 500, {}, text)
+        raise _Refused(dataclasses.replace(verdict, billed=True), response=response)
+    reason = f"a 200 that is no chat completion: {one_line(text)[:80]!r}"
+    advice = "check --base-url, which usually ends in /v1"
+    raise _Refused(Verdict(Remedy.RETRY, reason, advice, billed=True), response=response or {})
+
+
+def _first_logprobs(choice: dict[str, Any]) -> dict[str, float]:
+    """Token -> log-probability of the first token's alternatives, without those that have none (null, -inf, -9999)."""
+    try:
+        top = choice["logprobs"]["content"][0]["top_logprobs"]
+        pairs = [(entry["token"], entry["logprob"]) for entry in top]
+    except (KeyError, IndexError, TypeError):
+        return {}
+    return {
+        token: float(value)
+        for token, value in pairs
+        if isinstance(token, str)
+        and isinstance(value, int | float)
+        and math.isfinite(value)
+        and _NO_LOGPROB < value <= 0.01  # rounding
+    }

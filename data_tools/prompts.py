@@ -2,51 +2,66 @@
 
 As in the paper (section 2.2, 2.3) diversity is forced from outside, since a model asked the same thing writes
 the same thing: textbooks vary by topic and audience, exercises by the function's name and by constraints
-(TinyStories does so with words).
+(TinyStories does so with words). What is drawn from stands in a recipe, a TOML file (recipes/synthesize.toml).
 """
 
 import dataclasses
+import functools
 import json
+import pathlib
 import random
+import sys
 
 from data_tools.llm import Request
+from phi1.errors import UserError
+from phi1.files import sha256_json
 
-TOPICS: tuple[str, ...] = (
-    "variables and assignment", "integer arithmetic", "comparing values", "boolean logic", "if, elif and else",
-    "for loops", "while loops", "nested loops", "the range function", "functions and return values",
-    "default arguments", "recursion", "string slicing", "string methods", "formatting strings", "counting characters",
-    "palindromes", "lists and indices", "list methods", "list comprehensions", "sorting with a key", "tuples",
-    "dictionaries", "counting with a dictionary", "sets", "stacks and queues", "matrices as nested lists",
-    "linear search", "binary search", "bubble sort", "merging sorted lists", "the greatest common divisor",
-    "prime numbers", "the Fibonacci numbers", "digits of a number", "binary numbers", "rounding and division",
-    "exceptions", "generators", "classes and methods", "the math module", "the collections module",
-    "the itertools module", "the datetime module", "random numbers", "type hints",
-)  # fmt: skip
-AUDIENCES: tuple[str, ...] = (
-    "children who have never programmed", "high-school students", "first-year students of computer science",
-    "biologists who want to analyse data", "self-taught beginners", "economists", "engineers who know C",
-    "teachers who prepare a lesson", "readers preparing for a job interview", "hobbyists who build games",
-)  # fmt: skip
-DEVICES: tuple[str, ...] = (
-    "a common mistake and its correction", "an everyday analogy", "a step-by-step trace of a call",
-    "a comparison of two ways to do it", "a short exercise with its answer", "a remark on efficiency",
-    "a question that the reader should ask first", "a worked example with real numbers",
-)  # fmt: skip
-VERBS: tuple[str, ...] = (
-    "count", "find", "sum", "filter", "merge", "reverse", "rotate", "split", "group", "compare", "convert", "remove",
-    "select", "rank", "replace", "validate", "average", "expand", "compress", "alternate",
-)  # fmt: skip
-OBJECTS: tuple[str, ...] = (
-    "vowels", "words", "numbers", "digits", "pairs", "scores", "letters", "intervals", "temperatures", "prices",
-    "names", "matrix_rows", "even_numbers", "duplicates", "prefixes", "brackets", "dates", "squares", "neighbours",
-    "votes", "fractions", "columns", "sentences", "peaks", "divisors",
-)  # fmt: skip
-CONSTRAINTS: tuple[str, ...] = (
-    "takes a list of integers", "takes a string", "takes two lists", "takes a list of strings", "takes a dictionary",
-    "takes an integer", "takes a string and an integer", "uses a for loop", "uses a dictionary", "uses a while loop",
-    "returns a boolean", "returns a list", "returns a string", "returns an integer", "handles empty input",
-    "uses a list comprehension",
-)  # fmt: skip
+RECIPE = pathlib.Path(__file__).resolve().parent.parent / "recipes" / "synthesize.toml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Lists to draw from. A function's name is VERB_OBJECT or VERB_QUALIFIER_OBJECT."""
+
+    topics: tuple[str, ...]
+    audiences: tuple[str, ...]
+    devices: tuple[str, ...]
+    styles: tuple[str, ...]
+    settings: tuple[str, ...]
+    verbs: tuple[str, ...]
+    qualifiers: tuple[str, ...]
+    objects: tuple[str, ...]
+    constraints: tuple[str, ...]
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 of the lists."""
+        return sha256_json(dataclasses.asdict(self))
+
+
+def load(path: pathlib.Path) -> Recipe:
+    """Reads a recipe. Raises UserError if the file is absent or is none."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    try:
+        lists = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--recipe {path}: cannot be read ({error}); {RECIPE} is one") from error
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    if sorted(lists) != sorted(names):
+        raise UserError(f"--recipe {path}: must have the lists {', '.join(names)}, has {', '.join(lists) or 'none'}")
+    for name, values in lists.items():
+        least = 2 if name == "constraints" else 1
+        whole = isinstance(values, list) and all(isinstance(value, str) and value for value in values)
+        if not whole or len(set(values)) != len(values) or len(values) < least:
+            raise UserError(f"--recipe {path}: {name} must be a list of at least {least} different texts")
+        if name in ("verbs", "qualifiers", "objects") and (bad := [v for v in values if not v.isidentifier()]):
+            raise UserError(f"--recipe {path}: {name} become parts of a function's name; {bad[0]!r} cannot")
+    return Recipe(**{name: tuple(values) for name, values in lists.items()})
+
 
 _EXERCISE = '''def {name}({arguments}):
     """{what}
@@ -93,30 +108,34 @@ class Seed:
         return json.dumps(self.request.sampling, sort_keys=True)
 
 
-def textbook(seed: int, number: int, *, max_tokens: int, temperature: float) -> Seed:
-    """The `number`-th request for a textbook's section: a pure function of (seed, number)."""
+def textbook(recipe: Recipe, seed: int, number: int, *, max_tokens: int, temperature: float | None) -> Seed:
+    """The `number`-th request for a textbook's section: a pure function of (recipe, seed, number)."""
     rng = random.Random(f"textbook/{seed}/{number}")
-    topic, audience, device = rng.choice(TOPICS), rng.choice(AUDIENCES), rng.choice(DEVICES)
+    topic, audience, device = rng.choice(recipe.topics), rng.choice(recipe.audiences), rng.choice(recipe.devices)
+    style, setting = rng.choice(recipe.styles), rng.choice(recipe.settings)
+    # What must be in the answer stands last: with style and setting behind it SmolLM2-135M wrote no code block in 4 of 4.
     text = (
-        f"Write a section of a Python textbook about {topic}, for {audience}. Explain the idea in your own words, then "
-        f"show a complete function in a ```python block and explain it. Include {device}."
+        f"{style} Take the example from {setting}. Write a section of a Python textbook about {topic}, for {audience}. "
+        f"Explain the idea in your own words, then show a complete function in a ```python block and explain it. "
+        f"Include {device}."
     )
     return _seed(_TEXTBOOK_SYSTEM, (), text, topic, audience, number, max_tokens, temperature, rng)
 
 
-def exercise(seed: int, number: int, *, max_tokens: int, temperature: float) -> Seed:
-    """The `number`-th request for an exercise: a pure function of (seed, number)."""
+def exercise(recipe: Recipe, seed: int, number: int, *, max_tokens: int, temperature: float | None) -> Seed:
+    """The `number`-th request for an exercise: a pure function of (recipe, seed, number)."""
     rng = random.Random(f"exercise/{seed}/{number}")
-    topic, audience = rng.choice(TOPICS), rng.choice(AUDIENCES)
-    name = f"{rng.choice(VERBS)}_{rng.choice(OBJECTS)}"
-    wishes = "; ".join(rng.sample(CONSTRAINTS, 2))
-    return _seed(_EXERCISE_SYSTEM, _SHOTS, f"Name: {name}. The function {wishes}. Topic: {topic}. For {audience}.",
-                 topic, audience, number, max_tokens, temperature, rng)  # fmt: skip
+    topic, audience = rng.choice(recipe.topics), rng.choice(recipe.audiences)
+    qualifier = rng.choice((*recipe.qualifiers, ""))
+    name = "_".join(filter(None, (rng.choice(recipe.verbs), qualifier, rng.choice(recipe.objects))))
+    wishes = "; ".join(rng.sample(recipe.constraints, 2))
+    text = f"Name: {name}. The function {wishes}. Topic: {topic}. For {audience}."
+    return _seed(_EXERCISE_SYSTEM, _SHOTS, text, topic, audience, number, max_tokens, temperature, rng)
 
 
 def _seed(
     system: str, shots: tuple[tuple[str, str, str], ...], text: str, topic: str, audience: str, number: int,
-    max_tokens: int, temperature: float, rng: random.Random,
+    max_tokens: int, temperature: float | None, rng: random.Random,
 ) -> Seed:  # fmt: skip
     messages = [{"role": "system", "content": system}]
     for name, wishes, answer in shots:

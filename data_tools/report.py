@@ -13,10 +13,11 @@ import pathlib
 import re
 from typing import Any
 
-from data_tools import classify
-from data_tools.dataset import MANIFEST, Dataset
+from data_tools import classify, decontaminate
+from data_tools.dataset import MANIFEST, Dataset, sweep
 from phi1 import __version__
 from phi1.errors import UserError
+from phi1.evaluate.run import read_lines
 from phi1.files import atomic_write
 
 _STYLE = """
@@ -27,6 +28,7 @@ h3 { font-size: 1rem; margin-bottom: .3rem; } p.lead, .source { color: var(--sof
 table { border-collapse: collapse; width: 100%; margin: .6rem 0; } td, th { border-bottom: 1px solid var(--line); padding: .3rem .6rem;
 text-align: left; vertical-align: top; } th { background: var(--fill); font-weight: 600; } td.n, th.n { text-align: right;
 font-variant-numeric: tabular-nums; } pre { background: var(--fill); padding: .6rem .8rem; overflow-x: auto; font-size: .82rem; line-height: 1.35; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; } .pair > * { min-width: 0; }
 details { margin: .4rem 0; } summary { cursor: pointer; } svg { max-width: 100%; height: auto; } .good { color: #137333; } .bad { color: #b3261e; }
 .scores { font-size: 1.05rem; } nav a { margin-right: 1rem; color: var(--accent); }
 """
@@ -55,6 +57,7 @@ def run(config: Config) -> pathlib.Path:
         ("scores", "Scores", _scores(evaluations)),
         ("pipeline", "What went in, what was kept", _pipeline(config.run, datasets)),
         ("filter", "The filter", _filter(config.run)),
+        ("decontamination", "What was too close to a benchmark", _decontamination(config.run, datasets)),
         ("samples", "Samples", _samples(datasets)),
         ("training", "Training", _trainings(trainings)),
         ("answers", "Answers of the model", _answers(evaluations)),
@@ -72,6 +75,7 @@ def run(config: Config) -> pathlib.Path:
         f"<nav>{links}</nav>\n{body}\n</body></html>\n"
     )
     output = config.output or config.run / "report.html"
+    sweep(output.parent)
     with atomic_write(output, "w") as file:
         file.write(page)
     print(f"report: {output}")
@@ -100,7 +104,8 @@ class _Markup(str):
 
 
 def _e(value: object) -> str:
-    return html.escape(str(value))
+    """Escaped; halves of characters, which no page can hold, as Python writes them."""
+    return html.escape(str(value).encode("utf-8", "backslashreplace").decode())
 
 
 def _table(head: list[str], rows: list[list[object]], numeric: frozenset[int] = frozenset()) -> str:
@@ -155,6 +160,7 @@ def _scores(evaluations: list[pathlib.Path]) -> str:
         results = json.loads(path.read_text(encoding="utf-8"))
         for row in results["scores"]:
             group = "" if row["group"] == "all" else f" ({row['group']})"
+            group += ", cut at stop strings" if row.get("cut", "parsing") != "parsing" else ""
             rows.append([
                 f"{results['benchmark']}{group}", _checkpoint_name(results), f"pass@{row['k']}", row["problems"],
                 _Markup(f"<b>{_percent(row['pass'])}</b>"), f"{_percent(row['low'])} – {_percent(row['high'])}",
@@ -212,6 +218,49 @@ def _filter(folder: pathlib.Path) -> str:
     return text
 
 
+def _decontamination(folder: pathlib.Path, datasets: list[Dataset]) -> str:
+    """Per dataset, rows at each rate beside the benchmark's own twins, what was not checked, and every removed pair."""
+    parts = []
+    for dataset in datasets:
+        if dataset.manifest["stage"] != "decontaminate":
+            continue
+        config, counters = dataset.manifest["config"], dataset.counters
+        parts.append(f"<h3>{_e(dataset.folder.name)}</h3>")
+        rates: list[list[object]] = [
+            [f"τ = {rate}", counters.get(f"ast_rate_{rate}", 0), f"{count} of {config['tasks']}"]
+            for rate, count in config["own_twins"].items()
+        ]
+        head = ["AST match rate at least", "rows", "the benchmark's tasks with a twin among its own"]
+        parts.append(_table(head, rates, frozenset({1})))
+        names = ("small_trees_alone", *(f"removed_{test}" for test in decontaminate.TESTS), "kept_unchecked",
+                 "kept_with_other_languages", "kept_without_code")  # fmt: skip
+        parts.append(
+            _table(
+                ["counted", "rows"], [[name.replace("_", " "), counters.get(name, 0)] for name in names], frozenset({1})
+            )
+        )
+        parts += _removed_pairs(folder, dataset)
+    return "\n".join(parts)
+
+
+def _removed_pairs(folder: pathlib.Path, dataset: Dataset) -> list[str]:
+    reasons = {failure["key"]: failure["reason"] for failure in dataset.failures()}
+    try:
+        before = Dataset(folder / dataset.manifest["inputs"][0]["folder"])
+        tasks = {problem.task_id: problem for problem in decontaminate.load(dataset.manifest["config"]["problems"])}
+    except UserError as error:
+        return [f'<p class="source">The removed pairs cannot be shown: {_e(error)}</p>'] if reasons else []
+    parts = []
+    for row in before.read(["hexsha", "content"]):
+        if (reason := reasons.get(str(row["hexsha"]))) is None:
+            continue
+        task = next((tasks[word] for word in reason.split(": ")[1:2] if word in tasks), None)
+        right = _pre(task.prompt + task.solution) if task else "<p>no task: it could not be compared</p>"
+        pair = f'<div class="pair">{_pre(row["content"] or "")}{right}</div>'
+        parts.append(f"<details><summary>{_e(reason[:160])}</summary>{pair}</details>")
+    return parts
+
+
 def _timings(folder: pathlib.Path) -> dict[str, float]:
     path = folder / "timings.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -225,10 +274,20 @@ def _failures(dataset: Dataset) -> str:
     return f"<details><summary>{len(failures):,} failures</summary>{_pre(lines, 4000)}</details>"
 
 
-def _sample_rows(dataset: Dataset) -> list[dict[str, Any]]:
-    """A few rows spread over the dataset (the first of each tenth)."""
-    rows = list(dataset.read())
-    return [rows[i * len(rows) // 10] for i in range(10)] if len(rows) > 10 else rows
+def _sample_rows(dataset: Dataset) -> tuple[list[dict[str, Any]], list[tuple[str, dict[str, Any]]]]:
+    """A few rows spread over the dataset (the first of each tenth), and the best and the worst by quality, in one pass."""
+    wanted = {i * dataset.rows // 10 for i in range(10)}
+    rows: list[dict[str, Any]] = []
+    best: dict[str, Any] | None = None
+    worst: dict[str, Any] | None = None
+    for i, row in enumerate(dataset.read()):
+        if i in wanted:
+            rows.append(row)
+        if "quality" in row:
+            best = row if best is None or row["quality"] >= best["quality"] else best
+            worst = row if worst is None or row["quality"] < worst["quality"] else worst
+    ends = [("rated highest", best), ("rated lowest of those kept", worst)]
+    return rows, [(label, row) for label, row in ends if row is not None]
 
 
 def _samples(datasets: list[Dataset]) -> str:
@@ -236,12 +295,10 @@ def _samples(datasets: list[Dataset]) -> str:
     for dataset in datasets:
         if not dataset.rows:
             continue
-        rows = _sample_rows(dataset)
+        rows, shown = _sample_rows(dataset)
         if "content" not in rows[0]:
             continue
         text = [f"<h3>{_e(dataset.folder.name)}</h3>"]
-        ordered = sorted(dataset.read(), key=lambda row: row["quality"]) if "quality" in rows[0] else []
-        shown = [("rated highest", ordered[-1]), ("rated lowest of those kept", ordered[0])] if ordered else []
         shown += [("", row) for row in rows[:3]]
         for label, row in shown:
             facts = [label] if label else []
@@ -259,7 +316,7 @@ def _trainings(folders: list[pathlib.Path]) -> str:
     losses: dict[str, tuple[list[float], list[float]]] = {}
     rows: list[list[object]] = []
     for folder in folders:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().split(b"\n") if line]
         steps = [line for line in lines if "loss" in line]
         checks = [line for line in lines if "validation_loss" in line]
         if not steps:
@@ -289,14 +346,13 @@ def _answers(evaluations: list[pathlib.Path]) -> str:
     parts = []
     for path in evaluations:
         results = json.loads(path.read_text(encoding="utf-8"))
-        lines = (path.parent / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-        samples = [json.loads(line) for line in lines]
+        samples = read_lines(path.parent / "samples.jsonl")
         text = [f"<h3>{_e(results['benchmark'])}, {_e(_checkpoint_name(results))}</h3>"]
         for status in ("passed", "failed"):
             for sample in [s for s in samples if s["status"] == status][:3]:
                 kind = "good" if status == "passed" else "bad"
                 label = f'<span class="{kind}">{status}</span> {_e(sample["task_id"])} {_e(sample["detail"][:100])}'
-                body = _pre(sample.get("prompt", "") + sample["completion"])
+                body = _pre(sample["program"])
                 text.append(f"<details><summary>{label}</summary>{body}</details>")
         parts.append("\n".join(text))
     return "\n".join(parts)

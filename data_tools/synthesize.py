@@ -1,6 +1,6 @@
 """Write textbooks and exercises: with an LLM from randomised seeds, or exercises with the offline teacher.
 
-An exercise is kept only if its solution runs in the sandbox and its docstring's examples hold. A textbook section
+Of texts that are equal, or equal but for names, blanks and punctuation, the first is kept. An exercise is kept only if its solution runs in the sandbox and its docstring's examples hold. A textbook section
 is kept if it is long enough, holds code that parses, and does not go round in circles. What was not kept is in the
 dataset's failure ledger (LLM) or counters (offline teacher), with the reason.
 
@@ -11,25 +11,28 @@ import ast
 import dataclasses
 import doctest
 import hashlib
+import io
 import json
 import pathlib
 import re
 import textwrap
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_tools.dataset import Counted, Dataset, Failure, Produced, run_stage
-from data_tools.llm import LLM, Answer, LLMConfig, RequestFailed
+from data_tools import prompts
+from data_tools.dataset import Counted, Dataset, Failure, Produced, failed_shards, run_stage
+from data_tools.llm import LLM, Answer, LLMConfig, RequestFailed, default_ledger
+from data_tools.similarity import words
 from phi1.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow
 
-    from data_tools.prompts import Seed
 
 _OFFLINE_SHARD = 2000  # rows: about ten seconds of one core
 _LLM_SHARD = 50  # requests: what a crash of the process loses is in the ledger anyway
+_NO_ANSWER = "no answer"
 _TIMEOUT = 5.0  # seconds for a solution and its examples
 
 
@@ -46,6 +49,9 @@ class Config(LLMConfig):
     teacher: Literal["llm", "offline"] = "llm"
     """llm: a language model writes (--base-url, or the embedded one). offline: the offline teacher, exercises only."""
 
+    recipe: pathlib.Path = dataclasses.field(default=prompts.RECIPE, metadata={"no_effect": True})
+    """llm: TOML file of topics, audiences, names and constraints that prompts are drawn from."""
+
     count: int = 1000
     """llm: requests, of which some give no usable row. offline: exercises."""
 
@@ -58,8 +64,8 @@ class Config(LLMConfig):
     max_tokens: int = 800
     """llm: longest answer, tokens."""
 
-    temperature: float = 0.8
-    """llm: sampling temperature."""
+    temperature: float | None = 0.8
+    """llm: sampling temperature; none: the server's own."""
 
     workers: int = dataclasses.field(default=2, metadata={"no_effect": True})
     """Processes (offline), or programs run at a time (llm)."""
@@ -89,13 +95,18 @@ def run(config: Config) -> Dataset:
                          workers=config.workers)  # fmt: skip
     if config.split != "train":
         raise UserError(f"--split {config.split}: only the offline teacher has held-out exercises")
-    with LLM(config, config.output.parent / "llm.sqlite") as llm:
+    recipe = prompts.load(config.recipe)
+    shards = -(-config.count // _LLM_SHARD)
+    unanswered = failed_shards(config.output, _NO_ANSWER) if config.retry_failed else []
+    # What follows is made again too: a row may repeat one that is made now.
+    redo = range(unanswered[0], shards) if unanswered else ()
+    with LLM(config, *default_ledger(config, config.output)) as llm:
 
         def produce(_: Config, __: Sequence[Dataset], shard: int) -> Iterator[Produced]:
-            yield from _from_llm(config, llm, shard)
+            yield from _from_llm(config, recipe, llm, shard)
 
-        return run_stage("synthesize", config, config.output, [], -(-config.count // _LLM_SHARD), produce,
-                         schema(config.kind))  # fmt: skip
+        return run_stage("synthesize", config, config.output, [], shards, produce,
+                         schema(config.kind), extra={"recipe": recipe.hash}, redo=redo)  # fmt: skip
 
 
 def _offline(config: Config, _: Sequence[Dataset], shard: int) -> Iterator[Produced]:
@@ -111,17 +122,17 @@ def _offline(config: Config, _: Sequence[Dataset], shard: int) -> Iterator[Produ
     yield Counted(counters)
 
 
-def _from_llm(config: Config, llm: LLM, shard: int) -> Iterator[Produced]:
-    from data_tools import prompts
-
+def _from_llm(config: Config, recipe: prompts.Recipe, llm: LLM, shard: int) -> Iterator[Produced]:
     make = prompts.textbook if config.kind == "textbooks" else prompts.exercise
     numbers = range(shard * _LLM_SHARD, min(config.count, (shard + 1) * _LLM_SHARD))
-    seeds = [make(config.seed, i, max_tokens=config.max_tokens, temperature=config.temperature) for i in numbers]
-    rows: list[tuple[Seed, dict[str, Any]]] = []
+    seeds = [
+        make(recipe, config.seed, i, max_tokens=config.max_tokens, temperature=config.temperature) for i in numbers
+    ]
+    rows: list[tuple[prompts.Seed, dict[str, Any]]] = []
     for seed, answer in zip(seeds, llm.ask_all([seed.request for seed in seeds]), strict=True):
         try:
             if isinstance(answer, RequestFailed):
-                raise Unusable(f"no answer: {answer}")
+                raise Unusable(f"{_NO_ANSWER}: {answer}")
             read = read_textbook if config.kind == "textbooks" else read_exercise
             rows.append((seed, read(answer.text) | _provenance(config, seed, answer)))
         except Unusable as error:
@@ -130,16 +141,52 @@ def _from_llm(config: Config, llm: LLM, shard: int) -> Iterator[Produced]:
         rows, lost = run_exercises(rows, config.workers)
         for seed, reason in lost:
             yield from _lost(seed, reason)
-    for _, row in rows:
-        yield row | {"hexsha": _sha1(row["content"])}
+    first = _first_of_each(config.output, range(shard))
+    for seed, row in rows:
+        for form in (row["content"], masked(row["content"])):
+            if form in first:
+                yield from _lost(seed, f"duplicate: of request {first[form]}")
+                break
+        else:
+            first |= dict.fromkeys((row["content"], masked(row["content"])), row["seed"].rpartition("/")[2])
+            yield row | {"hexsha": _sha1(row["content"])}
 
 
-def _lost(seed: "Seed", reason: str) -> Iterator[Produced]:
+def _first_of_each(output: pathlib.Path, shards: Iterable[int]) -> dict[str, str]:
+    """Content and masked content of the rows in these shards -> the number of the request that it answered."""
+    import pyarrow.parquet
+
+    first: dict[str, str] = {}
+    for shard in shards:  # of a dataset in the making: made one after another
+        table = pyarrow.parquet.read_table(output / f"{shard:05d}.parquet", columns=["content", "seed"])
+        for row in table.to_pylist():
+            first |= dict.fromkeys((row["content"], masked(row["content"])), row["seed"].rpartition("/")[2])
+    return first
+
+
+def masked(content: str) -> str:
+    """A text without what does not make it another one: case, blanks and punctuation, and, where it is one function, its
+    name and those of its arguments and variables."""
+    try:
+        module = ast.parse(content)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return " ".join(words(content))
+    names: dict[str, str] = {}
+    for node in ast.walk(module):
+        bound = node.name if isinstance(node, ast.FunctionDef) else node.arg if isinstance(node, ast.arg) else None
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            bound = node.id
+        if bound is not None:
+            names.setdefault(bound, f"name{len(names)}")
+    return " ".join(words(re.sub(r"[^\W\d]\w*", lambda match: names.get(match[0], match[0]), content)))
+
+
+def _lost(seed: prompts.Seed, reason: str) -> Iterator[Produced]:
     yield Failure(f"request {seed.number}", reason)
     yield Counted({f"dropped: {reason.split(':')[0]}": 1})
 
 
-def _provenance(config: Config, seed: "Seed", answer: Answer) -> dict[str, Any]:
+def _provenance(config: Config, seed: prompts.Seed, answer: Answer) -> dict[str, Any]:
     return {"source": f"llm:{answer.model}", "model": answer.model, "prompt_hash": seed.request.prompt_hash,
             "sampling": seed.sampling, "topic": seed.topic, "audience": seed.audience,
             "seed": f"{config.seed}/{seed.number}"}  # fmt: skip
@@ -228,7 +275,7 @@ def read_exercise(text: str) -> dict[str, Any]:
         raise Unusable("no function")
     if len(functions) > 1:
         raise Unusable("more than one function")
-    function, lines = functions[0], code.splitlines(keepends=True)
+    function, lines = functions[0], list(io.StringIO(code, newline=""))  # lines as Python counts them
     for node in imports:
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
         for name in names:
@@ -276,8 +323,8 @@ def _test_of_examples(name: str, docstring: str) -> str:
 
 
 def run_exercises(
-    rows: Sequence[tuple["Seed", dict[str, Any]]], workers: int
-) -> tuple[list[tuple["Seed", dict[str, Any]]], list[tuple["Seed", str]]]:
+    rows: Sequence[tuple[prompts.Seed, dict[str, Any]]], workers: int
+) -> tuple[list[tuple[prompts.Seed, dict[str, Any]]], list[tuple[prompts.Seed, str]]]:
     """Runs each solution against its examples, twice; returns those that held both times, and the reasons of the rest.
 
     Twice, in two processes with different hash seeds: an exercise whose answer depends on chance is of no use.
@@ -291,7 +338,7 @@ def run_exercises(
     for again in (False, True):
         close_idle()  # the second time, new servers have new hash seeds
         results = run_many([run_of(row) for _, row in kept], workers=workers)
-        still: list[tuple[Seed, dict[str, Any]]] = []
+        still: list[tuple[prompts.Seed, dict[str, Any]]] = []
         for (seed, row), result in zip(kept, results, strict=True):
             if result.status == "passed":
                 still.append((seed, row))

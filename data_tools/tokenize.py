@@ -13,16 +13,18 @@ import itertools
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from data_tools.dataset import Dataset
+from data_tools.dataset import Dataset, sweep
 from data_tools.progress import Progress
 from phi1.errors import UserError
 from phi1.tokenizer import Tokenizer, codegen_tokenizer
 from phi1.tokens import TokenDataset, TokenWriter
 
-# Documents handed to the tokenizer at a time: enough to keep its threads busy.
+# Handed to the tokenizer at a time: enough to keep its threads busy, and no more characters than its encodings, which
+# take up to some hundred bytes a character, leave room for.
 _BATCH = 256
+_BATCH_CHARACTERS = 2 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +57,9 @@ def run(config: Config) -> TokenDataset:
     writers = {}
     for held_out, folder in ((False, config.output), (True, config.validation)):
         if folder is not None:
+            sweep(folder)
             identity = {
-                "inputs": [{"folder": dataset.folder.name, "hash": dataset.hash} for dataset in datasets],
+                "inputs": [{"hash": dataset.hash} for dataset in datasets],  # whatever their folders are called
                 "validation_fraction": fraction,
                 "held_out": held_out,
             }
@@ -70,9 +73,9 @@ def run(config: Config) -> TokenDataset:
     reader = _Reader(tokenizer, Progress("tokenize", rows, "documents"))
     for number in todo:
         dataset, shard = jobs[number]
-        texts = list(zip(*dataset.table(shard, columns[dataset.folder]).to_pydict().values(), strict=True))
         for held_out, writer in writers.items():
-            writer.write(number, reader.documents([text for text in texts if _held_out(text, fraction) == held_out]))
+            texts = _texts(dataset, shard, columns[dataset.folder])
+            writer.write(number, reader.documents(text for text in texts if _held_out(text, fraction) == held_out))
     reader.progress.close()
     results = {held_out: writer.finish(len(jobs)) for held_out, writer in writers.items()}
     if reader.empty:
@@ -98,10 +101,9 @@ class _Reader:
         self.tokens = self.empty = 0
         self._started = time.monotonic()
 
-    def documents(self, texts: Sequence[_Text]) -> Iterator[tuple[list[int], list[int] | None]]:
+    def documents(self, texts: Iterable[_Text]) -> Iterator[tuple[list[int], list[int] | None]]:
         """(ids, loss mask or None) of each text that is not empty."""
-        for start in range(0, len(texts), _BATCH):
-            batch = texts[start : start + _BATCH]
+        for batch in _batches(texts):
             # A prompt is encoded on its own, as it will be when the model is asked to complete it.
             parts = self.tokenizer.encode_batch([part or "" for text in batch for part in text])
             width = len(batch[0])
@@ -115,6 +117,25 @@ class _Reader:
                 yield ids, [0] * (len(ids) - len(body)) + [1] * len(body) if prompt else None
             rate = self.tokens / max(time.monotonic() - self._started, 1e-9)
             self.progress.advance(len(batch), f"{self.tokens:,} tokens, {rate:,.0f} tokens/s")
+
+
+def _texts(dataset: Dataset, shard: int, columns: Sequence[str]) -> Iterator[_Text]:
+    return (tuple(row[name] for name in columns) for row in dataset.read(columns, [shard]))
+
+
+def _batches(texts: Iterable[_Text]) -> Iterator[list[_Text]]:
+    """Bounded by the number of texts and by their characters (a longer text is alone)."""
+    batch: list[_Text] = []
+    characters = 0
+    for text in texts:
+        length = sum(len(part or "") for part in text)
+        if batch and (len(batch) == _BATCH or characters + length > _BATCH_CHARACTERS):
+            yield batch
+            batch, characters = [], 0
+        batch.append(text)
+        characters += length
+    if batch:
+        yield batch
 
 
 def _columns(dataset: Dataset) -> list[str]:

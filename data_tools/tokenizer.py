@@ -5,6 +5,7 @@ Newlines are tokens of their own, digits are single, runs of spaces and tabs are
 
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 
 from phi1.errors import UserError
 
@@ -30,12 +31,18 @@ def run(config: Config) -> None:
         raise UserError("--inputs: name at least one dataset folder")
     if config.output.is_dir():
         raise UserError(f"--output {config.output}: is a folder; name a file, e.g. {config.output / 'tokenizer.json'}")
-    texts = [text for folder in config.inputs for text in Dataset(folder).column("content")]
-    tokenizer = train_tokenizer(texts, config.vocab_size)
+    datasets = [Dataset(folder) for folder in config.inputs]
+
+    def texts() -> Iterator[str]:
+        return (row["content"] for dataset in datasets for row in dataset.read(["content"]))
+
+    tokenizer = train_tokenizer(texts(), config.vocab_size)
     tokenizer.save(config.output)
-    characters = sum(map(len, texts))
-    tokens = sum(map(len, tokenizer.encode_batch(texts)))
+    documents = characters = tokens = 0
+    for text in texts():
+        documents, characters = documents + 1, characters + len(text)
+        tokens += len(tokenizer.encode(text))
     print(
-        f"{config.output}: {tokenizer.vocab_size:,} entries from {len(texts):,} documents, {characters:,} characters; "
+        f"{config.output}: {tokenizer.vocab_size:,} entries from {documents:,} documents, {characters:,} characters; "
         f"{characters / tokens:.2f} characters a token on them"
     )

@@ -6,11 +6,13 @@
         model.safetensors       its parameters (in training: the float32 master parameters)
         tokenizer.json
         optimizer.safetensors   training only: the optimizer's state, `<parameter>/<key>`
-        checkpoint.json         facts (step, tokens seen, recipe, …) and each file's SHA-256; written last
+        checkpoint.json         facts (step, tokens seen, recipe, …), each file's SHA-256 and its own; written last
       last -> step-001000       the newest whole one
 
-A checkpoint is written to a temporary folder beside its place, synced, and renamed. There is no generator
-state to keep: weights, order and dropout are functions of (seed, step).
+A checkpoint is written to a temporary folder beside its place, synced, and renamed. Every byte of it is under a hash:
+checkpoint.json ends with the SHA-256 of what it says, and is read only if it is written exactly as `write_model` does.
+There is no generator state to keep: weights, order and dropout are functions of (seed, step). What a run does with its
+folder (`last`, which ones are kept) is in phi1/run.py.
 """
 
 import contextlib
@@ -31,7 +33,7 @@ import torch
 from phi1 import __version__
 from phi1.config import ModelConfig
 from phi1.errors import UserError
-from phi1.files import sha256_file, write_json
+from phi1.files import json_text, sha256_file, sha256_json, write_json
 from phi1.model import Phi1
 from phi1.tokenizer import Tokenizer
 
@@ -40,10 +42,17 @@ MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 TOKENIZER = "tokenizer.json"
 CHECKPOINT = "checkpoint.json"
-LAST = "last"
 
 # Fields of ModelConfig that may differ between a checkpoint and the recipe that starts from it.
 _FREE_FIELDS = {"attention_dropout", "residual_dropout", "initializer_range"}
+
+
+class Damaged(UserError):
+    """A checkpoint of which a file is missing, or is not what was written."""
+
+
+class Gone(UserError):
+    """A checkpoint that was deleted while it was read: a training keeps its newest ones only."""
 
 
 def write_model(
@@ -75,29 +84,40 @@ def write_model(
             }
             save_tensors(temporary / OPTIMIZER, state)
         files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
-        write_json(temporary / CHECKPOINT, {"facts": facts, "code_version": __version__, "files": files})
+        record = {"facts": facts, "code_version": __version__, "files": files}
+        write_json(temporary / CHECKPOINT, record | {"sha256": sha256_json(record)})
     return folder
 
 
 def load_model(
     folder: pathlib.Path | str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Phi1, Tokenizer]:
-    """The model, in evaluation mode, and the tokenizer of a checkpoint (or of a run folder's last one).
+    """The model, in evaluation mode, and the tokenizer of a checkpoint (or of a run folder's newest one).
 
-    dtype: type to hold the parameters in; None: as they were written. UserError if the checkpoint is corrupt.
+    dtype: type to hold the parameters in; None: as they were written. UserError if the checkpoint is damaged. Of a run
+    folder whose training deletes the checkpoint meanwhile, the then newest is read.
     """
-    folder = resolve(folder)
-    read_facts(folder)
-    with torch.device("meta"):
-        model = Phi1(read_config(folder))
-    model.load_state_dict(safetensors.torch.load_file(folder / MODEL, device=str(device)), assign=True)
-    return model.to(dtype=dtype).eval(), Tokenizer.load(folder / TOKENIZER)
+    while True:
+        found = resolve(folder)
+        try:
+            with _reading(found):
+                verify(found)
+                with torch.device("meta"):
+                    model = Phi1(read_config(found))
+                weights = safetensors.torch.load_file(found / MODEL, device=str(device))
+                tokenizer = Tokenizer.load(found / TOKENIZER)
+        except Gone:
+            if found == pathlib.Path(folder).resolve():
+                raise
+            continue
+        model.load_state_dict(weights, assign=True)
+        return model.to(dtype=dtype).eval(), tokenizer
 
 
 def load_parameters(folder: pathlib.Path, model: Phi1) -> None:
     """Copies a checkpoint's parameters into `model`, whatever type they were written in.
 
-    UserError if the checkpoint's model has another shape. The caller checks the hashes (`read_facts`).
+    UserError if the checkpoint's model has another shape. The caller checks the hashes (`verify`).
     """
     require_shape(folder, model.config)
     model.load_state_dict(safetensors.torch.load_file(folder / MODEL))
@@ -106,7 +126,7 @@ def load_parameters(folder: pathlib.Path, model: Phi1) -> None:
 def load_optimizer(folder: pathlib.Path, model: Phi1, optimizer: torch.optim.Optimizer) -> None:
     """Puts a training checkpoint's optimizer state into `optimizer`, which holds the parameters of `model`.
 
-    UserError if the checkpoint has none. The caller checks the hashes (`read_facts`).
+    UserError if the checkpoint has none. The caller checks the hashes (`verify`).
     """
     if not (folder / OPTIMIZER).exists():
         raise UserError(f"{folder}: has no optimizer state, so training cannot go on from it; use it as --init-from")
@@ -125,34 +145,77 @@ def resolve(folder: pathlib.Path | str) -> pathlib.Path:
     folder = pathlib.Path(folder)
     if (folder / CHECKPOINT).exists():
         return folder.resolve()
-    found = newest(folder)
-    if found is None:
+    found = in_run(folder)
+    if not found:
         reason = "no such folder" if not folder.is_dir() else f"no whole checkpoint there (no {CHECKPOINT})"
         raise UserError(f"{folder}: {reason}; name a folder that phi1 train or phi1 import wrote")
-    return found.resolve()
+    return found[-1].resolve()
+
+
+def in_run(run: pathlib.Path) -> list[pathlib.Path]:
+    """The folders in a run folder that have the name of a checkpoint, by step; they need not be whole."""
+    names = [path.name for path in run.iterdir()] if run.is_dir() else []
+    steps = {int(name[5:]): name for name in names if re.fullmatch(r"step-([0-9]{6}|[1-9][0-9]{6,})", name)}
+    return [run / steps[step] for step in sorted(steps) if (run / steps[step]).is_dir()]
+
+
+def step_of(folder: pathlib.Path) -> int:
+    """The step in the name of a run's checkpoint."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def read_facts(folder: pathlib.Path) -> dict[str, Any]:
-    """The facts of a checkpoint, all its files checked against their SHA-256. UserError names a corrupt file."""
+    """The facts of a checkpoint; its other files are not read. Damaged if they are not what was written."""
+    return _read_record(folder)["facts"]
+
+
+def verify(folder: pathlib.Path) -> dict[str, Any]:
+    """The facts of a checkpoint, all its files checked against their SHA-256. Damaged names the file that is not whole."""
+    with _reading(folder):
+        record = _read_record(folder)
+        for name, digest in record["files"].items():
+            if not (folder / name).exists():
+                raise Damaged(f"{folder / name}: missing{_way_out(folder)}")
+            if sha256_file(folder / name) != digest:
+                raise Damaged(f"{folder / name}: corrupt, its SHA-256 is not {CHECKPOINT}'s{_way_out(folder)}")
+        return record["facts"]
+
+
+def _read_record(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / CHECKPOINT
+    with _reading(folder):
+        try:
+            text = path.read_bytes().decode()
+            record = json.loads(text)
+            unsigned = {name: value for name, value in record.items() if name != "sha256"}
+            if text != json_text(record) or record["sha256"] != sha256_json(unsigned):
+                raise ValueError("its SHA-256 is not its own")
+        except FileNotFoundError:
+            raise Damaged(f"{folder}: unfinished, or not a checkpoint (no {CHECKPOINT}){_way_out(folder)}") from None
+        except (ValueError, KeyError, AttributeError, RecursionError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise Damaged(f"{path}: corrupt, or not of this version of phi1 ({why}){_way_out(folder)}") from error
+        return record
+
+
+@contextlib.contextmanager
+def _reading(folder: pathlib.Path) -> Iterator[None]:
+    """Turns what goes wrong in the block into Gone if it is that the checkpoint is not there any more."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        facts, files = record["facts"], record["files"]
-    except FileNotFoundError:
-        raise UserError(f"{folder}: unfinished, or not a checkpoint (no {CHECKPOINT}); use another one") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: corrupt ({type(error).__name__}: {error}); {_way_out(folder)}") from error
-    for name, digest in files.items():
-        if not (folder / name).exists():
-            raise UserError(f"{folder / name}: missing, so the checkpoint is corrupt; {_way_out(folder)}")
-        if sha256_file(folder / name) != digest:
-            raise UserError(f"{folder / name}: corrupt (its SHA-256 is not {CHECKPOINT}'s); {_way_out(folder)}")
-    return facts
+        yield
+    except (OSError, UserError, safetensors.SafetensorError) as error:
+        if folder.is_dir() or isinstance(error, Gone):
+            raise
+        raise Gone(
+            f"{folder}: deleted while it was read (its training keeps the newest only); name the run folder for its "
+            "newest, or raise --keep-last"
+        ) from error
 
 
 def digest(folder: pathlib.Path) -> str:
     """What identifies a checkpoint: the SHA-256 of its checkpoint.json, which holds those of its files."""
-    return sha256_file(folder / CHECKPOINT)
+    with _reading(folder):
+        return sha256_file(folder / CHECKPOINT)
 
 
 def read_config(folder: pathlib.Path) -> ModelConfig:
@@ -179,45 +242,10 @@ def require_shape(folder: pathlib.Path, config: ModelConfig) -> None:
         )
 
 
-def newest(run: pathlib.Path) -> pathlib.Path | None:
-    """The whole checkpoint with the highest step in a run folder."""
-    found = _checkpoints(run)
-    return found[max(found)] if found else None
-
-
-def publish(folder: pathlib.Path, *, keep_last: int, keep_every: int) -> None:
-    """Points the run's `last` at `folder`, then deletes older checkpoints.
-
-    Kept are the newest `keep_last` (at least one) and the multiples of `keep_every` (0: none).
-    """
-    run = folder.parent
-    link = run / f"{LAST}.tmp-{os.getpid()}"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
-    os.replace(link, run / LAST)
-    found = _checkpoints(run)
-    for step in sorted(found)[: -max(keep_last, 1)]:
-        if found[step] != folder and not (keep_every and step % keep_every == 0):
-            # Renamed first, so that a half-deleted checkpoint is never taken for one.
-            doomed = found[step].rename(run / f"{found[step].name}.tmp-delete")
-            shutil.rmtree(doomed)
-
-
-def remove_leftovers(run: pathlib.Path) -> None:
-    """Deletes what an interrupted write or deletion left in a run folder (no other training may run there)."""
-    for path in run.glob("step-*.tmp-*"):
-        shutil.rmtree(path)
-
-
-def _checkpoints(run: pathlib.Path) -> dict[int, pathlib.Path]:
-    names = [path.name for path in run.iterdir()] if run.is_dir() else []
-    matches = [match for match in map(re.compile(r"step-(\d+)").fullmatch, names) if match]
-    return {int(m[1]): run / m[0] for m in matches if (run / m[0] / CHECKPOINT).exists()}
-
-
 def _way_out(folder: pathlib.Path) -> str:
-    older = [path.name for path in _checkpoints(folder.parent).values() if path.name < folder.name]
-    return f"delete {folder} to go on from {max(older)}" if older else f"delete {folder} and make it again"
+    siblings = in_run(folder.parent)
+    older = siblings[: siblings.index(folder)] if folder in siblings else []
+    return f"; the one before it is {older[-1]}" if older else "; restore it from a copy, or make it again"
 
 
 def save_tensors(path: pathlib.Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -237,6 +265,7 @@ def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary folder that is synced and takes the name `folder` when the block ends well."""
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that had the same number and was killed
         temporary.mkdir(parents=True)
         yield temporary
         for path in [*temporary.iterdir(), temporary]:

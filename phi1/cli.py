@@ -6,10 +6,11 @@ the roof of the house: it may name any room, and no room imports it.
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
-from phi1.errors import UserError
+from phi1.errors import Interrupted, UserError
 
 # sub-command -> (module, one line for --help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -22,9 +23,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data decontaminate": ("data_tools.decontaminate", "drop what is too close to HumanEval"),
     "data tokenizer": ("data_tools.tokenizer", "train a small tokenizer for a small model"),
     "data tokenize": ("data_tools.tokenize", "turn documents into token shards"),
-    "train": ("phi1.recipe", "pretrain or finetune from a recipe (or: torchrun phi1/train.py)"),
+    "train": ("phi1.recipe", "pretrain or finetune from a recipe (or: torchrun -m phi1 train)"),
+    "plan": ("phi1.plan", "what a recipe will take: memory, work and days on given GPUs"),
     "generate": ("phi1.generate", "complete a prompt"),
     "evaluate": ("phi1.evaluate.run", "HumanEval, held-out exercises, an LLM's grade"),
+    "study": ("data_tools.study", "prune what is near the benchmark, retrain, compare: the paper's table 3"),
     "export": ("phi1.export", "write a checkpoint as a Hugging Face PhiForCausalLM folder"),
     "import": ("phi1.import_", "read a Hugging Face Phi or CodeGen folder into a checkpoint"),
     "report": ("data_tools.report", "one HTML page of what a run did"),
@@ -48,7 +51,22 @@ def _kernels_error() -> tuple[type[Exception], ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one sub-command; returns the exit status (0, 2 for a UserError, 130 for Ctrl-C)."""
+    """Runs one sub-command; returns the exit status.
+
+    0; 2 for a UserError; 130 for Ctrl-C; 75 for another signal that a training stopped for, to be run again; 141, as of a
+    command that SIGPIPE ended, if whoever read the output (`| head`) has gone.
+    """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is understood, and not at the interpreter's exit
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     depth = 2 if words[:1] == ["data"] else 1
     name = " ".join(words[:depth])
@@ -78,9 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"phi1: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("\nphi1: interrupted; what was finished is kept, run the same command again to go on", file=sys.stderr)
-        return 130
+        return error.status if isinstance(error, Interrupted) else 130
     return 0
 
 

@@ -124,7 +124,8 @@ class LoopConfig:
     sequences_per_step: int = 1024
     """Sequences in a step over all devices; does not change with their number."""
     micro_batch: int = 8
-    """Sequences on a device at a time; the rest of a step is accumulated. Lower it if memory runs out."""
+    """Sequences on a device at a time; the rest of a step is accumulated. Lower it if memory runs out.
+    Any number of devices shares the micro-batches of a step, the last of which may be smaller."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "bf16"
     """Of the computation. Parameters and optimizer state are fp32; fp16 has a loss scaler.
     auto: bf16 where the device has instructions for it; without them fp16 on a GPU, fp32 on a CPU."""
@@ -142,10 +143,14 @@ class LoopConfig:
     """Sequences in an evaluation loss, at most."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
+    checkpoint_minutes: float = 0.0
+    """Also write a checkpoint when the last is so many minutes old (0: by steps only, as the paper)."""
     keep_last: int = 2
-    """Newest checkpoints to keep."""
+    """Newest checkpoints to keep. The disk needs room for one more, while that is written."""
     keep_every: int = 0
     """Also keep the checkpoints whose step is a multiple of this (0: none)."""
+    spikes: Literal["log", "skip"] = "log"
+    """What to do with a step whose loss or gradient is far above the last ones' (phi1/trouble.py): note it, or skip it."""
     tune: bool = True
     """Measure first which kernels are fastest (phi1 tune), on a machine of whose kind there is no measurement."""
     tensorboard: bool = False
@@ -154,12 +159,12 @@ class LoopConfig:
     def __post_init__(self) -> None:
         _require("train", self, 1, "steps", "sequences_per_step", "micro_batch", "log_every", "evaluate_every",
                  "evaluation_sequences", "checkpoint_every", "keep_last")  # fmt: skip
-        _require("train", self, 0, "seed", "keep_every")
+        _require("train", self, 0, "seed", "keep_every", "checkpoint_minutes")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, and the learning rate's course: linear warmup, then linear decay."""
+    """AdamW, and the learning rate's course: linear warmup, then linear decay, at once or at the end."""
 
     lr: float = 1e-3
     """Largest learning rate."""
@@ -167,6 +172,9 @@ class OptimizerConfig:
     """Learning rate that the decay ends at."""
     warmup_steps: int = 750
     """Steps of linear warmup."""
+    decay_steps: int = 0
+    """Steps of linear decay at the end (0: all after warmup, as the paper). With fewer the rate stays at lr in between:
+    warmup-stable-decay (MiniCPM, arXiv 2404.06395), where a run that has not begun to decay may be given more steps."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only (embeddings among them; not on biases and LayerNorms)."""
     beta1: float = 0.9
@@ -181,7 +189,7 @@ class OptimizerConfig:
     """Initial loss scale, in fp16."""
 
     def __post_init__(self) -> None:
-        _require("optimizer", self, 0, "lr_floor", "warmup_steps", "weight_decay", "beta1", "beta2")
+        _require("optimizer", self, 0, "lr_floor", "warmup_steps", "decay_steps", "weight_decay", "beta1", "beta2")
         for name in ("lr", "eps", "clip_norm", "loss_scale"):
             if not getattr(self, name) > 0:
                 raise UserError(f"optimizer.{name} = {getattr(self, name)}: must be above 0")
@@ -210,4 +218,9 @@ class TrainConfig:
             raise UserError(
                 f"data.sequence_length = {self.data.sequence_length}: must be at most "
                 f"model.max_positions = {self.model.max_positions}"
+            )
+        if self.optimizer.decay_steps and self.optimizer.warmup_steps + self.optimizer.decay_steps > self.train.steps:
+            raise UserError(
+                f"optimizer.decay_steps = {self.optimizer.decay_steps}: with {self.optimizer.warmup_steps} of warmup more "
+                f"than train.steps = {self.train.steps}"
             )

@@ -1,17 +1,22 @@
-"""The processes that train together, their devices, and the signals that tell them to stop."""
+"""The processes that train together, what they agree on, their devices, and the signals that tell them to stop."""
 
+import contextlib
 import importlib
 import os
 import pathlib
 import signal
+import socket
+import sys
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from phi1.errors import UserError
+from phi1.errors import Interrupted, UserError
+
+T = TypeVar("T")
 
 
 class World:
@@ -21,6 +26,7 @@ class World:
         self.distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
         self.rank = int(os.environ["RANK"]) if self.distributed else 0
         self.size = int(os.environ["WORLD_SIZE"]) if self.distributed else 1
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0)) if self.distributed else 0
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -32,7 +38,7 @@ class World:
         if self.device.type == "cuda":
             if not torch.cuda.is_available():
                 raise UserError(f"train.device = {device!r}: no GPU that torch can use here; choose auto or cpu")
-            index = self.device.index if self.device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+            index = self.device.index if self.device.index is not None else self.local_rank
             if index >= torch.cuda.device_count():
                 raise UserError(
                     f"cuda:{index}: this machine has {torch.cuda.device_count()} GPUs; start fewer processes"
@@ -54,34 +60,94 @@ class World:
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the processes, in float64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, *values: float) -> list[float]:
+        """The largest of each value over the processes."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: tuple[float, ...], operation: Any) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.distributed:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, op=operation)
         return tensor.tolist()
 
-    def on_first(self, action: Callable[[], Any]) -> None:
-        """Runs `action` on rank 0 while the others wait. Its UserError ends every process, and is said once."""
-        failure: list[UserError | None] = [None]
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank."""
+        if not self.distributed:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def first(self, action: Callable[[], T]) -> T:
+        """What `action` returns on rank 0, which runs it while the others wait.
+
+        Its UserError ends every process, and is said once.
+        """
+        outcome: list[Any] = [None, None]
         if self.rank == 0:
             try:
-                action()
+                outcome[0] = action()
             except UserError as error:
-                failure = [error]
+                outcome[1] = str(error)
         if self.distributed:
-            dist.broadcast_object_list(failure, src=0, device=self.device)
-        if failure[0] is not None:
-            self.fail(str(failure[0]))
+            dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if outcome[1] is not None:
+            self.fail(outcome[1])
+        return outcome[0]
 
-    def fail(self, message: str) -> None:
+    def each(self, action: Callable[[], T]) -> T:
+        """What `action` returns, run by every process.
+
+        A UserError of any ends every process, and is said once, with the rank whose it is unless all have the same.
+        """
+        try:
+            result, failure = action(), None
+        except UserError as error:
+            failure = str(error)
+        self.fail_any(failure)
+        return result
+
+    def fail_any(self, failure: str | None) -> None:
+        """Ends every process if any of them has a `failure`; all of them must call this."""
+        everywhere = self.gather((socket.gethostname(), failure))
+        if failure is not None and {message for _, message in everywhere} == {failure}:
+            self.fail(failure)
+        for rank, (host, message) in enumerate(everywhere):
+            if message is not None:
+                self.fail(f"rank {rank} on {host}: {message}")
+
+    def agree(self, facts: Mapping[str, object]) -> None:
+        """Ends every process, with one line that says which differs and in what, unless all have the same `facts`."""
+        everywhere = self.gather((socket.gethostname(), dict(facts)))
+        (first_host, expected), differing = everywhere[0], []
+        for rank, (host, theirs) in enumerate(everywhere):
+            names = [name for name in {**expected, **theirs} if theirs.get(name) != expected.get(name)]
+            if names:
+                how = "; ".join(f"{name} = {theirs.get(name)} there, {expected.get(name)} here" for name in names)
+                differing.append(f"rank {rank} on {host} is not as rank 0 on {first_host}: {how}")
+        if differing:
+            others = f" (and {len(differing) - 1} other ranks differ)" if len(differing) > 1 else ""
+            self.fail(f"{differing[0]}{others}; start every process with the same recipe, data and run folder")
+
+    def fail(self, message: str) -> NoReturn:
         """Ends every process with one message; all of them must call this."""
         if self.rank == 0:
             raise UserError(message)
         raise SystemExit(2)
 
     def say(self, line: str) -> None:
-        """Prints a line, once."""
-        if self.rank == 0:
+        """Prints a line, once. Training outlives whoever read it: a closed pipe is said on stderr, and nothing more."""
+        if self.rank != 0:
+            return
+        try:
             print(line, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(
+                "nobody reads the progress lines any more; the run goes on, and metrics.jsonl has them", file=sys.stderr
+            )
 
 
 def native_precision(device: torch.device) -> str:
@@ -94,24 +160,44 @@ def native_precision(device: torch.device) -> str:
 
 
 class StopSignals:
-    """Within the block, Ctrl-C and SIGTERM are noted in `received`; a second Ctrl-C stops at once."""
+    """Within the block SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 (Slurm's warning) raise Interrupted.
 
-    def __init__(self) -> None:
-        self.received = False
+    While they are `held`, the last one is only noted in `received` (0: none), for the loop to act on; a second Ctrl-C
+    still stops at once. One that the process was started to ignore (nohup) stays ignored.
+
+    loud: say that one was received.
+    """
+
+    def __init__(self, *, loud: bool = True) -> None:
+        self.received = 0
+        self._loud, self._held = loud, False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the block a signal is only noted."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
     def _handle(self, number: int, frame: object) -> None:
+        if not self._held:
+            raise Interrupted(number)
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = True
-        os.write(2, b"\nstopping after this step and its checkpoint (Ctrl-C again: at once)\n")
+        if self._loud and not self.received:
+            os.write(2, b"\nstopping after this micro-batch, with a checkpoint (Ctrl-C again: at once)\n")
+        self.received = number

@@ -40,11 +40,15 @@ def atomic_write(path: pathlib.Path, mode: str = "wb") -> Iterator[IO[Any]]:
         temporary.unlink(missing_ok=True)
 
 
+def json_text(value: Any) -> str:
+    """`value` as the indented JSON that `write_json` writes."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
-    with atomic_write(path, "w") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+    """Writes `value` as indented JSON, atomically. Half a character (a lone surrogate) is written as JSON's \\u escape."""
+    with atomic_write(path) as file:
+        file.write(json_text(value).encode("utf-8", "backslashreplace"))
 
 
 def sha256_file(path: pathlib.Path) -> str:
@@ -59,4 +63,12 @@ def sha256_file(path: pathlib.Path) -> str:
 def sha256_json(value: Any) -> str:
     """The SHA-256 of a JSON-able value in canonical form (sorted keys, no blanks)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def set_aside(path: pathlib.Path) -> pathlib.Path:
+    """Renames a damaged file or folder to a free name that says so (`<name>.damaged`), and returns that."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.damaged{f'-{number}' if number > 1 else ''}")):
+        number += 1
+    return path.rename(aside)

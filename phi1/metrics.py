@@ -1,17 +1,19 @@
 """What a training run says while it runs: metrics.jsonl, TensorBoard, the progress line, and MFU."""
 
 import json
+import math
 import os
 import pathlib
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from phi1.config import ModelConfig
+from phi1.config import ModelConfig, TrainConfig
 from phi1.errors import UserError
-from phi1.files import atomic_write
+from phi1.files import atomic_write, set_aside
 from phi1.model import Phi1
 
 METRICS = "metrics.jsonl"
@@ -32,14 +34,39 @@ _PEAKS = {
 class Metrics:
     """One JSON object a line in <run>/metrics.jsonl and, if asked for, the same numbers in TensorBoard.
 
-    step: the step that training goes on from. Later lines, of steps that will be done again, are dropped.
+    step: the step that training goes on from. Later lines, of steps that will be done again, are dropped, and so is a
+    last one that was cut off. Other lines that are no record are left out too, and said; the file that had them is kept.
+
+    A step's line has its loss (left out if it is not finite), lr, grad_norm, counted_tokens, tokens and seconds; after
+    trouble (phi1/trouble.py) also "trouble", in words, "sequences", the indices that `TokenDataset.batch` takes, and
+    "skipped" if the step changed nothing.
     """
 
     def __init__(self, run: pathlib.Path, step: int, tensorboard: bool) -> None:
         path = run / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with atomic_write(path, "w") as file:
+        kept, damaged = [], []
+        self.validated = 0
+        """The last step that has a validation loss."""
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                its_step = int(record["step"])
+            except (ValueError, KeyError, TypeError):
+                damaged.append(number)
+                continue
+            if its_step <= step:
+                kept.append(line + b"\n")
+                if "validation_loss" in record:
+                    self.validated = its_step
+        if damaged:
+            which = (
+                f"lines {', '.join(map(str, damaged))} are no records"
+                if damaged[1:]
+                else f"line {damaged[0]} is no record"
+            )
+            print(f"{path}: {which} and left out; the file as it was is {set_aside(path)}", flush=True)
+        with atomic_write(path) as file:
             file.writelines(kept)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
         self._board: Any = None
@@ -51,12 +78,12 @@ class Metrics:
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def record(self, step: int, **values: Any) -> None:
-        """Appends {"step": step, **values}; numbers go to TensorBoard too (None, a number that is not finite, does not)."""
+        """Appends {"step": step, **values}; numbers go to TensorBoard too."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
-                if value is not None:
+                if isinstance(value, (int, float)):
                     self._board.add_scalar(name, value, step)
 
     def sync(self) -> None:
@@ -68,6 +95,39 @@ class Metrics:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+class Progress:
+    """The line every `log_every` steps: means since the one before, in steps alone (no evaluation or checkpoint).
+
+    first: the step that training goes on from. load: FLOPs of a token / FLOP/s of all devices, so that MFU is load * rate.
+    """
+
+    def __init__(self, config: TrainConfig, first: int, load: float, say: Callable[[str], None]) -> None:
+        self._config, self._first, self._load, self._say = config.train, first, load, say
+        self._tokens = config.train.sequences_per_step * config.data.sequence_length
+        self._started = time.monotonic()
+        self._losses: list[float] = []
+        self._steps, self._seconds = 0, 0.0
+
+    def add(self, step: int, facts: dict[str, Any]) -> None:
+        """Takes what metrics.jsonl says of a step, and says a line if it is time; trouble is said at once."""
+        self._steps, self._seconds = self._steps + 1, self._seconds + facts["seconds"]
+        self._losses += [facts["loss"]] if "loss" in facts else []
+        if "trouble" in facts:
+            self._say(f"step {step:,}  {facts['trouble']}{'; the step is skipped' if facts.get('skipped') else ''}")
+        steps = self._config.steps
+        if step != steps and step % self._config.log_every:
+            return
+        loss = sum(self._losses) / len(self._losses) if self._losses else math.nan
+        rate = self._steps * self._tokens / self._seconds
+        eta = (time.monotonic() - self._started) / (step - self._first) * (steps - step)
+        self._say(
+            f"step {step:,}/{steps:,}  loss {loss:.4f}  lr {facts['lr']:.2e}  "
+            f"grad {facts.get('grad_norm', math.inf):.3f}  {rate:,.0f} tokens/s  "
+            f"MFU {100 * rate * self._load:.1f}%  ETA {duration(eta)}"
+        )
+        self._losses, self._steps, self._seconds = [], 0, 0.0
 
 
 def parameter_count(model: Phi1) -> int:

@@ -23,10 +23,10 @@ def make_optimizer(model: Phi1, config: OptimizerConfig) -> torch.optim.AdamW:
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The learning rate of step 0 … steps - 1.
 
-    It rises linearly, reaching `lr` in the last of the warmup steps, and falls linearly towards `lr_floor`,
-    which it would reach at step `steps`.
+    It rises linearly, reaching `lr` in the last of the warmup steps, stays there until `decay_steps` are left (0: not at
+    all), and falls linearly towards `lr_floor`, which it would reach at step `steps`.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    remaining = (steps - step) / (steps - config.warmup_steps)
+    remaining = min(1.0, (steps - step) / (config.decay_steps or steps - config.warmup_steps))
     return config.lr_floor + (config.lr - config.lr_floor) * remaining

@@ -1,6 +1,7 @@
 """Recipes: TOML files that map onto `TrainConfig`, and the command line's changes to them.
 
     phi1 train RECIPE [--option value]        RECIPE comes first; --steps 100 overrides [train] steps
+    torchrun --nproc-per-node 8 --shutdown-timeout 300 -m phi1 train RECIPE [--option value]
 
 A recipe has the tables [model], [data], [train] and [optimizer]; keys are the dataclasses' field names
 (`phi1 train --help` lists them), and [model] may start from a `preset`. Relative paths are relative to
@@ -28,7 +29,7 @@ def load_recipe(path: pathlib.Path) -> TrainConfig:
         import tomli as tomllib
 
     if not path.is_file():
-        raise UserError(f"{path}: no such recipe; the recipes that come with phi1 are in recipes/")
+        raise UserError(f"{path}: no such recipe; {_recipes()}")
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -62,15 +63,14 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     import tyro
 
     recipe = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    default: dict[str, Any] = {}  # without one, --help shows the dataclasses' own
     if recipe is not None:
-        default = load_recipe(pathlib.Path(recipe))
-    elif {"-h", "--help"} & set(arguments):
-        default = tyro.MISSING
-    else:
-        raise UserError("RECIPE is missing: phi1 train RECIPE [--option value], for example recipes/pretrain-phi1.toml")
+        default["default"] = load_recipe(pathlib.Path(recipe))
+    elif not {"-h", "--help"} & set(arguments):
+        raise UserError(f"RECIPE is missing: phi1 train RECIPE [--option value]; {_recipes()}")
     return tyro.cli(
         TrainConfig,
-        default=default,
+        **default,
         args=arguments[recipe is not None :],
         prog="phi1 train RECIPE",
         description=__doc__,
@@ -83,6 +83,14 @@ def run(config: TrainConfig) -> None:
     from phi1.train import train
 
     train(config)
+
+
+def _recipes() -> str:
+    """Says which recipes there are."""
+    for folder in (pathlib.Path("recipes"), pathlib.Path(__file__).parents[1] / "recipes"):
+        if found := sorted(folder.glob("*.toml")):
+            return f"there are {', '.join(map(str, found))}"
+    return "the recipes that come with phi1 are in recipes/ of its repository"
 
 
 def _build(path: pathlib.Path, table: str, kind: Any, values: dict[str, Any], extra: Sequence[str] = ()) -> Any:

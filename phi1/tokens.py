@@ -8,14 +8,16 @@
       stage.json       what is being made (written first)
       manifest.json    the same plus all receipts (written last: its presence means "whole")
 
-The shards, one after the other, are one long array. Window w of length T is its tokens [wT, wT + T]: T
-inputs and, shifted by one, T targets. Epoch e reads all windows in a pseudo-random order that is computed
-for each index alone, so sample i is a pure function of (seed, i): neither a resume nor the number of
-devices nor the batch size changes it.
+The shards, one after the other, are one long array, whose end the beginning follows. Window w of length T is T inputs
+from token o + wT on and, shifted by one, T targets. The first epoch has o = 0; each later one another o, so that a
+token's context is not always the same and the few tokens that no window of an epoch holds are others each time. An
+epoch reads all its windows in a pseudo-random order. Offset and order are computed for each index alone, so sample i is a
+pure function of (seed, i): neither a resume nor the number of devices nor the batch size changes it.
 """
 
 import bisect
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +37,7 @@ STAGE = "stage.json"
 VERIFIED = "verified.json"
 IGNORE = -100
 """Target of a token that does not count in the loss."""
+_TYPES: dict[str, np.dtype[Any]] = {".bin": np.dtype("<u2"), ".mask": np.dtype("u1")}
 
 
 def mix(*values: int) -> int:
@@ -148,9 +151,10 @@ class TokenWriter:
 
 
 class TokenDataset:
-    """A whole folder of token shards, memory-mapped.
+    """A whole folder of token shards.
 
-    Opening checks every shard's size. `verify` checks the hashes; the trainer calls it.
+    Opening checks every shard's size. `verify` checks the hashes; the trainer calls it. A read finds out if a shard was
+    cut or written anew since. (Read, not mapped: a file that shrinks under a map ends the process without a word.)
     """
 
     def __init__(self, folder: pathlib.Path | str) -> None:
@@ -176,8 +180,8 @@ class TokenDataset:
                 f"{path}: not a manifest of token shards ({type(error).__name__}: {error}); "
                 "delete the folder and run `phi1 data tokenize` again"
             ) from error
-        self._tokens = [self._map(shard, ".bin", "<u2") for shard in range(len(shards))]
-        self._masks = [self._map(shard, ".mask", "u1") for shard in range(len(shards))] if self.masked else []
+        suffixes = (".bin", ".mask") if self.masked else (".bin",)
+        self._opened = {(n, suffix): self._check_size(n, suffix) for n in range(len(shards)) for suffix in suffixes}
 
     @property
     def hash(self) -> str:
@@ -197,7 +201,10 @@ class TokenDataset:
         UserError names the shard that is corrupt.
         """
         path = self.folder / VERIFIED
-        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            known = json.loads(path.read_bytes())
+        except (FileNotFoundError, ValueError):  # a note that cannot be read is made again
+            known = {}
         seen = {}
         for shard, receipt in enumerate(self.manifest["shards"]):
             for suffix, digest in ((".bin", receipt["sha256"]), (".mask", receipt.get("mask_sha256"))):
@@ -225,10 +232,12 @@ class TokenDataset:
             )
         return count
 
-    def window(self, index: int, length: int, seed: int) -> int:
-        """The window that sample `index` reads."""
+    def start(self, index: int, length: int, seed: int) -> int:
+        """The token that sample `index` begins at."""
         epoch, place = divmod(index, self.windows(length))
-        return permute(place, self.windows(length), mix(seed, epoch))
+        key = mix(seed, epoch)
+        offset = mix(key) % self.tokens if epoch else 0
+        return (offset + permute(place, self.windows(length), key) * length) % self.tokens
 
     def batch(
         self, indices: Iterable[int], length: int, *, seed: int, loss_mask: bool = True
@@ -237,40 +246,68 @@ class TokenDataset:
 
         A target is IGNORE where the set has a loss mask that is 0 there (unless loss_mask is False), and then also
         in what remains of a document that began before the window: its prompt is out of sight.
+
+        UserError if a token is not in the vocabulary, or a shard is not the file that was opened.
         """
-        rows = [self.window(index, length, seed) * length for index in indices]
-        tokens = np.stack([self._read(self._tokens, row, length + 1) for row in rows]).astype(np.int64)
+        rows = [self.start(index, length, seed) for index in indices]
+        tokens = np.stack([self._read(".bin", row, length + 1) for row in rows]).astype(np.int64)
+        if tokens.max() >= self.vocab_size:
+            row, column = np.argwhere(tokens >= self.vocab_size)[0]
+            shard, offset = self._place((rows[row] + column) % self.tokens)
+            raise self._corrupt(
+                shard, ".bin", f"token {offset:,} is {tokens[row, column]}, of a vocabulary of {self.vocab_size:,}"
+            )
         inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
         if self.masked and loss_mask:
-            targets[np.stack([self._read(self._masks, row + 1, length) for row in rows]) == 0] = IGNORE
-            cut = [row > 0 and self._read(self._tokens, row - 1, 1)[0] != self.eot_id for row in rows]
+            targets[np.stack([self._read(".mask", row + 1, length) for row in rows]) == 0] = IGNORE
+            cut = [self._read(".bin", row - 1, 1)[0] != self.eot_id for row in rows]
             before_first_end = np.cumsum(inputs == self.eot_id, axis=1) == 0
             targets[before_first_end & np.array(cut)[:, None]] = IGNORE
         return inputs, targets
 
-    def _read(self, arrays: Sequence[np.ndarray], start: int, count: int) -> np.ndarray:
-        parts = []
+    def _place(self, index: int) -> tuple[int, int]:
+        """The shard that token `index` of the whole array is in, and where in it."""
+        shard = bisect.bisect_right(self._starts, index) - 1
+        return shard, index - self._starts[shard]
+
+    def _read(self, suffix: str, start: int, count: int) -> np.ndarray:
+        """Elements [start, start + count) of the array that the shards' files with `suffix` are together, modulo its size."""
+        kind, parts = _TYPES[suffix], []
         while count > 0:
-            shard = bisect.bisect_right(self._starts, start) - 1
-            offset = start - self._starts[shard]
-            parts.append(arrays[shard][offset : offset + count])
-            start, count = start + len(parts[-1]), count - len(parts[-1])
+            start %= self.tokens
+            shard, offset = self._place(start)
+            here = min(count, self._starts[shard + 1] - start)
+            try:
+                with open(self.folder / f"{shard:05d}{suffix}", "rb", buffering=0) as file:
+                    stamp = _stamp(os.fstat(file.fileno()))
+                    data = os.pread(file.fileno(), here * kind.itemsize, offset * kind.itemsize)
+            except FileNotFoundError:
+                raise self._corrupt(shard, suffix, "it was deleted since it was opened") from None
+            if stamp != self._opened[shard, suffix] or len(data) != here * kind.itemsize:
+                raise self._corrupt(shard, suffix, "it was changed since it was opened")
+            parts.append(np.frombuffer(data, kind))
+            start, count = start + here, count - here
         return np.concatenate(parts)
 
-    def _map(self, shard: int, suffix: str, dtype: str) -> np.ndarray:
+    def _check_size(self, shard: int, suffix: str) -> tuple[int, int]:
         path = self.folder / f"{shard:05d}{suffix}"
         count = self._starts[shard + 1] - self._starts[shard]
         if not path.exists():
             raise self._corrupt(shard, suffix, "it is missing")
-        if path.stat().st_size != count * np.dtype(dtype).itemsize:
-            raise self._corrupt(shard, suffix, f"{path.stat().st_size:,} bytes for {count:,} tokens")
-        return np.memmap(path, dtype=dtype, mode="r") if count else np.empty(0, dtype)  # an empty file maps to nothing
+        stat = path.stat()
+        if stat.st_size != count * _TYPES[suffix].itemsize:
+            raise self._corrupt(shard, suffix, f"{stat.st_size:,} bytes for {count:,} tokens")
+        return _stamp(stat)
 
     def _corrupt(self, shard: int, suffix: str, reason: str) -> UserError:
         return UserError(
             f"{self.folder / f'{shard:05d}{suffix}'}: corrupt shard ({reason}); delete "
             f"{self.folder / f'{shard:05d}.json'} and {self.folder / MANIFEST}, and run `phi1 data tokenize` again"
         )
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
 
 
 def document_bounds(inputs: np.ndarray, eot_id: int) -> np.ndarray:

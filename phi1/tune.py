@@ -80,16 +80,18 @@ def tune_first(config: TrainConfig, world: "World", dtype: "torch.dtype") -> Non
     from kernels import registry
 
     machine = registry.machine_of(world.device)
-    if not config.train.tune or registry.measured_here(machine):
+    if not config.train.tune:
         return
-    world.say(f"nothing was measured on {machine.kind}: phi1 tune runs first (--no-tune leaves it out)")
 
-    def tune() -> None:
+    def tune() -> None:  # rank 0 decides: what others have measured may differ
+        if registry.measured_here(machine):
+            return
+        world.say(f"nothing was measured on {machine.kind}: phi1 tune runs first (--no-tune leaves it out)")
         shape = shape_of(config.model, config.train.micro_batch, config.data.sequence_length)
         try:
             kernels.tune.tune(shape, world.device, (dtype,), say=world.say)
         except kernels.tune.TuneError as error:
             world.say(str(error))
 
-    world.on_first(tune)
+    world.first(tune)
     registry.read_tables()

@@ -37,9 +37,10 @@ def load(folder: pathlib.Path) -> list[Problem]:
         for row in pyarrow.parquet.read_table(path, columns=list(COLUMNS)).to_pylist():
             group = "two steps" if "+" in (row["composition"] or "") else "one step"
             task_id = f"exercise/{len(problems)}"
-            problems.append(
-                Problem(task_id, row["prompt"], row["entry_point"], row["test"], row["solution"] or "", group)
+            prompt, entry_point, test, solution = (
+                row[name] or "" for name in ("prompt", "entry_point", "test", "solution")
             )
+            problems.append(Problem(task_id, prompt, entry_point, test, solution, group))
     if not problems:
         raise UserError(f"{folder}: holds no exercise")
     return problems

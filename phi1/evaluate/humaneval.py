@@ -1,4 +1,4 @@
-"""HumanEval: 164 functions to complete from their docstrings (Chen et al. 2021).
+"""Problems: functions to complete from their docstrings, as HumanEval's 164 are (Chen et al. 2021).
 
 The program is prompt + completion, never stripped; the test runs apart from it (`sandbox.py`).
 """
@@ -7,16 +7,17 @@ import ast
 import dataclasses
 import gzip
 import importlib.util
-import json
+import io
 import pathlib
 import sys
-from collections.abc import Iterable
+import zlib
 
 from phi1.errors import UserError
+from phi1.evaluate import formats
 from phi1.evaluate.sandbox import Job
 
-STOP = ("\nclass ", "\ndef ", "\n#", "\n@", "\nprint", "\nif ", "\n```")
-"""A completion ends before the first of these: what follows the function."""
+UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
+"""What ast.parse raises: ValueError for NUL and lone surrogates, the others for deep nesting."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Problem:
     def job(self, completion: str, timeout: float) -> Job:
         """The sandbox's job. The test's process gets what the prompt defines before the function to complete, and
         program and test the installed packages that the prompt or the test import."""
-        lines = self.prompt.splitlines(keepends=True)
+        lines = list(io.StringIO(self.prompt, newline=""))  # lines as Python counts them
         try:
             body = "" if _parses(self.prompt) else "    pass\n"  # a docstring is body enough; without one it has none
             tree = ast.parse(self.prompt + body)
@@ -45,7 +46,7 @@ class Problem:
             decorators = getattr(last, "decorator_list", [])
             first = min((node.lineno for node in [last, *decorators] if node is not None), default=1)
             imports = _imports(tree) | _imports(ast.parse(self.test))
-        except SyntaxError:  # the sandbox says which of the two it is
+        except UNPARSABLE:  # the sandbox says which of the two it is
             return Job(self.prompt + completion, self.test, self.entry_point, "", timeout)
         preamble = "".join(lines[: first - 1])
         return Job(
@@ -61,7 +62,7 @@ class Problem:
 def _parses(text: str) -> bool:
     try:
         ast.parse(text)
-    except SyntaxError:
+    except UNPARSABLE:
         return False
     return True
 
@@ -86,27 +87,22 @@ def packaged() -> pathlib.Path:
 
 
 def load(path: pathlib.Path | None = None) -> list[Problem]:
-    """HumanEval's problems, from a .jsonl or .jsonl.gz in its columns (None: the installed package's)."""
+    """A benchmark's problems, from a .jsonl, .jsonl.gz or .json in one of `formats`' (None: the installed HumanEval).
+
+    A problem without a test is read: it can be graded, not run.
+    """
     path = path or packaged()
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        problems = [
-            Problem(row["task_id"], row["prompt"], row["entry_point"], row["test"], row.get("canonical_solution", ""))
-            for row in rows
-        ]
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(
-            f"{path}: not a file of HumanEval problems ({type(error).__name__}: {error}); expected JSON lines with "
-            "task_id, prompt, entry_point, test"
+            f"{path}: cannot be read ({type(error).__name__}: {error}); name a .jsonl, .jsonl.gz or .json"
         ) from error
+    problems: list[Problem] = formats.read(text, Problem, str(path))
     if not problems:
         raise UserError(f"{path}: holds no problem")
+    names = [problem.task_id for problem in problems]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{path}: task_id {twice} occurs twice; give each problem its own")
     return problems
-
-
-def cut(completion: str, stop: Iterable[str] = STOP) -> str:
-    """The completion up to the first stop string."""
-    ends = [at for word in stop if (at := completion.find(word)) >= 0]
-    return completion[: min(ends)] if ends else completion

@@ -1,7 +1,9 @@
 """Completes the functions of a benchmark, runs them in the sandbox, prints and writes the score.
 
+The model is a checkpoint, a Hugging Face folder (--checkpoint), or a server (--model-url, --model).
+
 A folder is written: samples.jsonl (one line per completion, appended as they come: started again, it goes on
-after them), settings.json (what was run) and results.json (the score, with its interval).
+after them), settings.json (what was run) and results.json (the score, with its intervals).
 """
 
 import dataclasses
@@ -10,35 +12,43 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from phi1.errors import UserError
-from phi1.evaluate import exercises, humaneval, judge, sandbox
+from phi1.evaluate import answers, exercises, humaneval, judge, models, puzzles, sandbox
 from phi1.evaluate.humaneval import Problem
-from phi1.evaluate.passk import interval, pass_at_k
+from phi1.evaluate.models import Model, Refused
+from phi1.evaluate.passk import bootstrap, interval, pass_at_k
 from phi1.files import sha256_json, write_json
 
-Generate = Callable[[Sequence[str], int], list[str]]
-"""generate(prompts, seed) -> completions"""
 CHUNK = 64
 """Completions between two writes."""
+OUTPUT = 2000
+"""Characters of a program's output that are kept in its row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """Options of `phi1 evaluate`."""
 
-    checkpoint: pathlib.Path
-    """Checkpoint folder, or a run's folder (its newest checkpoint)."""
-    benchmark: Literal["humaneval", "exercises"] = "humaneval"
-    """humaneval: its 164 problems. exercises: held-out exercises (--exercises)."""
+    checkpoint: pathlib.Path | None = None
+    """Checkpoint folder, a run's folder (its newest checkpoint), or a Hugging Face folder."""
+    model_url: str | None = None
+    """URL of an OpenAI-compatible server that has the model (key in OPENAI_API_KEY), instead of --checkpoint."""
+    model: str | None = None
+    """The model's name at that server; without --model-url, at OpenAI's."""
+    chat: bool = False
+    """Ask the server's model by chat instead of having it go on with the prompt."""
+    benchmark: Literal["humaneval", "exercises", "puzzles"] = "humaneval"
+    """humaneval: its 164 problems, or those of --problems. exercises: held-out exercises (--exercises). puzzles: 50
+    unconventional problems in the spirit of the paper's section 4, whose own were not published."""
     exercises: pathlib.Path | None = None
     """Dataset folder of held-out exercises, written by `phi1 data synthesize`."""
     problems: pathlib.Path | None = None
-    """A .jsonl or .jsonl.gz in HumanEval's columns instead of the installed package's."""
+    """A file of problems instead of the installed HumanEval: .jsonl, .jsonl.gz or .json of HumanEval, HumanEval+, MBPP or MBPP+."""
     output: pathlib.Path | None = None
-    """Folder for samples and results (default: CHECKPOINT-BENCHMARK beside the checkpoint)."""
+    """Folder for samples and results (default: CHECKPOINT-BENCHMARK beside the checkpoint; needed with --model)."""
     samples: int = 1
     """Completions per problem."""
     k: tuple[int, ...] = (1, 10, 100)
@@ -57,8 +67,10 @@ class Config:
     """Seed of sampling."""
     timeout: float = sandbox.TIMEOUT
     """Seconds for a program and its test: of CPU time, and of waiting."""
+    answer_timeout: float = 300.0
+    """Seconds for one answer of a server."""
     workers: int = 2
-    """Programs that run at a time."""
+    """Programs that run at a time, and requests to a server."""
     allow_weak_sandbox: bool = False
     """Run untrusted programs even where the kernel does not keep them in (docs/sandbox.md)."""
     device: str = "auto"
@@ -67,20 +79,30 @@ class Config:
     """Also have this model grade the first completion of each problem, 0–10."""
     judge_url: str | None = None
     """URL of the judge's OpenAI-compatible server (key in OPENAI_API_KEY; default: OpenAI's)."""
+    judge_repeats: int = 1
+    """Grades of each completion; the variance between them is reported."""
 
 
 def run(config: Config) -> None:
     """Runs the benchmark and prints its table."""
-    if config.samples < 1:
-        raise UserError(f"--samples {config.samples}: must be at least 1")
+    for name in ("samples", "workers", "judge_repeats", "max_new_tokens", "batch_size"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    if min(config.k, default=1) < 1 or (config.limit is not None and config.limit < 1):
+        raise UserError(f"--k {' '.join(map(str, config.k))}, --limit {config.limit}: must be at least 1")
     if config.samples > 1 and config.temperature == 0:
         raise UserError(f"--samples {config.samples} with --temperature 0 gives equal samples: set e.g. 0.2 or 0.8")
-    problems = _problems(config)
-    checkpoint, generate = _generator(config)
-    output = config.output or checkpoint.parent / f"{checkpoint.name}-{config.benchmark}"
+    if (config.checkpoint is None) == (config.model is None):
+        raise UserError("name the model: --checkpoint FOLDER, or --model NAME of a server (--model-url), one of them")
+    if config.checkpoint is None and config.output is None:
+        raise UserError("--output is missing: the folder for the results of a server's model")
+    problems = load_problems(config)
+    model = load_model(config)
+    output = config.output or pathlib.Path(model.name).with_name(f"{pathlib.Path(model.name).name}-{config.benchmark}")
     settings = {
         "benchmark": config.benchmark,
-        "checkpoint": _digest(checkpoint),
+        "checkpoint": model.hash,
+        "tokenizer": model.tokenizer,
         "problems": sha256_json([dataclasses.asdict(problem) for problem in problems]),
         **{name: getattr(config, name) for name in ("samples", "temperature", "top_p", "max_new_tokens", "seed", "timeout")},
     }  # fmt: skip
@@ -91,72 +113,87 @@ def run(config: Config) -> None:
             f"the sandbox cannot keep programs in on this machine: {'; '.join(strength.missing)}; use another, or "
             "--allow-weak-sandbox where you would run the model's programs without a sandbox"
         )
-    rows = sample(problems, generate, output, settings, config)
-    results = settings | {"checkpoint_folder": str(checkpoint), "sandbox": dataclasses.asdict(strength)}
+    rows = sample(problems, model, output, settings, config, strength.level)
+    results = settings | {"checkpoint_folder": model.name, "sandbox": dataclasses.asdict(strength)}
     results |= score(problems, rows, config.k)
+    write_json(output / "results.json", results)  # before a judge has its say: what was run is kept
     if config.judge_model is not None:
-        first = {row["task_id"]: row["completion"] for row in rows if row["sample"] == 0}
-        grades = judge.grade(
-            problems,
-            [first[problem.task_id] for problem in problems],
-            judge.openai_ask(config.judge_url, config.judge_model),
-            progress=_progress("judged"),
-        )
-        results["judge"] = {"model": config.judge_model} | judge.summary(grades)
+        grades = _judged(problems, rows, config)
+        passed = {
+            row["task_id"]: row["status"] == "passed" for row in rows if row["sample"] == 0 and row["status"] in RAN
+        }
+        results["judge"] = {"model": config.judge_model} | judge.summary(grades, passed)
         write_json(output / "grades.json", [dataclasses.asdict(one) for one in grades])
-    write_json(output / "results.json", results)
+        write_json(output / "results.json", results)
     print(table(results))
     print(f"written: {output / 'results.json'}")
 
 
-def _problems(config: Config) -> list[Problem]:
+RAN = ("passed", "failed", "timed_out")
+"""Statuses of a program that was judged by its test."""
+
+
+def load_problems(config: Config) -> list[Problem]:
+    """The benchmark's problems."""
     if config.benchmark == "exercises":
         if config.exercises is None:
             raise UserError("--benchmark exercises needs --exercises FOLDER, a dataset of held-out exercises")
         problems = exercises.load(config.exercises)
+    elif config.benchmark == "puzzles":
+        problems = puzzles.load()
     else:
         problems = humaneval.load(config.problems)
     return problems[: config.limit]
 
 
-def _generator(config: Config) -> tuple[pathlib.Path, Generate]:
-    import torch
-
-    from phi1 import checkpoint
-    from phi1.generate import complete
-
-    folder = checkpoint.resolve(config.checkpoint)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    model, tokenizer = checkpoint.load_model(folder, device=device)
-    model.eval()
-
-    def generate(prompts: Sequence[str], seed: int) -> list[str]:
-        return complete(
-            model, tokenizer, prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            top_p=config.top_p, stop=humaneval.STOP, seed=seed, batch_size=config.batch_size,
-        )  # fmt: skip
-
-    return folder, generate
+def load_model(config: Config) -> Model:
+    """The model that the options name."""
+    sampling = models.Sampling(config.max_new_tokens, config.temperature, config.top_p, config.batch_size)
+    if config.model is not None:
+        return models.load_server(
+            config.model_url,
+            config.model,
+            sampling,
+            chat=config.chat,
+            workers=config.workers,
+            timeout=config.answer_timeout,
+        )
+    assert config.checkpoint is not None
+    return models.load_folder(config.checkpoint, sampling, config.device)
 
 
-def _digest(checkpoint: pathlib.Path) -> str:
-    from phi1.checkpoint import digest
-
-    return digest(checkpoint)
+def _judged(problems: Sequence[Problem], rows: Sequence[dict[str, Any]], config: Config) -> list[judge.Grade]:
+    first = {row["task_id"]: row["completion"] for row in rows if row["sample"] == 0}
+    assert config.judge_model is not None
+    return judge.grade(
+        problems,
+        [first[problem.task_id] for problem in problems],
+        judge.server_ask(config.judge_url, config.judge_model),
+        repeats=config.judge_repeats,
+        seed=config.seed,
+        workers=config.workers,
+        progress=_progress("judged"),
+    )
 
 
 def sample(
-    problems: Sequence[Problem], generate: Generate, output: pathlib.Path, settings: dict[str, Any], config: Config
+    problems: Sequence[Problem],
+    model: Model,
+    output: pathlib.Path,
+    settings: dict[str, Any],
+    config: Config,
+    strength: str,
 ) -> list[dict[str, Any]]:
     """Completes and runs what `output`/samples.jsonl does not hold yet; returns all rows.
 
-    A row: task_id, sample, prompt, completion, status, detail, seconds, cpu_seconds, in the order in which they were
-    done. Raises UserError if the folder holds samples of
-    another checkpoint, benchmark or sampling.
+    A row: task_id, sample, answer (the model's), completion (what of it was run: `answers.read`), how it was read,
+    program, status ("no_answer" and "no_test" besides the sandbox's), detail, output, seconds, cpu_seconds, by_stop_strings
+    (the status of the answer cut there instead), strength, model and tokenizer; in the order in which they were
+    done. Raises UserError if the folder holds samples of another checkpoint, benchmark or sampling.
     """
     output.mkdir(parents=True, exist_ok=True)
     path, before = output / "samples.jsonl", output / "settings.json"
-    if before.exists() and json.loads(before.read_text(encoding="utf-8")) != settings:
+    if before.exists() and _settings(before) != json.loads(json.dumps(settings)):
         raise UserError(f"{output}: holds the samples of other settings or another checkpoint; choose another --output")
     write_json(before, settings)
     rows = _read_samples(path)
@@ -166,17 +203,12 @@ def sample(
     report = _progress("completed and run")
     for start in range(0, len(todo), CHUNK):
         chunk = todo[start : start + CHUNK]
-        completions = generate([by_id[task_id].prompt for task_id, _ in chunk], config.seed + len(rows))
-        # The model's loop cuts at the first stop string too; cutting here makes the score independent of it.
-        completions = [humaneval.cut(completion) for completion in completions]
-        jobs = [by_id[task_id].job(text, config.timeout) for (task_id, _), text in zip(chunk, completions, strict=True)]
+        given = _complete(model, [by_id[task_id].prompt for task_id, _ in chunk], config.seed + len(rows))
         with open(path, "a", encoding="utf-8") as file:
-            for place, result in sandbox.run_each(jobs, workers=config.workers):
-                task_id, i = chunk[place]
-                row = {"task_id": task_id, "sample": i, "prompt": by_id[task_id].prompt, "completion": completions[place],
-                       "status": result.status, "detail": result.detail, "seconds": round(result.seconds, 4),
-                       "cpu_seconds": round(result.cpu, 4)}  # fmt: skip
-                file.write(json.dumps(row) + "\n")
+            for place, row in _run([by_id[task_id] for task_id, _ in chunk], given, config):
+                row = {"task_id": chunk[place][0], "sample": chunk[place][1]} | row
+                row |= {"strength": strength, "model": model.hash, "tokenizer": model.tokenizer}
+                file.write(json.dumps(row) + "\n")  # ASCII: whatever the model wrote, a line is a line
                 file.flush()  # as they come: what ended this process would not end them
                 rows.append(row)
             os.fsync(file.fileno())
@@ -184,57 +216,136 @@ def sample(
     return [row for row in rows if row["task_id"] in by_id]
 
 
+def _complete(model: Model, prompts: Sequence[str], seed: int) -> list["str | Refused"]:
+    """The model's answers; a prompt that is no text is refused for it."""
+    texts = [place for place, prompt in enumerate(prompts) if prompt == _clear(prompt)]
+    given: list[str | Refused] = [Refused("the prompt holds half a character, which no tokenizer reads")] * len(prompts)
+    for place, answer in zip(
+        texts, model.complete([prompts[place] for place in texts], seed) if texts else (), strict=True
+    ):
+        given[place] = answer
+    return given
+
+
+def _run(
+    problems: Sequence[Problem], given: Sequence["str | Refused"], config: Config
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Runs answers both ways, by parsing and by stop strings; yields (place, row) as they are done."""
+    jobs: list[sandbox.Job] = []
+    ways: list[tuple[int, str]] = []  # of each job: whose it is, and how the answer was cut
+    rows: dict[int, dict[str, Any]] = {}
+    for place, (problem, answer) in enumerate(zip(problems, given, strict=True)):
+        if isinstance(answer, Refused):
+            blank = {"answer": "", "completion": "", "how": "", "program": problem.prompt, "output": "", "seconds": 0.0, "cpu_seconds": 0.0}  # fmt: skip
+            yield place, blank | {"status": "no_answer", "detail": str(answer), "by_stop_strings": "no_answer"}
+            continue
+        reading, stopped = answers.read(problem, answer), answers.cut(answer)
+        row = {"answer": answer[: answers.LONGEST], "completion": reading.completion, "how": reading.how,
+               "program": problem.prompt + reading.completion}  # fmt: skip
+        if not problem.test.strip():
+            facts = {
+                "status": "no_test",
+                "detail": "the problem has no test",
+                "output": "",
+                "seconds": 0.0,
+                "cpu_seconds": 0.0,
+            }
+            yield place, row | facts | {"by_stop_strings": "no_test"}
+            continue
+        rows[place] = row
+        for way, completion in (("parsing", reading.completion), ("stop strings", stopped)):
+            if way == "parsing" or completion != reading.completion:
+                jobs.append(problem.job(completion, config.timeout))
+                ways.append((place, way))
+    results: dict[int, dict[str, sandbox.Result]] = {place: {} for place in rows}
+    for number, result in sandbox.run_each(jobs, workers=config.workers):
+        place, way = ways[number]
+        results[place][way] = result
+        if len(results[place]) == sum(owner == place for owner, _ in ways):
+            ran = results[place]["parsing"]
+            facts = {"status": ran.status, "detail": _clear(ran.detail), "output": _clear(ran.output[:OUTPUT]),
+                     "seconds": round(ran.seconds, 4), "cpu_seconds": round(ran.cpu, 4)}  # fmt: skip
+            yield place, rows[place] | facts | {"by_stop_strings": results[place].get("stop strings", ran).status}
+
+
+def _clear(text: str) -> str:
+    """Text without halves of characters, which no file of UTF-8 can hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _settings(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); delete the folder, or choose another --output") from error
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines. A line ends at a newline only: a string may hold U+2028, raw."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{path}: line {number} is not JSON ({error}); delete it, or the folder") from error
+    return rows
+
+
 def _read_samples(path: pathlib.Path) -> list[dict[str, Any]]:
     """Rows of an earlier run; a last line that was cut short is removed from the file."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole, _, torn = text.rpartition("\n")
+    data = path.read_bytes()
+    whole, newline, torn = data.rpartition(b"\n")
     if torn:
-        with open(path, "r+", encoding="utf-8") as file:
-            file.truncate(len((whole + "\n").encode()) if whole else 0)
-    return [json.loads(line) for line in whole.splitlines()]
+        with open(path, "r+b") as file:
+            file.truncate(len(whole + newline))
+    return read_lines(path)
 
 
 def score(problems: Sequence[Problem], rows: Sequence[dict[str, Any]], ks: Sequence[int] = (1,)) -> dict[str, Any]:
-    """pass@k with 95% intervals over all problems and per group, and the count of each status."""
-    outcomes: dict[str, list[bool]] = {problem.task_id: [] for problem in problems}
+    """pass@k with 95% intervals (Wilson's, and by bootstrap) over all problems and per group, by both ways to cut; the
+    count of each status. Problems without a test are left out, and counted."""
+    tested = [problem for problem in problems if problem.test.strip()]
     statuses: dict[str, int] = {}
     for row in rows:
-        outcomes[row["task_id"]].append(row["status"] == "passed")
         statuses[row["status"]] = statuses.get(row["status"], 0) + 1
-    samples = min(len(passed) for passed in outcomes.values())
-    groups = {"all": list(problems)}
-    for problem in problems:
+    groups = {"all": tested}
+    for problem in tested:
         if problem.group:
             groups.setdefault(problem.group, []).append(problem)
     scores = []
-    for group, members in groups.items():
-        for k in ks:
-            if k <= samples:
-                values = [pass_at_k(len(o := outcomes[p.task_id]), sum(o), k) for p in members]
-                low, high = interval(values)
-                scores.append({"group": group, "problems": len(members), "k": k,
-                               "pass": sum(values) / len(values), "low": low, "high": high})  # fmt: skip
-    return {"scores": scores, "statuses": statuses}
+    for cut, column in (("parsing", "status"), ("stop strings", "by_stop_strings")):
+        outcomes: dict[str, list[bool]] = {problem.task_id: [] for problem in tested}
+        for row in rows:
+            if row["task_id"] in outcomes:
+                outcomes[row["task_id"]].append(row[column] == "passed")
+        samples = min(map(len, outcomes.values()), default=0)
+        for group, members in groups.items():
+            for k in ks:
+                if k <= samples and (cut == "parsing" or group == "all"):
+                    values = [pass_at_k(len(o := outcomes[p.task_id]), sum(o), k) for p in members]
+                    low, high = interval(values)
+                    scores.append({"group": group, "cut": cut, "problems": len(members), "k": k,
+                                   "pass": sum(values) / len(values), "low": low, "high": high, "bootstrap": bootstrap(values)})  # fmt: skip
+    return {"scores": scores, "statuses": statuses, "without_test": len(problems) - len(tested)}
 
 
 def table(results: dict[str, Any]) -> str:
     """The score as text."""
     lines = [f"{results['benchmark']}, {results['samples']} sample(s) a problem, temperature {results['temperature']:g}",
-             f"{'':<12}{'problems':>9}{'pass@k':>10}{'':>9}  95% interval"]  # fmt: skip
+             f"{'':<12}{'problems':>9}{'pass@k':>10}{'':>9}  95% interval, by bootstrap"]  # fmt: skip
     for row in results["scores"]:
+        low, high = row["bootstrap"]
+        note = "  (cut at stop strings)" if row["cut"] != "parsing" else ""
         lines.append(f"{row['group']:<12}{row['problems']:>9}{'pass@' + str(row['k']):>10}{100 * row['pass']:>8.1f}%"
-                     f"  {100 * row['low']:.1f}–{100 * row['high']:.1f}%")  # fmt: skip
+                     f"  {100 * row['low']:.1f}–{100 * row['high']:.1f}%, {100 * low:.1f}–{100 * high:.1f}%{note}")  # fmt: skip
     lines.append("outcomes: " + ", ".join(f"{status} {count}" for status, count in sorted(results["statuses"].items())))
+    if count := results["without_test"]:
+        lines.append(f"{count} problems have no test and are in no score")
     if "judge" in results:
-        grades = results["judge"]
-        mean = grades["grade_percent"]
-        lines.append(
-            f"judge {grades['model']}: " + ("no grade" if mean is None else f"{mean:.0f}% "
-            f"({grades['interval_percent'][0]:.0f}–{grades['interval_percent'][1]:.0f}%)")
-            + f", {grades['graded']} graded, {grades['without_grade']} without a grade"
-        )  # fmt: skip
+        lines.append(f"judge {results['judge']['model']}: {judge.describe(results['judge'])}")
     return "\n".join(lines)
 
 

@@ -316,7 +316,7 @@ class _Run:
         try:
             said = json.loads(self.report[4:]) if self._whole() else None
             if self.job.test and said is not None:
-                lines = self.job.test.splitlines()
+                lines = self.job.test.split("\n")  # as Python counts them: U+2028 ends none
                 where = lines[said["line"] - 1].strip()[:200] if 0 < said["line"] <= len(lines) else ""
                 detail = f"{said['detail']} in: {where}" if where else said["detail"]
                 if codes[0] != -signal.SIGKILL and said["status"] == "failed" and detail.endswith("the program ended"):

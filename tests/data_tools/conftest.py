@@ -16,6 +16,12 @@ from data_tools import ingest
 from data_tools.dataset import Dataset, run_stage
 
 
+@pytest.fixture(autouse=True)
+def own_ledger(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own ledger of LLM requests is not the tests'."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "user-data"))
+
+
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
     fake = FakeServer()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 Reply = tuple[int, dict[str, str], Any]
-"""HTTP status, headers, and the body: JSON-able, or text as it is."""
+"""HTTP status, headers, and the body: JSON-able, text as it is, or a function of the handler that writes what it likes."""
 
 
 def completion(text: str, *, logprobs: dict[str, float] | None = None, prompt: int = 10, generated: int = 1) -> Reply:
@@ -69,6 +69,10 @@ class FakeServer:
 
             def _reply(self, reply: Reply) -> None:
                 status, headers, body = reply
+                if callable(body):
+                    self.close_connection = True
+                    body(self)
+                    return
                 data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "text/html" if isinstance(body, str) else "application/json")

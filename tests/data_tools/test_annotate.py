@@ -97,6 +97,47 @@ def test_an_interrupted_run_goes_on_and_pays_for_nothing_twice(server: FakeServe
     assert dataset.rows == 30 and len(server.bodies) == 30
 
 
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        (402, {}, {"error": {"message": "Insufficient Balance"}}),
+        (400, {}, {"error": {"message": "Your credit balance is too low to access the API."}}),
+        (400, {}, {"error": {"message": "Unsupported value: 'temperature' does not support 0 with this model."}}),
+    ],
+)
+def test_an_empty_account_seals_nothing_and_the_run_goes_on_when_it_is_filled(
+    refusal: Any, server: FakeServer, make_documents: Make
+) -> None:
+    server.script = lambda body, index: by_number(body, index) if index < 10 else refusal
+    settings = config(make_documents([f"x = {i}\n" for i in range(40)]), server, concurrency=2)
+    with pytest.raises(UserError, match="to go on"):
+        annotate.run(settings)
+    with pytest.raises(UserError, match="interrupted"):
+        Dataset(settings.output)
+    refused = len(server.bodies)
+    server.script = by_number
+    assert annotate.run(settings).rows == 40 and len(server.bodies) == refused + 30
+
+
+def test_what_failed_can_be_asked_again(server: FakeServer, make_documents: Make) -> None:
+    def script(body: dict[str, Any], index: int) -> Any:
+        text = body["messages"][-1]["content"]
+        if "x = 3\n" in text:
+            return 403, {}, {"error": {"message": "forbidden"}}
+        return completion("?", logprobs={"Hm": -1.0}) if "x = 4\n" in text else by_number(body, index)
+
+    server.script = script
+    settings = config(make_documents([f"x = {i}\n" for i in range(8)]), server, concurrency=2)
+    first = annotate.run(settings)
+    assert first.rows == 6 and len(first.failures()) == 2
+    server.script = by_number
+    assert annotate.run(settings).hash == first.hash
+    asked = len(server.bodies)
+    assert annotate.run(dataclasses.replace(settings, retry_failed=True)).rows == 8
+    assert len(server.bodies) == asked + 2
+    assert annotate.run(dataclasses.replace(settings, retry_failed=True)).rows == 8 and len(server.bodies) == asked + 2
+
+
 def test_a_changed_question_refuses_the_folder(server: FakeServer, make_documents: Make) -> None:
     server.script = by_number
     first = config(make_documents(["x = 1\n", "x = 2\n"]), server)
@@ -110,7 +151,7 @@ def test_a_changed_question_refuses_the_folder(server: FakeServer, make_document
 def test_ratings_carry_their_reasoning_and_bad_ones_go_to_the_failures(
     server: FakeServer, make_documents: Make
 ) -> None:
-    replies = {"x = 1": '{"reasoning": "clear", "rating": 8}', "x = 2": '{"reasoning": "dull", "rating": 2}'}
+    replies = {"x = 1": '{"reasoning": "clear\\ud800", "rating": 8}', "x = 2": '{"reasoning": "dull", "rating": 2}'}
     replies |= {"x = 3": '{"reasoning": "?", "rating": 11}', "x = 4": "I would say seven"}
 
     def script(body: dict[str, Any], index: int) -> Any:
@@ -120,7 +161,7 @@ def test_ratings_carry_their_reasoning_and_bad_ones_go_to_the_failures(
     documents = make_documents([f"{key}\n" for key in replies])
     dataset = annotate.run(config(documents, server, mode="rating", positive_fraction=0.5))
     rows = {row["content"]: (row["score"], row["label"], row["reasoning"]) for row in dataset.read()}
-    assert rows == {"x = 1": (8.0, 1, "clear"), "x = 2": (2.0, 0, "dull")}
+    assert rows == {"x = 1": (8.0, 1, "clear\ufffd"), "x = 2": (2.0, 0, "dull")}
     assert sorted(failure["reason"][:20] for failure in dataset.failures()) == [
         "no rating from 0 to ",
         "the answer is not JS",
@@ -134,7 +175,7 @@ def test_ratings_carry_their_reasoning_and_bad_ones_go_to_the_failures(
         (None, "no server answers there"),
         ((401, {}, {"error": {"message": "Incorrect API key"}}), "the key in OPENAI_API_KEY is refused"),
         ((404, {}, {"error": {"message": "no such model"}}), "it serves: fake-1"),
-        (completion("yes"), "without logprobs; use --mode rating"),
+        (completion("yes"), "without logprobs; it gives no logprobs: use --mode rating"),
     ],
 )
 def test_the_command_says_in_one_line_what_is_wrong_and_can_be_run_again(
@@ -175,5 +216,6 @@ def test_log_odds_sum_spellings_and_bound_what_is_not_there() -> None:
     assert log_odds(both) == pytest.approx(math.log(0.4 / 0.2))
     assert log_odds({"yes": -0.1, "The": -6.0}) == pytest.approx(-0.1 + 6.0)
     assert log_odds({"no": -0.1, "The": -6.0}) == pytest.approx(-6.0 + 0.1)
+    assert log_odds({"yes": -5000.0, "no": -5002.0}) == pytest.approx(2.0)  # their probabilities are 0 in float64
     with pytest.raises(RequestFailed, match="neither yes nor no"):
         log_odds({"The": -0.1})

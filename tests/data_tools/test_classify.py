@@ -107,7 +107,7 @@ def test_the_curve_is_what_the_filter_keeps(config: Config, documents: Dataset) 
 def test_the_same_seed_gives_the_same_bytes(config: Config) -> None:
     one = classify.run(config)
     other = classify.run(dataclasses.replace(config, output=config.output.with_name("other"), workers=2))
-    for name in ("metrics.json", "threshold.svg"):
+    for name in ("forest.skops", "metrics.json", "threshold.svg"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
     shard = Dataset(config.embeddings)
     expected = classify.probabilities(load_forest(one), shard, 0)
@@ -216,6 +216,33 @@ def test_filter_that_matches_nothing_or_everything_warns(
     options = {"input": documents.folder, "embeddings": config.embeddings, "classifier": folder}
     filter.run(filter.Config(output=documents.folder.parent / "kept", threshold=threshold, **options))
     assert f"warning: filter: {told} of 200 documents" in capsys.readouterr().err
+
+
+def test_a_forest_at_chance_is_told_and_filters_by_permission_only(
+    config: Config, documents: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def produce(*_: Any) -> Iterator[dict[str, Any]]:
+        for i, (key, _quality) in enumerate(rows_of(documents)[::2]):
+            yield {
+                "hexsha": key,
+                "content": "",
+                "score": float(i % 2),
+                "label": i % 2,
+            }  # nothing to do with the embedding
+
+    folder = documents.folder.parent / "random"
+    made = annotate.Config(input=documents.folder, output=folder, seed=9)
+    run_stage("annotate", made, folder, [documents], 1, produce, annotate.schema(), quiet=True)
+    forest = classify.run(dataclasses.replace(config, annotations=folder))
+    assert "warning: classify: chance (AUC 0.5) is inside the interval" in capsys.readouterr().err
+    settings = filter.Config(
+        input=documents.folder, embeddings=config.embeddings, classifier=forest, output=folder.parent / "kept",
+        keep_fraction=0.5,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"may as well be guessing \(AUC 0\.\d\d, 95% interval .*--allow-chance"):
+        filter.run(settings)
+    assert filter.run(dataclasses.replace(settings, allow_chance=True)).rows >= ROWS / 2
+    assert "warning: filter: by a forest that may as well be guessing" in capsys.readouterr().err
 
 
 def test_filter_refuses_what_does_not_belong_together(config: Config, documents: Dataset, make_documents: Make) -> None:

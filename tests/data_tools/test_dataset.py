@@ -9,9 +9,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pyarrow.parquet
 import pytest
-from counting import SCHEMA, Config, produce
+from counting import SCHEMA, Config, die, produce
 
+from data_tools import dataset as dataset_module
 from data_tools.dataset import Dataset, Failure, Produced, config_dict, run_stage
 from phi1.errors import UserError
 
@@ -67,7 +69,9 @@ def test_an_interrupted_stage_goes_on_after_its_last_whole_shard(tmp_path: pathl
 def test_another_config_input_or_stage_is_refused_by_name(tmp_path: pathlib.Path) -> None:
     make(tmp_path / "d", extra={"tuple": (1, 2)})
     make(tmp_path / "d", extra={"tuple": (1, 2)})
-    with pytest.raises(UserError, match=r"d: holds a dataset made with other settings \(different: config.start\)"):
+    with pytest.raises(
+        UserError, match=r"d: holds a dataset made with other settings \(different: config.start: 0 there, 1 asked\)"
+    ):
         make(tmp_path / "d", Config(start=1), extra={"tuple": (1, 2)})
     with pytest.raises(UserError, match=r"config\.tuple"):
         make(tmp_path / "d", extra={"tuple": (1, 3)})
@@ -140,6 +144,63 @@ def test_a_full_disk_is_told_and_the_stage_stays_resumable(
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["00000.json", "00000.parquet", "stage.json"]
     monkeypatch.setattr(os, "fsync", fsync)
     assert make(tmp_path / "d").rows == 12
+
+
+def test_what_a_killed_writer_left_goes_and_a_living_ones_stays(tmp_path: pathlib.Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "d").mkdir()
+    left, written = (tmp_path / "d" / f"00000.parquet.tmp-{pid}" for pid in (dead.pid, 1))  # init lives
+    left.touch(), written.touch()
+    make(tmp_path / "d")
+    assert not left.exists() and written.exists()
+
+
+def test_a_dead_worker_is_one_clear_line_and_the_stage_goes_on(tmp_path: pathlib.Path) -> None:
+    config = Config(workers=2)
+    with pytest.raises(UserError, match=r"a worker process died .*run the same command again to go on"):
+        run_stage("count", config, tmp_path / "d", [], 4, die, SCHEMA, workers=2, quiet=True)
+    assert make(tmp_path / "d").rows == 12
+
+
+def test_a_large_shard_is_written_and_read_in_parts(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_module, "_GROUP_BYTES", 250)
+    dataset = make(tmp_path / "d")
+    with pyarrow.parquet.ParquetFile(tmp_path / "d" / "00000.parquet") as file:
+        assert file.num_row_groups == 1  # 3 × 100 bytes: written when the third came
+    monkeypatch.setattr(dataset_module, "_GROUP_BYTES", 150)
+    parts = make(tmp_path / "parts")
+    with pyarrow.parquet.ParquetFile(tmp_path / "parts" / "00000.parquet") as file:
+        assert file.num_row_groups == 2
+    assert list(parts.read()) == list(dataset.read()) and parts.column("n") == dataset.column("n")
+
+
+def test_a_renamed_input_is_the_same_input(tmp_path: pathlib.Path) -> None:
+    def read(folder: str) -> Dataset:
+        source = Dataset(tmp_path / folder)
+        return run_stage("sum", Config(), tmp_path / "sums", [source], 4, produce, SCHEMA, quiet=True)
+
+    make(tmp_path / "first")
+    before = read("first").hash
+    (tmp_path / "first").rename(tmp_path / "second")
+    assert read("second").hash == before
+
+
+def test_failures_with_any_name_are_kept_and_too_many_stop(tmp_path: pathlib.Path) -> None:
+    def odd(*_: Any) -> Iterator[Produced]:
+        yield Failure("bad\udce9name", "odd (7)")
+        yield Failure("b", "odd (8)")
+        yield {"n": 1}
+
+    def run(**options: Any) -> Dataset:
+        return run_stage("odd", Config(), tmp_path / "d", [], 1, odd, SCHEMA, quiet=True, **options)
+
+    with pytest.raises(
+        UserError, match=r"2 of 3 rows failed \(2 × odd\), more than --max-failed 0.5; .*d stays unfinished"
+    ):
+        run(max_failed=0.5)
+    assert not (tmp_path / "d" / "manifest.json").exists()
+    assert run(max_failed=0.7).failures()[0] == {"key": "bad\\udce9name", "reason": "odd (7)"}
 
 
 def test_no_row_at_all_warns(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Synthesis: exercises by the offline teacher and by a scripted LLM, textbooks and their gates."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -9,10 +10,11 @@ from fake_openai import FakeServer, Reply, completion
 
 from data_tools import prompts, synthesize, teacher
 from data_tools.dataset import Dataset
-from data_tools.synthesize import Config, Unusable, loops, read_exercise, read_textbook
+from data_tools.synthesize import Config, Unusable, loops, masked, read_exercise, read_textbook
 from phi1.errors import UserError
 from phi1.evaluate import exercises
 
+RECIPE = prompts.load(prompts.RECIPE)
 GOOD = '''Here is one:
 
 ```python
@@ -111,10 +113,11 @@ def test_unusable_answers_say_why(text: str, reason: str) -> None:
 
 
 def test_exercises_from_an_llm_are_run(server: FakeServer, tmp_path: pathlib.Path) -> None:
-    answers = [GOOD, WRONG, ENDLESS, "Sorry.", CHANCE, GOOD.replace("count_long", "count_longer")]
+    other = GOOD.replace("count_long", "count_longer").replace("more than three", "over three")
+    answers = [GOOD, WRONG, ENDLESS, "Sorry.", CHANCE, other]
 
     def script(body: dict[str, Any], index: int) -> Reply:
-        seeds = [prompts.exercise(7, i, max_tokens=800, temperature=0.8).request.seed for i in range(6)]
+        seeds = [prompts.exercise(RECIPE, 7, i, max_tokens=800, temperature=0.8).request.seed for i in range(6)]
         return completion(answers[seeds.index(body["seed"])])
 
     server.script = script
@@ -134,8 +137,69 @@ def test_exercises_from_an_llm_are_run(server: FakeServer, tmp_path: pathlib.Pat
     assert len(server.bodies) == asked
 
 
+def test_equal_answers_make_one_row_over_all_shards(
+    server: FakeServer, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synthesize, "_LLM_SHARD", 4)
+    renamed = (
+        GOOD.replace("count_long", "long_ones")
+        .replace("words", "texts")
+        .replace("count ", "n ")
+        .replace("count\n", "n\n")
+    )
+    answers = [
+        GOOD,
+        GOOD,
+        renamed,
+        GOOD.replace("three letters.", "three  letters!"),
+        GOOD.replace("three", "3"),
+        renamed,
+        GOOD,
+    ]
+
+    def script(body: dict[str, Any], index: int) -> Reply:
+        seeds = [prompts.exercise(RECIPE, 0, i, max_tokens=800, temperature=0.8).request.seed for i in range(7)]
+        return completion(answers[seeds.index(body["seed"])])
+
+    server.script = script
+    made = synthesize.run(config(tmp_path, server, "exercises", 7))
+    assert [row["seed"] for row in made.read()] == ["0/0", "0/4"] and len(made.shards) == 2
+    assert {f["key"]: f["reason"] for f in made.failures()} == {
+        f"request {i}": "duplicate: of request 0" for i in (1, 2, 3, 5, 6)}  # fmt: skip
+    assert made.counters["dropped: duplicate"] == 5
+
+
+def test_what_was_not_answered_can_be_asked_again(
+    server: FakeServer, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synthesize, "_LLM_SHARD", 3)
+    asked: list[int] = []
+
+    def script(body: dict[str, Any], index: int) -> Reply:
+        seeds = [prompts.textbook(RECIPE, 0, i, max_tokens=800, temperature=0.8).request.seed for i in range(9)]
+        number = seeds.index(body["seed"])
+        asked.append(number)
+        if number == 4 and len(asked) <= 9:
+            return 400, {}, {"error": {"message": "flagged", "code": "content_filter"}}
+        return completion(SECTION.replace("shelf", f"shelf {number}") if number != 7 else "short")
+
+    server.script = script
+    settings = config(tmp_path, server, "textbooks", 9)
+    first = synthesize.run(settings)
+    assert first.rows == 7 and sorted(asked) == list(range(9))
+    again = synthesize.run(dataclasses.replace(settings, retry_failed=True))
+    assert again.rows == 8 and asked[9:] == [4] and [f["key"] for f in again.failures()] == ["request 7"]
+
+
+def test_masked_text_is_equal_for_what_only_looks_different() -> None:
+    code = "def f(xs):\n    total = 0\n    for x in xs:\n        total += x\n    return total\n"
+    assert masked(code) == masked(code.replace("total", "result").replace("xs", "values").replace("f(", "add("))
+    assert masked(code) != masked(code.replace("+=", "+= 2 *")) and masked(code) != masked(code.replace("0", "1"))
+    assert masked("A list. Keeps order") == masked("a list keeps  order!") != masked("a list keeps")
+
+
 def test_an_exercise_that_chance_decides_is_dropped() -> None:
-    seed = prompts.exercise(0, 0, max_tokens=1, temperature=0.0)
+    seed = prompts.exercise(RECIPE, 0, 0, max_tokens=1, temperature=0.0)
     outcomes = set()
     for value in "01":  # whichever the hash gives, over ten pairs of servers both cannot always agree
         for _ in range(10):
@@ -148,29 +212,55 @@ def test_an_exercise_that_chance_decides_is_dropped() -> None:
 
 
 def test_seeds_differ_and_are_a_pure_function() -> None:
-    seeds = [prompts.exercise(1, i, max_tokens=10, temperature=1.0) for i in range(50)]
-    assert seeds == [prompts.exercise(1, i, max_tokens=10, temperature=1.0) for i in range(50)]
+    seeds = [prompts.exercise(RECIPE, 1, i, max_tokens=10, temperature=1.0) for i in range(50)]
+    assert seeds == [prompts.exercise(RECIPE, 1, i, max_tokens=10, temperature=1.0) for i in range(50)]
     assert len({seed.request.prompt_hash for seed in seeds}) > 45
-    sections = [prompts.textbook(1, i, max_tokens=10, temperature=1.0) for i in range(50)]
+    sections = [prompts.textbook(RECIPE, 1, i, max_tokens=10, temperature=1.0) for i in range(50)]
     assert len({(seed.topic, seed.audience) for seed in sections}) > 40
+
+
+def test_the_recipe_is_large_and_another_one_is_another_dataset(server: FakeServer, tmp_path: pathlib.Path) -> None:
+    assert len(RECIPE.verbs) * (1 + len(RECIPE.qualifiers)) * len(RECIPE.objects) > 500_000
+    seeds = [prompts.exercise(RECIPE, 0, i, max_tokens=10, temperature=1.0) for i in range(3000)]
+    names = {seed.request.messages[-1]["content"].split(".")[0] for seed in seeds}
+    assert len(names) > 2950 and len({seed.request.prompt_hash for seed in seeds}) == 3000
+    server.script = lambda body, index: completion(GOOD)
+    settings = config(tmp_path, server, "exercises", 1)
+    synthesize.run(settings)
+    other = tmp_path / "other.toml"
+    other.write_text(prompts.RECIPE.read_text().replace('"a kitchen"', '"an ocean"'))
+    with pytest.raises(UserError, match=r"config\.recipe"):
+        synthesize.run(dataclasses.replace(settings, recipe=other))
+    for change, told in {
+        'topics = ["a", 1]': "topics must be a list", "topics = []": "topics must be", "topics = [": "cannot be read",
+        'verbs = ["be quick"]': "parts of a function's name", "": "must have the lists topics",
+    }.items():  # fmt: skip
+        lists = {name: f'{name} = ["a", "b"]' for name in dataclasses.asdict(RECIPE)}
+        other.write_text("\n".join((lists | {change.partition(" ")[0]: change}).values()) if change else "")
+        with pytest.raises(UserError, match=told):
+            prompts.load(other)
 
 
 def test_textbook_gates(server: FakeServer, tmp_path: pathlib.Path) -> None:
     looping = SECTION + "\n\n" + "And then we go on and on and on with it.\n" * 40
+    longer = SECTION + " It happens to everyone once."
     answers = [SECTION, SECTION[:200], SECTION.replace("def total", "def def total"), looping,
-               SECTION.replace("```python", "").replace("```", ""), SECTION + "\n\n```python\ndef unfinished(x"]  # fmt: skip
+               SECTION.replace("```python", "").replace("```", ""), longer + "\n\n```python\ndef unfinished(x"]  # fmt: skip
 
     def script(body: dict[str, Any], index: int) -> Reply:
-        seeds = [prompts.textbook(0, i, max_tokens=800, temperature=0.8).request.seed for i in range(6)]
+        seeds = [prompts.textbook(RECIPE, 0, i, max_tokens=800, temperature=0.8).request.seed for i in range(6)]
         return completion(answers[seeds.index(body["seed"])])
 
     server.script = script
     made = synthesize.run(config(tmp_path, server, "textbooks", 6))
-    assert made.column("content") == [SECTION + "\n"] * 2  # the last was cut back to its last whole paragraph
+    assert made.column("content") == [
+        SECTION + "\n",
+        longer + "\n",
+    ]  # the last was cut back to its last whole paragraph
     assert [failure["reason"].split(":")[0] for failure in made.failures()] == [
         "too short", "no code block that parses", "repeats itself", "no code block"]  # fmt: skip
     row = next(made.read())
-    assert row["topic"] in prompts.TOPICS and row["audience"] in prompts.AUDIENCES and row["source"] == "llm:fake-1"
+    assert row["topic"] in RECIPE.topics and row["audience"] in RECIPE.audiences and row["source"] == "llm:fake-1"
 
 
 def test_loops_spares_ordinary_text() -> None:
@@ -181,20 +271,20 @@ def test_loops_spares_ordinary_text() -> None:
 
 
 def test_offline_exercises_in_two_splits(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthesize, "_OFFLINE_SHARD", 40)
+    monkeypatch.setattr(synthesize, "_OFFLINE_SHARD", 20)
 
     def make(split: Any, folder: str, **options: Any) -> Dataset:
-        return synthesize.run(Config(kind="exercises", teacher="offline", split=split, count=100, workers=1,
+        return synthesize.run(Config(kind="exercises", teacher="offline", split=split, count=50, workers=1,
                                      output=tmp_path / folder, **options))  # fmt: skip
 
     train, held = make("train", "train"), make("held-out", "held")
-    assert train.rows == held.rows == 100 and len(train.shards) == 3
+    assert train.rows == held.rows == 50 and len(train.shards) == 3
     assert teacher.overlaps(train.read(), held.read()) == {"names": 0, "constants": 0, "compositions": 0, "prompts": 0}
     for row in train.read():
         assert row["source"] == row["model"] == "offline-teacher" and row["content"] == row["prompt"] + row["solution"]
     assert any(name.startswith("dropped: ") for name in train.counters)
     problems = exercises.load(held.folder)
-    assert len(problems) == 100 and {problem.group for problem in problems} == {"one step", "two steps"}
+    assert len(problems) == 50 and {problem.group for problem in problems} == {"one step", "two steps"}
     assert make("train", "again").hash == train.hash and make("train", "other", seed=1).hash != train.hash
 
 

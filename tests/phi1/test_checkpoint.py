@@ -2,9 +2,11 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 
 import pytest
@@ -13,8 +15,10 @@ import safetensors.torch
 import torch
 
 from phi1 import checkpoint
+from phi1.checkpoint import Damaged, Gone
 from phi1.config import ModelConfig, OptimizerConfig
 from phi1.errors import UserError
+from phi1.files import write_json
 from phi1.model import Phi1
 from phi1.optimizer import make_optimizer
 from phi1.tokenizer import train_tokenizer
@@ -56,7 +60,7 @@ def take_steps(model, optimizer, steps, seed):
 @pytest.fixture
 def folder(tmp_path, model, tokenizer):
     facts = {"step": 3, "tokens": 99}
-    return checkpoint.write_model(tmp_path / "step-000003", model, tokenizer, facts, optimizer=stepped(model))
+    return checkpoint.write_model(tmp_path / "run" / "step-000003", model, tokenizer, facts, optimizer=stepped(model))
 
 
 def test_a_model_comes_back(folder, model, tokenizer):
@@ -95,22 +99,73 @@ def test_training_goes_on_bitwise(folder, model):
     assert not torch.equal(forgetful.head_weight, model.head_weight)
 
 
+def flipped(path, place):
+    """The file with one bit of one byte changed, another bit for each place."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << place % 8
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json"])
 def test_a_changed_byte_is_found(folder, name):
-    content = bytearray((folder / name).read_bytes())
-    content[-3] ^= 1
-    (folder / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{name}: corrupt \(its SHA-256 .*; delete .* and make it again"):
-        checkpoint.load_model(folder)
+    size = (folder / name).stat().st_size
+    whole = (folder / name).read_bytes()
+    for place in range(size) if size < 1000 else range(0, size, size // 50):
+        flipped(folder / name, place)
+        with pytest.raises(Damaged, match=rf"{name}: corrupt, its SHA-256 is not checkpoint\.json's; .* make it again"):
+            checkpoint.verify(folder)
+        (folder / name).write_bytes(whole)
+    checkpoint.load_model(folder)
     (folder / name).unlink()
-    with pytest.raises(UserError, match=rf"{name}: missing"):
+    with pytest.raises(Damaged, match=rf"{name}: missing"):
         checkpoint.load_model(folder)
+
+
+def test_every_changed_byte_of_the_record_is_found(folder):
+    """checkpoint.json is under its own hash: blanks, hexadecimal's case and all that JSON does not care for too."""
+    path = folder / "checkpoint.json"
+    whole = path.read_bytes()
+    assert checkpoint.read_facts(folder) == {"step": 3, "tokens": 99}
+    unnoticed = []
+    for byte, bit in itertools.product(range(len(whole)), (0, 3, 5)):  # 5: the case of letters
+        path.write_bytes(whole[:byte] + bytes([whole[byte] ^ 1 << bit]) + whole[byte + 1 :])
+        try:
+            unnoticed.append((byte, bit, checkpoint.read_facts(folder)))
+        except Damaged as error:
+            assert "checkpoint.json: corrupt" in str(error)
+    assert not unnoticed
+    for other in (
+        whole + b"\n",
+        whole[:-1],
+        b" " + whole,
+        b"",
+        b"[]",
+        b"null",
+        b"[" * 100_000,
+        whole.replace(b"99", b"99.0"),
+    ):
+        path.write_bytes(other)
+        with pytest.raises(Damaged, match=r"checkpoint\.json: corrupt"):
+            checkpoint.read_facts(folder)
+
+
+def test_a_record_with_other_contents_and_its_old_hash(folder):
+    """Not only the form is checked: canonical text of other facts is found too."""
+    path = folder / "checkpoint.json"
+    record = json.loads(path.read_text())
+    record["facts"]["step"] = 4
+    write_json(path, record)
+    with pytest.raises(Damaged, match=r"its SHA-256 is not its own"):
+        checkpoint.read_facts(folder)
 
 
 def test_a_corrupt_checkpoint_names_the_one_before(folder, model, tokenizer):
     newer = checkpoint.write_model(folder.parent / "step-000009", model, tokenizer, {"step": 9})
     (newer / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"corrupt .*delete .*step-000009 to go on from step-000003"):
+    with pytest.raises(Damaged, match=r"corrupt.*; the one before it is .*step-000003"):
+        checkpoint.load_model(folder.parent)
+    (newer / "checkpoint.json").unlink()
+    with pytest.raises(Damaged, match=r"step-000009: unfinished.*; the one before it is .*step-000003"):
         checkpoint.load_model(folder.parent)
 
 
@@ -120,9 +175,46 @@ def test_unfinished_and_absent(tmp_path, folder):
         checkpoint.load_model(folder)
     with pytest.raises(UserError, match="none: no such folder"):
         checkpoint.load_model(tmp_path / "none")
-    (folder / "checkpoint.json").write_text("{")
-    with pytest.raises(UserError, match=r"checkpoint\.json: corrupt"):
+
+
+def test_a_checkpoint_that_goes_while_it_is_read(folder, model, tokenizer, monkeypatch):
+    """As a training deletes it: from the run folder the then newest is read, by its own name the error says why."""
+    run, hashed = folder.parent, []
+
+    def sha256_file(path):
+        if path.parent == folder and path.name == "model.safetensors":
+            hashed.append(path)
+            checkpoint.write_model(run / "step-000009", model, tokenizer, {"step": 9})
+            shutil.rmtree(folder.rename(run / "step-000003.tmp-delete"))
+        return real(path)
+
+    real = checkpoint.sha256_file
+    monkeypatch.setattr(checkpoint, "sha256_file", sha256_file)
+    kept = shutil.copytree(folder, run.parent / "copy")
+    assert checkpoint.load_model(run)[0].config == CONFIG
+    assert len(hashed) == 1
+    shutil.rmtree(run / "step-000009")
+    shutil.copytree(kept, folder)
+    with pytest.raises(Gone, match=r"step-000003: deleted while it was read .*name the run folder"):
         checkpoint.load_model(folder)
+    with pytest.raises(Gone):
+        checkpoint.digest(folder)
+
+
+def test_what_counts_as_a_runs_checkpoint(folder):
+    run = folder.parent
+    for name in ("step-3", "step-0000003", "step-000009 (copy)", "step-00000٣", "step-000008.damaged", "xstep-000007"):
+        shutil.copytree(folder, run / name)
+    (run / "step-000010").write_text("a file")
+    for step in (2, 1_000_000, 999_999):
+        (run / f"step-{step:06d}").mkdir()
+    assert [path.name for path in checkpoint.in_run(run)] == [
+        "step-000002",
+        "step-000003",
+        "step-999999",
+        "step-1000000",
+    ]
+    assert checkpoint.in_run(run / "none") == []
 
 
 def test_another_models_checkpoint(folder):
@@ -149,39 +241,6 @@ def test_a_model_without_optimizer_state(tmp_path, model, tokenizer):
 def test_an_existing_folder_is_not_overwritten(folder, model, tokenizer):
     with pytest.raises(UserError, match="already exists"):
         checkpoint.write_model(folder, model, tokenizer, {})
-
-
-def test_run_folder_and_last_name_the_newest(folder, model, tokenizer):
-    run = folder.parent
-    checkpoint.publish(folder, keep_last=2, keep_every=0)
-    newer = checkpoint.write_model(run / "step-000010", model, tokenizer, {"step": 10})
-    assert checkpoint.resolve(run) == newer
-    assert checkpoint.resolve(run / "last") == folder  # not published yet
-    checkpoint.publish(newer, keep_last=2, keep_every=0)
-    assert checkpoint.resolve(run / "last") == newer
-    assert os.readlink(run / "last") == "step-000010"  # relative: the run folder may move
-
-
-@pytest.mark.parametrize(
-    ("keep_last", "keep_every", "kept"),
-    [(1, 0, [7]), (2, 0, [6, 7]), (1, 3, [3, 6, 7]), (3, 2, [2, 4, 5, 6, 7]), (9, 0, [1, 2, 3, 4, 5, 6, 7])],
-)
-def test_what_is_kept(tmp_path, model, tokenizer, keep_last, keep_every, kept):
-    for step in range(1, 8):
-        folder = checkpoint.write_model(tmp_path / f"step-{step:06d}", model, tokenizer, {"step": step})
-        checkpoint.publish(folder, keep_last=keep_last, keep_every=keep_every)
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-{step:06d}" for step in kept]
-    assert checkpoint.newest(tmp_path) == tmp_path / "step-000007"
-
-
-def test_leftovers_are_removed_and_never_taken_for_checkpoints(folder):
-    run = folder.parent
-    for name in ("step-000009.tmp-123", "step-000008.tmp-delete"):
-        (run / name).mkdir()
-        (run / name / "checkpoint.json").write_text("{}")
-    assert checkpoint.newest(run) == folder
-    checkpoint.remove_leftovers(run)
-    assert [path.name for path in run.glob("step-*")] == ["step-000003"]
 
 
 def fail_fsync(monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import signal
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import types
 import pytest
 
 from phi1 import cli
-from phi1.errors import UserError
+from phi1.errors import Interrupted, UserError
 
 
 def test_help_lists_every_command_within_half_a_second() -> None:
@@ -87,3 +88,22 @@ def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
     _with_command(monkeypatch, ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
         cli.main(["generate"])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]])
+def test_a_closed_pipe_ends_it_quietly(words: list[str]) -> None:
+    """As `phi1 train --help | head -1`."""
+    process = subprocess.Popen([sys.executable, "-m", "phi1", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, said = process.communicate(timeout=300)
+    assert (process.returncode, said) == (141, b"")
+
+
+def test_a_run_that_a_scheduler_stopped_ends_with_75(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, status in ((signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)):
+        _with_command(monkeypatch, Interrupted(number))
+        assert cli.main(["generate"]) == status
+    assert capsys.readouterr().err.count("run the same command again") == 3

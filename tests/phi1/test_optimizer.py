@@ -28,3 +28,14 @@ def test_the_papers_learning_rates():
     assert learning_rate(floor, 5, 10) == pytest.approx(5.5e-4)
     short = [learning_rate(paper, step, 100) for step in range(100)]  # --steps 100 on a recipe: all warmup
     assert short == sorted(short) and short[-1] == pytest.approx(1e-3 * 100 / 750)
+
+
+def test_warmup_stable_decay():
+    config = OptimizerConfig(lr=1e-3, lr_floor=1e-4, warmup_steps=4, decay_steps=5)
+    rates = [learning_rate(config, step, 20) for step in range(20)]
+    assert rates[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+    assert rates[4:16] == [1e-3] * 12
+    assert rates[16:] == pytest.approx([1e-4 + 9e-4 * left / 5 for left in (4, 3, 2, 1)])
+    assert [learning_rate(config, step, 30) for step in range(16)] == rates[
+        :16
+    ]  # more steps may be added before the decay

@@ -104,6 +104,7 @@ def test_defaults_presets_and_conversions(tmp_path):
         ('run_folder = "run"', "steps = 5", r"\[train\] needs 'run_folder'"),
         ("sequence_length = 512", "sequence_length = 513", r"data\.sequence_length = 513: must be at most"),
         ("lr = 1", "lr = -1", r"optimizer\.lr = -1\.0: must be above 0"),
+        ("lr = 1", "lr = 1\ndecay_steps = 35251", r"optimizer\.decay_steps = 35251: with 750 of warmup more than"),
         ("[data]", "[data", r"not valid TOML"),
     ],
 )
@@ -122,12 +123,20 @@ def test_a_bad_recipe_ends_the_command_with_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == (f"phi1: error: {path}: unknown key 'lrr' in [optimizer]; did you mean 'lr'?\n")
 
 
-def test_a_missing_recipe(tmp_path):
-    with pytest.raises(UserError, match="no such recipe"):
+def test_a_missing_recipe(tmp_path, monkeypatch):
+    """Those that there are, are listed: of the folder that the command is run in, else of the repository."""
+    with pytest.raises(UserError, match=r"none\.toml: no such recipe; there are .*recipes/finetune-phi1-small\.toml, "):
         parse([str(tmp_path / "none.toml")])
     for arguments in ([], ["--steps", "100"]):
-        with pytest.raises(UserError, match="RECIPE is missing: phi1 train RECIPE"):
+        with pytest.raises(
+            UserError, match=r"RECIPE is missing: phi1 train RECIPE .*; there are .*pretrain-phi1\.toml, "
+        ):
             parse(arguments)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.toml").write_text(GOOD)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"there are recipes/mine\.toml$"):
+        parse([])
 
 
 def test_options_override_the_recipe(tmp_path):
@@ -151,6 +160,9 @@ def test_help(before, capsys):
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "phi1 train RECIPE" in text and "--sequences-per-step INT" in text and "Optimizer steps" in text
+    # Without a recipe two options have no value yet; the others show theirs.
+    assert text.count("(required)") == (0 if before else 2)
+    assert "(default: 36000)" in text and "room for one more" in " ".join(text.replace("│", " ").split())
 
 
 def test_help_and_errors_do_not_wait_for_torch():

@@ -77,7 +77,7 @@ def test_an_epoch_reads_every_window_once_and_windows_cross_shards(dataset, toke
     windows = dataset.windows(length)
     assert windows == (len(tokens) - 1) // length
     inputs, targets = dataset.batch(range(windows), length, seed=5)
-    starts = [dataset.window(index, length, 5) * length for index in range(windows)]
+    starts = [dataset.start(index, length, 5) for index in range(windows)]
     assert sorted(starts) == list(range(0, windows * length, length))
     for row, start in enumerate(starts):
         assert inputs[row].tolist() == tokens[start : start + length].tolist()
@@ -94,11 +94,38 @@ def test_a_sample_depends_on_seed_and_index_only(dataset):
     assert (together == alone).all()
     windows = dataset.windows(length)
     order = {
-        key: [dataset.window(index + key[1] * windows, length, key[0]) for index in range(windows)]
+        key: [dataset.start(index + key[1] * windows, length, key[0]) for index in range(windows)]
         for key in [(1, 0), (1, 1), (2, 0)]
     }
     assert order[1, 0] != order[1, 1] and order[1, 0] != order[2, 0]
-    assert all(sorted(windows_read) == list(range(windows)) for windows_read in order.values())
+    assert sorted(order[1, 0]) == sorted(order[2, 0]) == list(range(0, windows * length, length))
+
+
+def test_windows_shift_between_epochs(tmp_path, tokenizer):
+    """Around the end of the array: in each epoch no token twice, over the epochs every token and no place alone."""
+    dataset, length = write(tmp_path / "tokens", tokenizer, masked=True), 37
+    tokens, windows, size = np.array(flat(tokenizer)), dataset.windows(37), dataset.tokens
+    assert size - windows * length == 20  # are in no window of the first epoch
+    seen, offsets = np.zeros(size, int), set()
+    for epoch in range(12):
+        starts = [dataset.start(epoch * windows + index, length, 3) for index in range(windows)]
+        places = np.concatenate([np.arange(start, start + length) % size for start in starts])
+        assert len(set(places)) == len(places) == windows * length
+        seen[places] += 1
+        offsets.add(min(start % length for start in starts))
+    assert seen.min() > 0 and seen.max() == 12 and len(offsets) > 6
+    index = next(index for index in range(windows, 99 * windows) if dataset.start(index, length, 3) > size - length + 3)
+    start = dataset.start(index, length, 3)  # a window that goes on at the beginning
+    inputs, targets = dataset.batch([index], length, seed=3, loss_mask=False)
+    places = np.arange(start, start + length + 1) % size
+    assert inputs[0].tolist() == tokens[places[:-1]].tolist() and targets[0].tolist() == tokens[places[1:]].tolist()
+    # A document that begins with the array is not one that was cut.
+    masked = dataset.batch([index], length, seed=3)[1][0]
+    counts = (targets[0] >= 60) & (targets[0] < 67) | (targets[0] == tokenizer.eot_id)
+    counts[: tokens.tolist().index(tokenizer.eot_id, start) - start if tokens[start - 1] != tokenizer.eot_id else 0] = (
+        False
+    )
+    assert (masked == np.where(counts, targets[0], IGNORE)).all()
 
 
 def test_loss_mask(tmp_path, tokenizer):
@@ -111,7 +138,7 @@ def test_loss_mask(tmp_path, tokenizer):
     # The rest of a document that began before the window does not count: up to and with its end token.
     everything = flat(tokenizer)
     for row, counted in enumerate(counts):
-        start = dataset.window(row, 32, 0) * 32
+        start = dataset.start(row, 32, 0)
         if start and everything[start - 1] != tokenizer.eot_id:
             counted[: everything.index(tokenizer.eot_id, start) - start] = False
     assert (targets == np.where(counts, plain, IGNORE)).all()

@@ -1,12 +1,26 @@
 """A training of seconds for the tests of the trainer, and what it wrote."""
 
+import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import pathlib
+import signal
+import sys
+import time
 
+import torch
+import torch.distributed as dist
+
+import phi1.train
+from phi1.cli import main
 from phi1.config import ModelConfig
+from phi1.distributed import StopSignals, World
+from phi1.model import Phi1
+from phi1.run import opened
 from phi1.tokens import TokenWriter
+from phi1.train import Trainer
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODEL = ModelConfig(
@@ -36,6 +50,13 @@ def change(config, **changes):
     return config
 
 
+@contextlib.contextmanager
+def trainer_of(config):
+    """A trainer that has not begun."""
+    with World(config.train.device) as world, opened(config, world) as run:
+        yield Trainer(run, StopSignals())
+
+
 def records(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -50,6 +71,59 @@ def content(folder):
 
 def environment():
     return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def _signal_in(passes):
+    """Has this process send itself SIGTERM in that forward pass of the model."""
+    real, left = Phi1.forward, [passes]
+
+    def forward(self, *arguments, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return real(self, *arguments, **options)
+
+    Phi1.forward = forward
+
+
+def _process(rank, size, port, arguments, output, passes):
+    with open(output, "wb") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")  # fmt: skip
+    torch.set_num_threads(1)
+    phi1.train.peak_flops = lambda device, dtype: (1e12, "assumed")
+    if passes:
+        _signal_in(passes)
+    sys.exit(main(["train", *map(str, arguments)]))
+
+
+def processes(folder, *arguments, stopped=None):
+    """Runs `phi1 train` in as many processes as there are lists of arguments, as torchrun would; each one's status and output.
+
+    stopped: (a rank, its forward pass in which it gets SIGTERM).
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["phi1.train"])  # imported once, not in each process
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    outputs = [folder / f"output-{rank}-{time.monotonic_ns()}" for rank in range(len(arguments))]
+    started = [
+        context.Process(
+            target=_process,
+            args=(rank, len(arguments), store.port, words, output, stopped[1] if stopped and stopped[0] == rank else 0),
+        )
+        for rank, (words, output) in enumerate(zip(arguments, outputs, strict=True))
+    ]
+    for process in started:
+        process.start()
+    try:
+        deadline = time.monotonic() + 240
+        for process in started:
+            process.join(max(0, deadline - time.monotonic()))
+        return [(process.exitcode, output.read_text()) for process, output in zip(started, outputs, strict=True)]
+    finally:
+        for process in started:
+            process.kill()
 
 
 def write_recipe(folder, config):

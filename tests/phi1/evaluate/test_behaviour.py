@@ -418,6 +418,17 @@ def check(f):
     assert a.balance == -1 and hasattr(a, 'balance') and not hasattr(a, 'other') and isinstance(a, Account)"""),
     "a coroutine": ("import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x + 1",
                     "import asyncio\ndef check(f):\n    assert asyncio.run(f(1)) == 2"),
+    "shutil": ("""
+import os, shutil
+def f(text):
+    os.mkdir('d')
+    with open('a', 'w') as file:
+        file.write(text)
+    shutil.copy('a', 'b')
+    shutil.copy2('a', 'd/c')
+    shutil.copytree('d', 'e')
+    shutil.move('b', 'e/b')
+    return sorted(os.listdir('e')), open('e/c').read()""", "def check(f):\n    assert f('x') == (['b', 'c'], 'x')"),
     "tempfile": ("""
 import os, tempfile
 def f(text):

@@ -37,16 +37,6 @@ def test_helper_functions_in_the_prompt_are_kept(number: int) -> None:
     assert helper != problem.entry_point and f"def {helper}(" in problem.job("", 1.0).source
 
 
-def test_cut_at_the_first_stop_string() -> None:
-    assert humaneval.cut("    return 1\n\ndef g():\n    pass\n") == "    return 1\n"
-    assert (
-        humaneval.cut("    if x:\n        return 1\n    # why\n    return 2\nif y:\n")
-        == "    if x:\n        return 1\n    # why\n    return 2"
-    )
-    assert humaneval.cut("    return 1\n```\nand so on") == "    return 1"
-    assert humaneval.cut("  return '@'") == "  return '@'"
-
-
 def test_reads_a_file_and_refuses_what_is_none(tmp_path: pathlib.Path) -> None:
     row = {"task_id": "X/0", "prompt": "def f():\n", "entry_point": "f", "test": "def check(c):\n    assert c() == 1\n"}
     plain, packed = tmp_path / "p.jsonl", tmp_path / "p.jsonl.gz"

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from phi1.evaluate.passk import interval, pass_at_k
+from phi1.evaluate.passk import bootstrap, interval, pass_at_k
 
 
 def test_against_brute_force() -> None:
@@ -50,3 +50,19 @@ def test_interval_covers_the_truth(rate: float) -> None:
 def test_interval_of_shares_is_conservative() -> None:
     """Problems solved by half of their samples vary less than a coin: the interval must not be the narrower for it."""
     assert interval([0.5] * 100) == interval([1.0] * 50 + [0.0] * 50)
+
+
+def test_bootstrap_is_that_of_the_binomial_where_values_are_zero_or_one() -> None:
+    """Means of resamples are binomial: their exact quantiles, give or take one problem and the sampling."""
+    low, high = bootstrap([1.0] * 30 + [0.0] * 70)
+    cumulative = itertools.accumulate(math.comb(100, i) * 0.3**i * 0.7 ** (100 - i) for i in range(101))
+    quantiles = next(i / 100 for i, p in enumerate(cumulative) if p >= 0.025), 0.39
+    assert low == pytest.approx(quantiles[0], abs=0.011) and high == pytest.approx(quantiles[1], abs=0.011)
+    assert bootstrap([1.0] * 30 + [0.0] * 70) == (low, high)
+    assert bootstrap([]) == (0.0, 1.0) and bootstrap([0.0] * 20) == (0.0, 0.0)
+
+
+def test_bootstrap_of_shares_is_narrower() -> None:
+    low, high = bootstrap([0.4, 0.6] * 50)
+    wide_low, wide_high = interval([0.4, 0.6] * 50)
+    assert high - low < (wide_high - wide_low) / 3

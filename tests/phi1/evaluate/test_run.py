@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from phi1.errors import UserError
-from phi1.evaluate import exercises, humaneval, run, sandbox
+from phi1.evaluate import exercises, run, sandbox
 from phi1.evaluate.humaneval import Problem
+from phi1.evaluate.models import Model, Refused
 from phi1.evaluate.run import Config
 from phi1.files import sha256_file
 
@@ -28,24 +29,36 @@ def right_if_even(prompts: Sequence[str], seed: int) -> list[str]:
     return [f"    return x + {n + n % 2}\n\nprint('more')" for n in numbers]
 
 
+def model(generate: Any) -> Model:
+    return Model("a model", "its hash", "its tokenizer's", generate)
+
+
 def sample(folder: pathlib.Path, generate: Any = right_if_even, **options: Any) -> list[dict[str, Any]]:
     config = Config(checkpoint=folder, **options)
-    return run.sample(PROBLEMS, generate, folder / "out", {"made": "here"}, config)
+    return run.sample(PROBLEMS, model(generate), folder / "out", {"made": "here"}, config, "full")
 
 
 def test_samples_are_cut_run_and_scored(tmp_path: pathlib.Path) -> None:
     rows = sample(tmp_path)
     by_id = {row["task_id"]: row for row in rows}
-    assert by_id["P/0"]["completion"] == "    return x + 0\n"
+    assert by_id["P/0"]["completion"] == "    return x + 0\n\n"
     assert by_id["P/0"]["status"] == "passed" and by_id["P/1"]["status"] == "failed"
+    facts = {
+        name: by_id["P/1"][name] for name in ("answer", "program", "detail", "how", "strength", "model", "tokenizer")
+    }
+    assert facts == {
+        "answer": "    return x + 2\n\nprint('more')", "program": PROBLEMS[1].prompt + "    return x + 2\n\n",
+        "detail": "AssertionError in: assert c(1) == 2", "how": "completion",
+        "strength": "full", "model": "its hash", "tokenizer": "its tokenizer's"}  # fmt: skip
     results = run.score(PROBLEMS, rows)
-    assert [(s["group"], s["problems"], s["pass"]) for s in results["scores"]] == [
-        ("all", 100, 0.5), ("even", 50, 1.0), ("odd", 50, 0.0)]  # fmt: skip
+    assert [(s["group"], s["cut"], s["problems"], s["pass"]) for s in results["scores"]] == [
+        ("all", "parsing", 100, 0.5), ("even", "parsing", 50, 1.0), ("odd", "parsing", 50, 0.0),
+        ("all", "stop strings", 100, 0.5)]  # fmt: skip
     assert results["statuses"] == {"passed": 50, "failed": 50}
     low, high = results["scores"][0]["low"], results["scores"][0]["high"]
     assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     text = run.table({"benchmark": "exercises", "samples": 1, "temperature": 0.0} | results)
-    assert "50.0%  40.4–59.6%" in text and "failed 50, passed 50" in text
+    assert "50.0%  40.4–59.6%, 40.0–60.0%" in text and "failed 50, passed 50" in text
 
 
 def test_a_run_that_was_cut_off_goes_on(tmp_path: pathlib.Path) -> None:
@@ -60,19 +73,21 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: pathlib.Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         sample(tmp_path, stops)
     path = tmp_path / "out" / "samples.jsonl"
-    assert len(path.read_text().splitlines()) == run.CHUNK
+    assert len(run.read_lines(path)) == run.CHUNK
     with open(path, "a") as file:
         file.write('{"task_id": "P/9", "sam')  # the disk stopped here
     rows = sample(tmp_path, stops)
     assert calls == [64, 36, 36] and len(rows) == 100
-    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+    assert run.read_lines(path) == rows
     assert sample(tmp_path, stops) == rows and len(calls) == 3
 
 
 def test_samples_of_other_settings_are_not_mixed(tmp_path: pathlib.Path) -> None:
     sample(tmp_path)
     with pytest.raises(UserError, match="other settings"):
-        run.sample(PROBLEMS, right_if_even, tmp_path / "out", {"made": "elsewhere"}, Config(checkpoint=tmp_path))
+        run.sample(
+            PROBLEMS, model(right_if_even), tmp_path / "out", {"made": "elsewhere"}, Config(checkpoint=tmp_path), "full"
+        )
 
 
 def test_several_samples_give_pass_at_k(tmp_path: pathlib.Path) -> None:
@@ -82,10 +97,14 @@ def test_several_samples_give_pass_at_k(tmp_path: pathlib.Path) -> None:
 
     few = PROBLEMS[:8]
     config = Config(checkpoint=tmp_path, samples=2, temperature=0.5)
-    rows = run.sample(few, half, tmp_path / "out", {}, config)
+    rows = run.sample(few, model(half), tmp_path / "out", {}, config, "full")
     assert len(rows) == 16 and {row["sample"] for row in rows} == {0, 1}
-    scores = [s for s in run.score(few, rows, (1, 2, 10))["scores"] if s["group"] == "all"]
-    assert [(s["k"], s["pass"]) for s in scores] == [(1, 0.5), (2, 0.5)]
+    scores = [
+        (s["k"], s["pass"])
+        for s in run.score(few, rows, (1, 2, 10))["scores"]
+        if s["group"] == "all" and s["cut"] == "parsing"
+    ]
+    assert scores == [(1, 0.5), (2, 0.5)]
 
 
 def exercise_dataset(folder: pathlib.Path, **changed: Any) -> pathlib.Path:
@@ -103,6 +122,7 @@ def test_exercises_are_read_and_checked(tmp_path: pathlib.Path) -> None:
     problems = exercises.load(folder)
     assert [p.group for p in problems] == ["one step", "two steps", "two steps"]
     assert dataclasses.replace(problems[1], task_id="P/1", group="odd") == PROBLEMS[1]
+    assert exercises.load(exercise_dataset(tmp_path / "n", test=None))[0].test == ""
     (folder / "00000.parquet").write_bytes(b"other")
     with pytest.raises(UserError, match=r"00000\.parquet: corrupt shard"):
         exercises.load(folder)
@@ -141,9 +161,8 @@ def test_a_weak_sandbox_is_refused_unless_told_otherwise(
 ) -> None:
     weak = sandbox.Strength("weak", (), False, 0, False, ("no seccomp here",))
     monkeypatch.setattr(sandbox, "strength", lambda: weak)
-    monkeypatch.setattr(run, "_generator", lambda config: (tmp_path / "model", right_if_even))
-    monkeypatch.setattr(run, "_problems", lambda config: PROBLEMS[:2])
-    monkeypatch.setattr(run, "_digest", lambda checkpoint: "x")
+    monkeypatch.setattr(run, "load_model", lambda config: model(right_if_even))
+    monkeypatch.setattr(run, "load_problems", lambda config: PROBLEMS[:2])
     config = Config(checkpoint=tmp_path, output=tmp_path / "out")
     with pytest.raises(UserError, match=r"no seccomp here.*--allow-weak-sandbox"):
         run.run(config)
@@ -159,15 +178,19 @@ def test_rows_are_on_disk_as_they_come(tmp_path: pathlib.Path, monkeypatch: pyte
 
     def watched(jobs: Any, *, workers: int) -> Any:
         for count, one in enumerate(real(jobs, workers=workers)):
-            assert len(path.read_text().splitlines()) == count
+            assert path.read_text().count("\n") == count
             yield one
             if count == 9:
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(sandbox, "run_each", watched)
+
+    def plain(prompts: Sequence[str], seed: int) -> list[str]:
+        return ["    return x\n" for _ in prompts]  # the same by both ways to cut: one run each
+
     with pytest.raises(KeyboardInterrupt):
-        sample(tmp_path)
-    assert len(path.read_text().splitlines()) == 10
+        sample(tmp_path, plain)
+    assert path.read_text().count("\n") == 10
 
 
 def test_bad_options(tmp_path: pathlib.Path) -> None:
@@ -177,4 +200,74 @@ def test_bad_options(tmp_path: pathlib.Path) -> None:
         run.run(Config(checkpoint=tmp_path, samples=5))
     with pytest.raises(UserError, match="absent"):
         run.run(Config(checkpoint=tmp_path / "absent", limit=1))
-    assert humaneval.STOP[0] == "\nclass "
+    for options in ({"workers": 0}, {"k": (0,)}, {"limit": 0}, {"judge_repeats": 0}):
+        with pytest.raises(UserError, match="must be at least 1"):
+            run.run(Config(checkpoint=tmp_path, **options))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="name the model"):
+        run.run(Config())
+    with pytest.raises(UserError, match="--output is missing"):
+        run.run(Config(model="gpt"))
+
+
+def test_what_a_model_says_is_recorded_and_stops_nothing(tmp_path: pathlib.Path) -> None:
+    """NUL, halves of characters, nothing, no answer, an endless answer, a raw U+2028, a problem without a test."""
+    said: list[Any] = [
+        "    return x + 0\0\n", "    raise ValueError('\\ud800')\n", "    return '\ud800'\n", "", Refused("no answer within 1 s"),
+        "    return x\n" * 100_000, "    return x + 6  # \u2028 \x0c\n", "    return x + 7\n", "    print('\\ud83d', x)\n    return x + 8\n",
+        "Sorry, I cannot.", "    return " + "(" * 5000 + "\n", "    while True: pass\n",
+    ]  # fmt: skip
+    problems = [*PROBLEMS[:7], dataclasses.replace(PROBLEMS[7], test=" \n"), *PROBLEMS[8:12]]
+    config = Config(checkpoint=tmp_path, timeout=1.0)
+
+    def answer(prompts: Sequence[str], seed: int) -> list[Any]:
+        return said
+
+    rows = {r["task_id"]: r for r in run.sample(problems, model(answer), tmp_path / "out", {}, config, "full")}
+    assert [rows[p.task_id]["status"] for p in problems] == [
+        "failed", "failed", "failed", "failed", "no_answer", "failed", "passed", "no_test", "passed", "failed", "failed", "timed_out"]  # fmt: skip
+    assert "ValueError" in rows["P/1"]["detail"] and rows["P/4"]["detail"] == "no answer within 1 s"
+    assert rows["P/8"]["output"] == "\\ud83d 1\n\\ud83d 2\n" and len(rows["P/5"]["answer"]) < 100_000
+    again = run.sample(problems, model(None), tmp_path / "out", {}, config, "full")  # all is on disk
+    assert {r["task_id"]: r for r in again} == rows
+    results = run.score(problems, again)
+    assert results["without_test"] == 1 and results["scores"][0]["problems"] == 11
+    run.write_json(tmp_path / "out" / "results.json", results | {"text": "\ud800"})
+    assert "1 problems have no test" in run.table({"benchmark": "x", "samples": 1, "temperature": 0.0} | results)
+
+
+def test_a_prompt_that_is_no_text_is_recorded(tmp_path: pathlib.Path) -> None:
+    problems = [dataclasses.replace(PROBLEMS[0], prompt="def add(x):\n    '\ud800'\n"), PROBLEMS[2]]
+    asked: list[str] = []
+
+    def answer(prompts: Sequence[str], seed: int) -> list[str]:
+        asked.extend(prompts)
+        return right_if_even(prompts, seed)
+
+    rows = run.sample(problems, model(answer), tmp_path / "out", {}, Config(checkpoint=tmp_path), "full")
+    assert asked == [PROBLEMS[2].prompt] and {r["task_id"]: r["status"] for r in rows} == {
+        "P/0": "no_answer",
+        "P/2": "passed",
+    }
+
+
+def test_lines_end_at_newlines_only(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"text": "a\u2028b\x85c\x0bd\x0ce\x1cf"}
+    path.write_text(
+        json.dumps(row, ensure_ascii=False) + "\n" + json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    assert run.read_lines(path) == [row, row]
+    path.write_text("{}\nno\n")
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        run.read_lines(path)
+
+
+def test_no_problem_with_a_test_is_no_crash() -> None:
+    assert run.score([dataclasses.replace(PROBLEMS[0], test="")], [])["scores"] == []
+
+
+def test_the_puzzles_are_a_benchmark(tmp_path: pathlib.Path) -> None:
+    problems = run.load_problems(Config(checkpoint=tmp_path, benchmark="puzzles", limit=4))
+    rows = run.sample(problems, model(lambda prompts, seed: [p.solution for p in problems]), tmp_path / "out", {},
+                      Config(checkpoint=tmp_path), "full")  # fmt: skip
+    assert [row["status"] for row in rows] == ["passed"] * 4

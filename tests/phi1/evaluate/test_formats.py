@@ -1,0 +1,138 @@
+"""Published formats of HumanEval, MBPP and EvalPlus' versions: a right program passes, a wrong one does not."""
+
+import gzip
+import json
+import pathlib
+from typing import Any
+
+import pytest
+
+from phi1.errors import UserError
+from phi1.evaluate import humaneval
+from phi1.evaluate.sandbox import run_job
+
+MBPP = {
+    "task_id": 2, "text": "Write a function to find the shared elements from the given two lists.",
+    "code": "def similar_elements(test_tup1, test_tup2):\r\n  res = tuple(set(test_tup1) & set(test_tup2))\r\n  return (res) ",
+    "test_list": ["assert set(similar_elements((3, 4, 5, 6),(5, 7, 4, 10))) == set((4, 5))"],
+    "test_setup_code": "", "challenge_test_list": [],
+}  # fmt: skip
+SANITIZED = {
+    "source_file": "x", "task_id": 20, "prompt": "Write a function to check if the given number is woodball or not.",
+    "code": "def helper(x):\n    return x\n\ndef is_woodall(x):\n    return helper(x) == 383\n",
+    "test_imports": ["import math"], "test_list": ["assert is_woodall(383) == True", "assert is_woodall(math.floor(254.5)) == False"],
+}  # fmt: skip
+PLUS = {
+    "task_id": "Mbpp/2", "prompt": '"""\nFind the shared elements.\nassert similar_elements((3, 4), (4,)) == (4,)\n"""\n',
+    "entry_point": "similar_elements", "canonical_solution": "def similar_elements(a, b):\n    assert type(a) is tuple\n    return tuple(set(a) & set(b))\n",
+    "base_input": [[[3, 4, 5, 6], [5, 7, 4, 10]]], "plus_input": [[[], []], [[1, 1], [1]]], "atol": 0, "contract": "",
+    "assertion": "assert set(similar_elements((3, 4, 5, 6),(5, 7, 4, 10))) == set((4, 5))",
+}  # fmt: skip
+HUMANEVAL_PLUS = {
+    "task_id": "HumanEval/2", "prompt": 'def truncate_number(number: float) -> float:\n    """The decimal part."""\n',
+    "entry_point": "truncate_number", "canonical_solution": "    return number - int(number)\n", "test": "unused",
+    "base_input": [[3.5]], "plus_input": [[1.33], [12345.678]], "atol": 0, "contract": "",
+}  # fmt: skip
+
+
+def load(tmp_path: pathlib.Path, *rows: Any) -> list[humaneval.Problem]:
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return humaneval.load(path)
+
+
+def status(problem: humaneval.Problem, completion: str) -> str:
+    return run_job(problem.job(completion, 5.0)).status
+
+
+@pytest.mark.parametrize(
+    "row", [MBPP, SANITIZED, PLUS, HUMANEVAL_PLUS], ids=["mbpp", "sanitized", "mbpp+", "humaneval+"]
+)
+def test_the_solution_passes_and_another_program_fails(row: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    (problem,) = load(tmp_path, row)
+    assert status(problem, problem.solution) == "passed"
+    wrong = "    return 0\n" if row is HUMANEVAL_PLUS else f"def {problem.entry_point}(*a):\n    return 7\n"
+    assert status(problem, wrong) == "failed"
+
+
+def test_mbpps_prompt_and_function(tmp_path: pathlib.Path) -> None:
+    first, second = load(tmp_path, MBPP, SANITIZED)
+    assert first.task_id == "Mbpp/2" and first.entry_point == "similar_elements" and second.entry_point == "is_woodall"
+    assert first.prompt == f'"""\n{MBPP["text"]}\n{MBPP["test_list"][0]}\n"""\n'  # type: ignore[index]
+    (tmp_path / "sanitized.json").write_text(json.dumps([SANITIZED, MBPP]))
+    assert humaneval.load(tmp_path / "sanitized.json") == [second, first]
+
+
+def test_the_extra_inputs_count(tmp_path: pathlib.Path) -> None:
+    """A program that is right on the first input only passes HumanEval's kind of test, not the plus."""
+    (problem,) = load(tmp_path, HUMANEVAL_PLUS)
+    assert status(problem, "    return 0.5\n") == "failed"
+    (base,) = load(tmp_path, HUMANEVAL_PLUS | {"plus_input": []})
+    assert status(base, "    return 0.5\n") == "passed"
+    assert (
+        status(problem, "    return number % 1\n") == "passed"
+    )  # 12345.678 differs in the last bits: floats within 1e-6
+    assert status(problem, "    return number % 1 + 1e-4\n") == "failed"
+
+
+def test_inputs_get_back_the_types_that_json_lost(tmp_path: pathlib.Path) -> None:
+    row = PLUS | {
+        "entry_point": "f", "prompt": '"""F."""\n', "canonical_solution": "def f(a, b, c, d):\n    return repr((a, b, c, d))\n",
+        "assertion": "assert f([(1, 2), (3, 4)], {'k': (1,)}, {1}, 2j) == 0",
+        "base_input": [[[[1, 2]], {"x": [5], "y": []}, [1, 1], "(1+2j)"]], "plus_input": [],
+    }  # fmt: skip
+    (problem,) = load(tmp_path, row)
+    right = "def f(a, b, c, d):\n    return \"([(1, 2)], {'x': (5,), 'y': ()}, {1}, (1+2j))\"\n"
+    assert status(problem, right) == "passed"
+
+
+def test_any_root_of_a_polynomial_is_right(tmp_path: pathlib.Path) -> None:
+    row = HUMANEVAL_PLUS | {
+        "task_id": "HumanEval/32", "entry_point": "find_zero", "prompt": 'def find_zero(xs):\n    """A root."""\n', "atol": 1e-4,
+        "canonical_solution": "    return 1.0\n", "base_input": [[[-1, 0, 1]]], "plus_input": [],
+    }  # fmt: skip
+    (problem,) = load(tmp_path, row)
+    assert status(problem, "    return -1.0\n") == "passed" and status(problem, "    return 0.5\n") == "failed"
+
+
+def test_raw_line_separators_and_surrogates_in_a_file(tmp_path: pathlib.Path) -> None:
+    row = {
+        "task_id": "X/0",
+        "prompt": 'def f():\n    """a\u2028b\x85c\x0cd"""\n',
+        "entry_point": "f",
+        "test": "def check(c):\n    assert c() == 1\n",
+    }
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        json.dumps(row, ensure_ascii=False)
+        + "\n"
+        + json.dumps(row | {"task_id": "X/1", "prompt": "def f():\n    '\ud800'\n"})
+        + "\n"
+    )
+    first, second = humaneval.load(path)
+    assert first.prompt == row["prompt"] and status(first, "    return 1\n") == "passed"
+    assert status(second, "    return 1\n") == "failed"  # half a character is no source
+    (packed := tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert humaneval.load(packed) == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (['{"task_id": "X"}'], r"row 1: KeyError: 'prompt'"),
+        (
+            [json.dumps(MBPP), json.dumps(MBPP | {"task_id": 3, "test_list": ["assert other(1)"]})],
+            "row 2: ValueError: no function of its code",
+        ),
+        ([json.dumps(MBPP | {"test_list": "assert 1"})], "test_list is no list"),
+        (["[1, 2]"], "no JSON objects"),
+        (['{"task_id": 1, "prompt": 2, "entry_point": "f", "test": ""}'], "task_id is int, not text"),
+        ([json.dumps(MBPP), json.dumps(MBPP)], "Mbpp/2 occurs twice"),
+        ([json.dumps(MBPP | {"code": "def f(:"})], "row 1: SyntaxError"),
+    ],
+)
+def test_what_is_no_problem_is_named(rows: list[str], message: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(rows) + "\n")
+    with pytest.raises(UserError, match=message):
+        humaneval.load(path)
