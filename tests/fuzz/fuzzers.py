@@ -524,6 +524,9 @@ def check_block(backend: str, c: BlockCall) -> None:
         assert found[name].shape == expected.shape and found[name].dtype == c.dtype, name
         error = error_rule.error(found[name], expected)
         allowed = max(error_rule.bound(low[name], expected, c.dtype, times=3.0) for low in lows)
+        # Of few numbers a baseline may round well by chance (dx of one token: 0.0007, of numbers up to 5.7 in float16). A sum and a
+        # product before it are rounded by half a unit in the last place each.
+        allowed += torch.finfo(c.dtype).eps * float(expected.abs().max()) if expected.numel() else 0.0
         assert error <= allowed, f"{name}, {c.dtype}: error {error:.3g}, allowed {allowed:.3g}"
 
 
