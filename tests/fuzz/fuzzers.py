@@ -465,9 +465,9 @@ def block_calls(draw: st.DrawFn, backend: str) -> BlockCall:
         dropout_seed=draw(seeds),
         cached=cached,
         exponent=draw(st.sampled_from((0, 3, -5))),
-        # W_in with equal rows makes what comes back through it a sum of terms that cancel: what is left is the terms' rounding,
-        # which no other order of steps bounds. tests/kernels/test_strides.py compares such a W_in with a dense one.
-        layouts=tuple(draw(layouts.filter(lambda x: x != "expanded") if i == 3 else layouts) for i in range(8)),
+        # W_in or W_out with equal rows makes what comes back through it a sum of terms that cancel: what is left is the terms'
+        # rounding, which no other order of steps bounds. tests/kernels/test_strides.py compares such ones with dense ones.
+        layouts=tuple(draw(layouts.filter(lambda x: x != "expanded") if i in (3, 5) else layouts) for i in range(8)),
         seed=draw(st.integers(0, 2**31)),
         threads=draw(thread_pairs),
     )
@@ -524,9 +524,6 @@ def check_block(backend: str, c: BlockCall) -> None:
         assert found[name].shape == expected.shape and found[name].dtype == c.dtype, name
         error = error_rule.error(found[name], expected)
         allowed = max(error_rule.bound(low[name], expected, c.dtype, times=3.0) for low in lows)
-        # Of few numbers a baseline may round well by chance (dx of one token: 0.0007, of numbers up to 5.7 in float16). A sum and a
-        # product before it are rounded by half a unit in the last place each.
-        allowed += torch.finfo(c.dtype).eps * float(expected.abs().max()) if expected.numel() else 0.0
         assert error <= allowed, f"{name}, {c.dtype}: error {error:.3g}, allowed {allowed:.3g}"
 
 
