@@ -405,7 +405,7 @@ def check_loss(backend: str, c: LossCall) -> None:
         targets[slice(None) if c.ignored == "all" else slice(0, None, 2)] = -100
     count = max(1, int((targets != -100).sum()))
     share = 1.0 if c.reduction == "sum" else 1.0 / count
-    truth, limits = bounds.loss(h, w, b, targets, -100, c.z_loss, share)
+    truth, limits = bounds.loss(h, w, b, targets, -100, c.z_loss, share, sums_stored=backend == "triton")
 
     def run(name: str) -> dict[str, Tensor]:
         leaves = [t.detach().requires_grad_() for t in (h, w, b)]
