@@ -9,13 +9,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: quickstart test fuzz docs lint format clean
+.PHONY: quickstart test fuzz mutants docs lint format clean
 
 quickstart: $(READY)
 	$(BIN)/phi1 quickstart
 
 # Two processes of one thread each; a file's tests stay together, because they share what takes long to make.
-PYTEST_OPTIONS ?= -n 2 --dist loadfile
+PYTEST_OPTIONS ?= -n 2 --dist loadfile --durations 40
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
@@ -26,6 +26,10 @@ FUZZ_SEED ?= $(shell date +%s)
 
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz $(FUZZ_MINUTES) $(FUZZ_SEED)
+
+# Every small mistake that is put into the CUDA sources, not each third.
+mutants: $(READY)
+	PHI1_MUTANTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS) --dist load tests/kernels/test_cuda_mutations.py
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

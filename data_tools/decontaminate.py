@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from data_tools import python_text, similarity
 from data_tools.dataset import Counted, Dataset, Failure, Produced, run_stage
-from data_tools.llm import LLM, Answer, LLMConfig, Request
+from data_tools.llm import LLM, Answer, LLMConfig, Request, default_ledger
 from data_tools.python_text import Function
 from data_tools.similarity import Serialisation, exact
 from phi1.errors import UserError
@@ -108,7 +108,7 @@ def run(config: Config) -> Dataset:
     if not {"hexsha", "content"} <= set(schema.names):
         raise UserError(f"{config.input}: needs the columns hexsha and content, has {', '.join(schema.names)}")
     with contextlib.ExitStack() as stack:
-        llm = stack.enter_context(LLM(config, config.output.parent / "llm.sqlite")) if config.judge_nearest else None
+        llm = stack.enter_context(LLM(config, *default_ledger(config, config.output))) if config.judge_nearest else None
         benchmark = Benchmark(config, exercises="solution" in schema.names, llm=llm)
 
         def produce(_: Config, inputs: Sequence[Dataset], shard: int) -> Iterator[Produced]:

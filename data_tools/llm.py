@@ -88,7 +88,8 @@ class LLMConfig:
     """At most this many requests in flight."""
 
     timeout: float = dataclasses.field(default=180.0, metadata=_NO_EFFECT)
-    """Seconds from sending a request to the last byte of its answer."""
+    """Seconds from sending a request to the last byte of its answer. The embedded server, which shares this machine with
+    whatever else runs on it, gets twenty times as long."""
 
     attempts: int = dataclasses.field(default=8, metadata=_NO_EFFECT)
     """Attempts per request before it counts as failed; a rate limit's refusals are waited out and do not count."""
@@ -244,6 +245,8 @@ class LLM:
             budget_tokens=config.budget_tokens,
             budget_usd=config.budget_usd,
         )
+        # 400 tokens take 5 s on two idle cores, and took more than 180 s at a load of 13.
+        self._timeout = config.timeout * (1 if config.base_url else 20)
         # The embedded server answers one at a time; a second request waits in its queue.
         self._limit = AdaptiveLimit(config.concurrency if config.base_url else 2)
         self._stack = contextlib.ExitStack()
@@ -536,7 +539,7 @@ class LLM:
                     base_url=base_url,
                     api_key=os.environ.get("OPENAI_API_KEY") or "none",
                     max_retries=0,
-                    timeout=self.config.timeout,
+                    timeout=self._timeout,
                     http_client=openai.DefaultAsyncHttpxClient(trust_env=not local),
                 )
                 # All requests live in one event loop, where a deadline can cut one off wherever it is.
@@ -565,11 +568,11 @@ class LLM:
 
         name = self._max_tokens_name
         sent = {name if key == "max_tokens" else key: value for key, value in body.items()}
-        call = asyncio.wait_for(_received(client, sent), self.config.timeout)
+        call = asyncio.wait_for(_received(client, sent), self._timeout)
         try:
             data = asyncio.run_coroutine_threadsafe(call, self._loop).result()
         except (asyncio.TimeoutError, openai.APITimeoutError) as error:
-            reason = f"no whole answer within {self.config.timeout:g} s"
+            reason = f"no whole answer within {self._timeout:g} s"
             raise _Refused(Verdict(Remedy.RETRY, reason, billed=True)) from error
         except openai.APIConnectionError as error:
             # By name: the client's HTTP library is httpx or httpx2, by its version.
@@ -598,7 +601,7 @@ class LLM:
     def _models(self) -> str:
         try:
             listed = asyncio.run_coroutine_threadsafe(_model_names(self._connect()), self._loop)
-            names = listed.result(self.config.timeout)
+            names = listed.result(self._timeout)
         except Exception as error:  # any failure here only shortens the message
             return f"it does not list its models either ({type(error).__name__})"
         return f"it serves: {', '.join(names[:8])}" + (", …" if len(names) > 8 else "")

@@ -113,10 +113,11 @@ def textbook(recipe: Recipe, seed: int, number: int, *, max_tokens: int, tempera
     rng = random.Random(f"textbook/{seed}/{number}")
     topic, audience, device = rng.choice(recipe.topics), rng.choice(recipe.audiences), rng.choice(recipe.devices)
     style, setting = rng.choice(recipe.styles), rng.choice(recipe.settings)
+    # What must be in the answer stands last: with style and setting behind it SmolLM2-135M wrote no code block in 4 of 4.
     text = (
-        f"Write a section of a Python textbook about {topic}, for {audience}. Explain the idea in your own words, then "
-        f"show a complete function in a ```python block and explain it. Take the example from {setting}. Include "
-        f"{device}. {style}"
+        f"{style} Take the example from {setting}. Write a section of a Python textbook about {topic}, for {audience}. "
+        f"Explain the idea in your own words, then show a complete function in a ```python block and explain it. "
+        f"Include {device}."
     )
     return _seed(_TEXTBOOK_SYSTEM, (), text, topic, audience, number, max_tokens, temperature, rng)
 
@@ -128,9 +129,7 @@ def exercise(recipe: Recipe, seed: int, number: int, *, max_tokens: int, tempera
     qualifier = rng.choice((*recipe.qualifiers, ""))
     name = "_".join(filter(None, (rng.choice(recipe.verbs), qualifier, rng.choice(recipe.objects))))
     wishes = "; ".join(rng.sample(recipe.constraints, 2))
-    text = (
-        f"Name: {name}. The function {wishes}. Topic: {topic}. Setting: {rng.choice(recipe.settings)}. For {audience}."
-    )
+    text = f"Name: {name}. The function {wishes}. Topic: {topic}. For {audience}."
     return _seed(_EXERCISE_SYSTEM, _SHOTS, text, topic, audience, number, max_tokens, temperature, rng)
 
 

@@ -21,7 +21,8 @@ R = TypeVar("R")
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of the autocast region for tensors on `device`, or None outside one."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+    # Devices by name: torch 2.11 cannot trace torch.amp.is_autocast_available. Others, as meta, have none, or none of our ops.
+    if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 

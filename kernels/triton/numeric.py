@@ -12,6 +12,18 @@ LOG2E = tl.constexpr(1.4426950408889634)
 ATTENTION_OFFSET = tl.constexpr(reference.ATTENTION_OFFSET)
 RESIDUAL_OFFSET = tl.constexpr(reference.RESIDUAL_OFFSET)
 
+if INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+    # Triton 3.6 takes the int of an array of one element, which NumPy 2.4 and later refuse.
+    from triton.runtime import interpreter
+
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_index(tensor, scope):  # type: ignore[no-untyped-def]
+        _patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = _patch_index
+
 # Triton's interpreter multiplies the bit patterns of bfloat16, and truncates to it. Under it, operands of products
 # are widened first, which is exact, and numbers are rounded to nearest as on a GPU.
 _EMULATED = tl.constexpr(INTERPRETED)

@@ -47,15 +47,10 @@ def load_folder(folder: pathlib.Path, sampling: Sampling, device: str) -> Model:
 
     if (folder / "config.json").is_file() and not (folder / checkpoint.CHECKPOINT).exists():
         return _load_hugging_face(folder, sampling, device)
-    import torch
-
-    from phi1.generate import complete
+    from phi1.generate import complete, load
 
     folder = checkpoint.resolve(folder)
-    device = _device(device)
-    model, tokenizer = checkpoint.load_model(
-        folder, device=device, dtype=torch.bfloat16 if device.startswith("cuda") else None
-    )
+    model, tokenizer = load(folder, device)
 
     def answer(prompts: Sequence[str], seed: int) -> list[str | Refused]:
         return list(complete(

@@ -223,3 +223,12 @@ def test_command_line_and_codegen(documents, tmp_path, capsys):
     assert Dataset(documents.folder).hash == dataset.manifest["inputs"][0]["hash"]
     assert main(["data", "tokenize", "--inputs", str(tmp_path / "none"), "--output", str(tmp_path / "u")]) == 2
     assert capsys.readouterr().err.endswith("run the stage that writes it (again)\n")
+
+
+def test_batches_are_bounded_by_characters_too(monkeypatch):
+    monkeypatch.setattr(tokenize, "_BATCH_CHARACTERS", 10)
+    texts = [("12345",), (None,), ("123", "45"), ("1",), ("a" * 30,), ("1",)]
+    batches = list(tokenize._batches(texts))
+    assert batches == [texts[:3], texts[3:4], texts[4:5], texts[5:]]
+    monkeypatch.setattr(tokenize, "_BATCH", 2)
+    assert [len(batch) for batch in tokenize._batches([("",)] * 5)] == [2, 2, 1]

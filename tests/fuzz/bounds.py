@@ -188,9 +188,13 @@ def layer_norm(
 
 
 def loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, z_loss: float, share: float
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(truth, bounds) of the loss times `share` (1, or one over the rows that count) and its gradients."""
+    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, z_loss: float, share: float,
+    sums_stored: bool,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+    """(truth, bounds) of the loss times `share` (1, or one over the rows that count) and its gradients.
+
+    sums_stored: the bias's gradient is the sum of the logits' gradients as rounded to their type, as Triton makes it.
+    """
     dtype, (rows, width), columns = hidden.dtype, hidden.shape, weight.shape[0]
     e = unit_roundoff(dtype)
     kept = targets != ignore_index
@@ -228,7 +232,7 @@ def loss(
             "dhidden": stored @ w.abs() + (columns + 4) * U * (whole @ w.abs()),
             "dweight": stored.T @ h.abs()
             + ((rows + 4) * U + (e if dtype != torch.float32 else 0)) * (whole.T @ h.abs()),
-            "dbias": of_d.sum(0) + (rows + 4) * U * whole.sum(0),
+            "dbias": (stored if sums_stored else of_d).sum(0) + (rows + 4) * U * whole.sum(0),
         }
         truth = {"loss": value.detach(), "dhidden": dh, "dweight": dw, "dbias": db}
         for name, bound in bounds.items():

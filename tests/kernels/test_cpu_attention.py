@@ -175,7 +175,9 @@ def test_bad_input(changes: dict[str, object], message: str) -> None:
 
 def test_what_it_refuses_goes_elsewhere_or_is_an_error() -> None:
     q = torch.randn(1, 5, 2, 80)
-    with pytest.raises(BackendError, match=r"head_dim = 80: the kernels are made for 32, 64, 128; pad q, k and v; able: reference"):
+    with pytest.raises(
+        BackendError, match=r"head_dim = 80: the kernels are made for 32, 64, 128; pad q, k and v; able: reference"
+    ):
         flash_attention(q, q, q, dropout_p=0.1, backend="cpu")
     with use_backend("cpu"), pytest.raises(BackendError, match=r"dtype = torch\.float64"):
         flash_attention(q[..., :64].double(), q[..., :64].double(), q[..., :64].double())

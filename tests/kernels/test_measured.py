@@ -152,6 +152,7 @@ def test_what_is_no_table_is_said_in_one_line_and_not_read(text, cache, caplog):
 # ------------------------------------------------------------------------------------------------------ machines
 
 
+@pytest.mark.skipif(native.MISSING is not None, reason="no native module")
 def test_what_this_cpu_is():
     here = machine.cpu()
     best = next(name for name in native.ISA_NAMES if f"cpu/{name}" not in here.missing)
