@@ -88,7 +88,7 @@ def run(config: TrainConfig) -> None:
 def _recipes() -> str:
     """Says which recipes there are."""
     for folder in (pathlib.Path("recipes"), pathlib.Path(__file__).parents[1] / "recipes"):
-        if found := sorted(folder.glob("*.toml")):
+        if found := sorted(path for path in folder.glob("*.toml") if "[train]" in path.read_text(encoding="utf-8")):
             return f"there are {', '.join(map(str, found))}"
     return "the recipes that come with phi1 are in recipes/ of its repository"
 
