@@ -87,8 +87,8 @@ def check_parts(module: ModuleType) -> None:
     d, bias = logits.to(torch.bfloat16), bias.to(torch.bfloat16)
     expected = (d.double() + bias).softmax(-1) - F.one_hot(targets.clamp(min=0), 40)
     expected[2] = 0.0
-    tensors = (d, bias, targets, loss, stats, partial)
-    module.cross_entropy_cuda(*tensors, (13, 40, 3, -100), 0.0, native.DTYPE_CODES[d.dtype], 0)
+    tensors = (d, bias, targets, loss, partial, stats)
+    module.cross_entropy_cuda(*tensors, 3, (13, 40, -100), 0.0, native.DTYPE_CODES[d.dtype], 0)
     sums = torch.stack([x.sum(0) for x in expected.split(5)])
     torch.testing.assert_close(partial.double(), 1 + sums, rtol=1e-6, atol=1e-6)
     assert not d[2].any(), "an ignored row's gradient is zero, whatever its logits"

@@ -84,7 +84,7 @@ void cross_entropy() {
   args.loss = loss.get(), args.stats = stats.get(), args.bias_sums = partial.get();
   args.rows = kTokens, args.columns = kHidden, args.chunks = kChunks, args.ignore_index = -100;
   args.dtype = DType::bf16;
-  cross_entropy(args, nullptr);
+  cuda::cross_entropy(args, nullptr);
   cross_entropy_backward(args, nullptr);
 }
 
