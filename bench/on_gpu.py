@@ -398,6 +398,8 @@ def main() -> None:
     out = Path(tempfile.mkdtemp(prefix="phi1-gpu-"))
     mode = Mode(sys.executable, *(("cpu", "emulator") if options.rehearse else ("cuda", "gpu")), out)
     wanted = steps(mode)
+    if options.rehearse:  # on a machine that others may load: limits are for a GPU's minutes
+        wanted = [dataclasses.replace(step, limit=4 * step.limit) for step in wanted]
     if options.only:
         names = options.only.split(",")
         unknown = set(names) - {step.name for step in wanted}

@@ -208,7 +208,9 @@ def test_compiles_to_one_graph():
 
 def test_what_it_refuses():
     q = torch.zeros(1, 4, 1, 80, device=DEVICE)
-    with pytest.raises(BackendError, match=r"head_dim = 80: the kernels are made for 32, 64, 128; pad q, k and v; able: reference"):
+    with pytest.raises(
+        BackendError, match=r"head_dim = 80: the kernels are made for 32, 64, 128; pad q, k and v; able: reference"
+    ):
         flash_attention(q, q, q, backend="triton")
     q = torch.zeros(1, 4, 1, 64, device=DEVICE, dtype=torch.float64)
     with pytest.raises(BackendError, match=r"dtype = torch\.float64"):
