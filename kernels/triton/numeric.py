@@ -18,7 +18,7 @@ if INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
 
     _patch = interpreter._patch_lang_tensor
 
-    def _patch_index(tensor, scope):  # type: ignore[no-untyped-def]
+    def _patch_index(tensor, scope):
         _patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
