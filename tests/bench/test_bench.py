@@ -170,7 +170,6 @@ def _unavailable(reason):
 def test_models_in_transformers(script, shape, ours, peers, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface, "VOCABULARY", 128)
     monkeypatch.setattr(suite, "matrix_peak", lambda device, dtype: 1e9)  # a large product takes a while
-    pytest.importorskip("transformers")
     path, threads = tmp_path / "rows.json", torch.get_num_threads()
     try:
         suite.main(

@@ -384,7 +384,8 @@ def test_the_cut_off_loses_no_pair() -> None:
 def test_against_the_distance_of_the_trees_themselves() -> None:
     """APTED's edit distance is never below ours, so a pair that it calls near is near; nor is ours of brackets above twice
     that. Both are equal for most pairs that are near."""
-    apted, helpers = pytest.importorskip("apted"), pytest.importorskip("apted.helpers")
+    import apted
+    from apted import helpers
 
     def as_tree(node: ast.AST) -> Any:
         children = [as_tree(child) for nodes in similarity._fields(node) for child in nodes]

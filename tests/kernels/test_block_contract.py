@@ -151,7 +151,7 @@ def test_a_second_derivative_is_right_or_an_error(backend):
     y = run([*leaves, *inputs[7:]], backend=backend)
     grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
     if backend == "reference" or backend == "torch":
-        pytest.skip("of float64: the next test")
+        pytest.skip("derivatives of the reference are of float64: the next test")
     with pytest.raises(NotImplementedError, match="parallel_block: a second derivative was asked for"):
         torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
 

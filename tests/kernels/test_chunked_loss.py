@@ -25,8 +25,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     """A backend's name and the device of its tensors; `cuda` is the emulator."""
     if request.param == "cuda":
         request.getfixturevalue("emulator")
-    if request.param == "triton":
-        pytest.importorskip("triton")
     device = "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
     yield request.param, device
 

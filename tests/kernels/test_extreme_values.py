@@ -91,7 +91,7 @@ def values(n: int, dtype: torch.dtype, heads: int = 1) -> Tensor:
 def test_any_greatest_score(score: float, queries: int, dtype: torch.dtype, backend: str) -> None:
     """The greatest score of the first keys may be anything: not only what exp2 of its negative can hold."""
     if not serves(backend, dtype):
-        pytest.skip("float32 on cuda")
+        pytest.skip("the cuda kernels take no float32")
     q, n = torch.ones(1, queries, 1, 64, dtype=dtype), max(queries, 40)
     k = torch.full((1, n, 1, 64), score / 8, dtype=dtype)
     both(backend, q, k, values(n, dtype), known=4 * abs(score) + 1)  # a sum of 64 terms
@@ -103,9 +103,9 @@ def test_any_greatest_score(score: float, queries: int, dtype: torch.dtype, back
 def test_large_scores(queries: int, exponent: int, scale: float, dtype: torch.dtype, backend: str) -> None:
     """A row of scores around 2^exponent keeps its greatest, forward and backward."""
     if not serves(backend, dtype, scale):
-        pytest.skip("float32 or a negative scale on cuda")
+        pytest.skip("the cuda kernels take no float32, and a negative scale is turned before them")
     if dtype == torch.float16 and exponent > 30:
-        pytest.skip("beyond what fp16 makes")
+        pytest.skip("float16 has no such scores")
     generator = torch.Generator().manual_seed(exponent)
     half = 2.0 ** (exponent // 2)
     q, k = torch.zeros(1, queries, 1, 64), torch.zeros(1, 100, 1, 64)
@@ -128,7 +128,7 @@ def test_large_scores(queries: int, exponent: int, scale: float, dtype: torch.dt
 def test_scores_that_are_not_finite(case: str, queries: int, dtype: torch.dtype, backend: str) -> None:
     """A row without a score above -inf is zeros with lse -inf; NaN stays in its row; +inf makes NaN, with lse +inf."""
     if not serves(backend, dtype):
-        pytest.skip("float32 on cuda")
+        pytest.skip("the cuda kernels take no float32")
     n = 200
     q, k, v = values(queries, dtype), values(n, dtype).flip(3), values(n, dtype)
     big = 2.0**64  # whose square is infinite in float32

@@ -5,12 +5,11 @@ import pathlib
 
 import pytest
 import torch
+import transformers
 
 from phi1.checkpoint import load_model, read_facts
 from phi1.cli import main
 from phi1.tokenizer import codegen_tokenizer, train_tokenizer
-
-transformers = pytest.importorskip("transformers")
 
 
 def codegen_folder(folder: pathlib.Path, vocab_size: int) -> "transformers.CodeGenForCausalLM":

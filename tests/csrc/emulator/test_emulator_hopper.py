@@ -96,7 +96,6 @@ def test_twins_compute_what_the_instructions_say(compiler: str, tmp_path: pathli
 
 
 def test_descriptors_are_those_that_triton_makes(tmp_path: pathlib.Path) -> None:
-    pytest.importorskip("triton")
     ours = emulated.lines(emulated.build(emulated.COMPILERS[0], "descriptors.cpp", tmp_path))
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     script = pathlib.Path(__file__).parent / "triton_product.py"

@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import kernels
 from phi1.errors import UserError
 from phi1.huggingface import attention, register_attention
-
-transformers = pytest.importorskip("transformers")
 
 COMMON = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from torch import Tensor
 
 import phi1
@@ -20,8 +21,6 @@ from phi1.errors import UserError
 from phi1.huggingface import export_folder, import_folder, import_tokenizer, phi_config, to_phi
 from phi1.model import Phi1
 from phi1.tokenizer import Tokenizer, train_tokenizer
-
-transformers = pytest.importorskip("transformers")
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 VOCABULARY = 320
