@@ -21,13 +21,14 @@ import torch
 from bench import suite
 from bench.harness import Candidate, Unavailable
 from bench.suite import Case, Shape
+from bench.train import HEAD_DIM, check
 from phi1 import generate
 from phi1.config import ModelConfig
 from phi1.huggingface import export_folder
 from phi1.model import Phi1
 from phi1.tokenizer import Tokenizer, train_tokenizer
 
-HEAD_DIM, BATCH = 64, 16
+BATCH = 16
 
 
 def made(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Phi1, Tokenizer]:
@@ -94,10 +95,6 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
             Candidate("transformers.generate", False, partial(make, mine=False)),
         ]
         yield Case(f"{name} prompts", {"new tokens": BATCH * new}, candidates)
-
-
-def check(shape: Shape) -> str | None:
-    return f"hidden must be a multiple of {HEAD_DIM}, the head's width" if shape[2] % HEAD_DIM else None
 
 
 SUITE = suite.Suite(

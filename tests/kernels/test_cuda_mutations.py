@@ -1,7 +1,7 @@
 """Small mistakes, one at a time, in csrc/cuda: each must be noticed by a few of the cases that the kernels are tested on.
 
 A mutant that survives means that the tests cannot see such a mistake, or that the code it changed does nothing. `make mutants`
-runs them all, a quarter of an hour of two cores; `make test` every third.
+runs them all, `make test` every third.
 """
 
 import dataclasses

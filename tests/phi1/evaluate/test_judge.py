@@ -2,7 +2,6 @@
 
 import json
 import statistics
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,14 +14,6 @@ from phi1.evaluate.models import Refused
 
 PROBLEMS = [Problem(f"P/{i}", f'def f{i}(x):\n    """Return x + {i}."""\n', f"f{i}", "") for i in range(4)]
 COMPLETIONS = [f"    return x + {i}\n" for i in range(4)]
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
-    one = Server()
-    yield one
-    one.close()
 
 
 def said(grade: Any, critique: str = "Fine.") -> str:

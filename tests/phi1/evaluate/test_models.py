@@ -3,7 +3,6 @@
 import json
 import pathlib
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,14 +16,6 @@ from phi1.evaluate.run import Config
 SAMPLING = Sampling(max_new_tokens=64)
 PUZZLES = run.load_problems(Config(checkpoint=pathlib.Path(), benchmark="puzzles", limit=5))
 SOLUTIONS = {problem.prompt: problem.solution for problem in PUZZLES}
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
-    one = Server()
-    yield one
-    one.close()
 
 
 def evaluated(server: Server, folder: pathlib.Path, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
