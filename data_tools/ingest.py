@@ -20,8 +20,9 @@ import string
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from data_tools import readers
+from data_tools import readers, stackoverflow
 from data_tools.dataset import MANIFEST, Counted, Dataset, Failure, Produced, run_stage
+from data_tools.units import ContentHashes, Raw, Unit
 
 if TYPE_CHECKING:
     import pyarrow
@@ -105,9 +106,7 @@ def run(config: Config) -> Dataset:
     """Makes the dataset. Raises UserError for a source that is absent or corrupt."""
     import pyarrow as pa
 
-    units = readers.plan(
-        config.sources, readers.ContentHashes(config.output / "hashes.json"), any_license=config.any_license
-    )
+    units = readers.plan(config.sources, ContentHashes(config.output / "hashes.json"), any_license=config.any_license)
     spool = config.output / "spool"
     whole = (config.output / MANIFEST).exists()
     facts: dict[str, Any] = {
@@ -116,7 +115,7 @@ def run(config: Config) -> Dataset:
         "workers": config.workers,
         "max_failed": config.max_failed,
     }
-    with contextlib.nullcontext() if whole else readers.spooled(units, spool, config.tag):
+    with contextlib.nullcontext() if whole else stackoverflow.spooled(units, spool, config.tag):
         keys = run_stage(
             "ingest-keys",
             config,
@@ -181,7 +180,7 @@ def _encoding(content: bytes) -> str:
     return "utf-8"
 
 
-def document(raw: readers.Raw, config: Config) -> dict[str, Any] | Failure | str:
+def document(raw: Raw, config: Config) -> dict[str, Any] | Failure | str:
     """A row of the dataset, or a Failure (not text), or the reason why a filter drops it."""
     if raw.content is None:
         return "empty"
@@ -246,13 +245,13 @@ def _judged_lines(content: str) -> list[str]:
     return judged
 
 
-def _made(units: Sequence[readers.Unit], spool: pathlib.Path, config: Config, shard: int) -> Iterator[Any]:
+def _made(units: Sequence[Unit], spool: pathlib.Path, config: Config, shard: int) -> Iterator[Any]:
     for raw in readers.read(units[shard], spool, config.tag):
-        yield document(raw, config) if isinstance(raw, readers.Raw) else raw
+        yield document(raw, config) if isinstance(raw, Raw) else raw
 
 
 def _keys(
-    units: Sequence[readers.Unit], spool: pathlib.Path, config: Config, inputs: Sequence[Dataset], shard: int
+    units: Sequence[Unit], spool: pathlib.Path, config: Config, inputs: Sequence[Dataset], shard: int
 ) -> Iterator[Produced]:
     read = 0
     for row in _made(units, spool, config, shard):
@@ -282,7 +281,7 @@ def _select(keys: Dataset, limit: int | None) -> tuple[dict[int, frozenset[int]]
 
 
 def _documents(
-    units: Sequence[readers.Unit],
+    units: Sequence[Unit],
     spool: pathlib.Path,
     selection: tuple[dict[int, frozenset[int]], str],
     config: Config,

@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from data_tools import ingest, readers
+from data_tools import ingest, readers, stackoverflow, tables
 from data_tools.dataset import Dataset
 from data_tools.ingest import Config
+from data_tools.units import ContentHashes
 from phi1.errors import UserError
 
 CODE = "def add(a, b):\n    return a + b\n"
@@ -60,7 +61,7 @@ def test_an_installed_package_with_source_and_licence(tmp_path: pathlib.Path) ->
 
 
 def test_the_standard_library_without_tests_and_site_packages(tmp_path: pathlib.Path) -> None:
-    units = readers.plan(["stdlib"], readers.ContentHashes(tmp_path / "hashes.json"))
+    units = readers.plan(["stdlib"], ContentHashes(tmp_path / "hashes.json"))
     items = {item for unit in units for item in unit.items}
     assert {"heapq.py", "json/decoder.py"} <= items
     assert not any(item.startswith(("site-packages", "test/")) or "/test_" in item for item in items)
@@ -280,7 +281,7 @@ def test_a_file_fetched_again_goes_on_after_the_shards_of_the_others(tmp_path: p
     ],
 )  # fmt: skip
 def test_licences_of_any_form(value: Any, expected: tuple[str, ...]) -> None:
-    assert readers.licenses_in(value) == expected
+    assert tables.licenses_in(value) == expected
 
 
 @pytest.mark.parametrize("kind", ["list", "string", "struct", "list of structs", "dictionary", "bytes", "integers"])
@@ -401,7 +402,7 @@ def test_stackoverflow_joins_a_question_with_its_best_answer(
     assert rows["stackoverflow:5"]["max_stars_repo_licenses"] == ["CC BY-SA 2.5", "CC BY-SA 4.0"]
     assert dataset.counters["dropped_unanswered"] == 1
     assert not (tmp_path / "documents" / "spool").exists()
-    monkeypatch.setattr(readers, "_QUESTIONS_BYTES", 500)  # several units
+    monkeypatch.setattr(stackoverflow, "_QUESTIONS_BYTES", 500)  # several units
     parts = run(tmp_path, source, name="parts")
     assert len(parts.shards) > 2
     assert sorted(parts.column("hexsha")) == sorted(dataset.column("hexsha"))
@@ -410,8 +411,10 @@ def test_stackoverflow_joins_a_question_with_its_best_answer(
 def test_licence_by_date_unless_stated() -> None:
     dates = {"2011-04-07T23:59:59": "2.5", "2011-04-08T00:00:00": "3.0", "2018-05-01T12:00:00": "3.0"}
     for date, version in (dates | {"2018-05-02T00:00:00": "4.0"}).items():
-        assert readers._post_license({"CreationDate": date}) == f"CC BY-SA {version}"
-    assert readers._post_license({"CreationDate": "2009-01-01", "ContentLicense": "CC BY-SA 4.0"}) == "CC BY-SA 4.0"
+        assert stackoverflow.post_license({"CreationDate": date}) == f"CC BY-SA {version}"
+    assert (
+        stackoverflow.post_license({"CreationDate": "2009-01-01", "ContentLicense": "CC BY-SA 4.0"}) == "CC BY-SA 4.0"
+    )
 
 
 def test_a_cut_dump_is_told(tmp_path: pathlib.Path) -> None:
@@ -597,6 +600,6 @@ def test_a_row_group_is_read_in_bounded_batches(tmp_path: pathlib.Path) -> None:
 
 def test_html_becomes_text_and_code_stays_as_it_is() -> None:
     html = "<p>One\n two</p>\n\n<ul><li>a</li><li>b</li></ul><pre class='x'><code>\tx  =  1\n\n\n\ny\n</code></pre><p>&amp;</p>"
-    assert readers.html_to_text(html) == "One two\n\n- a\n- b\n\n```\n\tx  =  1\n\n\n\ny\n```\n\n&"
+    assert stackoverflow.html_to_text(html) == "One two\n\n- a\n- b\n\n```\n\tx  =  1\n\n\n\ny\n```\n\n&"
     unclosed = "<p>Use</p><pre><code>a = 1\nb = 2\n</code><p>and more</p><pre><code>c = 3"
-    assert readers.html_to_text(unclosed) == "Use\n\n```\na = 1\nb = 2\n```\n\nand more\n\n```\nc = 3\n```"
+    assert stackoverflow.html_to_text(unclosed) == "Use\n\n```\na = 1\nb = 2\n```\n\nand more\n\n```\nc = 3\n```"

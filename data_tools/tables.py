@@ -1,0 +1,225 @@
+"""Rows of tables as documents: parquet files, The Stack's among them, and JSON lines."""
+
+import dataclasses
+import glob
+import io
+import json
+import math
+import pathlib
+import urllib.parse
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from data_tools.dataset import Counted, Failure
+from data_tools.units import ContentHashes, Raw, Unit, printable
+from phi1.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+FIELDS: dict[str, tuple[str, ...]] = {
+    "content": ("content", "text", "code"),
+    "path": ("max_stars_repo_path", "path", "file_path"),
+    "name": ("max_stars_repo_name", "repo_name", "repo"),
+    "licenses": ("max_stars_repo_licenses", "detected_licenses", "licenses", "license"),
+    "lang": ("lang", "language"),
+    "origin": ("hexsha", "blob_id", "id"),
+    "head": ("max_stars_repo_head_hexsha", "revision_id"),
+    "stars": ("max_stars_count", "star_events_count", "stars"),
+    "authors": ("authors", "author"),
+    "url": ("url",),
+}
+"""What a row of parquet or JSON may say of its document, and the columns in which data sets say it; the first wins."""
+
+TEXTS = {".py": ("Python", False), ".txt": ("Text", True), ".md": ("Markdown", True)}
+"""Suffix -> (language, whether it is prose) of files that are one document."""
+LINES = (".jsonl", ".jsonl.zst")  # a document a line
+_BATCH_BYTES = 16 << 20  # of a row group in memory at a time
+_BATCH_ROWS = 64  # at most: a dictionary-encoded cell inflates to any size whatever the file says of its own
+
+
+def plan_stack(place: str, any_license: bool, hashes: ContentHashes) -> list[Unit]:
+    return _plan_files("stack", place, (), hashes)
+
+
+def plan_parquet(place: str, any_license: bool, hashes: ContentHashes) -> list[Unit]:
+    path, _, query = place.partition("?")
+    try:
+        pairs = urllib.parse.parse_qsl(query, strict_parsing=True) if query else []
+    except ValueError:
+        pairs = [("", query)]
+    for field, _ in pairs:
+        if field not in FIELDS:
+            raise UserError(
+                f"--sources parquet:{place}: after ? stand FIELD=COLUMN pairs with & between; fields: {', '.join(FIELDS)}"
+            )
+    return _plan_files("parquet", path, tuple(sorted(pairs)), hashes)
+
+
+def _plan_files(kind: str, place: str, columns: tuple[tuple[str, str], ...], hashes: ContentHashes) -> list[Unit]:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = pathlib.Path(place).expanduser()
+    files = (
+        sorted(path.rglob("*.parquet")) if path.is_dir() else [pathlib.Path(f) for f in sorted(glob.glob(str(path)))]
+    )
+    if not files:
+        raise UserError(f"--sources {kind}:{place}: no parquet file there")
+    units = []
+    for file in files:
+        try:
+            metadata = pyarrow.parquet.read_metadata(file)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"{file}: not a whole parquet file ({_one_line(error)}); fetch it again") from error
+        names = metadata.schema.to_arrow_schema().names
+        for field, column in columns:
+            if column not in names:
+                raise UserError(f"{file}: has no column `{column}` ({field}); it has {', '.join(names)}")
+        if "content" not in _chosen(names, columns):
+            raise UserError(
+                f"{file}: has no column {' or '.join(f'`{name}`' for name in FIELDS['content'])}, but {', '.join(names)}; "
+                "say which holds the text: parquet:PATH?content=COLUMN"
+            )
+        groups = metadata.num_row_groups
+        content = hashes.of(file)
+        name = hashes.name(content, printable(str(file.relative_to(path)) if path.is_dir() else file.name))
+        whole = Unit("parquet", str(file), name, f"{kind}:{name}", columns=columns, content=content)
+        units += [dataclasses.replace(whole, part=(i, groups)) for i in range(groups)]
+    return units
+
+
+def _chosen(names: Collection[str], columns: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """Field -> column: as the user said, else the first usual one that is there."""
+    usual = {field: column for field, known in FIELDS.items() for column in reversed(known) if column in names}
+    return usual | dict(columns)
+
+
+def read_row_group(unit: Unit) -> Iterator[Raw | Failure | Counted]:
+    for number, row in enumerate(_rows_of_group(unit)):
+        yield _raw(row, unit, f"row {number} of group {unit.part[0]}")
+
+
+def _raw(row: Mapping[str, Any], unit: Unit, place: str) -> Raw:
+    """A row of a table as a document. place: its path, if it names none."""
+    columns = _chosen(row.keys(), unit.columns)
+    values = {field: row.get(column) for field, column in columns.items()}
+    texts = {field: _text(values.get(field)) for field in ("path", "name", "lang", "origin", "head", "url")}
+    stars, path = values.get("stars"), texts["path"]
+    finite = isinstance(stars, int | float) and math.isfinite(stars) and abs(stars) < 2**63
+    suffix = pathlib.PurePosixPath(path).suffix
+    lang, prose = TEXTS.get(suffix, ("Python", False))
+    if not suffix and not texts["lang"]:  # nothing says what it is; data sets call the column of written text so
+        prose = columns.get("content") == "text"
+        lang = "Text" if prose else lang
+    permalink = "https://github.com/{name}/blob/{head}/{path}".format(**texts)
+    return Raw(
+        values.get("content"),
+        path or place,
+        texts["name"],
+        unit.source,
+        licenses_in(values.get("licenses")),
+        texts["lang"] or lang,
+        prose or texts["lang"].lower() in ("markdown", "text", "restructuredtext"),
+        origin=texts["origin"] or None,
+        head=texts["head"] or None,
+        stars=int(stars) if finite else None,  # type: ignore[arg-type]
+        authors=licenses_in(values.get("authors")),
+        url=texts["url"] or (permalink if path and texts["name"] and texts["head"] else None),
+    )
+
+
+def _rows_of_group(unit: Unit) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet row group, a few in memory at a time. Texts are bytes; a cell that cannot be read is an
+    exception in its place."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(unit.place, pre_buffer=False, buffer_size=1 << 20) as file:
+            group = file.metadata.row_group(unit.part[0])
+            each = max(1, group.total_byte_size // max(1, group.num_rows))
+            batches = file.iter_batches(
+                batch_size=max(1, min(_BATCH_ROWS, _BATCH_BYTES // each)),
+                row_groups=[unit.part[0]],
+                columns=sorted(set(_chosen(file.schema_arrow.names, unit.columns).values())),
+                use_threads=False,
+            )
+            for batch in batches:
+                columns = {name: _cells(batch.column(name)) for name in batch.schema.names}
+                for i in range(batch.num_rows):
+                    yield {name: cells[i] for name, cells in columns.items()}
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f"{unit.place}: row group {unit.part[0]} is corrupt ({_one_line(error)}); fetch it again"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _cells(array: "pyarrow.Array") -> list[Any]:
+    import pyarrow
+    import pyarrow.types as types
+
+    if types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if types.is_string(array.type) or types.is_large_string(array.type) or types.is_string_view(array.type):
+        array = array.cast(pyarrow.large_binary())  # whether it is UTF-8 is looked at cell by cell
+    cells: list[Any] = []
+    for cell in array:
+        try:
+            cells.append(cell.as_py())
+        except (
+            ValueError,
+            OverflowError,
+            pyarrow.ArrowException,
+        ) as error:  # a text inside of a list, a date out of range
+            cells.append(error)
+    return cells
+
+
+def _text(value: Any) -> str:
+    """A cell that should hold a text."""
+    if value is None or isinstance(value, Exception):
+        return ""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    return str(value).encode("utf-8", "backslashreplace").decode()
+
+
+def licenses_in(value: Any) -> tuple[str, ...]:
+    """Licences (or authors) as data sets write them: a text, a list of them, records with the name in a field, or nothing."""
+    if value is None or isinstance(value, Exception):
+        return ()
+    if isinstance(value, Mapping):
+        named = next((value[key] for key in ("spdx_id", "key", "license", "name") if value.get(key)), None)
+        return licenses_in(list(value.values()) if named is None else named)
+    if isinstance(value, list | tuple):
+        return tuple(dict.fromkeys(name for item in value for name in licenses_in(item)))
+    text = _text(value).strip()
+    return (text,) if text else ()
+
+
+def read_lines(unit: Unit) -> Iterator[Raw | Failure | Counted]:
+    """Documents of a .jsonl or .jsonl.zst file."""
+    import pyarrow
+
+    path = pathlib.Path(unit.place) / unit.items[0]
+    name = printable(unit.items[0])
+    try:
+        with pyarrow.input_stream(str(path), compression="zstd" if path.suffix == ".zst" else None) as stream:
+            for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError("not an object")
+                except (ValueError, RecursionError) as error:
+                    yield Failure(f"{unit.source}/{name} line {number}", f"not JSON: {_one_line(error)[:100]}")
+                    continue
+                yield _raw(row, unit, f"{name} line {number}")
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read to its end ({_one_line(error)}); fetch it again") from error
