@@ -17,8 +17,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from data_tools.chat import Answer, Request, RequestFailed, whole_unicode
 from data_tools.dataset import MANIFEST, Dataset, Failure, Produced, failed_shards, run_stage
-from data_tools.llm import LLM, Answer, LLMConfig, Request, RequestFailed, default_ledger, whole_unicode
+from data_tools.llm import LLM, LLMConfig, default_ledger
 from data_tools.progress import Progress
 from phi1.errors import UserError
 from phi1.files import sha256_json

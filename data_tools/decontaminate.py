@@ -30,8 +30,9 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from data_tools import python_text, similarity
+from data_tools.chat import Answer, Request
 from data_tools.dataset import Counted, Dataset, Failure, Produced, run_stage
-from data_tools.llm import LLM, Answer, LLMConfig, Request, default_ledger
+from data_tools.llm import LLM, LLMConfig, default_ledger
 from data_tools.python_text import Function
 from data_tools.similarity import Serialisation, exact
 from phi1.errors import UserError

@@ -23,8 +23,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
-import math
 import os
 import pathlib
 import random
@@ -32,14 +30,15 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from data_tools import llm_server
+from data_tools import chat, llm_server
 from data_tools.adaptive import AdaptiveLimit
-from data_tools.ledger import Claim, Closed, Ledger, billed
+from data_tools.chat import Answer, NoLogprobs, Refused, Request, RequestFailed, answer_in, canonical_url
+from data_tools.ledger import Closed, Ledger
 from data_tools.progress import Progress
-from data_tools.provider_errors import Remedy, Verdict, one_line, sort
+from data_tools.provider_errors import Remedy, Verdict, sort
 from phi1.errors import UserError
 from phi1.files import sha256_json
 
@@ -53,7 +52,6 @@ _PROBE_ATTEMPTS = 2
 _DOUBTS = 3  # requests in doubt together before a probe is sent
 _SHARE_FROM = 20  # requests, before the share that failed means something
 _LARGEST_BODY = 64 << 20  # bytes of an answer: what is longer is none
-_NO_LOGPROB = -9999.0  # OpenAI's value for a token that is too unlikely to have one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,85 +105,6 @@ class LLMConfig:
     """CPU threads of the embedded server."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One chat completion. Two equal requests are one: vary `seed` to sample again.
-
-    messages: {"role", "content"} each. max_tokens: of the answer. schema: a JSON schema that the answer
-    must fit (structured output). logprobs: also give the first token's 20 likeliest alternatives. temperature: None is
-    the server's own. accept: raises RequestFailed for an answer that is of no use.
-    """
-
-    messages: Sequence[dict[str, str]]
-    max_tokens: int
-    temperature: float | None = 0.0
-    top_p: float | None = None
-    seed: int | None = None
-    stop: Sequence[str] = ()
-    schema: dict[str, Any] | None = None
-    logprobs: bool = False
-    accept: "Callable[[Answer], object] | None" = dataclasses.field(default=None, compare=False)
-
-    @property
-    def prompt_hash(self) -> str:
-        """SHA-256 of the messages."""
-        return sha256_json(list(self.messages))
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """The sampling settings, for a document's provenance."""
-        names = ("max_tokens", "temperature", "top_p", "seed", "stop")
-        values = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in values.items() if value not in (None, ())}
-
-    def body(self, model: str) -> dict[str, Any]:
-        """The request as the server gets it."""
-        body: dict[str, Any] = {"model": model, "messages": list(self.messages)} | self.sampling
-        if self.schema is not None:
-            body["response_format"] = {
-                "type": "json_schema",
-                "json_schema": {"name": "answer", "schema": self.schema, "strict": True},
-            }
-        if self.logprobs:
-            body |= {"logprobs": True, "top_logprobs": 20}
-        return body
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What the server said.
-
-    text: the message. value: the parsed JSON if a schema was asked for. logprobs: the first token's
-    alternatives, token -> natural log of its probability. model: as the server names it. paid: False if it
-    came from the ledger. truncated: the answer ended at max_tokens.
-    """
-
-    text: str
-    value: Any
-    logprobs: dict[str, float]
-    model: str
-    prompt_tokens: int
-    completion_tokens: int
-    truncated: bool
-    paid: bool
-
-
-class RequestFailed(Exception):
-    """This request got no usable answer; others may. The message is the reason."""
-
-
-class _Refused(Exception):
-    """An attempt that got no answer. claim: the call in the ledger, where it was answered with something useless."""
-
-    def __init__(self, verdict: Verdict, claim: Claim | None = None, response: Any = None) -> None:
-        super().__init__(verdict.reason)
-        self.verdict, self.claim, self.response = verdict, claim, response
-
-
-class _NoLogprobs(RequestFailed):
-    """An answer without the logprobs that were asked for."""
-
-
 def default_ledger(config: LLMConfig, output: pathlib.Path) -> tuple[pathlib.Path, str]:
     """The ledger of a stage that writes `output`, and the scope of its budget (see LLMConfig.ledger)."""
     if config.ledger is not None:
@@ -195,22 +114,6 @@ def default_ledger(config: LLMConfig, output: pathlib.Path) -> tuple[pathlib.Pat
         return beside, ""
     home = pathlib.Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()
     return home / "phi1" / "llm.sqlite", str(output.parent.resolve())
-
-
-def canonical_url(url: str) -> str:
-    """One spelling of a server's address: scheme and host in lower case, no default port, no user, ends in /v1."""
-    try:
-        parts = urllib.parse.urlsplit(url.strip())
-        host, port = (parts.hostname or "").removesuffix("."), parts.port
-    except ValueError as error:
-        raise UserError(f"--base-url {url}: is no URL ({error})") from error
-    if parts.scheme not in ("http", "https") or not host:
-        raise UserError(f"--base-url {url}: must be like http://HOST:PORT/v1")
-    host = f"[{host}]" if ":" in host else "127.0.0.1" if host == "localhost" else host
-    suffix = "" if port in (None, {"http": 80, "https": 443}[parts.scheme]) else f":{port}"
-    path = "/".join(filter(None, parts.path.split("/")))
-    path = path if "v1" in path.split("/") else f"{path}/v1".lstrip("/")
-    return f"{parts.scheme}://{host}{suffix}/{path}" + (f"?{parts.query}" if parts.query else "")
 
 
 class LLM:
@@ -280,7 +183,7 @@ class LLM:
         key = sha256_json({"server": self.server} | body)
         if (known := self.ledger.find(key)) is not None:
             try:
-                return self._read(request, known, paid=False)
+                return chat.read(request, known, self.model, paid=False)
             except RequestFailed:
                 with self._lock:
                     again = self.config.retry_failed and key not in self._asked_again
@@ -306,7 +209,7 @@ class LLM:
             try:
                 with self._limit.slot(self._closed):
                     return self._attempt(request, key, body, waits)
-            except _Refused as refused:
+            except Refused as refused:
                 verdict, no_answer = refused.verdict, refused.response is not None
                 if verdict.remedy is Remedy.STOP:
                     raise self._stop(verdict) from refused
@@ -330,11 +233,11 @@ class LLM:
     def _attempt(self, request: Request, key: str, body: dict[str, Any], waits: int = 0) -> Answer:
         claim = self.ledger.claim(key, body, self._closed)
         if claim.response is not None:  # another thread or process asked the same meanwhile
-            return self._read(request, claim.response, paid=False)
+            return chat.read(request, claim.response, self.model, paid=False)
         sent = time.monotonic()
         try:
             response = self._send(body)
-        except _Refused as refused:
+        except Refused as refused:
             verdict = refused.verdict
             if verdict.remedy in (Remedy.WAIT, Remedy.RETRY):
                 hold = verdict.after or (_backoff(waits + 1) if verdict.remedy is Remedy.WAIT else None)
@@ -351,10 +254,10 @@ class LLM:
         self.ledger.settle(claim, response)
         self._limit.succeeded()
         try:
-            answer = self._read(request, response, paid=True)
-        except _NoLogprobs as failure:
+            answer = chat.read(request, response, self.model, paid=True)
+        except NoLogprobs as failure:
             advice = "it gives no logprobs: use --mode rating, or another server or model"
-            raise _Refused(Verdict(Remedy.DOUBT, str(failure), advice), claim) from failure
+            raise Refused(Verdict(Remedy.DOUBT, str(failure), advice), claim) from failure
         except RequestFailed:
             self._serves()
             raise
@@ -368,7 +271,7 @@ class LLM:
             self._served += 1
             self._news.notify_all()
 
-    def _doubt(self, body: dict[str, Any], refused: _Refused, served: int, note: str) -> NoReturn:
+    def _doubt(self, body: dict[str, Any], refused: Refused, served: int, note: str) -> NoReturn:
         """Raises RequestFailed if other requests are answered after this one was sent, else UserError.
 
         Waits for the others; if none is left that could tell, or several are in doubt, a probe tells: the same request
@@ -416,7 +319,7 @@ class LLM:
             claim = self.ledger.claim(sha256_json({"probe": uuid.uuid4().hex}), harmless, self._closed)
             try:
                 response = self._send(harmless)
-            except _Refused as refused:
+            except Refused as refused:
                 self.ledger.release(claim, lost=refused.verdict.billed, response=refused.response)
                 if refused.verdict.remedy is not Remedy.RETRY:
                     return False
@@ -426,7 +329,7 @@ class LLM:
             else:
                 self.ledger.settle(claim, response)
                 try:
-                    self._read(Request([], 1, logprobs=bool(body.get("logprobs"))), response, paid=True)
+                    chat.read(Request([], 1, logprobs=bool(body.get("logprobs"))), response, self.model, paid=True)
                 except RequestFailed:
                     return False
                 return True
@@ -562,7 +465,7 @@ class LLM:
         thread.join()
 
     def _send(self, body: dict[str, Any]) -> dict[str, Any]:
-        """One attempt. Raises _Refused, or UserError where there is no server."""
+        """One attempt. Raises Refused, or UserError where there is no server."""
         client = self._connect()
         import openai
 
@@ -573,20 +476,20 @@ class LLM:
             data = asyncio.run_coroutine_threadsafe(call, self._loop).result()
         except (asyncio.TimeoutError, openai.APITimeoutError) as error:
             reason = f"no whole answer within {self._timeout:g} s"
-            raise _Refused(Verdict(Remedy.RETRY, reason, billed=True)) from error
+            raise Refused(Verdict(Remedy.RETRY, reason, billed=True)) from error
         except openai.APIConnectionError as error:
             # By name: the client's HTTP library is httpx or httpx2, by its version.
             if type(error.__cause__).__name__ != "ConnectError":
-                raise _Refused(Verdict(Remedy.RETRY, f"connection lost ({error.__cause__!r})", billed=True)) from error
+                raise Refused(Verdict(Remedy.RETRY, f"connection lost ({error.__cause__!r})", billed=True)) from error
             if self._answered:
                 reason = f"does not accept connections any more ({error.__cause__})"
-                raise _Refused(Verdict(Remedy.RETRY, reason)) from error
+                raise Refused(Verdict(Remedy.RETRY, reason)) from error
             raise UserError(
                 f"{self.config.base_url}: no server answers there ({error.__cause__}); start it, correct --base-url, "
                 "or leave --base-url out to use the embedded model"
             ) from error
         except _Cut as error:
-            raise _Refused(Verdict(Remedy.RETRY, f"connection lost ({error})", billed=True)) from error
+            raise Refused(Verdict(Remedy.RETRY, f"connection lost ({error})", billed=True)) from error
         except openai.APIStatusError as error:
             headers = {key.lower(): value for key, value in error.response.headers.items()}
             verdict = sort(error.status_code, headers, error.response.text)
@@ -595,8 +498,8 @@ class LLM:
                     self._max_tokens_name = "max_completion_tokens"  # OpenAI's reasoning models call it so
                     return self._send(body)
                 verdict = dataclasses.replace(verdict, remedy=Remedy.DOUBT)
-            raise _Refused(verdict) from error
-        return _answer_in(data)
+            raise Refused(verdict) from error
+        return answer_in(data)
 
     def _models(self) -> str:
         try:
@@ -605,54 +508,6 @@ class LLM:
         except Exception as error:  # any failure here only shortens the message
             return f"it does not list its models either ({type(error).__name__})"
         return f"it serves: {', '.join(names[:8])}" + (", …" if len(names) > 8 else "")
-
-    def _read(self, request: Request, response: dict[str, Any], *, paid: bool) -> Answer:
-        """The answer in a response. Raises RequestFailed, whatever the response is."""
-        try:
-            choice = response["choices"][0]
-            message = choice["message"]
-            content = message.get("content")
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise RequestFailed("the answer holds no message") from error
-        if isinstance(content, list):  # parts, as some servers answer
-            content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
-        if choice.get("finish_reason") == "content_filter" and not request.logprobs:
-            raise RequestFailed("the answer was cut by the server's content filter")
-        if not isinstance(content, str):
-            why = message.get("refusal") or choice.get("finish_reason") or "no content"
-            if not request.logprobs:
-                raise RequestFailed(f"the answer holds no text: {one_line(why)[:120]}")
-            content = ""
-        text = whole_unicode(content)
-        logprobs = _first_logprobs(choice) if request.logprobs else {}
-        if request.logprobs and not logprobs:
-            raise _NoLogprobs(f"{self.model} answered without logprobs")
-        value = None
-        if request.schema is not None:
-            try:
-                value = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise RequestFailed(f"the answer is not JSON: {one_line(text)[:80]!r}") from error
-        prompt, completion = billed(response)
-        model = response.get("model")
-        answer = Answer(
-            text=text,
-            value=value,
-            logprobs=logprobs,
-            model=whole_unicode(model) if isinstance(model, str) and model else self.model,
-            prompt_tokens=prompt or 0,
-            completion_tokens=completion or 0,
-            truncated=choice.get("finish_reason") == "length",
-            paid=paid,
-        )
-        if request.accept is not None:
-            request.accept(answer)
-        return answer
-
-
-def whole_unicode(text: str) -> str:
-    """A text with U+FFFD for each half of a surrogate pair, which JSON can carry and no file can hold."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _backoff(times: int) -> float:
@@ -682,39 +537,3 @@ async def _received(client: "openai.AsyncOpenAI", sent: dict[str, Any]) -> bytes
 
 async def _model_names(client: "openai.AsyncOpenAI") -> list[str]:
     return [model.id for model in (await client.models.list()).data]
-
-
-def _answer_in(data: bytes) -> dict[str, Any]:
-    """The chat completion in a body that came with status 200. Raises _Refused for what is none: it may be billed."""
-    text = data.decode("utf-8", "replace")
-    try:
-        response = json.loads(text)
-    except (ValueError, RecursionError):
-        response = None
-    choices = response.get("choices") if isinstance(response, dict) else None
-    if isinstance(choices, list) and choices and isinstance(choices[0], dict) and "message" in choices[0]:
-        return response
-    if isinstance(response, dict) and response.get("error"):  # OpenRouter wraps its upstream's refusals so
-        code = response["error"].get("code") if isinstance(response["error"], dict) else None
-        verdict = sort(code if isinstance(code, int) and 400 <= code < 600 else 500, {}, text)
-        raise _Refused(dataclasses.replace(verdict, billed=True), response=response)
-    reason = f"a 200 that is no chat completion: {one_line(text)[:80]!r}"
-    advice = "check --base-url, which usually ends in /v1"
-    raise _Refused(Verdict(Remedy.RETRY, reason, advice, billed=True), response=response or {})
-
-
-def _first_logprobs(choice: dict[str, Any]) -> dict[str, float]:
-    """Token -> log-probability of the first token's alternatives, without those that have none (null, -inf, -9999)."""
-    try:
-        top = choice["logprobs"]["content"][0]["top_logprobs"]
-        pairs = [(entry["token"], entry["logprob"]) for entry in top]
-    except (KeyError, IndexError, TypeError):
-        return {}
-    return {
-        token: float(value)
-        for token, value in pairs
-        if isinstance(token, str)
-        and isinstance(value, int | float)
-        and math.isfinite(value)
-        and _NO_LOGPROB < value <= 0.01  # rounding
-    }

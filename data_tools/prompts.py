@@ -12,7 +12,7 @@ import pathlib
 import random
 import sys
 
-from data_tools.llm import Request
+from data_tools.chat import Request
 from phi1.errors import UserError
 from phi1.files import sha256_json
 

@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_tools import prompts
+from data_tools.chat import Answer, RequestFailed
 from data_tools.dataset import Counted, Dataset, Failure, Produced, failed_shards, run_stage
-from data_tools.llm import LLM, Answer, LLMConfig, RequestFailed, default_ledger
+from data_tools.llm import LLM, LLMConfig, default_ledger
 from data_tools.similarity import words
 from phi1.errors import UserError
 

@@ -10,8 +10,8 @@ from fake_openai import FakeServer, completion
 
 from data_tools import annotate
 from data_tools.annotate import Config, excerpt, log_odds
+from data_tools.chat import RequestFailed
 from data_tools.dataset import Dataset
-from data_tools.llm import RequestFailed
 from phi1 import cli
 from phi1.errors import UserError
 

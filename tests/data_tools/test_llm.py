@@ -19,8 +19,9 @@ from fake_openai import FakeServer, completion
 
 from data_tools import llm as llm_module
 from data_tools.adaptive import AdaptiveLimit
+from data_tools.chat import Answer, Request, RequestFailed, canonical_url
 from data_tools.ledger import Ledger
-from data_tools.llm import LLM, Answer, LLMConfig, Request, RequestFailed, canonical_url, default_ledger
+from data_tools.llm import LLM, LLMConfig, default_ledger
 from phi1.errors import UserError
 
 
@@ -480,7 +481,7 @@ def test_ctrl_c_ends_at_once_and_what_was_asked_stays_counted(server: FakeServer
 
     server.script = script
     program = (
-        "import pathlib\nfrom data_tools.llm import LLM, LLMConfig, Request\n"
+        "import pathlib\nfrom data_tools.chat import Request\nfrom data_tools.llm import LLM, LLMConfig\n"
         f"config = LLMConfig(base_url={server.base_url!r}, model='fake-1', concurrency=4)\n"
         f"with LLM(config, pathlib.Path({str(tmp_path / 'llm.sqlite')!r})) as llm:\n"
         "    for answer in llm.ask_all(Request([{'role': 'user', 'content': str(i)}], 5) for i in range(300)):\n"
