@@ -128,8 +128,8 @@ def steps(config: Config) -> list[Step]:
         keep_fraction=0.5,
         allow_chance=True,  # its embedded annotator is weak; the filter and the report say so
     )
-    textbooks = synthesize.Config(kind="textbooks", count=count(36, 4), max_tokens=400, output=root / "textbooks")
-    written = synthesize.Config(kind="exercises", count=count(16, 4), max_tokens=250, output=root / "llm-exercises")
+    textbooks = synthesize.Config(kind="textbooks", count=count(36, 2), max_tokens=400, output=root / "textbooks")
+    written = synthesize.Config(kind="exercises", count=count(16, 2), max_tokens=250, output=root / "llm-exercises")
     small = tokenizer.Config(
         inputs=tuple(root / name for name in ("filtered-clean", "textbooks-clean", "exercises-clean")),
         output=root / "tokenizer.json",

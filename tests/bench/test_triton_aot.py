@@ -22,6 +22,7 @@ def test_phi1_kernels_do_not_spill():
     assert names[:3] == ["kernel", "arch", "dtype"]
     products = {"forward_kernel", "dq_kernel", "dkv_kernel", "project_in_kernel", "project_out_kernel"}
     after = {f"after_{where}{what}_kernel" for where in ("in", "out") for what in ("", "_backward")}
+    after.add("residual_factor_kernel")
     norm = {"layer_norm_forward_kernel", "layer_norm_backward_kernel"}
     others = {"rotary_kernel", "column_sums_kernel", "cross_entropy_kernel"}
     assert {row["kernel"] for row in rows} == products | after | norm | others
