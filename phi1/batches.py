@@ -82,7 +82,10 @@ class Batches:
             self.world.each(dataset.verify if self.world.local_rank == 0 else lambda: None)
 
     def of_step(self, step: int) -> list[Batch]:
-        """This process's micro-batches of step 0 …. UserError if a shard is not what it was when it was opened."""
+        """This process's micro-batches of step 0 …, as many in every process: the first may be idle (`_idle`).
+
+        UserError if a shard is not what it was when it was opened.
+        """
         settings = self.config.train
         start = step * settings.sequences_per_step
         batches = []
@@ -92,16 +95,19 @@ class Batches:
             seed = mix(settings.seed, step, number) >> 11  # the model reads 52 bits of it
             samples = range(start + samples.start, start + samples.stop)
             batches.append(self._read(self.training, samples, settings.seed, seed))
-        return batches
+        return [_idle(batches[0])] * (self.most - len(batches)) + batches
 
-    def of_evaluation(self, dataset: TokenDataset) -> list[Batch | None]:
-        """The first `evaluation_sequences` samples of seed 0, shared among processes; None where only others have one."""
+    def of_evaluation(self, dataset: TokenDataset) -> list[Batch]:
+        """The first `evaluation_sequences` samples of seed 0, shared among processes; idle where only others have one."""
         settings, world = self.config.train, self.world
         size = settings.micro_batch
         count = min(settings.evaluation_sequences, dataset.windows(self.config.data.sequence_length))
         rounds = [range(start, min(start + size * world.size, count)) for start in range(0, count, size * world.size)]
         shares = [samples[world.rank :: world.size] for samples in rounds]
-        return [self._read(dataset, mine, 0, 0) if mine else None for mine in shares]
+        return [
+            self._read(dataset, mine, 0, 0) if mine else _idle(self._read(dataset, samples[:1], 0, 0))
+            for mine, samples in zip(shares, rounds, strict=True)
+        ]
 
     def _read(self, dataset: TokenDataset, samples: range, seed: int, dropout_seed: int) -> Batch:
         options, device = self.config.data, self.world.device
@@ -117,3 +123,9 @@ class Batches:
             dropout_seed,
             int((targets != IGNORE).sum()),
         )
+
+
+def _idle(batch: Batch) -> Batch:
+    """A micro-batch in which no target counts, for a process that has none where others do: a forward or backward pass
+    under FSDP2, and DDP's first, is one that all processes make."""
+    return batch._replace(sequences=range(0), targets=torch.full_like(batch.targets, IGNORE), counted=0)

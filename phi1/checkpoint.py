@@ -10,7 +10,9 @@
       last -> step-001000       the newest whole one
 
 A checkpoint is written to a temporary folder beside its place, synced, and renamed. Every byte of it is under a hash:
-checkpoint.json ends with the SHA-256 of what it says, and is read only if it is written exactly as `write_model` does.
+checkpoint.json ends with the SHA-256 of what it says, and is read only if it is written exactly as `write` does.
+A checkpoint knows nothing of the processes that trained it: what they hold in shards is put together when it is taken
+(`Snapshot`) and cut again when it is read, so that any number of them, each with all or with a shard, goes on from it.
 There is no generator state to keep: weights, order and dropout are functions of (seed, step). What a run does with its
 folder (`last`, which ones are kept) is in phi1/run.py.
 """
@@ -32,6 +34,7 @@ import torch
 
 from phi1 import __version__
 from phi1.config import ModelConfig
+from phi1.distributed import sharded_like, whole
 from phi1.errors import UserError
 from phi1.files import json_text, sha256_file, sha256_json, write_json
 from phi1.model import Phi1
@@ -55,38 +58,61 @@ class Gone(UserError):
     """A checkpoint that was deleted while it was read: a training keeps its newest ones only."""
 
 
-def write_model(
-    folder: pathlib.Path | str,
-    model: Phi1,
-    tokenizer: Tokenizer,
-    facts: dict[str, Any],
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> pathlib.Path:
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds of a model, whole."""
+
+    config: ModelConfig
+    weights: dict[str, torch.Tensor]
+    """Parameters by name."""
+    optimizer: dict[str, torch.Tensor] | None = None
+    """The optimizer's state, `<parameter>/<key>`."""
+
+
+def snapshot(model: Phi1, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> Snapshot | None:
+    """Copies a model and its optimizer's state to host memory, from where they are written while training goes on.
+
+    Where processes hold shards all of them must call this. keep: False for those that only hand theirs over, and get None.
+    """
+
+    def host(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = whole(tensor.detach())
+        return tensor.to("cpu", copy=True) if keep else tensor.new_empty(0)
+
+    # First the weights: under FSDP2 state_dict() has parameters that an evaluation left whole be shards again.
+    weights = {name: host(value) for name, value in model.state_dict().items()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    state = {
+        f"{names[parameter]}/{key}": host(optimizer.state[parameter][key])
+        for parameter in _parameters(optimizer)
+        for key in sorted(optimizer.state.get(parameter, {}))
+    }
+    return Snapshot(model.config, weights, state) if keep else None
+
+
+def write(folder: pathlib.Path | str, content: Snapshot, tokenizer: Tokenizer, facts: dict[str, Any]) -> pathlib.Path:
     """Writes a checkpoint: whole at `folder`, or not at all.
 
-    facts: JSON-able, kept in checkpoint.json. optimizer: kept too, so that training can go on from here.
-    UserError if `folder` exists, or the disk is full.
+    facts: JSON-able, kept in checkpoint.json. UserError if `folder` exists, or the disk is full.
     """
     folder = pathlib.Path(folder)
     if folder.exists():
         raise UserError(f"{folder}: already exists; choose another folder, or delete it")
     with atomic_folder(folder) as temporary:
-        write_json(temporary / CONFIG, dataclasses.asdict(model.config))
-        save_tensors(temporary / MODEL, model.state_dict())
+        write_json(temporary / CONFIG, dataclasses.asdict(content.config))
+        save_tensors(temporary / MODEL, content.weights)
         tokenizer.save(temporary / TOKENIZER)
-        if optimizer is not None:
-            names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-            state = {
-                f"{names[parameter]}/{key}": value
-                for parameter, values in optimizer.state.items()
-                for key, value in values.items()
-            }
-            save_tensors(temporary / OPTIMIZER, state)
+        if content.optimizer is not None:
+            save_tensors(temporary / OPTIMIZER, content.optimizer)
         files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
         record = {"facts": facts, "code_version": __version__, "files": files}
         write_json(temporary / CHECKPOINT, record | {"sha256": sha256_json(record)})
     return folder
+
+
+def write_model(folder: pathlib.Path | str, model: Phi1, tokenizer: Tokenizer, facts: dict[str, Any]) -> pathlib.Path:
+    """Writes a checkpoint of a model as it is now, without an optimizer's state; as `write`."""
+    return write(folder, Snapshot(model.config, model.state_dict()), tokenizer, facts)
 
 
 def load_model(
@@ -123,21 +149,34 @@ def load_parameters(folder: pathlib.Path, model: Phi1) -> None:
     model.load_state_dict(safetensors.torch.load_file(folder / MODEL))
 
 
-def load_optimizer(folder: pathlib.Path, model: Phi1, optimizer: torch.optim.Optimizer) -> None:
-    """Puts a training checkpoint's optimizer state into `optimizer`, which holds the parameters of `model`.
+def read_optimizer(folder: pathlib.Path) -> dict[str, torch.Tensor]:
+    """The optimizer's state in a training checkpoint, `<parameter>/<key>`, whole and on the CPU.
 
-    UserError if the checkpoint has none. The caller checks the hashes (`verify`).
+    UserError if it has none. The caller checks the hashes (`verify`).
     """
     if not (folder / OPTIMIZER).exists():
         raise UserError(f"{folder}: has no optimizer state, so training cannot go on from it; use it as --init-from")
+    return safetensors.torch.load_file(folder / OPTIMIZER)
+
+
+def load_optimizer(folder: pathlib.Path, model: Phi1, optimizer: torch.optim.Optimizer) -> None:
+    """Puts a training checkpoint's optimizer state into `optimizer`, which holds the parameters of `model`, or shards.
+
+    UserError if the checkpoint has none. The caller checks the hashes (`verify`).
+    """
+    parameters = dict(model.named_parameters())
     by_name: dict[str, dict[str, torch.Tensor]] = {}
-    for path, value in safetensors.torch.load_file(folder / OPTIMIZER).items():
+    for path, value in read_optimizer(folder).items():
         name, key = path.split("/")
-        by_name.setdefault(name, {})[key] = value
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {i: by_name[names[parameter]] for i, parameter in enumerate(parameters) if names[parameter] in by_name}
+        by_name.setdefault(name, {})[key] = sharded_like(value, parameters[name])
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in parameters.items()}
+    found = [by_name.get(names[parameter]) for parameter in _parameters(optimizer)]
+    state = {i: values for i, values in enumerate(found) if values is not None}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def resolve(folder: pathlib.Path | str) -> pathlib.Path:

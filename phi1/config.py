@@ -131,6 +131,9 @@ class LoopConfig:
     auto: bf16 where the device has instructions for it; without them fp16 on a GPU, fp32 on a CPU."""
     device: str = "auto"
     """auto: a GPU where there is one, else the CPU. Or cpu, cuda, cuda:1."""
+    data_parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """How processes share the model: each holds all of it, its gradients and optimizer state, or each a shard of them
+    (less memory, more exchange; phi1/engine.py). A run may go on with the other. One process alone holds all."""
     compile: bool = False
     """Run the model through torch.compile."""
     seed: int = 0

@@ -1,6 +1,7 @@
 """The processes that train together, what they agree on, their devices, and the signals that tell them to stop."""
 
 import contextlib
+import gc
 import importlib
 import os
 import pathlib
@@ -15,6 +16,8 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from phi1.errors import Interrupted, UserError
 
@@ -25,6 +28,7 @@ class World:
     """The processes that train together: one, or those that torchrun started."""
 
     def __init__(self, device: str) -> None:
+        self._mesh: DeviceMesh | None = None
         self.distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
         self.rank = int(os.environ["RANK"]) if self.distributed else 0
         self.size = int(os.environ["WORLD_SIZE"]) if self.distributed else 1
@@ -59,7 +63,18 @@ class World:
     def __exit__(self, *error: object) -> None:
         if self.distributed:
             _settle()
+            if self._mesh is not None:
+                # Caches of DTensor keep it, cycles a sharded model, and both the process group.
+                self._mesh._pg_registry.clear()
+                gc.collect()
             dist.destroy_process_group()
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The processes, in one row, as DTensors want them."""
+        if self._mesh is None:
+            self._mesh = init_device_mesh(self.device.type, (self.size,))
+        return self._mesh
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the processes, in float64."""
@@ -156,6 +171,20 @@ class World:
             print(
                 "nobody reads the progress lines any more; the run goes on, and metrics.jsonl has them", file=sys.stderr
             )
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of which each process holds a shard, put together in every process, all of which must call this; any other
+    tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's shard of a tensor that every process has whole, cut and placed as `like` of the same shape is; as it
+    is if `like` is not sharded, or if it has another shape (an optimizer's count of steps)."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 _recent: list[torch.Tensor] = []

@@ -71,7 +71,7 @@ class Block(nn.Module):
             self.w_in.to(dtype),
             self.b_in.to(dtype),
             self.w_out.to(dtype),
-            (self.b_attention + self.b_mlp).to(dtype),
+            self.b_attention.to(dtype) + self.b_mlp.to(dtype),
             *rotary,
             heads=config.num_heads,
             kv_heads=config.num_kv_heads,

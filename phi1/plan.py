@@ -67,16 +67,21 @@ def run(config: Config) -> None:
     print("\n".join(describe(recipe, config.gpus, config.device)))
 
 
-def parameters(model: ModelConfig) -> dict[str, int]:
-    """Parameters by part, as `Phi1` has them."""
+def shapes(model: ModelConfig) -> dict[str, list[tuple[int, int]]]:
+    """Rows and columns of every parameter, by part, as `Phi1` has them; a vector is one column."""
     hidden, inner, width = model.hidden_size, model.intermediate_size, model.attention_width
     width_in = width + 2 * model.kv_width + inner
     return {
-        "embedding": model.vocab_size * hidden,
-        "block matrices": model.num_layers * hidden * (width_in + width + inner),
-        "biases and LayerNorms": model.num_layers * (4 * hidden + width_in) + 2 * hidden,
-        "lm_head": model.vocab_size * (hidden + 1),
+        "embedding": [(model.vocab_size, hidden)],
+        "block matrices": model.num_layers * [(width_in, hidden), (hidden, width + inner)],
+        "biases and LayerNorms": model.num_layers * [*4 * [(hidden, 1)], (width_in, 1)] + 2 * [(hidden, 1)],
+        "lm_head": [(model.vocab_size, hidden), (model.vocab_size, 1)],
     }
+
+
+def parameters(model: ModelConfig) -> dict[str, int]:
+    """Parameters by part."""
+    return {part: sum(rows * columns for rows, columns in each) for part, each in shapes(model).items()}
 
 
 def memory(config: TrainConfig, gpus: int, device: str = "cuda") -> dict[str, int]:
@@ -101,11 +106,30 @@ def memory(config: TrainConfig, gpus: int, device: str = "cuda") -> dict[str, in
     dropout = model.residual_dropout > 0
     products = size * hidden * (width + inner)
     block = size * rows * (hidden * (1 + dropout) + width + inner + width_in) + products
-    return {
+    together = {
         "weights, float32": 4 * total,
         "gradients, float32": 4 * total,
         "AdamW's moments, float32": 8 * total,
         "weights cast for the computation": 0 if size == 4 else size * (total - count["embedding"]),
+    }
+    if config.train.data_parallel == "fsdp2" and gpus > 1:
+        each, outside = shapes(model), ("embedding", "lm_head")
+        held = sum(-(-rows // gpus) * columns for part in each.values() for rows, columns in part)
+        # Each is gathered in as many pieces of one size as there are processes.
+        gathered = {part: sum(-(-rows // gpus) * gpus * columns for rows, columns in each[part]) for part in each}
+        one = sum(gathered[part] for part in each if part not in outside) // model.num_layers
+        accumulated = config.train.sequences_per_step > config.train.micro_batch * gpus
+        together = {
+            "shards of weights, float32": 4 * held,
+            "shards of gradients, float32": 4 * held,
+            "shards of AdamW's moments, float32": 8 * held,
+            "embedding and lm_head, gathered, float32": 4 * sum(gathered[part] for part in outside),
+            "lm_head cast for the computation": 0 if size == 4 else size * count["lm_head"],
+            "two blocks' weights, gathered": 2 * size * one,
+            "gradients that are not exchanged yet, float32": 4 * total if accumulated else 0,
+        }
+        block += size * one
+    return together | {
         "kept of each block for its gradient": model.num_layers * saved,
         "hidden states before and after the last LayerNorm": 2 * size * rows * hidden,
         "tokens of a step": 2 * 8 * step,

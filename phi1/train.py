@@ -31,10 +31,10 @@ import errno
 import math
 import pathlib
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import kernels
 from kernels import registry
@@ -42,6 +42,7 @@ from phi1 import __version__, checkpoint
 from phi1.batches import Batch
 from phi1.config import TrainConfig
 from phi1.distributed import StopSignals, World
+from phi1.engine import Engine
 from phi1.errors import Interrupted, UserError
 from phi1.metrics import Metrics, Progress, flops_per_token, parameter_count, peak_flops
 from phi1.model import Phi1
@@ -97,8 +98,12 @@ class Trainer:
             self.model.reset_parameters(torch.Generator().manual_seed(config.train.seed))
         else:
             checkpoint.load_parameters(run.source, self.model)
-            world.each(lambda: require_finite(self.model, run.source))
-        self.model.to(world.device)
+            world.each(lambda: require_finite(self.model.named_parameters(), run.source))
+        if world.distributed:  # only rank 0 checked the hashes of the files that it read
+            state = checkpoint.read_optimizer(run.source) if run.source and run.resumed else {}
+            loaded = _sum_of_bits([*self.model.parameters(), *state.values()])
+            world.agree({"what was loaded": f"bits that add up to {loaded}"})
+        self.engine = Engine(self.model, world, config.train)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         scaled = run.precision == "fp16"
         self.scaler = torch.amp.GradScaler(world.device.type, init_scale=config.optimizer.loss_scale, enabled=scaled)
@@ -107,23 +112,11 @@ class Trainer:
             checkpoint.load_optimizer(run.source, self.model, self.optimizer)
             if scaled and facts["scaler"]:
                 self.scaler.load_state_dict(facts["scaler"])
-        if world.distributed:  # only rank 0 checked the hashes of the files that it read
-            world.agree({"what was loaded": f"bits that add up to {_sum_of_bits(self.model, self.optimizer)}"})
         self.step = facts["step"] if run.resumed else 0
         self.tokens_seen = facts["tokens"] if run.resumed else 0
         self.trouble = Trouble(config.train.spikes == "skip", facts.get("trouble"))
         self.saved, self.saved_at = self.step, time.monotonic()
         self.metrics: Metrics | None = None  # rank 0's, once training begins
-
-        # Gradients have buffers of their own from the start. Left to autograd, compiled code hands one tensor to two
-        # parameters whose gradients are equal (b_attention, b_mlp), and accumulating would add to it twice.
-        for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        network: Any = torch.compile(self.model) if config.train.compile else self.model
-        if world.distributed:
-            devices = [world.device] if world.device.type == "cuda" else None
-            network = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
-        self.network = network
         self.kernels = self._choose_kernels()
 
     def train(self) -> pathlib.Path:
@@ -171,22 +164,17 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=False)
         losses = [0.0] * len(batches)  # summed over a micro-batch
-        for turn in range(self.data.most if counted else 0):
+        for index, batch in enumerate(batches if counted else []):
             self._stop_if_told()
-            # DDP's forward may talk to the other processes: one with a micro-batch less runs its first one twice, and drops
-            # what comes of it, while the others are at theirs. Gradients are exchanged in the last backward pass, averaged
-            # over processes: hence world.size.
-            index = turn - (self.data.most - len(batches))
-            batch, wait = batches[max(index, 0)], world.distributed and index + 1 < len(batches)
-            with self.network.no_sync() if wait else contextlib.nullcontext():
-                loss = self.network(
+            # Gradients are exchanged in the last backward pass, averaged over processes: hence world.size.
+            with self.engine.exchanging(index + 1 == len(batches)):
+                loss = self.engine.network(
                     batch.inputs, targets=batch.targets, cu_seqlens=batch.bounds, dropout_seed=batch.seed
                 )
-                if index >= 0:
-                    self.scaler.scale(loss * (world.size / counted)).backward()
-                    losses[index] = loss.item()  # waits for the device, so that a signal does not wait for the step
+                self.scaler.scale(loss * (world.size / counted)).backward()
+            losses[index] = loss.item()  # waits for the device, so that a signal does not wait for the step
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip_norm).item()
+        norm = self.engine.clip_gradient(config.optimizer.clip_norm)
         # Rank 0's norm for all: another kind of machine may round it otherwise.
         total, norm = world.sum(sum(losses), norm if world.rank == 0 else 0.0)
         mean = total / counted if counted else None
@@ -218,9 +206,8 @@ class Trainer:
         loss = counted = 0.0
         for batch in world.each(lambda: self.data.of_evaluation(dataset)):
             self._stop_if_told()
-            if batch is not None:
-                loss += self.model(batch.inputs, targets=batch.targets, cu_seqlens=batch.bounds).item()
-                counted += batch.counted
+            loss += self.model(batch.inputs, targets=batch.targets, cu_seqlens=batch.bounds).item()
+            counted += batch.counted
         loss, counted = world.sum(loss, counted)
         if counted == 0:
             world.fail(f"{dataset.folder}: no token counts in the evaluation loss; its loss mask is 0 there")
@@ -278,9 +265,9 @@ class Trainer:
         """Writes a checkpoint of the step that was done last."""
 
         def write(folder: pathlib.Path) -> None:
-            require_finite(
-                self.model, f"step {self.step} is not saved", f"try a lower --lr; {self._last_saved()} is kept"
-            )
+            assert content is not None
+            remedy = f"try a lower --lr; {self._last_saved()} is kept"
+            require_finite(content.weights.items(), f"step {self.step} is not saved", remedy)
             facts = {
                 "step": self.step,
                 "tokens": self.tokens_seen,
@@ -291,8 +278,11 @@ class Trainer:
                 "init_from": self.opened.facts.get("init_from"),
                 "kernels": self.kernels,
             }
-            checkpoint.write_model(folder, self.model, self.data.tokenizer, facts, optimizer=self.optimizer)
+            checkpoint.write(folder, content, self.data.tokenizer, facts)
 
+        content = None
+        if self.world.rank == 0 or self.engine.sharded:
+            content = checkpoint.snapshot(self.model, self.optimizer, keep=self.world.rank == 0)
         if self.metrics is not None:
             self.metrics.sync()
         self.world.first(lambda: self.opened.save(self.step, write))
@@ -352,7 +342,6 @@ class Trainer:
         return Progress(config, self.step, flops / peak, world.say)
 
 
-def _sum_of_bits(model: Phi1, optimizer: torch.optim.Optimizer) -> int:
-    """A number that changes with any bit of the weights and of the optimizer's state."""
-    tensors = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
+def _sum_of_bits(tensors: Iterable[torch.Tensor]) -> int:
+    """A number that changes with any bit of tensors of float32."""
     return sum(int(tensor.detach().view(torch.int32).sum(dtype=torch.int64)) for tensor in tensors)

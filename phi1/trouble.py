@@ -15,6 +15,7 @@ Gradients that overflow in fp16 are no trouble: the loss scale falls until they 
 import collections
 import math
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -79,9 +80,11 @@ class Trouble:
         return self.skipped[-IN_A_ROW - 1 :] == list(range(step - IN_A_ROW, step + 1))
 
 
-def require_finite(model: torch.nn.Module, where: object, remedy: str = "choose an earlier or another one") -> None:
-    """UserError, which says where and what to do, unless all parameters are numbers."""
-    for name, parameter in model.named_parameters():
+def require_finite(
+    parameters: Iterable[tuple[str, torch.Tensor]], where: object, remedy: str = "choose an earlier or another one"
+) -> None:
+    """UserError, which says where and what to do, unless all parameters, given by name, are numbers."""
+    for name, parameter in parameters:
         wrong = parameter.numel() - int(torch.isfinite(parameter).sum())
         if wrong:
             count = f"{wrong:,} of {parameter.numel():,}"

@@ -9,7 +9,7 @@ from training import change, write
 from phi1.batches import Batches
 from phi1.distributed import World
 from phi1.errors import UserError
-from phi1.tokens import TokenWriter
+from phi1.tokens import IGNORE, TokenWriter
 from phi1.train import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,7 +42,12 @@ def test_any_number_of_processes_computes_the_same_micro_batches(config, micro_b
     assert [len(batch.inputs) for batch in expected[:-1]] == [micro_batch] * (len(expected) - 1)
     for size in range(2, len(expected) + 1):
         everyones = [Batches(config, world(rank, size)) for rank in range(size)]
-        found = [batch for data in everyones for batch in data.of_step(3)]
+        shares = [data.of_step(3) for data in everyones]
+        assert {len(share) for share in shares} == {everyones[0].most}
+        found = [batch for share in shares for batch in share if batch.sequences]
+        idle = [share[0] for share in shares if not share[0].sequences]
+        assert len(found) + len(idle) == size * everyones[0].most
+        assert all(batch.counted == 0 and (batch.targets == IGNORE).all() for batch in idle)
         assert [(batch.sequences, batch.seed) for batch in found] == [(b.sequences, b.seed) for b in expected]
         assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(found, expected, strict=True))
         counts = {len(data.mine) for data in everyones}

@@ -60,7 +60,9 @@ def take_steps(model, optimizer, steps, seed):
 @pytest.fixture
 def folder(tmp_path, model, tokenizer):
     facts = {"step": 3, "tokens": 99}
-    return checkpoint.write_model(tmp_path / "run" / "step-000003", model, tokenizer, facts, optimizer=stepped(model))
+    return checkpoint.write(
+        tmp_path / "run" / "step-000003", checkpoint.snapshot(model, stepped(model)), tokenizer, facts
+    )
 
 
 def test_a_model_comes_back(folder, model, tokenizer):
@@ -281,7 +283,8 @@ def test_a_really_full_disk(tmp_path, model, tokenizer, ballast):
         first = checkpoint.write_model(tmp_path / "step-000001", model, tokenizer, {"step": 1})
         (tmp_path / "ballast").write_bytes(bytes(ballast))
         with pytest.raises(UserError, match=r"no space left while writing .*step-000002"):
-            checkpoint.write_model(tmp_path / "step-000002", model, tokenizer, {"step": 2}, optimizer=stepped(model))
+            content = checkpoint.snapshot(model, stepped(model))
+            checkpoint.write(tmp_path / "step-000002", content, tokenizer, {"step": 2})
         assert sorted(path.name for path in tmp_path.iterdir()) == ["ballast", "step-000001"]
         checkpoint.load_model(first)
     finally:

@@ -152,9 +152,9 @@ def test_an_overflow_in_fp16_skips_the_step_and_lowers_the_scale(config):
 
 def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(config, monkeypatch, capsys, tmp_path):
     recipe = write_recipe(tmp_path, config)
-    real = checkpoint.write_model
+    real = checkpoint.write
 
-    def write_model(folder, *arguments, **options):
+    def write_full(folder, *arguments, **options):
         if folder.name == "step-000006":
 
             def full(descriptor):
@@ -164,7 +164,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(config, monkey
         return real(folder, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_model", write_model)
+        patch.setattr(checkpoint, "write", write_full)
         assert main(["train", str(recipe)]) == 2
         monkeypatch.undo()
     assert "phi1: error: no space left while writing" in capsys.readouterr().err

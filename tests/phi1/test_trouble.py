@@ -72,12 +72,12 @@ def poison(monkeypatch, steps, value=math.nan):
 
     def update(self):
         batches = {batch.seed for batch in self.data.of_step(self.step)[1:]} if self.step in steps else set()
-        network = self.network
-        self.network = lambda *a, **k: network(*a, **k) * (value if k["dropout_seed"] in batches else 1.0)
+        network = self.engine.network
+        self.engine.network = lambda *a, **k: network(*a, **k) * (value if k["dropout_seed"] in batches else 1.0)
         try:
             return real(self)
         finally:
-            self.network = network
+            self.engine.network = network
 
     monkeypatch.setattr(Trainer, "update", update)
 
