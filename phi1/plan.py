@@ -84,6 +84,16 @@ def parameters(model: ModelConfig) -> dict[str, int]:
     return {part: sum(rows * columns for rows, columns in each) for part, each in shapes(model).items()}
 
 
+def _sharded(config: TrainConfig, gpus: int) -> bool:
+    return config.train.data_parallel == "fsdp2" and gpus > 1
+
+
+def _held(config: TrainConfig, gpus: int) -> int:
+    """Parameters whose master weights, gradients and moments one GPU holds: all, or the rows of its shard of each."""
+    share = gpus if _sharded(config, gpus) else 1
+    return sum(-(-rows // share) * columns for part in shapes(config.model).values() for rows, columns in part)
+
+
 def memory(config: TrainConfig, gpus: int, device: str = "cuda") -> dict[str, int]:
     """Bytes on one device by part, at the moment of a step when they are most; the parts are there at once."""
     model, count = config.model, parameters(config.model)
@@ -112,9 +122,8 @@ def memory(config: TrainConfig, gpus: int, device: str = "cuda") -> dict[str, in
         "AdamW's moments, float32": 8 * total,
         "weights cast for the computation": 0 if size == 4 else size * (total - count["embedding"]),
     }
-    if config.train.data_parallel == "fsdp2" and gpus > 1:
-        each, outside = shapes(model), ("embedding", "lm_head")
-        held = sum(-(-rows // gpus) * columns for part in each.values() for rows, columns in part)
+    if _sharded(config, gpus):
+        each, outside, held = shapes(model), ("embedding", "lm_head"), _held(config, gpus)
         # Each is gathered in as many pieces of one size as there are processes.
         gathered = {part: sum(-(-rows // gpus) * gpus * columns for rows, columns in each[part]) for part in each}
         one = sum(gathered[part] for part in each if part not in outside) // model.num_layers
@@ -163,7 +172,7 @@ def work(config: TrainConfig, gpus: int) -> list[Work]:
         Work("lm_head and loss", 6 * count["lm_head"] * tokens, 5 * size * model.vocab_size * tokens + 8 * count["lm_head"] * chunks),
         # float32 weights to the computation's type, and gradients back and added up.
         Work("casts of weights", 0, 0 if size == 4 else 16 * (total - count["embedding"]) * micro_batches),
-        Work("clipping and AdamW", 0, (12 + 28 + 4) * total),
+        Work("clipping and AdamW", 0, (12 + 28 + 4) * _held(config, gpus)),
     ]  # fmt: skip
 
 
@@ -175,7 +184,8 @@ def describe(config: TrainConfig, gpus: int, device: str) -> list[str]:
     lines = [
         f"{total:,} parameters: {', '.join(f'{name} {number:,}' for name, number in count.items())}",
         f"{settings.steps:,} steps of {tokens:,} tokens, {settings.steps * tokens / 1e9:,.1f} billion in all; on {gpus} x "
-        f"{device}, {settings.micro_batch} sequences of {length:,} at a time, {settings.precision}",
+        f"{device}, {settings.micro_batch} sequences of {length:,} at a time, {settings.precision}"
+        + (f", {settings.data_parallel}" if gpus > 1 else ""),
         "",
         f"{'memory on each GPU':<52}{'GB':>8}",
         *(f"  {name:<50}{number / 1e9:>8.2f}" for name, number in parts.items()),
@@ -184,7 +194,12 @@ def describe(config: TrainConfig, gpus: int, device: str) -> list[str]:
     sheet = DEVICES.get(device.lower())
     if sheet is not None:
         fits = sum(parts.values()) < 0.95 * sheet[1]  # the driver, the context and fragments take some
-        lines[-1] += f"   of {sheet[1] / 1e9:.0f}" + ("" if fits else ": does not fit; lower --micro-batch")
+        lines[-1] += f"   of {sheet[1] / 1e9:.0f}" + (
+            ""
+            if fits
+            else ": does not fit; lower --micro-batch"
+            + ("" if _sharded(config, gpus) else ', or set data_parallel = "fsdp2"') * (gpus > 1)
+        )
     least = 0.0 if sheet is None else sum(part.seconds(sheet[0], sheet[2]) for part in works)
     lines += ["", f"{'a step on each GPU, forward and backward':<52}{'TFLOP':>8}{'GB':>10}" + ("" if sheet is None else f"{'seconds':>10}{'share':>8}")]  # fmt: skip
     for part in works:
@@ -194,8 +209,13 @@ def describe(config: TrainConfig, gpus: int, device: str) -> list[str]:
             row += f"{seconds:>10.3f}{seconds / least:>8.1%}"
         lines.append(row)
     if gpus > 1:
-        exchanged = 2 * (gpus - 1) / gpus * 4 * total
-        lines.append(f"  {'gradients to and from the other GPUs':<50}{'':>8}{exchanged / 1e9:>10.1f}")
+        what, exchanged = "gradients to and from the other GPUs", 8 * total
+        if _sharded(config, gpus):  # weights for each pass, what is not in a block once for both; gradients once a step
+            what, blocks = "weights from, gradients to the other GPUs", count["block matrices"]
+            micro_batches = -(-settings.sequences_per_step // (settings.micro_batch * gpus))
+            size = 4 if settings.precision == "fp32" else 2
+            exchanged = micro_batches * (2 * size * blocks + 4 * (total - blocks)) + 4 * total
+        lines.append(f"  {what:<50}{'':>8}{(gpus - 1) / gpus * exchanged / 1e9:>10.1f}")
     if sheet is None:
         return [*lines, "", f"{device}: no data sheet here, so no days (known: {', '.join(DEVICES)})"]
     strict = 6 * (total - count["embedding"]) + 12 * config.model.num_layers * config.model.attention_width * length

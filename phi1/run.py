@@ -88,7 +88,7 @@ class Run:
         later = f"; --keep-every {settings.keep_every} keeps {kept} more in time" if kept else ""
         self.world.say(f"{facts}{later}; {_gigabytes(free)} are free")
 
-    def save(self, step: int, write: Callable[[pathlib.Path], None]) -> None:
+    def save(self, step: int, write: Callable[[pathlib.Path], object]) -> None:
         """Has `write` make the checkpoint folder of `step`, points `last` at it, and deletes those not to be kept."""
         folder = self.folder / f"step-{step:06d}"
         if os.path.lexists(folder):  # not there when the run was opened

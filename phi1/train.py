@@ -39,6 +39,7 @@ import torch
 import kernels
 from kernels import registry
 from phi1 import __version__, checkpoint
+from phi1.background import Background
 from phi1.batches import Batch
 from phi1.config import TrainConfig
 from phi1.distributed import StopSignals, World
@@ -116,6 +117,7 @@ class Trainer:
         self.tokens_seen = facts["tokens"] if run.resumed else 0
         self.trouble = Trouble(config.train.spikes == "skip", facts.get("trouble"))
         self.saved, self.saved_at = self.step, time.monotonic()
+        self.writer = Background()  # rank 0's, of the checkpoint that was taken last
         self.metrics: Metrics | None = None  # rank 0's, once training begins
         self.kernels = self._choose_kernels()
 
@@ -138,6 +140,7 @@ class Trainer:
                     if self._checkpoint_due():
                         self._save()
                     if self.step == settings.steps:
+                        world.first(self.writer.wait)
                         return checkpoint.resolve(self.opened.folder)
                     started = time.monotonic()
                     facts = self.update()
@@ -147,7 +150,11 @@ class Trainer:
             except Interrupted as stop:
                 if self.saved < self.step:
                     self._save()
+                world.first(self.writer.wait)
                 world.say(f"stopped by {stop.signal.name} at step {self.step:,}; the same command goes on from there")
+                raise
+            except Exception:
+                self.writer.wait()  # what is being written is of a step that was done well, whatever went wrong since
                 raise
 
     def update(self) -> dict[str, Any]:
@@ -156,7 +163,7 @@ class Trainer:
         Raises Interrupted, nothing changed, if any process was told to stop.
         """
         config, world, number = self.config, self.world, self.step + 1
-        batches = world.each(lambda: self.data.of_step(self.step))
+        batches = world.each(self._next_batches)
         counted = world.sum(sum(batch.counted for batch in batches))[0]
         lr = learning_rate(config.optimizer, self.step, config.train.steps)
         for group in self.optimizer.param_groups:
@@ -197,6 +204,10 @@ class Trainer:
         self._end_if_hopeless(wrong)
         return facts
 
+    def _next_batches(self) -> list[Batch]:
+        self.writer.check()  # a checkpoint that could not be written ends the run
+        return self.data.of_step(self.step)
+
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean loss per token over the validation set's first sequences, shared among processes."""
@@ -234,6 +245,7 @@ class Trainer:
             what = f"gradients overflow in fp16 even at a loss scale of {scale}"
         else:
             return
+        self.world.first(self.writer.wait)
         self.world.fail(
             f"step {self.step}: {what}; look at the sequences in metrics.jsonl, and try a lower --lr, more --warmup-steps "
             f"or --precision bf16. Training goes on from {self._last_saved()}"
@@ -262,31 +274,35 @@ class Trainer:
         return settings.checkpoint_minutes > 0 and self.world.first(lambda: old)
 
     def _save(self) -> None:
-        """Writes a checkpoint of the step that was done last."""
-
-        def write(folder: pathlib.Path) -> None:
-            assert content is not None
-            remedy = f"try a lower --lr; {self._last_saved()} is kept"
-            require_finite(content.weights.items(), f"step {self.step} is not saved", remedy)
-            facts = {
-                "step": self.step,
-                "tokens": self.tokens_seen,
-                "recipe": plain(self.config),
-                "data_hash": self.data.training.hash,
-                "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
-                "trouble": self.trouble.state(),
-                "init_from": self.opened.facts.get("init_from"),
-                "kernels": self.kernels,
-            }
-            checkpoint.write(folder, content, self.data.tokenizer, facts)
-
-        content = None
-        if self.world.rank == 0 or self.engine.sharded:
-            content = checkpoint.snapshot(self.model, self.optimizer, keep=self.world.rank == 0)
+        """Takes a checkpoint of the step that was done last, and has it written while training goes on."""
+        world, opened, tokenizer = self.world, self.opened, self.data.tokenizer
+        world.first(self.writer.wait)
         if self.metrics is not None:
             self.metrics.sync()
-        self.world.first(lambda: self.opened.save(self.step, write))
-        self.saved, self.saved_at = self.step, time.monotonic()
+        content = None
+        if world.rank == 0 or self.engine.sharded:
+            content = checkpoint.snapshot(self.model, self.optimizer, keep=world.rank == 0)
+        step, facts = self.step, {
+            "step": self.step,
+            "tokens": self.tokens_seen,
+            "recipe": plain(self.config),
+            "data_hash": self.data.training.hash,
+            "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
+            "trouble": self.trouble.state(),
+            "init_from": opened.facts.get("init_from"),
+            "kernels": self.kernels,
+        }  # fmt: skip
+
+        def begin() -> None:
+            assert content is not None
+            remedy = f"try a lower --lr; {self._last_saved()} is kept"
+            require_finite(content.weights.items(), f"step {step} is not saved", remedy)
+            self.writer.start(
+                lambda: opened.save(step, lambda folder: checkpoint.write(folder, content, tokenizer, facts))
+            )
+
+        world.first(begin)
+        self.saved, self.saved_at = step, time.monotonic()
 
     def _open_metrics(self, stack: contextlib.ExitStack) -> int:
         """Opens them on rank 0; returns the last step that was validated."""

@@ -46,7 +46,7 @@ class Trouble:
 
     def state(self) -> dict[str, Any]:
         """What a run that goes on needs to know, JSON-able."""
-        return {"skipped": self.skipped, "losses": list(self._losses), "norms": list(self._norms)}
+        return {"skipped": list(self.skipped), "losses": list(self._losses), "norms": list(self._norms)}
 
     def judge(self, step: int, loss: float | None, norm: float) -> tuple[str | None, bool]:
         """What is wrong with step 1 …, in words (None: nothing), and whether it is to be skipped.

@@ -6,8 +6,11 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from phi1.config import DataConfig, LoopConfig, OptimizerConfig, TrainConfig
+from phi1.distributed import World
 from phi1.tokenizer import train_tokenizer
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # helper modules beside the tests
@@ -27,6 +30,21 @@ def one_thread():
 def no_measurement(monkeypatch):
     """The matrix product that MFU's peak is measured by takes half a second of every training."""
     monkeypatch.setattr("phi1.train.peak_flops", lambda device, dtype: (1e12, "assumed"))
+
+
+@pytest.fixture
+def fake_world():
+    """Makes a process of many, whose collectives do nothing."""
+    worlds = []
+
+    def make(size):
+        dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+        worlds.append(World("cpu"))
+        worlds[0].distributed, worlds[0].size = True, size
+        return worlds[0]
+
+    yield make
+    worlds[0].__exit__()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import builtins
 import collections
 import os
 import shutil
+import threading
 
 import pytest
 from training import change, content, losses, records, trainer_of, write
@@ -200,14 +201,15 @@ def test_run_folder_and_last_name_the_newest(folder):
 
 def die_before(call):
     """Ends this process before the call of that number that would change a file, with status 9."""
-    left = [call]
+    left, lock = [call], threading.Lock()  # the loop's calls and those of the thread that writes checkpoints
 
     def dying(real, changes):
         def called(*arguments, **options):
             if changes(*arguments):
-                if left[0] == 0:
-                    os._exit(9)
-                left[0] -= 1
+                with lock:
+                    if left[0] == 0:
+                        os._exit(9)
+                    left[0] -= 1
             return real(*arguments, **options)
 
         return called

@@ -4,10 +4,11 @@ import errno
 import math
 import os
 import sys
+import threading
 
 import pytest
 import torch
-from training import DROPOUT, TINY, change, losses, records, trainer_of, write, write_recipe
+from training import DROPOUT, TINY, change, content, losses, records, trainer_of, write, write_recipe
 
 import kernels
 from phi1 import checkpoint
@@ -15,7 +16,7 @@ from phi1.cli import main
 from phi1.errors import UserError
 from phi1.metrics import Metrics, peak_flops
 from phi1.tokenizer import train_tokenizer
-from phi1.train import train
+from phi1.train import Trainer, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -170,6 +171,49 @@ def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint_before(config, monkey
     assert "phi1: error: no space left while writing" in capsys.readouterr().err
     assert checkpoint.resolve(config.train.run_folder).name == "step-000003"
     assert train(config).name == "step-000008"
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(config, tmp_path, monkeypatch):
+    """Of what was when it was taken: here it is written only when the next step is done, to the same bits."""
+    real_update, real_write, stepped, waited = Trainer.update, checkpoint.write, threading.Event(), []
+
+    def update(self):
+        facts = real_update(self)
+        stepped.set()
+        return facts
+
+    def write(folder, *arguments):
+        if folder.name == "step-000003":
+            stepped.clear()
+            waited.append(stepped.wait(60))
+        return real_write(folder, *arguments)
+
+    config = change(config, steps=6)
+    whole = train(change(config, run_folder=tmp_path / "whole"))
+    monkeypatch.setattr(Trainer, "update", update)
+    monkeypatch.setattr(checkpoint, "write", write)
+    train(config)
+    assert waited == [True]
+    for name in ("step-000003", "step-000006"):
+        assert content(config.train.run_folder / name) == content(whole.with_name(name))
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(config, monkeypatch):
+    def write(folder, *arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    real = Trainer.update
+
+    def update(self):
+        if self.step == 3:
+            self.writer._thread.join()
+        return real(self)
+
+    monkeypatch.setattr(Trainer, "update", update)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        train(change(config, steps=100))
+    assert [record["step"] for record in records(config.train.run_folder)] == [1, 2, 3]
 
 
 def test_a_disk_too_full_for_metrics_ends_the_run(config, monkeypatch):

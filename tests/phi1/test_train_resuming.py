@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -117,6 +118,28 @@ def test_a_signal_is_acted_on_within_the_step(config, tmp_path, tokens, monkeypa
     assert losses(run) == losses(tmp_path / "whole")
     validated = [[r for r in records(folder) if "validation_loss" in r] for folder in (run, tmp_path / "whole")]
     assert validated[0] == validated[1] and len(validated[0]) == 3
+
+
+def test_a_signal_waits_for_the_checkpoint_that_is_being_written(config, monkeypatch):
+    """And then comes that of the last whole step."""
+    told, real_update, real_write = threading.Event(), Trainer.update, checkpoint.write
+
+    def update(self):
+        if self.step == 4:
+            signal.raise_signal(signal.SIGTERM)
+            told.set()
+        return real_update(self)
+
+    def write(folder, *arguments):
+        assert told.wait(60)
+        return real_write(folder, *arguments)
+
+    monkeypatch.setattr(Trainer, "update", update)
+    monkeypatch.setattr(checkpoint, "write", write)
+    with pytest.raises(Interrupted):
+        train(config)
+    assert [checkpoint.step_of(path) for path in checkpoint.in_run(config.train.run_folder)] == [3, 4]
+    checkpoint.verify(config.train.run_folder / "step-000004")
 
 
 def test_checkpoints_by_time(config, monkeypatch):
