@@ -64,6 +64,8 @@ class Block(nn.Module):
         dropout_seed: int,
     ) -> Tensor:
         config, dtype = self.config, x_btd.dtype
+        # Cast before they are added, as in a model whose parameters have that type, or whose weights FSDP2 gathers in it.
+        low = cast_dtype(dtype, x_btd.device)
         return parallel_block(
             x_btd,
             self.norm_weight.to(dtype),
@@ -71,7 +73,7 @@ class Block(nn.Module):
             self.w_in.to(dtype),
             self.b_in.to(dtype),
             self.w_out.to(dtype),
-            self.b_attention.to(dtype) + self.b_mlp.to(dtype),
+            self.b_attention.to(low) + self.b_mlp.to(low),
             *rotary,
             heads=config.num_heads,
             kv_heads=config.num_kv_heads,
