@@ -53,10 +53,14 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 
 def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
-    """(s q, t, s) with the same scores, t > 0 and s of -1, 0 and 1, for kernels whose running maximum grows with scale."""
+    """(s q, t, s) with the same scores, t > 0 and s of -1, 0 and 1, for kernels whose running maximum grows with scale.
+
+    The gradient of q is s times the kernel's. For a scale of 0, t is so small that the kernel's is finite in fp16 too:
+    0 times infinity would be NaN.
+    """
     if scale > 0:
         return q, scale, 1.0
-    return (-q, -scale, -1.0) if scale < 0 else (q * 0.0, 1.0, 0.0)
+    return (-q, -scale, -1.0) if scale < 0 else (q * 0.0, 2.0**-64, 0.0)
 
 
 def dropout_arguments(dropout: Dropout) -> tuple[int, float, int]:

@@ -98,6 +98,24 @@ def test_any_greatest_score(score: float, queries: int, dtype: torch.dtype, back
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*BACKENDS, "torch"])
+def test_a_scale_of_zero_has_gradients_of_zero(name: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    """However large dS k is: in fp16 beyond its range, here. Each row's output is the mean of the values."""
+    if not serves(name, dtype):
+        pytest.skip("the cuda kernels take no float32")
+    q, v = values(5, dtype), values(40, dtype)
+    k = torch.full((1, 40, 1, 64), 30000.0, dtype=dtype)
+    k[:, ::2] *= -1
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    backend = as_cuda_backend(request.getfixturevalue("emulated")) if name == "cuda" else contextlib.nullcontext()
+    with backend:
+        out = flash_attention(*leaves, scale=0.0, causal=False, backend=name)
+        dq, dk, _ = torch.autograd.grad(out, leaves, 8 * torch.ones_like(out))
+    torch.testing.assert_close(out[0].double(), v.double().mean(1)[0].expand(5, 1, 64), rtol=1e-2, atol=1e-2)
+    assert not dq.any() and not dk.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [0.125, -0.3])
 @pytest.mark.parametrize(("queries", "exponent"), list(itertools.product([3, 70], [20, 27, 31, 60, 100])))
 def test_large_scores(queries: int, exponent: int, scale: float, dtype: torch.dtype, backend: str) -> None:
