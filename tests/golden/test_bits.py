@@ -62,16 +62,24 @@ def ops() -> dict[str, str]:
                 continue
             for case in attention_cases.CASES:
                 if case.name in ATTENTION:
-                    for backend in ("reference", *CPU, *(("cuda", "cuda/hopper_backward") if dtype == torch.bfloat16 else ())):
+                    for backend in (
+                        "reference",
+                        *CPU,
+                        *(("cuda", "cuda/hopper_backward") if dtype == torch.bfloat16 else ()),
+                    ):
                         if "hopper" in backend and case.head_dim == 32:
                             continue
-                        found[f"attention {case.name} {backend} {name}"] = digest(attention_cases.run_case(case, dtype, backend).values())
+                        found[f"attention {case.name} {backend} {name}"] = digest(
+                            attention_cases.run_case(case, dtype, backend).values()
+                        )
             for case in cuda_block_cases.CASES[:5]:
                 for backend in ("reference", *CPU, "cuda", *(("triton",) if case.seq < 40 else ())):
                     if dtype == torch.float32 and backend in ("cuda", "triton"):
                         continue
                     tensors, options = cuda_block_cases.make_inputs(case, dtype)
-                    found[f"block {case.name} {backend} {name}"] = digest(cuda_block_cases.run(tensors, options, backend))
+                    found[f"block {case.name} {backend} {name}"] = digest(
+                        cuda_block_cases.run(tensors, options, backend)
+                    )
     return found
 
 

@@ -6,7 +6,7 @@ import torch
 from error_rule import check
 from torch import Tensor
 
-from kernels import parallel_block, reference
+from kernels import BlockShape, parallel_block, reference
 from kernels.fused_block import Dropout, Layout, Pieces
 from kernels.registry import implementation
 
@@ -69,9 +69,11 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[li
         *(t.to(device) for t in reference.rotary_table(96, case.rotary)),
     ]  # fmt: skip
     options: dict[str, object] = {
-        "heads": case.heads, "kv_heads": case.kv_heads, "head_dim": case.head_dim,
-        "attention_dropout": case.p, "residual_dropout": case.p, "dropout_seed": SEED,
-    }  # fmt: skip
+        "shape": BlockShape(
+            case.heads, case.kv_heads, case.head_dim, attention_dropout=case.p, residual_dropout=case.p
+        ),
+        "dropout_seed": SEED,
+    }
     if case.positions:
         shape = (case.batch, case.seq) if case.positions == "batch" else (case.seq,)
         options["positions"] = torch.randint(96, shape, generator=generator).to(device)
@@ -169,7 +171,7 @@ def _is_rounded(name: str, x: Tensor, truth: Tensor, size: float) -> None:
 
 def _turned(t: Tensor, layout: Layout, inverse: bool) -> Tensor:
     """(tokens, q and k's columns) in float64, turned."""
-    heads = t.view(layout.batch, layout.seq, -1, layout.head_dim)
+    heads = t.view(layout.batch, layout.seq, -1, layout.shape.head_dim)
     return reference.rotate(heads, layout.cos, layout.sin, layout.positions, inverse).reshape(t.shape)
 
 
@@ -184,10 +186,9 @@ def check_projection_in(case: Case, dtype: torch.dtype, device: str = "cpu") -> 
     _, options = make_inputs(case, dtype)
     positions = options.get("positions")
     assert positions is None or isinstance(positions, Tensor)
-    layout = Layout(
-        case.batch, case.seq, case.heads, case.kv_heads, case.head_dim, case.inner,
-        *reference.rotary_table(96, case.rotary), positions,
-    )  # fmt: skip
+    shape = BlockShape(case.heads, case.kv_heads, case.head_dim)
+    tables = reference.rotary_table(96, case.rotary)
+    layout = Layout(shape, case.batch, case.seq, case.inner, *tables, positions)
     there = layout._replace(
         cos=layout.cos.to(device),
         sin=layout.sin.to(device),

@@ -1,5 +1,6 @@
 """parallel_block against transformers' PhiDecoderLayer, and its backends against each other."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -8,10 +9,10 @@ from cpu_isa import CPU_BACKENDS
 from error_rule import bound, check, error
 from torch import Tensor
 
-from kernels import BackendError, layer_norm, parallel_block, reference
+from kernels import BackendError, BlockShape, layer_norm, parallel_block, reference
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, ROTARY = 4, 2, 32, 48, 80, 16
-OPTIONS = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
+SHAPE = BlockShape(HEADS, KV_HEADS, HEAD_DIM)
 RESULTS = ("y", "dx", "dnorm_weight", "dnorm_bias", "dw_in", "db_in", "dw_out", "db_out")
 WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 
@@ -32,8 +33,16 @@ def make(batch: int = 2, seq: int = 11, dtype: torch.dtype = torch.float32) -> l
     ]  # fmt: skip
 
 
+def shaped(options: dict[str, object]) -> dict[str, object]:
+    """Options of `parallel_block`: those that are fields of BlockShape change SHAPE."""
+    fields = {field.name for field in dataclasses.fields(BlockShape)}
+    changes = {name: value for name, value in options.items() if name in fields}
+    rest = {name: value for name, value in options.items() if name not in fields}
+    return {"shape": dataclasses.replace(SHAPE, **changes), **rest}
+
+
 def run(inputs: list[Tensor], **options: object) -> Tensor:
-    return parallel_block(*inputs, **{**OPTIONS, **options})
+    return parallel_block(*inputs, **shaped(options))
 
 
 def run_with_grads(inputs: list[Tensor], **options: object) -> list[Tensor]:
@@ -97,7 +106,7 @@ def test_equals_transformers_decoder_layer(name):
         x, layer.input_layernorm.weight, layer.input_layernorm.bias,
         torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections]),
         torch.cat([attention.dense.weight, mlp.fc2.weight], dim=1), attention.dense.bias + mlp.fc2.bias,
-        cos, sin, heads=4, kv_heads=2, head_dim=32, backend=name,
+        cos, sin, BlockShape(heads=4, kv_heads=2, head_dim=32), backend=name,
     )  # fmt: skip
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     wanted = [x, layer.input_layernorm.weight, attention.k_proj.weight, mlp.fc1.bias, mlp.fc2.weight]
@@ -242,7 +251,8 @@ def test_compiles_to_one_graph(name):
     inputs = make()
     options = {**DROPOUT, "dropout_seed": 3, "backend": name}
     eager = run_with_grads(inputs, **options)
-    function = torch.compile(lambda *a: parallel_block(*a, **OPTIONS, **options), fullgraph=True, backend="aot_eager")
+    call = shaped(options)
+    function = torch.compile(lambda *a: parallel_block(*a, **call), fullgraph=True, backend="aot_eager")
     leaves = [t.clone().requires_grad_() for t in inputs[:7]]
     y = function(*leaves, *inputs[7:])
     torch.testing.assert_close(y.detach(), eager[0])

@@ -8,10 +8,10 @@ import torch
 import torch.utils.checkpoint
 from cpu_isa import CPU_BACKENDS
 from emulator import emulator, emulator_module  # noqa: F401
-from test_block import HEAD_DIM, HIDDEN, KV_HEADS, OPTIONS, make, run, run_with_grads
+from test_block import HEAD_DIM, HIDDEN, KV_HEADS, SHAPE, make, run, run_with_grads
 from torch import Tensor
 
-from kernels import use_backend
+from kernels import parallel_block, use_backend
 
 TRITON = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
 BACKENDS = ["reference", "torch", *["cpu"] * bool(CPU_BACKENDS), "cuda", *["triton"] * TRITON]
@@ -136,7 +136,10 @@ def test_a_cache_compiles_to_one_graph(backend):
         pytest.skip("Triton's interpreter is not compiled")
     inputs = inputs_of(backend)
     caches = [[torch.zeros(2, 16, KV_HEADS, HEAD_DIM, dtype=inputs[0].dtype) for _ in range(2)] for _ in range(2)]
-    step = lambda length, keys, values, *t: run(list(t), kv_cache=(keys, values, length), backend=backend)  # noqa: E731
+
+    def step(length: int, keys: Tensor, values: Tensor, *t: Tensor) -> Tensor:
+        return parallel_block(*t, SHAPE, kv_cache=(keys, values, length), backend=backend)
+
     fast = compiled(step)
     with torch.no_grad():
         for length in (0, 5, 6):
@@ -224,7 +227,7 @@ def test_use_backend_is_the_forward_passes(backend):
 )
 def test_options_that_do_not_fit(backend, changes, message):
     with pytest.raises(ValueError, match=message):
-        run(inputs_of(backend), **{**OPTIONS, **changes}, backend=backend)
+        run(inputs_of(backend), **changes, backend=backend)
 
 
 @pytest.mark.parametrize("index", [1, 2])
