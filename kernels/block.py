@@ -1,7 +1,7 @@
 """phi-1's parallel block: attention and MLP side by side on one LayerNorm, as two matrix products.
 
     [q | k | v | u] = LN(x) W_in^T + b_in          hidden -> (heads + 2 kv_heads) head_dim + inner
-    y = x + dropout([attn(rot(q), rot(k), v) | gelu(u)] W_out^T + b_out)
+    y = x + dropout([attn(rot(q), rot(k), v) | act(u)] W_out^T + b_out)
 
 One residual mask covers the sum of both branches (transformers' PhiDecoderLayer draws one for each): with W_out
 fused there is one sum to drop from, and each element is dropped with the same probability.
@@ -48,9 +48,9 @@ def parallel_block(
 
     x: (batch, seq, hidden). norm_weight, norm_bias: (hidden,).
     w_in: (heads * head_dim + 2 * kv_heads * head_dim + inner, hidden), rows [q | k | v | u]; b_in its rows.
-    w_out: (hidden, heads * head_dim + inner), columns [attention | gelu]; b_out: (hidden,). All of x's dtype.
+    w_out: (hidden, heads * head_dim + inner), columns [attention | activated]; b_out: (hidden,). All of x's dtype.
     cos, sin: (positions, rotary_dim / 2) float32. positions: as in `apply_rotary`.
-    shape: heads, head_dim, the LayerNorm's eps, and the probabilities of dropout, which are those of this call: a model
+    shape: heads, head_dim, the LayerNorm's eps, the activation, and the probabilities of dropout, which are those of this call: a model
         has one BlockShape for training and one without dropout.
     cu_seqlens: int32 (documents + 1,), offsets into the folded batch * seq tokens; attention stays inside a document.
     dropout_seed: masks are `kernels.reference.attention_keep` and `residual_keep` of it. 64 bits.

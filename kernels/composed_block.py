@@ -1,7 +1,7 @@
 """The parallel block composed of the package's ops: `reference` and `torch`, which PyTorch differentiates."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,17 +37,21 @@ def _dropped(y: Tensor, dropout: Dropout) -> Tensor:
     return y * torch.ops.phi1.residual_factor(y.detach(), dropout.seed, dropout.p)
 
 
-def _composed(linear: Callable[..., Tensor], gelu: Callable[..., Tensor], *arguments: Any, piece: str | None) -> Tensor:
+def _composed(
+    linear: Callable[..., Tensor], activations: Mapping[str, Callable[..., Tensor]], *arguments: Any, piece: str | None
+) -> Tensor:
     """`reference.parallel_block` of the package's ops, each on the backend `piece`, or None: on its own choice."""
     norm, rotary = functools.partial(layer_norm, backend=piece), functools.partial(apply_rotary, backend=piece)
-    steps = reference.Steps(norm, linear, rotary, functools.partial(_attention, piece), gelu, _dropped)
+    steps = reference.Steps(norm, linear, rotary, functools.partial(_attention, piece), activations, _dropped)
     return reference.parallel_block(steps, *arguments)
 
 
-register("parallel_block", "reference", functools.partial(_composed, reference.linear, reference.gelu))
-register(
-    "parallel_block", "torch", functools.partial(_composed, F.linear, functools.partial(F.gelu, approximate="tanh"))
-)
+_TORCH_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "gelu_new": functools.partial(F.gelu, approximate="tanh"),
+    "relu2": lambda u: F.relu(u).square(),
+}
+register("parallel_block", "reference", functools.partial(_composed, reference.linear, reference.ACTIVATIONS))
+register("parallel_block", "torch", functools.partial(_composed, F.linear, _TORCH_ACTIVATIONS))
 
 # What residual dropout multiplies each element by: 0, or 1 / (1 - p). An op, so that torch.compile carries the seed as a
 # symbol (no new graph for each seed) and does not look inside.

@@ -4,12 +4,12 @@ Forward, over the folded batch * seq tokens:
 
     n = LN(x)
     z = n W_in^T                   (tokens, width), rows [q | k | v | u]; then in place: q, k, v get their bias,
-                                   q and k are turned, and gelu(u + bias) goes into the right part of g
-    g = [attention(q, k, v) | gelu(u + bias)]          attention reads views of z and writes the left part of g
+                                   q and k are turned, and act(u + bias) goes into the right part of g
+    g = [attention(q, k, v) | act(u + bias)]          attention reads views of z and writes the left part of g
     y = x + dropout(g W_out^T + b_out)
 
 Saved for the backward pass: x, z (u without its bias, as the product gave it), attention's output and log-sum-exp. LN(x)
-and GELU are made again there. Attention made again saved 69 of 606 MB for a phi-1 layer of 16,384 tokens, and took 5.6%
+and the activation are made again there. Attention made again saved 69 of 606 MB for a phi-1 layer of 16,384 tokens, and took 5.6%
 of its forward and backward on an H200 (8% with dropout), 6% on a CPU (hidden 512, 1,024 tokens, Zen 4).
 
 A backend brings `Pieces`; the order of the steps is here, once for all of them.
@@ -78,11 +78,11 @@ class Pieces(NamedTuple):
     norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """(grad, x, weight, stats, residual) -> gradients of x (residual added), weight and bias"""
     project_in: Callable[[Tensor, Tensor, Tensor, Tensor, Layout], Tensor]
-    """(n, w_in, b_in, activated, layout) -> z as above; gelu(u + bias) is written to activated (tokens, inner), a view
+    """(n, w_in, b_in, activated, layout) -> z as above; act(u + bias) is written to activated (tokens, inner), a view
     whose rows are apart"""
     project_in_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Layout], Tensor]
     """(grad_z, z, b_in, activated, layout) -> gradient of b_in. In place: grad_z holds the gradients of the turned q and
-    k and of v, and gets those of all of z; activated holds its own gradient and gets gelu(u + bias) again"""
+    k and of v, and gets those of all of z; activated holds its own gradient and gets act(u + bias) again"""
     attention_forward: Callable[..., tuple[Tensor, Tensor]]
     """(q, k, v, cu_q, cu_k, causal, scale, p, seed, out=) -> (out, lse); out is a strided view"""
     attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]

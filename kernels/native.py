@@ -29,6 +29,7 @@ ISAS: list[Any] = [] if MISSING is not None else _native.isas()
 """The CPU's kernels of each instruction set (`name`, `missing`: why not here, and the kernels), most capable first."""
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ACTIVATION_CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
 
 def refuses_dtype(*, dtype: torch.dtype, **_: object) -> str | None:
@@ -85,7 +86,8 @@ def after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: "Layo
         layout.inner, activated.stride(0),
     )  # fmt: skip
     position_stride = positions.stride(0) if positions is not None and positions.dim() == 2 else 0
-    return z, bias, activated, sizes, (cos, sin, cos.shape[0]), positions, position_stride, DTYPE_CODES[z.dtype]
+    codes = _ACTIVATION_CODES[layout.shape.activation], DTYPE_CODES[z.dtype]
+    return z, bias, activated, sizes, (cos, sin, cos.shape[0]), positions, position_stride, *codes
 
 
 def rotary_arguments(

@@ -6,7 +6,7 @@ inputs' type. Every other backend is tested against this file.
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -243,6 +243,15 @@ def gelu(x: Tensor) -> Tensor:
     return (0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))).to(x.dtype)
 
 
+def relu2(x: Tensor) -> Tensor:
+    """The square of ReLU (Primer, arXiv 2109.08668)."""
+    return x.to(working_dtype(x.dtype)).relu().square().to(x.dtype)
+
+
+ACTIVATIONS = {"gelu_new": gelu, "relu2": relu2}
+"""The MLP's activations by their names in transformers, in the order of `Activation` in csrc/arguments.h."""
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x W^T + b."""
     dtype = working_dtype(x.dtype)
@@ -288,6 +297,8 @@ class BlockShape:
     """Probability on attention weights; rounded to a multiple of 1/256, as in `flash_attention`: 0.1 becomes 0.1016."""
     residual_dropout: float = 0.0
     """Probability on the sum of both branches, rounded likewise."""
+    activation: str = "gelu_new"
+    """Of the MLP: a key of `kernels.reference.ACTIVATIONS`."""
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads, self.head_dim) < 1:
@@ -298,6 +309,8 @@ class BlockShape:
         for name, p in (("attention_dropout", self.attention_dropout), ("residual_dropout", self.residual_dropout)):
             if not 0.0 <= p < 1.0:
                 raise ValueError(f"{name} = {p}: must be in [0, 1)")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation = {self.activation!r}: must be one of {', '.join(ACTIVATIONS)}")
 
     @property
     def attention_width(self) -> int:
@@ -310,9 +323,10 @@ class BlockShape:
         return self.kv_heads * self.head_dim
 
     @property
-    def values(self) -> tuple[int, int, int, float, float, float]:
+    def values(self) -> tuple[int, int, int, float, float, float, str]:
         """The fields in order, as operators of PyTorch take them."""
-        return self.heads, self.kv_heads, self.head_dim, self.eps, self.attention_dropout, self.residual_dropout
+        sizes, dropout = (self.heads, self.kv_heads, self.head_dim), (self.attention_dropout, self.residual_dropout)
+        return *sizes, self.eps, *dropout, self.activation
 
 
 class Steps(NamedTuple):
@@ -326,8 +340,8 @@ class Steps(NamedTuple):
     """(q, k, cos, sin, positions=) -> q, k, turned"""
     attention: Callable[..., Tensor]
     """(q, k, v, cu_seqlens_q, cu_seqlens_k, dropout) -> q's shape; causal"""
-    gelu: Callable[..., Tensor]
-    """elementwise, the tanh form"""
+    activations: Mapping[str, Callable[..., Tensor]]
+    """elementwise, by the names of ACTIVATIONS"""
     dropout: Callable[..., Tensor]
     """(y, dropout) -> y's shape"""
 
@@ -381,5 +395,5 @@ def parallel_block(
         k, v, cu_q, cu_k = extend(kv_cache, k, v, cu_seqlens)
     attention = steps.attention(q, k, v, cu_q, cu_k, Dropout(shape.attention_dropout, dropout_seed))
     attention = attention.reshape(batch, seq, shape.attention_width)
-    y = steps.linear(torch.cat([attention, steps.gelu(u)], dim=-1), w_out, b_out)
+    y = steps.linear(torch.cat([attention, steps.activations[shape.activation](u)], dim=-1), w_out, b_out)
     return x + steps.dropout(y, Dropout(shape.residual_dropout, dropout_seed))

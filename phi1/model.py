@@ -1,7 +1,7 @@
 """phi-1's network ("Textbooks Are All You Need", arXiv 2306.11644, section 2.3): a decoder of parallel blocks.
 
     x = embedding(tokens)
-    x = x + dropout([attention | gelu-MLP](LN(x)))     each block, one call of `kernels.parallel_block`
+    x = x + dropout([attention | MLP](LN(x)))     each block, one call of `kernels.parallel_block`
     logits = LN(x) W^T + b                             lm_head, not tied to the embedding
 
 Shape suffixes: b batch, t time, d hidden, v vocabulary.
@@ -37,13 +37,14 @@ class Block(nn.Module):
     """One layer's weights, fused along the two matrix products of the parallel block.
 
     w_in rows and b_in are [q | k | v | u]: query, key and value projections and the MLP's inner layer.
-    w_out columns are [attention | gelu(u)]. The attention's and the MLP's output biases stay two parameters,
+    w_out columns are [attention | activation(u)]. The attention's and the MLP's output biases stay two parameters,
     as in `PhiForCausalLM`: only their sum matters, but an optimizer moves each.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.shape = BlockShape(config.num_heads, config.num_kv_heads, config.head_dim, config.layer_norm_eps)
+        heads = config.num_heads, config.num_kv_heads, config.head_dim
+        self.shape = BlockShape(*heads, config.layer_norm_eps, activation=config.activation)
         self.training_shape = dataclasses.replace(
             self.shape, attention_dropout=config.attention_dropout, residual_dropout=config.residual_dropout
         )

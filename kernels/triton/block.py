@@ -95,7 +95,12 @@ def _in_arguments(layout: Layout, width: int, activated: Tensor) -> tuple[tuple,
     return (
         (cos, sin, cos if positions is None else positions),
         (layout.seq, layout.turned_width, layout.qkv_width, width, activated.stride(0), per_batch),
-        {"HEAD_DIM": layout.shape.head_dim, "HALF": cos.shape[1], "POSITIONS": positions is not None},
+        {
+            "HEAD_DIM": layout.shape.head_dim,
+            "HALF": cos.shape[1],
+            "POSITIONS": positions is not None,
+            "ACTIVATION": layout.shape.activation,
+        },
     )
 
 
@@ -105,7 +110,7 @@ def _region_tiles(layout: Layout, block: int) -> int:
 
 
 def project_in(n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
-    """z (tokens, width) of `kernels.fused_block`; gelu(u + bias) is written to activated."""
+    """z (tokens, width) of `kernels.fused_block`; act(u + bias) is written to activated."""
     z, b_in = vendor_product(n, w_in), b_in.contiguous()
     tokens, width = z.shape
     tables, sizes, constants = _in_arguments(layout, width, activated)

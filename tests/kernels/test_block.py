@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -53,7 +54,14 @@ def run_with_grads(inputs: list[Tensor], **options: object) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
 
 
-def plain(inputs: list[Tensor]) -> list[Tensor]:
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_new": lambda u: 0.5 * u * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (u + 0.044715 * u * u * u))),
+    "relu2": lambda u: u.clamp(min=0) * u.clamp(min=0),
+}
+"""Each step in the inputs' dtype."""
+
+
+def plain(inputs: list[Tensor], activation: str = "gelu_new") -> list[Tensor]:
     """y and its gradients by the formulas, every intermediate in x's dtype."""
     x, gain, shift, w_in, b_in, w_out, b_out = leaves = [t.clone().requires_grad_() for t in inputs[:7]]
     cos, sin = (t[: x.shape[1], None].to(x.dtype) for t in inputs[7:])
@@ -72,8 +80,7 @@ def plain(inputs: list[Tensor]) -> list[Tensor]:
     scores = (q * HEAD_DIM**-0.5) @ k.transpose(-1, -2)
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     attention = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1) @ v
-    gelu = 0.5 * u * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (u + 0.044715 * u * u * u)))
-    y = x + torch.cat([attention.transpose(1, 2).flatten(2), gelu], -1) @ w_out.T + b_out
+    y = x + torch.cat([attention.transpose(1, 2).flatten(2), ACTIVATIONS[activation](u)], -1) @ w_out.T + b_out
     grad = torch.randn(y.transpose(0, 2).shape, generator=torch.Generator().manual_seed(1)).transpose(0, 2)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
 
@@ -282,6 +289,7 @@ _CACHE = tuple(torch.zeros(2, 16, KV_HEADS, HEAD_DIM) for _ in range(2))
         (_changed(5, torch.zeros(3, 3)), {}, r"w_out.shape = \(3, 3\): must be \(48, 208\)"),
         (_changed(6, torch.zeros(HIDDEN).half()), {}, "b_out.dtype = torch.float16, x.dtype = torch.float32"),
         (make(), {"residual_dropout": 1.0}, r"residual_dropout = 1.0: must be in \[0, 1\)"),
+        (make(), {"activation": "gelu"}, "activation = 'gelu': must be one of gelu_new, relu2"),
         (make(), {"attention_dropout": -0.1}, r"attention_dropout = -0.1: must be in \[0, 1\)"),
         (make(), {"kv_cache": (*_CACHE, 10)}, r"kv_cache\[0\] holds 10 of 16 tokens: 11 more do not fit"),
         (make(), {"kv_cache": (*_CACHE, 0), "cu_seqlens": _CU}, r"kv_cache\[2\]: must be a number, or with cu_seqlens"),
