@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from data_tools.annotate import excerpt
 from data_tools.dataset import Dataset, Produced, run_stage
-from data_tools.progress import Progress
 from phi1.errors import UserError
 from phi1.files import sha256_file, sha256_json
+from phi1.progress import Progress
 
 if TYPE_CHECKING:
     import numpy
