@@ -120,10 +120,10 @@ class Embedder:
     """
 
     def __init__(self, name: str, folder: pathlib.Path, *, max_tokens: int = 256) -> None:
-        import torch
+        from phi1.device import resolve as resolve_device
 
         self.name, self.max_tokens = name, max_tokens
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = resolve_device("auto", "device")
         self._hidden, self._encode, limit = (_load_minilm if name == "minilm" else _load_codegen)(folder, self.device)
         if max_tokens > limit:
             raise UserError(f"--max-tokens {max_tokens}: {name} reads {limit} tokens at most")
