@@ -15,7 +15,7 @@ from cpu_isa import CPU_BACKENDS
 from emulator import as_cuda_backend, build, load
 from torch import Tensor
 
-from kernels import flash_attention, linear_cross_entropy, native, parallel_block, reference
+from kernels import BlockShape, flash_attention, linear_cross_entropy, native, parallel_block, reference
 
 BACKENDS = [*CPU_BACKENDS, "cuda", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -256,7 +256,7 @@ def test_gelu_far_out(power: int, dtype: torch.dtype, backend: str) -> None:
     parameters = [torch.ones(hidden, dtype=dtype), torch.zeros(hidden, dtype=dtype), w_in, b_in.requires_grad_(), w_out,
                   torch.zeros(hidden, dtype=dtype)]  # fmt: skip
     table = reference.rotary_table(3, 16)
-    y = parallel_block(x, *parameters, *table, heads=1, kv_heads=1, head_dim=dim, backend=backend)
+    y = parallel_block(x, *parameters, *table, BlockShape(1, 1, dim), backend=backend)
     expected = x.double() + b_in.double().clamp(min=0)[3 * dim :]
     assert float(((y.double() - expected) / (1 + expected.abs())).abs().max()) <= 2 * torch.finfo(dtype).eps
     (slope,) = torch.autograd.grad(y.float().sum(), b_in)
