@@ -39,7 +39,7 @@ CPU = [f"cpu/{isa.name}" for isa in native.ISAS if isa.missing is None]
 def digest(tensors) -> str:
     found = hashlib.sha256()
     for x in tensors:
-        found.update(x.detach().contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b"")
+        found.update(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if x.numel() else b"")
         found.update(str((x.dtype, tuple(x.shape))).encode())
     return found.hexdigest()[:16]
 
