@@ -93,19 +93,10 @@ struct SwizzledTile {
   }
 };
 
-// One of this lane's accumulators: acc[m][n][i], in row `row` and column `column` of the product, of which acc[0]
-// starts at row `row` and column `column`. Of each 16 x 8 a lane has two neighbouring columns of row lane / 4 (i = 0,
-// 1) and of the row 8 further (i = 2, 3).
+// One of a warp's accumulators: acc[m][n][i], in row `row` and column `column` of the product.
 struct Element {
   int m, n, i;
   int row, column;
-
-  PHI1_DEVICE Element(int m, int n, int i, int row, int column)
-      : m(m),
-        n(n),
-        i(i),
-        row(row + 16 * m + 8 * (i / 2) + lane_index() / 4),
-        column(column + 8 * n + lane_index() % 4 * 2 + i % 2) {}
 
   // The same element of other accumulators.
   template <int kM, int kN>
@@ -114,24 +105,24 @@ struct Element {
   }
 };
 
-// Calls f(acc[m][n][i], Element) for each of this lane's accumulators.
+// Calls f(acc[m][n][i], Element) for this lane's accumulators in the 8 columns of tile n: of each 16 x 8 two
+// neighbouring columns of row lane / 4 (i = 0, 1) and of the row 8 further (i = 2, 3). acc[0][0]'s first element is in
+// row `row` and column `column`.
+template <int kM, int kN, class F>
+PHI1_DEVICE void for_each_in(float (&acc)[kM][kN][4], int n, int row, int column, F&& f) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      f(acc[m][n][i], Element{m, n, i, row + 16 * m + 8 * (i / 2) + g, column + 8 * n + 2 * t + i % 2});
+}
+
+// The same for the accumulators of all columns.
 template <int kM, int kN, class F>
 PHI1_DEVICE void for_each(float (&acc)[kM][kN][4], int row, int column, F&& f) {
 #pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int n = 0; n < kN; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) f(acc[m][n][i], Element(m, n, i, row, column));
-}
-
-// The same for those in the 8 columns of tile n.
-template <int kM, int kN, class F>
-PHI1_DEVICE void for_each_in(float (&acc)[kM][kN][4], int n, int row, int column, F&& f) {
-#pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) f(acc[m][n][i], Element(m, n, i, row, column));
+  for (int n = 0; n < kN; ++n) for_each_in(acc, n, row, column, f);
 }
 
 template <int kM, int kN>

@@ -111,8 +111,8 @@ MUTATIONS = [
     *_mutations(
         "tile.cuh",
         "attention",
-        ("accumulators: rows 8 apart confused", "8 * (i / 2) + lane_index() / 4", "8 * (1 - i / 2) + lane_index() / 4"),
-        ("accumulators: neighbouring columns confused", "lane_index() % 4 * 2 + i % 2)", "lane_index() % 4 * 2 + 1 - i % 2)"),
+        ("accumulators: rows 8 apart confused", "row + 16 * m + 8 * (i / 2) + g, column", "row + 16 * m + 8 * (1 - i / 2) + g, column"),
+        ("accumulators: neighbouring columns confused", "8 * n + 2 * t + i % 2}", "8 * n + 2 * t + 1 - i % 2}"),
         ("rows copied without the swizzle", "const uint32_t to = offset(row, chunk);",
          "const uint32_t to = uint32_t(row * kRowBytes + chunk * 16);"),
         ("left operand read without the swizzle", "address(tile, offset(lane_index() % 16, lane_index() / 16), row, 2 * k)",
