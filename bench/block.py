@@ -52,7 +52,7 @@ def ours(version: str | None, shape: Sequence[int], parameters: Sequence[Tensor]
 
     def layer(x: Tensor) -> Tensor:
         tensors: Any = (*parameters, cos, sin)
-        return parallel_block(x, *tensors, BlockShape(heads, heads, head_dim), backend=version)
+        return parallel_block(x, *tensors, shape=BlockShape(heads, heads, head_dim), backend=version)
 
     return layer, list(parameters)
 

@@ -137,7 +137,7 @@ def layer(probe: Probe) -> None:
         of = BlockShape(heads, heads, 64, attention_dropout=p, residual_dropout=p)
 
         def step(of: BlockShape = of) -> None:
-            y = parallel_block(*tensors, of, dropout_seed=1, backend=probe.backend)
+            y = parallel_block(*tensors, shape=of, dropout_seed=1, backend=probe.backend)
             torch.autograd.grad(y, (x, *parameters), grad)
 
         found = probe.device_time(step, 20)

@@ -70,7 +70,7 @@ def parallel_block(
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
     """
     parameters = (norm_weight, norm_bias, w_in, b_in, w_out, b_out)
-    inner = check_block(x, *parameters, cos, sin, shape, positions, cu_seqlens, kv_cache)
+    inner = check_block(x, parameters, (cos, sin), shape, positions, cu_seqlens, kv_cache)
     dropout_seed = seed_bits("dropout_seed", dropout_seed)
     batch, seq, hidden = x.shape
     queries, seen = seq, seq

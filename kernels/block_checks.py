@@ -11,20 +11,17 @@ from kernels.rotary import check_table
 
 def check_block(
     x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w_in: Tensor,
-    b_in: Tensor,
-    w_out: Tensor,
-    b_out: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    table: tuple[Tensor, Tensor],
     shape: BlockShape,
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
     kv_cache: KVCache | None,
 ) -> int:
-    """All of a call but its seed and its backend. Returns the MLP's inner width."""
+    """All of a call but its seed and its backend. Returns the MLP's inner width.
+
+    parameters: norm_weight, norm_bias, w_in, b_in, w_out, b_out. table: cos, sin.
+    """
     if not isinstance(shape, BlockShape):
         raise ValueError(f"shape = {shape!r}: must be a kernels.BlockShape (heads, kv_heads, head_dim, …)")
     if x.dim() != 3:
@@ -34,6 +31,7 @@ def check_block(
     if x.numel() == 0:
         raise ValueError(f"x.shape = {tuple(x.shape)}: must hold at least one token of one number")
     q_width, kv_width = shape.attention_width, shape.kv_width
+    norm_weight, norm_bias, w_in, b_in, w_out, b_out = parameters
     width_in = w_in.shape[0] if w_in.dim() == 2 else 0
     inner = width_in - q_width - 2 * kv_width
     if inner <= 0 or w_in.shape[1] != hidden:
@@ -60,7 +58,7 @@ def check_block(
             )
         for name, cache in (("kv_cache[0]", keys), ("kv_cache[1]", values)):
             _check_cache(name, cache, length, x, cu_seqlens, shape)
-    check_table(x, batch, seq, shape.head_dim, cos, sin, positions)
+    check_table(x, batch, seq, shape.head_dim, *table, positions)
     return inner
 
 

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
 //   64         128 x 32         16 + 16 + 16 + 0.5 = 48.5 KiB
 //   128         64 x 32         16 + 16 + 32 + 0.5 = 64.5 KiB
 // Per tile and warp at head_dim 64: 128 mma on 48 ldmatrix; 256 operations a byte of Q and dO. Registers on sm_90a:
-// 212, 255, 252.
+// 214, 255, 250.
 template <int kHeadDim>
 struct KeyGradTile {
   static constexpr int kM = kHeadDim == 128 ? 1 : 2, kKeys = 16 * kM * kAttentionWarps, kQueries = 32;
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
 //   64         128 x 32         16 + 16 + 16 = 48 KiB
 //   128         64 x 32         16 + 16 + 32 = 64 KiB
 // Per tile and warp at head_dim 64: 96 mma on 40 ldmatrix; 192 operations a byte of K and V. Registers on sm_90a:
-// 168, 242, 165.
+// 166, 243, 166.
 template <int kHeadDim>
 struct QueryGradTile {
   static constexpr int kM = kHeadDim == 128 ? 1 : 2, kQueries = 16 * kM * kAttentionWarps, kKeys = 32;
