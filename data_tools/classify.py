@@ -166,7 +166,7 @@ def describe(metrics: dict[str, Any]) -> str:
         lines.append(
             f"  {name:<18} {value['value']:6.3f}  (95% {low:.3f} to {high:.3f})   majority: {value['baseline']:.3f}"
         )
-    if metrics["split_by"] == "document":
+    if metrics.get("split_by") == "document":
         lines.append(
             "warning: classify: documents of one repository are on both sides of the split, which flatters: no split by "
             "repositories leaves both labels on both sides; annotate documents of more repositories"
