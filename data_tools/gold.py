@@ -127,16 +127,18 @@ def _wheel(package: str, version: str, cache: pathlib.Path) -> _Package:
                 f"{package} {version}, which the gold set quotes, is not installed and cannot be downloaded ({why}); "
                 f"pip install --no-deps {package}=={version}, or annotate with a model instead"
             )
-    archive = zipfile.ZipFile(wheels[0])
-    names = archive.namelist()
+    try:
+        with zipfile.ZipFile(wheels[0]) as archive:
+            files = {
+                name: archive.read(name) for name in archive.namelist() if name.endswith((".py", ".dist-info/METADATA"))
+            }
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{wheels[0]}: cannot be read ({error}); delete it, it is downloaded again") from error
 
     def read(path: str) -> bytes:
-        inside = next(
-            (name for name in names if name == path or name.endswith((f"/purelib/{path}", f"/platlib/{path}"))), path
-        )
-        return archive.read(inside)
+        return files[next((name for name in files if name.endswith((f"/purelib/{path}", f"/platlib/{path}"))), path)]
 
-    metadata = next((archive.read(name) for name in names if name.endswith(".dist-info/METADATA")), b"")
+    metadata = next((text for name, text in files.items() if name.endswith("METADATA")), b"")
     return functools.partial(_file, package, version, read), email.parser.BytesParser().parsebytes(metadata)
 
 

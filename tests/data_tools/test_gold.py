@@ -98,7 +98,11 @@ def test_another_text_a_file_that_is_gone_and_a_package_that_cannot_be_had_are_t
     wheel(made, "", "made_up/other.py")
     with pytest.raises(UserError, match=r"made-up 1\.5: has no made_up/code\.py"):
         list(gold.texts(gold.load()))
-    next(made.glob("*.whl")).unlink()
+    path = next(made.glob("*.whl"))
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError, match=r"made_up-1\.5-py3-none-any\.whl: cannot be read \(.*delete it"):
+        list(gold.texts(gold.load()))
+    path.unlink()
     with pytest.raises(
         UserError,
         match=r"made-up 1\.5, which the gold set quotes, is not installed and cannot be downloaded \(.*pip install",
