@@ -45,7 +45,7 @@ class Config:
     """auto | minilm | codegen:FOLDER | codegen:NAME on the Hugging Face hub."""
 
     max_tokens: int = 256
-    """Read this many tokens of a document at most, from after its header comment."""
+    """Read this many tokens of a document at most, from its first code on."""
 
 
 def schema() -> "pyarrow.Schema":
