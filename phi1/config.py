@@ -4,6 +4,7 @@ A recipe (`phi1/recipe.py`) is a TOML file with one table for each field of `Tra
 """
 
 import dataclasses
+import math
 import pathlib
 from typing import Literal
 
@@ -96,10 +97,12 @@ def _require(table: str, config: object, minimum: float, *names: str) -> None:
 class DataConfig:
     """What is read, and how it is cut into sequences."""
 
-    tokens: pathlib.Path
-    """Folder of token shards to train on (`phi1 data tokenize` writes it)."""
-    validation_tokens: pathlib.Path | None = None
-    """Folder of held-out token shards for the evaluation loss."""
+    tokens: pathlib.Path | dict[str, pathlib.Path]
+    """Folder of token shards to train on (`phi1 data tokenize` writes it). Or several, by name, mixed by `weights`."""
+    weights: dict[str, float] | None = None
+    """Of several sets: each one's share of the sequences to the others', by name (4 and 1 is 80% and 20%)."""
+    validation_tokens: pathlib.Path | dict[str, pathlib.Path] | None = None
+    """Folder of held-out token shards for the evaluation loss. Or several, by name: each has a loss of its own."""
     sequence_length: int = 2048
     """Tokens in a training sequence."""
     document_masking: bool = False
@@ -109,6 +112,28 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require("data", self, 1, "sequence_length")
+        for field in ("tokens", "validation_tokens"):
+            folders = getattr(self, field)
+            if isinstance(folders, dict) and (not folders or "" in folders):
+                raise UserError(
+                    f"data.{field} = {folders}: must be a folder, or name = folder for each of several sets"
+                )
+        names = sorted(self.tokens) if isinstance(self.tokens, dict) else []
+        weights = self.weights
+        if weights is None and len(names) > 1:
+            raise UserError(
+                f"data.weights is missing: data.tokens names {len(names)} sets ({', '.join(names)}), give each a weight"
+            )
+        if weights is not None and sorted(weights) != names:
+            what = (
+                f"exactly those of data.tokens ({', '.join(names)})"
+                if names
+                else "left out, for data.tokens is one folder"
+            )
+            raise UserError(f"data.weights, of {', '.join(sorted(weights)) or 'no set'}: must be {what}")
+        for name, weight in (weights or {}).items():
+            if not 0 < weight < math.inf:
+                raise UserError(f"data.weights.{name} = {weight}: must be above 0; to leave a set out, do not name it")
 
 
 @dataclasses.dataclass(frozen=True)

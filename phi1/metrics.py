@@ -17,6 +17,7 @@ from phi1.files import atomic_write, set_aside
 from phi1.model import Phi1
 
 METRICS = "metrics.jsonl"
+VALIDATION = "validation_loss"
 
 # Peak dense bf16 (and fp16) FLOP/s with fp32 accumulation, from NVIDIA's data sheets: half of the figures that
 # are given "with sparsity". The first pattern found in the device's name counts.
@@ -37,16 +38,17 @@ class Metrics:
     step: the step that training goes on from. Later lines, of steps that will be done again, are dropped, and so is a
     last one that was cut off. Other lines that are no record are left out too, and said; the file that had them is kept.
 
-    A step's line has its loss (left out if it is not finite), lr, grad_norm, counted_tokens, tokens and seconds; after
-    trouble (phi1/trouble.py) also "trouble", in words, "sequences", the indices that `TokenDataset.batch` takes, and
-    "skipped" if the step changed nothing.
+    A step's line has its loss (left out if it is not finite), lr, grad_norm, counted_tokens, tokens and seconds; where
+    several sets are mixed "sequences/NAME", how many each gave; after trouble (phi1/trouble.py) also "trouble", in words,
+    "sequences", the indices that `Mixture.batch` takes, and "skipped" if the step changed nothing. A validation loss has a
+    line of its own, under the name that `validation_loss` gives.
     """
 
     def __init__(self, run: pathlib.Path, step: int, tensorboard: bool) -> None:
         path = run / METRICS
         kept, damaged = [], []
-        self.validated = 0
-        """The last step that has a validation loss."""
+        self.validated: dict[str, int] = {}
+        """Of each validation loss the last step that has it."""
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         for number, line in enumerate(lines, 1):
             try:
@@ -57,8 +59,7 @@ class Metrics:
                 continue
             if its_step <= step:
                 kept.append(line + b"\n")
-                if "validation_loss" in record:
-                    self.validated = its_step
+                self.validated |= {name: its_step for name in record if name.startswith(VALIDATION)}
         if damaged:
             which = (
                 f"lines {', '.join(map(str, damaged))} are no records"
@@ -128,6 +129,11 @@ class Progress:
             f"MFU {100 * rate * self._load:.1f}%  ETA {duration(eta)}"
         )
         self._losses, self._steps, self._seconds = [], 0, 0.0
+
+
+def validation_loss(name: str) -> str:
+    """What the loss of a held-out set is called, with a set's name or without ("")."""
+    return f"{VALIDATION}/{name}" if name else VALIDATION
 
 
 def parameter_count(model: Phi1) -> int:

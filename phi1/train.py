@@ -43,10 +43,11 @@ from phi1.batches import Batch
 from phi1.config import TrainConfig
 from phi1.distributed import StopSignals, World
 from phi1.errors import Interrupted, UserError
-from phi1.metrics import Metrics, Progress, flops_per_token, parameter_count, peak_flops
+from phi1.metrics import Metrics, Progress, flops_per_token, parameter_count, peak_flops, validation_loss
 from phi1.model import Phi1
 from phi1.optimizer import learning_rate, make_optimizer
 from phi1.run import Run, opened, plain
+from phi1.tokens import TokenDataset
 from phi1.trouble import IN_A_ROW, Trouble, require_finite
 from phi1.tune import tune_first
 
@@ -130,8 +131,8 @@ class Trainer:
         """Trains to the last step; returns the final checkpoint."""
         settings, world = self.config.train, self.world
         with contextlib.ExitStack() as stack:
-            validated = world.first(lambda: self._open_metrics(stack))
-            if self.step == settings.steps and not self._validation_due(validated):
+            self.validated = world.first(lambda: self._open_metrics(stack))
+            if self.step == settings.steps and not self._validations_due():
                 world.say(f"{self.opened.folder}: all {self.step:,} steps are done")
                 return checkpoint.resolve(self.opened.folder)
             progress = self._introduce()
@@ -139,9 +140,8 @@ class Trainer:
             stack.enter_context(self.signals.held())
             try:
                 while True:
-                    if self._validation_due(validated):
-                        self._validate()
-                        validated = self.step
+                    for name in self._validations_due():
+                        self._validate(name)
                     if self._checkpoint_due():
                         self._save()
                     if self.step == settings.steps:
@@ -200,6 +200,7 @@ class Trainer:
         self.tokens_seen += config.train.sequences_per_step * config.data.sequence_length
         facts: dict[str, Any] = {"loss": mean, "lr": lr, "grad_norm": norm, "counted_tokens": int(counted)}
         facts = {name: value for name, value in facts.items() if value is not None and math.isfinite(value)}
+        facts |= {f"sequences/{name}": count for name, count in self.data.taken(number - 1, number).items()}
         if scaled:
             facts |= {"loss_scale": self.scaler.get_scale()}
         if scaled or skip:
@@ -210,10 +211,9 @@ class Trainer:
         return facts
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean loss per token over the validation set's first sequences, shared among processes."""
-        dataset, world = self.data.validation, self.world
-        assert dataset is not None
+    def evaluate(self, dataset: TokenDataset) -> float:
+        """Mean loss per token over a set's first sequences, shared among processes."""
+        world = self.world
         self.model.eval()
         loss = counted = 0.0
         for batch in world.each(lambda: self.data.of_evaluation(dataset)):
@@ -255,15 +255,18 @@ class Trainer:
     def _last_saved(self) -> str:
         return f"step {self.saved:,}" if self.saved else "the beginning"
 
-    def _validation_due(self, validated: int) -> bool:
+    def _validations_due(self) -> list[str]:
+        """Names of the held-out sets whose loss at this step is still to be taken."""
         settings = self.config.train
-        due = self.step == settings.steps or self.step % settings.evaluate_every == 0
-        return due and self.data.validation is not None and self.step > validated
+        if self.step != settings.steps and self.step % settings.evaluate_every:
+            return []
+        return [name for name in self.data.validation if self.step > self.validated.get(validation_loss(name), 0)]
 
-    def _validate(self) -> None:
-        loss = self.evaluate()
-        self.world.say(f"step {self.step:,}  validation loss {loss:.4f}")
-        self._record(validation_loss=loss)
+    def _validate(self, name: str) -> None:
+        loss = self.evaluate(self.data.validation[name])
+        self.world.say(f"step {self.step:,}  validation loss{f' of {name}' if name else ''} {loss:.4f}")
+        self._record(**{validation_loss(name): loss})
+        self.validated[validation_loss(name)] = self.step
 
     def _checkpoint_due(self) -> bool:
         settings = self.config.train
@@ -286,6 +289,7 @@ class Trainer:
                 "tokens": self.tokens_seen,
                 "recipe": plain(self.config),
                 "data_hash": self.data.training.hash,
+                "sequences": self.data.taken(0, self.step),
                 "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
                 "trouble": self.trouble.state(),
                 "init_from": self.opened.facts.get("init_from"),
@@ -298,8 +302,8 @@ class Trainer:
         self.world.first(lambda: self.opened.save(self.step, write))
         self.saved, self.saved_at = self.step, time.monotonic()
 
-    def _open_metrics(self, stack: contextlib.ExitStack) -> int:
-        """Opens them on rank 0; returns the last step that was validated."""
+    def _open_metrics(self, stack: contextlib.ExitStack) -> dict[str, int]:
+        """Opens them on rank 0; returns the last step of each validation loss."""
         self.metrics = Metrics(self.opened.folder, self.step, self.config.train.tensorboard)
         stack.callback(self.metrics.close)
         return self.metrics.validated
@@ -328,9 +332,9 @@ class Trainer:
 
     def _introduce(self) -> Progress:
         """Says what is about to run."""
-        config, world, tokens = self.config, self.world, self.data.training
+        config, world = self.config, self.world
         settings, length = config.train, config.data.sequence_length
-        parameters, windows = parameter_count(self.model), tokens.windows(length)
+        parameters = parameter_count(self.model)
         flops = flops_per_token(config.model, parameters, length)
         own_peak, source = peak_flops(world.device, DTYPES[self.opened.precision])
         peak = world.sum(own_peak)[0]
@@ -339,11 +343,8 @@ class Trainer:
             f"phi1 {__version__}: {settings.run_folder}: {parameters:,} parameters, {self.opened.precision} on "
             f"{world.size} x {name}"
         )
-        world.say(
-            f"data: {tokens.tokens:,} tokens in {tokens.documents:,} documents; an epoch is {windows:,} "
-            f"sequences of {length:,}; {settings.steps:,} steps of {settings.sequences_per_step:,} sequences are "
-            f"{settings.steps * settings.sequences_per_step / windows:.2f} epochs"
-        )
+        for line in self.data.describe(settings.steps):
+            world.say(line)
         world.say(
             "MFU = tokens/s x FLOPs per token / peak; FLOPs per token = 6 x (parameters - input embedding) + "
             f"12 x layers x attention width x sequence = {flops:.3g}; "

@@ -125,8 +125,8 @@ def test_the_schedule_and_clipping_reach_the_optimizer(config):
 def test_evaluation_is_the_mean_over_counted_tokens(config, masked_tokens):
     config = change(config, validation_tokens=masked_tokens, evaluation_sequences=10, **DROPOUT)
     with trainer_of(config) as trainer:
-        found = trainer.evaluate()
-        inputs, targets = (torch.from_numpy(a) for a in trainer.data.validation.batch(range(10), 32, seed=0))
+        found = trainer.evaluate(trainer.data.validation[""])
+        inputs, targets = (torch.from_numpy(a) for a in trainer.data.validation[""].batch(range(10), 32, seed=0))
     model = trainer.model.eval()  # no dropout
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
@@ -219,7 +219,7 @@ def test_a_backend_that_cannot_serve_is_named(config):
         train(config)
 
 
-def test_tensorboard(config, monkeypatch):
+def test_tensorboard(config, monkeypatch, tokens, masked_tokens):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch.utils.tensorboard", None)
         with pytest.raises(UserError, match="tensorboard is not installed: `pip install tensorboard`"):
@@ -227,7 +227,10 @@ def test_tensorboard(config, monkeypatch):
         train(change(config, steps=1))  # not asked for: not needed
     from tensorboard.backend.event_processing import event_accumulator
 
+    config = change(config, validation_tokens={"a": tokens, "b": masked_tokens}, evaluation_sequences=4)
     train(change(config, steps=4, tensorboard=True))
     events = event_accumulator.EventAccumulator(str(config.train.run_folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [2, 3, 4]
+    for name in ("validation_loss/a", "validation_loss/b"):  # a curve each
+        assert [event.step for event in events.Scalars(name)] == [4]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(config.train.run_folder)[1:])

@@ -134,8 +134,11 @@ def write_recipe(folder, config):
         lines.append(f"[{table.name}]")
         for field in dataclasses.fields(table.type):
             value = getattr(getattr(config, table.name), field.name)
-            if value is not None:
-                lines.append(f"{field.name} = {json.dumps(str(value) if isinstance(value, pathlib.Path) else value)}")
+            if isinstance(value, dict):
+                entries = (f"{json.dumps(name)} = {json.dumps(entry, default=str)}" for name, entry in value.items())
+                lines.append(f"{field.name} = {{ {', '.join(entries)} }}")
+            elif value is not None:
+                lines.append(f"{field.name} = {json.dumps(value, default=str)}")
     path = folder / "recipe.toml"
     path.write_text("\n".join(lines))
     return path
