@@ -189,8 +189,11 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, and the learning rate's course: linear warmup, then linear decay, at once or at the end."""
+    """The optimizer, and the learning rate's course: linear warmup, then linear decay, at once or at the end."""
 
+    algorithm: Literal["adamw", "muon"] = "adamw"
+    """adamw, as the paper. muon: the blocks' matrices by torch.optim.Muon, the rest (embedding, lm_head, biases, LayerNorms)
+    by AdamW, with the same lr and weight_decay (phi1/optimizer.py)."""
     lr: float = 1e-3
     """Largest learning rate."""
     lr_floor: float = 0.0
@@ -203,22 +206,35 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only (embeddings among them; not on biases and LayerNorms)."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay of AdamW's first moment."""
     beta2: float = 0.98
-    """Decay of the second moment."""
+    """Decay of AdamW's second moment."""
     eps: float = 1e-7
-    """Added to the root of the second moment."""
+    """Added to the root of AdamW's second moment."""
+    momentum: float = 0.95
+    """Decay of Muon's momentum, which is Nesterov's."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient."""
     loss_scale: float = 65536.0
     """Initial loss scale, in fp16."""
 
     def __post_init__(self) -> None:
-        _require("optimizer", self, 0, "lr_floor", "warmup_steps", "decay_steps", "weight_decay", "beta1", "beta2")
+        _require(
+            "optimizer",
+            self,
+            0,
+            "lr_floor",
+            "warmup_steps",
+            "decay_steps",
+            "weight_decay",
+            "beta1",
+            "beta2",
+            "momentum",
+        )
         for name in ("lr", "eps", "clip_norm", "loss_scale"):
             if not getattr(self, name) > 0:
                 raise UserError(f"optimizer.{name} = {getattr(self, name)}: must be above 0")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if getattr(self, name) >= 1:
                 raise UserError(f"optimizer.{name} = {getattr(self, name)}: must be below 1")
         if self.lr_floor > self.lr:
@@ -236,7 +252,7 @@ class TrainConfig:
     train: LoopConfig
     """How long, on what, and what is written when."""
     optimizer: OptimizerConfig
-    """AdamW and the learning rate."""
+    """The optimizer and the learning rate."""
 
     def __post_init__(self) -> None:
         if self.data.sequence_length > self.model.max_positions:

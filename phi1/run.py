@@ -41,6 +41,7 @@ _FIXED = (
     "data.weights",
     "train.sequences_per_step",
     "train.seed",
+    "optimizer.algorithm",
 )
 # Where a process finds things is its own affair; what it finds there is compared by hash.
 _PLACES = ("data.tokens", "data.validation_tokens", "train.run_folder", "train.device")

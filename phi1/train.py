@@ -45,7 +45,7 @@ from phi1.distributed import StopSignals, World
 from phi1.errors import Interrupted, UserError
 from phi1.metrics import Metrics, Progress, flops_per_token, parameter_count, peak_flops, validation_loss
 from phi1.model import Phi1
-from phi1.optimizer import learning_rate, make_optimizer
+from phi1.optimizer import learning_rate, make_optimizer, state_size
 from phi1.run import Run, opened, plain
 from phi1.tokens import TokenDataset
 from phi1.trouble import IN_A_ROW, Trouble, require_finite
@@ -92,7 +92,9 @@ class Trainer:
 
         with torch.device("meta"):
             self.model = Phi1(config.model, DTYPES[run.precision])
-        world.first(lambda: run.require_space(3 * 4 * parameter_count(self.model)))  # weights and moments in float32
+        world.first(
+            lambda: run.require_space(4 * (parameter_count(self.model) + state_size(self.model, config.optimizer)))
+        )
         self.model.to_empty(device="cpu")  # weights are drawn on the CPU: the same for every device
         if run.source is None:
             self.model.reset_parameters(torch.Generator().manual_seed(config.train.seed))
