@@ -180,11 +180,15 @@ class LoopConfig:
     """Measure first which kernels are fastest (phi1 tune), on a machine of whose kind there is no measurement."""
     tensorboard: bool = False
     """Also write TensorBoard events to <run>/tensorboard."""
+    tracker: Literal["trackio", "wandb"] | None = None
+    """Also log to Trackio or Weights & Biases, project phi1; each start is a run of theirs, in a group named as the run folder."""
+    profile: int = 0
+    """Steps to trace with torch.profiler, after the first three of this start, into <run>/profile (0: none)."""
 
     def __post_init__(self) -> None:
         _require("train", self, 1, "steps", "sequences_per_step", "micro_batch", "log_every", "evaluate_every",
                  "evaluation_sequences", "checkpoint_every", "keep_last")  # fmt: skip
-        _require("train", self, 0, "seed", "keep_every", "checkpoint_minutes")
+        _require("train", self, 0, "seed", "keep_every", "checkpoint_minutes", "profile")
 
 
 @dataclasses.dataclass(frozen=True)

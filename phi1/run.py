@@ -46,7 +46,7 @@ _FIXED = (
 # Where a process finds things is its own affair; what it finds there is compared by hash.
 _PLACES = ("data.tokens", "data.validation_tokens", "train.run_folder", "train.device")
 # These say where and how, and change nothing that is worth a line when a run goes on with others.
-_FREE = (*_PLACES, "train.log_every", "train.tune", "train.tensorboard")
+_FREE = (*_PLACES, "train.log_every", "train.tune", "train.tensorboard", "train.tracker", "train.profile")
 
 # An option that the version of a checkpoint did not have yet was at what is now its default.
 _DEFAULTS = {

@@ -43,9 +43,10 @@ from phi1.batches import Batch
 from phi1.config import TrainConfig
 from phi1.distributed import StopSignals, World
 from phi1.errors import Interrupted, UserError
-from phi1.metrics import Metrics, Progress, flops_per_token, parameter_count, peak_flops, validation_loss
+from phi1.metrics import Metrics, Progress, flops_per_token, parameter_count, peak_flops, peak_memory, validation_loss
 from phi1.model import Phi1
 from phi1.optimizer import learning_rate, make_optimizer, state_size
+from phi1.profiling import traced
 from phi1.run import Run, opened, plain
 from phi1.tokens import TokenDataset
 from phi1.trouble import IN_A_ROW, Trouble, require_finite
@@ -140,6 +141,8 @@ class Trainer:
             progress = self._introduce()
             stack.enter_context(registry.held(self.kernels["orders"]))
             stack.enter_context(self.signals.held())
+            profiled = settings.profile if world.rank == 0 else 0
+            traced_step = stack.enter_context(traced(self.opened.folder, self.step, profiled, world.say))
             try:
                 while True:
                     for name in self._validations_due():
@@ -150,7 +153,9 @@ class Trainer:
                         return checkpoint.resolve(self.opened.folder)
                     started = time.monotonic()
                     facts = self.update()
+                    traced_step()
                     facts |= {"tokens": self.tokens_seen, "seconds": time.monotonic() - started}
+                    facts |= {"memory": peak_memory(world.device)} | progress.mfu(1, facts["seconds"])
                     self._record(**facts)
                     progress.add(self.step, facts)
             except Interrupted as stop:
@@ -165,7 +170,9 @@ class Trainer:
         Raises Interrupted, nothing changed, if any process was told to stop.
         """
         config, world, number = self.config, self.world, self.step + 1
+        began = time.monotonic()
         batches = world.each(lambda: self.data.of_step(self.step))
+        waited = time.monotonic() - began
         counted = world.sum(sum(batch.counted for batch in batches))[0]
         lr = learning_rate(config.optimizer, self.step, config.train.steps)
         for group in self.optimizer.param_groups:
@@ -202,6 +209,7 @@ class Trainer:
         self.tokens_seen += config.train.sequences_per_step * config.data.sequence_length
         facts: dict[str, Any] = {"loss": mean, "lr": lr, "grad_norm": norm, "counted_tokens": int(counted)}
         facts = {name: value for name, value in facts.items() if value is not None and math.isfinite(value)}
+        facts |= {"data_seconds": waited}
         facts |= {f"sequences/{name}": count for name, count in self.data.taken(number - 1, number).items()}
         if scaled:
             facts |= {"loss_scale": self.scaler.get_scale()}
@@ -306,7 +314,10 @@ class Trainer:
 
     def _open_metrics(self, stack: contextlib.ExitStack) -> dict[str, int]:
         """Opens them on rank 0; returns the last step of each validation loss."""
-        self.metrics = Metrics(self.opened.folder, self.step, self.config.train.tensorboard)
+        settings, recipe = self.config.train, plain(self.config)
+        self.metrics = Metrics(
+            self.opened.folder, self.step, tensorboard=settings.tensorboard, tracker=settings.tracker, recipe=recipe
+        )
         stack.callback(self.metrics.close)
         return self.metrics.validated
 
@@ -338,8 +349,9 @@ class Trainer:
         settings, length = config.train, config.data.sequence_length
         parameters = parameter_count(self.model)
         flops = flops_per_token(config.model, parameters, length)
-        own_peak, source = peak_flops(world.device, DTYPES[self.opened.precision])
-        peak = world.sum(own_peak)[0]
+        peak = world.sum(peak_flops(world.device, DTYPES[self.opened.precision]) or math.nan)[
+            0
+        ]  # NaN: some is not known
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
         world.say(
             f"phi1 {__version__}: {settings.run_folder}: {parameters:,} parameters, {self.opened.precision} on "
@@ -347,12 +359,13 @@ class Trainer:
         )
         for line in self.data.describe(settings.steps):
             world.say(line)
+        known = math.isfinite(peak)
         world.say(
-            "MFU = tokens/s x FLOPs per token / peak; FLOPs per token = 6 x (parameters - input embedding) + "
-            f"12 x layers x attention width x sequence = {flops:.3g}; "
-            f"peak = {peak / 1e12:.3g} TFLOP/s ({source}{f', sum of {world.size}' if world.size > 1 else ''})"
-        )
-        return Progress(config, self.step, flops / peak, world.say)
+            f"FLOPs per token = 6 x (parameters - input embedding) + 12 x layers x attention width x sequence = {flops:.3g}; "
+            + (f"MFU = tokens/s x FLOPs per token / peak of {peak / 1e12:.3g} TFLOP/s (data sheet, dense bf16)" if known
+               else f"no MFU: the peak of {name} in {self.opened.precision} is not known here")
+        )  # fmt: skip
+        return Progress(config, self.step, flops / peak if known else None, world.say)
 
 
 def _sum_of_bits(model: Phi1, optimizer: torch.optim.Optimizer) -> int:

@@ -14,7 +14,6 @@ import time
 import torch
 import torch.distributed as dist
 
-import phi1.train
 from phi1.cli import main
 from phi1.config import ModelConfig
 from phi1.distributed import StopSignals, World
@@ -94,7 +93,6 @@ def _process(rank, size, port, arguments, output, passes):
                       MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")  # fmt: skip
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(200, exit=True)  # says where, should it hang
-    phi1.train.peak_flops = lambda device, dtype: (1e12, "assumed")
     if passes:
         _signal_in(passes)
     sys.exit(main(["train", *map(str, arguments)]))
