@@ -349,9 +349,8 @@ class Trainer:
         settings, length = config.train, config.data.sequence_length
         parameters = parameter_count(self.model)
         flops = flops_per_token(config.model, parameters, length)
-        peak = world.sum(peak_flops(world.device, DTYPES[self.opened.precision]) or math.nan)[
-            0
-        ]  # NaN: some is not known
+        own_peak = peak_flops(world.device, DTYPES[self.opened.precision])
+        peak = world.sum(math.nan if own_peak is None else own_peak)[0]
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
         world.say(
             f"phi1 {__version__}: {settings.run_folder}: {parameters:,} parameters, {self.opened.precision} on "
