@@ -165,8 +165,8 @@ def _compile(source: Path, arch: str, folder: Path, sizes: dict[tuple[str, int],
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
         assert name and registers and spills, part
         dtype, *dims = (x.strip().removeprefix("phi1::cuda::") for x in name[2].split(","))
-        # A number is head_dim, a bool says whether the kernel draws dropout.
-        head_dim = int(re.sub(r"\D", "", dims[0])) if dims and dims[0] not in ("true", "false") else 0
+        # A number is head_dim, a bool says whether the kernel draws dropout, a name is the activation's.
+        head_dim = int(re.sub(r"\D", "", dims[0])) if dims and re.fullmatch(r"(\(int\))?\d+", dims[0]) else 0
         kernel = f"hopper_{name[1]}" if is_hopper else name[1]
         threads, shared = sizes[kernel, head_dim]
         found.append(

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from data_tools.chat import Answer, Request, RequestFailed, whole_unicode
 from data_tools.dataset import MANIFEST, Dataset, Failure, Produced, failed_shards, run_stage
 from data_tools.llm import LLM, LLMConfig, default_ledger
-from data_tools.progress import Progress
 from phi1.errors import UserError
 from phi1.files import sha256_json
+from phi1.progress import Progress
 
 if TYPE_CHECKING:
     import pyarrow

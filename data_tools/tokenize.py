@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from data_tools.dataset import Dataset, sweep
 from data_tools.fim import Fim
-from data_tools.progress import Progress
 from phi1.errors import UserError
+from phi1.progress import Progress
 from phi1.tokenizer import Tokenizer, codegen_tokenizer
 from phi1.tokens import TokenDataset, TokenWriter
 

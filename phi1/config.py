@@ -6,9 +6,12 @@ A recipe (`phi1/recipe.py`) is a TOML file with one table for each field of `Tra
 import dataclasses
 import math
 import pathlib
-from typing import Literal
+from typing import Literal, get_args
 
 from phi1.errors import UserError
+
+Activation = Literal["gelu_new", "relu2"]
+"""The MLP's activations (`kernels.reference.ACTIVATIONS`), by their names in transformers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,8 @@ class ModelConfig:
     """Dropout probability on attention weights, in training."""
     residual_dropout: float = 0.0
     """Dropout probability on a block's output, in training."""
+    activation: Activation = "gelu_new"
+    """Of the MLP; gelu_new, the tanh form, is phi-1's."""
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
@@ -58,6 +63,8 @@ class ModelConfig:
             raise UserError(
                 f"model.rotary_dim = {self.rotary_dim}: must be even and at most head_dim = {self.head_dim}"
             )
+        if self.activation not in get_args(Activation):
+            raise UserError(f"model.activation = {self.activation!r}: must be one of {', '.join(get_args(Activation))}")
         for field in ("attention_dropout", "residual_dropout"):
             if not 0.0 <= getattr(self, field) < 1.0:
                 raise UserError(f"model.{field} = {getattr(self, field)}: must be in [0, 1)")

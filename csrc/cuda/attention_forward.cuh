@@ -73,15 +73,9 @@ __global__ void __launch_bounds__(kAttentionThreads)
     const int column = tile * Sizes::kKeys;
     // Only tiles on the diagonal, or over the end of the keys, have something to hide.
     if (column + Sizes::kKeys > minimum(work.seqlen_k, row + visible)) {
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int n = 0; n < kN; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int query = row + 16 * m + 8 * (i / 2) + g, key = column + 8 * n + 2 * t + i % 2;
-            if (key >= minimum(work.seqlen_k, query + visible)) p[m][n][i] = -kInfinity;
-          }
+      for_each(p, row, column, [&](float& score, const Element& at) {
+        if (at.column >= minimum(work.seqlen_k, at.row + visible)) score = -kInfinity;
+      });
     }
 
 #pragma unroll

@@ -34,6 +34,7 @@ def config(**changes):
         (DataConfig, {"sequence_length": 0}, r"data\.sequence_length = 0"),
         (ModelConfig, {"num_kv_heads": 3}, r"model\.num_kv_heads = 3: must divide num_heads = 32"),
         (ModelConfig, {"rotary_dim": 66}, r"model\.rotary_dim = 66"),
+        (ModelConfig, {"activation": "gelu"}, "model.activation = 'gelu': must be one of gelu_new, relu2"),
         (ModelConfig, {"residual_dropout": 1.0}, r"model\.residual_dropout = 1\.0: must be in \[0, 1\)"),
     ],
 )
