@@ -185,7 +185,9 @@ def _dies_if_it_hangs(worker: int) -> None:
 
 def in_data_loader(layer: Layer) -> None:
     plain(layer)  # with OpenMP's threads there before the worker is forked
-    items = torch.utils.data.DataLoader(Answers(layer), batch_size=None, num_workers=1, worker_init_fn=_dies_if_it_hangs)
+    items = torch.utils.data.DataLoader(
+        Answers(layer), batch_size=None, num_workers=1, worker_init_fn=_dies_if_it_hangs
+    )
     for item in items:
         same(item, plain(layer))
 
