@@ -27,7 +27,7 @@ FUZZ_SEED ?= $(shell date +%s)
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz $(FUZZ_MINUTES) $(FUZZ_SEED)
 
-# Every small mistake that is put into the native sources, not each third.
+# Every small mistake that is put into the native sources, not each sixth.
 mutants: $(READY)
 	PHI1_MUTANTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS) --dist load tests/kernels/test_cuda_mutations.py tests/csrc/test_cpu_native.py
 

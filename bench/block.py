@@ -19,7 +19,7 @@ from torch import Tensor
 from bench import suite
 from bench.harness import Candidate, Unavailable
 from bench.suite import Case, Shape
-from kernels import parallel_block, reference
+from kernels import BlockShape, parallel_block, reference
 from kernels.measured import size_class
 
 FORMULA = (
@@ -52,7 +52,7 @@ def ours(version: str | None, shape: Sequence[int], parameters: Sequence[Tensor]
 
     def layer(x: Tensor) -> Tensor:
         tensors: Any = (*parameters, cos, sin)
-        return parallel_block(x, *tensors, heads=heads, kv_heads=heads, head_dim=head_dim, backend=version)
+        return parallel_block(x, *tensors, shape=BlockShape(heads, heads, head_dim), backend=version)
 
     return layer, list(parameters)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bench.harness import _Clock
 from kernels import (
+    BlockShape,
     apply_rotary,
     chunked_loss,
     flash_attention,
@@ -133,12 +134,10 @@ def layer(probe: Probe) -> None:
     grad = torch.randn_like(x)
     tensors: Any = (x, *parameters, *reference.rotary_table(seq, 32, device=torch.device(probe.device)))
     for p in (0.0, 0.1):
+        of = BlockShape(heads, heads, 64, attention_dropout=p, residual_dropout=p)
 
-        def step(p: float = p) -> None:
-            y = parallel_block(
-                *tensors, heads=heads, kv_heads=heads, head_dim=64, attention_dropout=p, residual_dropout=p,
-                dropout_seed=1, backend=probe.backend,
-            )  # fmt: skip
+        def step(of: BlockShape = of) -> None:
+            y = parallel_block(*tensors, shape=of, dropout_seed=1, backend=probe.backend)
             torch.autograd.grad(y, (x, *parameters), grad)
 
         found = probe.device_time(step, 20)

@@ -8,9 +8,9 @@ weights; all three implementations run the same one. "prefill" makes the logits 
 the sequence, padded on the left.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
     padded = (torch.arange(seq) >= seq - lengths[:, None]).long().to(device)
     for case, mask in (("", None), ("padded", padded)):
         candidates = [
-            Candidate(name, name == "phi1", partial(call, name, model, tokens, mask))
+            Candidate(name, name == "phi1", functools.partial(call, name, model, tokens, mask))
             for name in ("phi1", "sdpa", "eager")
         ]
         yield Case(case, works, candidates)

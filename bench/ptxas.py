@@ -165,13 +165,16 @@ def _compile(source: Path, arch: str, folder: Path, sizes: dict[tuple[str, int],
         spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
         assert name and registers and spills, part
         dtype, *dims = (x.strip().removeprefix("phi1::cuda::") for x in name[2].split(","))
-        # A number is head_dim, a bool says whether the kernel draws dropout.
-        head_dim = int(re.sub(r"\D", "", dims[0])) if dims and dims[0] not in ("true", "false") else 0
+        # A number is head_dim, a bool says whether the kernel draws dropout, a name is the activation's.
+        of = dims[0] if dims else ""
+        number = re.fullmatch(r"(?:\(int\))?(\d+)", of)
+        head_dim = int(number[1]) if number else 0
+        suffix = "_dropout" if of == "true" else f"_{of}" if of[:1].isupper() else ""
         kernel = f"hopper_{name[1]}" if is_hopper else name[1]
         threads, shared = sizes[kernel, head_dim]
         found.append(
             Kernel(
-                f"{kernel}_dropout" if dims == ["true"] else kernel, dtype, head_dim, arch, int(registers[1]),
+                kernel + suffix, dtype, head_dim, arch, int(registers[1]),
                 int(spills[1]) + int(spills[2]), threads, shared, None if hgmma is None else hgmma[mangled],
                 tuple(remark for remark, lines in remarks.items() if mangled in lines),
             )

@@ -139,7 +139,7 @@ def _block_jobs(arch: int, dtype: str, quick: bool) -> list[Job]:
 
     rows, columns = block.ELEMENTWISE_TILE
     tile = {"ROWS": rows, "BLOCK": columns}
-    heads = {"HEAD_DIM": 64, "HALF": 16, "POSITIONS": True}
+    heads = {"HEAD_DIM": 64, "HALF": 16, "POSITIONS": True, "ACTIVATION": "gelu_new"}
     chunk = {"CHUNK": column_sums.CHUNK_ROWS}
     found = [
         _job("block_elementwise", "after_in_kernel", arch, dtype, {**heads, **tile}, 4, 3),

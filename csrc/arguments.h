@@ -8,6 +8,9 @@ namespace phi1 {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
+// The MLP's, in the order of kernels/reference.py's ACTIVATIONS.
+enum class Activation : int { gelu_new = 0, relu2 = 1 };
+
 // A (batch, seq, heads, head_dim) tensor: element strides, the last dim contiguous.
 struct HeadsTensor {
   void* data;
@@ -65,7 +68,7 @@ struct LayerNormArgs {
 struct AfterInArgs {
   void* z;           // (batch * seq, width)
   const void* bias;  // (width)
-  void* activated;   // (batch * seq, inner), rows activated_stride apart: gelu(u + bias)
+  void* activated;   // (batch * seq, inner), rows activated_stride apart: activation(u + bias)
   int64_t activated_stride;
   int64_t batch, seq, turned_heads, head_dim, half;  // turned_heads: of q and k
   int64_t width, inner;
@@ -78,6 +81,7 @@ struct AfterInArgs {
   void* grad_bias;  // (width)
   float* partial;   // a GPU's scratch: (chunks, width), sums over a chunk's rows
   int64_t chunks;
+  Activation activation;
   DType dtype;
 };
 

@@ -72,7 +72,7 @@ inline void add_gradients(AttentionArgs& args, const std::array<HeadsTensor, 4>&
 // sizes: batch, seq, heads of q and k, head_dim, rotary_dim / 2, width of z, inner, activated's stride.
 inline AfterInArgs after_in_args(Memory z, Memory bias, Memory activated, std::array<int64_t, 8> sizes,
                                  std::tuple<Memory, Memory, int64_t> table, Memory position,
-                                 int64_t position_batch_stride, int dtype) {
+                                 int64_t position_batch_stride, int activation, int dtype) {
   AfterInArgs args = {};
   args.z = address(z), args.bias = address(bias), args.activated = address(activated);
   std::tie(args.batch, args.seq, args.turned_heads, args.head_dim, args.half, args.width, args.inner,
@@ -81,6 +81,7 @@ inline AfterInArgs after_in_args(Memory z, Memory bias, Memory activated, std::a
   args.table_rows = std::get<2>(table);
   args.position = address<const int64_t>(position);
   args.position_batch_stride = position_batch_stride;
+  args.activation = static_cast<Activation>(activation);
   args.dtype = static_cast<DType>(dtype);
   return args;
 }

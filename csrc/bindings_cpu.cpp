@@ -60,18 +60,19 @@ void bind_cpu(py::module_& m) {
 
   isa.def("after_in", [](const cpu::Isa& isa, Memory z, Memory bias, Memory activated, std::array<int64_t, 8> sizes,
                          std::tuple<Memory, Memory, int64_t> table, Memory position, int64_t position_batch_stride,
-                         int dtype, int threads) {
+                         int activation, int dtype, int threads) {
     py::gil_scoped_release release;
-    isa.table->after_in(after_in_args(z, bias, activated, sizes, table, position, position_batch_stride, dtype),
-                        threads);
+    isa.table->after_in(
+        after_in_args(z, bias, activated, sizes, table, position, position_batch_stride, activation, dtype), threads);
   });
 
   isa.def("after_in_backward",
           [](const cpu::Isa& isa, Memory grad_z, Memory grad_bias, Memory z, Memory bias, Memory activated,
              std::array<int64_t, 8> sizes, std::tuple<Memory, Memory, int64_t> table, Memory position,
-             int64_t position_batch_stride, int dtype, int threads) {
+             int64_t position_batch_stride, int activation, int dtype, int threads) {
             py::gil_scoped_release release;
-            AfterInArgs args = after_in_args(z, bias, activated, sizes, table, position, position_batch_stride, dtype);
+            AfterInArgs args =
+                after_in_args(z, bias, activated, sizes, table, position, position_batch_stride, activation, dtype);
             args.grad_z = address(grad_z), args.grad_bias = address(grad_bias);
             isa.table->after_in_backward(args, threads);
           });

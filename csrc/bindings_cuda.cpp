@@ -86,18 +86,19 @@ void bind_cuda(py::module_& m) {
 
   m.def("after_in_cuda", [](Memory z, Memory bias, Memory activated, std::array<int64_t, 8> sizes,
                             std::tuple<Memory, Memory, int64_t> table, Memory position, int64_t position_batch_stride,
-                            int dtype, uintptr_t stream) {
+                            int activation, int dtype, uintptr_t stream) {
     py::gil_scoped_release release;
-    cuda::after_in(after_in_args(z, bias, activated, sizes, table, position, position_batch_stride, dtype),
+    cuda::after_in(after_in_args(z, bias, activated, sizes, table, position, position_batch_stride, activation, dtype),
                    stream_of(stream));
   });
 
   m.def("after_in_backward_cuda",
         [](Memory grad_z, Memory grad_bias, Memory partial, int64_t chunks, Memory z, Memory bias, Memory activated,
            std::array<int64_t, 8> sizes, std::tuple<Memory, Memory, int64_t> table, Memory position,
-           int64_t position_batch_stride, int dtype, uintptr_t stream) {
+           int64_t position_batch_stride, int activation, int dtype, uintptr_t stream) {
           py::gil_scoped_release release;
-          AfterInArgs args = after_in_args(z, bias, activated, sizes, table, position, position_batch_stride, dtype);
+          AfterInArgs args =
+              after_in_args(z, bias, activated, sizes, table, position, position_batch_stride, activation, dtype);
           args.grad_z = address(grad_z), args.grad_bias = address(grad_bias);
           args.partial = address<float>(partial), args.chunks = chunks;
           cuda::after_in_backward(args, stream_of(stream));

@@ -2,7 +2,8 @@
 
 Writes forest.skops (no pickle), metrics.json and threshold.svg: the share of all embedded documents that each
 threshold keeps. The metrics are of documents that the forest has not seen, with bootstrap intervals, beside what
-always guessing the more frequent class would score.
+always guessing the more frequent class would score. Documents of one repository are all learned from or all tested on: else
+a forest that knows the repositories by their style would pass for one that knows quality.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import pathlib
 import sys
 import warnings
 import zipfile
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_tools.dataset import Dataset, config_dict, sweep
@@ -41,6 +43,9 @@ class Config:
     embeddings: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
     """Dataset that embed made, of the same documents."""
 
+    corpus: pathlib.Path | None = dataclasses.field(default=None, metadata={"no_effect": True})
+    """Dataset that embed made of the documents to be filtered, if they are others: the plot is of them."""
+
     output: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
     """Folder for the forest, its metrics and the plot."""
 
@@ -51,7 +56,7 @@ class Config:
     """Samples in a leaf, at least."""
 
     held_out: float = 0.25
-    """Fraction of the annotated documents kept for the metrics."""
+    """Fraction of the annotated documents kept for the metrics, about, by whole repositories; the gold set says itself which."""
 
     seed: int = 0
     """Of the split, the forest and the bootstrap."""
@@ -73,12 +78,18 @@ def run(config: Config) -> pathlib.Path:
             f"{config.annotations} and {config.embeddings} were made of different documents; "
             "annotate and embed the same dataset"
         )
+    corpus = embeddings if config.corpus is None else Dataset(config.corpus)
+    if embedder(corpus) != embedder(embeddings):
+        raise UserError(
+            f"{config.corpus}: embedded otherwise than {config.embeddings}; use the same embedder and options"
+        )
     made_of = {
         "config": config_dict(config),
         "annotations": annotations.hash,
         "embeddings": embeddings.hash,
+        "corpus": corpus.hash,
         "documents": documents[1],
-        "embedder": embeddings.manifest["config"]["embedder"],
+        "embedder": embedder(embeddings),
     }
     path = config.output / METRICS
     if path.exists():
@@ -90,10 +101,17 @@ def run(config: Config) -> pathlib.Path:
         print(f"classify: already in {config.output}", file=sys.stderr)
         return config.output
     sweep(config.output)
-    metrics = _train(config, annotations, embeddings)
+    metrics = _train(config, annotations, embeddings, corpus)
     write_json(path, {"made_of": made_of, "code_version": __version__} | metrics)  # last: it says "whole"
     print(describe(metrics), file=sys.stderr)
     return config.output
+
+
+def embedder(embeddings: Dataset) -> dict[str, Any]:
+    """How a dataset was embedded: model, weights, tokens read."""
+    return {
+        key: value for key, value in embeddings.manifest["config"].items() if key != "model"
+    }  # "auto" is one of others
 
 
 def load_forest(folder: pathlib.Path) -> "RandomForestClassifier":
@@ -148,6 +166,11 @@ def describe(metrics: dict[str, Any]) -> str:
         lines.append(
             f"  {name:<18} {value['value']:6.3f}  (95% {low:.3f} to {high:.3f})   majority: {value['baseline']:.3f}"
         )
+    if metrics.get("split_by") == "document":
+        lines.append(
+            "warning: classify: documents of one repository are on both sides of the split, which flatters: no split by "
+            "repositories leaves both labels on both sides; annotate documents of more repositories"
+        )
     if at_chance(metrics):
         lines.append(
             "warning: classify: chance (AUC 0.5) is inside the interval: on unseen documents this forest has not been shown "
@@ -161,13 +184,13 @@ def at_chance(metrics: dict[str, Any]) -> bool:
     return metrics["test"]["roc_auc"]["interval"][0] <= 0.5
 
 
-def _train(config: Config, annotations: Dataset, embeddings: Dataset) -> dict[str, Any]:
+def _train(config: Config, annotations: Dataset, embeddings: Dataset, corpus: Dataset) -> dict[str, Any]:
     import numpy as np
     import skops.io
     from sklearn.ensemble import RandomForestClassifier
-    from sklearn.model_selection import train_test_split
 
-    labels = {row["hexsha"]: (row["label"], row["score"]) for row in annotations.read(["hexsha", "label", "score"])}
+    columns = ["hexsha", "label", "score", "group", "held_out"]
+    labels = {row["hexsha"]: row for row in annotations.read(columns)}
     found: list[tuple[str, Any]] = []
     for shard in range(len(embeddings.shards)):
         keys = embeddings.table(shard, ["hexsha"]).column("hexsha").to_pylist()
@@ -176,17 +199,17 @@ def _train(config: Config, annotations: Dataset, embeddings: Dataset) -> dict[st
             found += zip([keys[i] for i in positions], matrix(embeddings, shard)[positions], strict=True)
     found.sort(key=lambda pair: pair[0])
     x = np.array([vector for _, vector in found])
-    y = np.array([labels[key][0] for key, _ in found])
-    score = np.array([labels[key][1] for key, _ in found])
+    y = np.array([labels[key]["label"] for key, _ in found])
+    score = np.array([labels[key]["score"] for key, _ in found])
     smaller = min((y == 0).sum(), (y == 1).sum()) if len(y) else 0
     if smaller < 4:
         raise UserError(
             f"{config.annotations}: of {len(y)} annotated documents with an embedding, {smaller} have the rarer label, "
             "too few to learn from and to test; annotate more documents"
         )
-    train, test = train_test_split(
-        np.arange(len(y)), test_size=config.held_out, stratify=y, random_state=config.seed, shuffle=True
-    )
+    groups = np.array([labels[key]["group"] or key for key, _ in found])  # of no known repository: one of its own
+    given = [labels[key]["held_out"] for key, _ in found]
+    train, test, split_by = split(y, groups, given, config.held_out, config.seed)
     forest = RandomForestClassifier(
         n_estimators=config.trees,
         min_samples_leaf=config.min_leaf,
@@ -199,9 +222,9 @@ def _train(config: Config, annotations: Dataset, embeddings: Dataset) -> dict[st
     with atomic_write(config.output / FOREST) as file:
         file.write(_canonical(skops.io.dumps(forest)))
     histogram = np.zeros(_BINS + 1, dtype=np.int64)
-    for shard in range(len(embeddings.shards)):
+    for shard in range(len(corpus.shards)):
         # Rounded as printed, so that a threshold means the same here and in the filter up to half a bin.
-        bins = np.floor(probabilities(forest, embeddings, shard) * _BINS + 1e-9).astype(np.int64)
+        bins = np.floor(probabilities(forest, corpus, shard) * _BINS + 1e-9).astype(np.int64)
         histogram += np.bincount(bins, minlength=_BINS + 1)
     kept = histogram[::-1].cumsum()[::-1]
     curve = [{"threshold": i / _BINS, "kept": int(kept[i])} for i in range(_BINS + 1)]
@@ -210,10 +233,44 @@ def _train(config: Config, annotations: Dataset, embeddings: Dataset) -> dict[st
         "train_rows": len(train),
         "test_rows": len(test),
         "test_positive": int(y[test].sum()),
+        "split_by": split_by,
         "test": evaluate(y[test], score[test], forest.predict_proba(x[test])[:, 1], config.seed),
         "kept_by_threshold": curve,
         "documents": int(kept[0]),
     }
+
+
+def split(
+    labels: "np.ndarray[Any, Any]",
+    groups: "np.ndarray[Any, Any]",
+    given: Sequence[bool | None],
+    share: float,
+    seed: int,
+) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]", str]:
+    """Positions to learn from, positions to test on, and by what they were parted.
+
+    labels: 0 or 1; groups: repositories, none of which is on both sides; given: what the annotator keeps for tests, if it does
+    (then those are tested on: "annotator"). All (documents,). share: to test on, about. Where no split by groups ("group") leaves
+    both labels on both sides, documents are parted one by one ("document").
+    """
+    import numpy as np
+    from sklearn.model_selection import StratifiedGroupKFold, train_test_split
+
+    if any(value is not None for value in given):
+        kept = np.array([bool(value) for value in given])
+        sides = np.flatnonzero(~kept), np.flatnonzero(kept)
+        if all(len(np.unique(labels[side])) == 2 for side in sides) and not set(groups[kept]) & set(groups[~kept]):
+            return *sides, "annotator"
+    folds = min(round(1 / share), len(np.unique(groups)))
+    if folds >= 2:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a label rarer than folds: seen below
+            parted = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, groups)
+            fit = [sides for sides in parted if all(len(np.unique(labels[side])) == 2 for side in sides)]
+        if fit:
+            return *min(fit, key=lambda sides: abs(len(sides[1]) - share * len(labels))), "group"
+    sides = train_test_split(np.arange(len(labels)), test_size=share, stratify=labels, random_state=seed)
+    return *sides, "document"
 
 
 def _canonical(archive: bytes) -> bytes:

@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import pathlib
 import sys
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from data_tools.ledger import alive
 from phi1 import __version__
 from phi1.errors import UserError
 from phi1.files import atomic_write, sha256_file, sha256_json, write_json
+from phi1.progress import Progress
 
 if TYPE_CHECKING:
     import pyarrow
@@ -196,18 +196,14 @@ def run_stage(
         _say(quiet, f"{stage}: {dataset.rows:,} rows already in {output}")
         return dataset
     todo = [shard for shard in range(shards) if not (output / f"{shard:05d}.json").exists()]
-    started, done, rows = time.monotonic(), 0, 0
+    progress, rows = Progress(stage, len(todo), "shards", quiet=quiet), 0
     if len(todo) < shards:
         _say(quiet, f"{stage}: going on after {shards - len(todo)} of {shards} shards")
     make = functools.partial(_make_shard, config, inputs, produce, schema, output, tuple(parts))
     for receipt in _receipts(todo, workers, make):
-        done, rows = done + 1, rows + receipt["rows"]
-        elapsed = time.monotonic() - started
-        eta = elapsed / done * (len(todo) - done)
-        _say(
-            quiet,
-            f"{stage}: shard {done}/{len(todo)}  {rows:,} rows  {rows / max(elapsed, 1e-9):,.0f} rows/s  ETA {eta:,.0f} s",
-        )
+        rows += receipt["rows"]
+        progress.advance(note=f"{rows:,} rows")
+    progress.close()
     receipts = [json.loads((output / f"{shard:05d}.json").read_text(encoding="utf-8")) for shard in range(shards)]
     counters: dict[str, int] = {"rows": 0, "failures": 0}
     for receipt in receipts:

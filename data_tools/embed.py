@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from data_tools.annotate import excerpt
 from data_tools.dataset import Dataset, Produced, run_stage
-from data_tools.progress import Progress
 from phi1.errors import UserError
 from phi1.files import sha256_file, sha256_json
+from phi1.progress import Progress
 
 if TYPE_CHECKING:
     import numpy
@@ -45,7 +45,7 @@ class Config:
     """auto | minilm | codegen:FOLDER | codegen:NAME on the Hugging Face hub."""
 
     max_tokens: int = 256
-    """Read this many tokens of a document at most, from after its header comment."""
+    """Read this many tokens of a document at most, from its first code on."""
 
 
 def schema() -> "pyarrow.Schema":
@@ -120,10 +120,10 @@ class Embedder:
     """
 
     def __init__(self, name: str, folder: pathlib.Path, *, max_tokens: int = 256) -> None:
-        import torch
+        from phi1.device import resolve as resolve_device
 
         self.name, self.max_tokens = name, max_tokens
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = resolve_device("auto", "device")
         self._hidden, self._encode, limit = (_load_minilm if name == "minilm" else _load_codegen)(folder, self.device)
         if max_tokens > limit:
             raise UserError(f"--max-tokens {max_tokens}: {name} reads {limit} tokens at most")

@@ -57,6 +57,11 @@ def run(config: Config) -> Dataset:
             f"{config.embeddings} has {width}; use the same embedder for both"
         )
     metrics = json.loads((config.classifier / classify.METRICS).read_text(encoding="utf-8"))
+    if metrics["made_of"]["embedder"] != classify.embedder(embeddings):
+        raise UserError(
+            f"{config.classifier}: its forest learned from documents that were embedded otherwise than {config.embeddings}; "
+            "use the same embedder and options for both"
+        )
     if classify.at_chance(metrics):
         auc = metrics["test"]["roc_auc"]
         told = f"AUC {auc['value']:.2f}, 95% interval {auc['interval'][0]:.2f} to {auc['interval'][1]:.2f}"

@@ -41,7 +41,7 @@ class Config:
     """Folder of the new dataset."""
 
     sources: tuple[str, ...] = dataclasses.field(default=("stdlib",), metadata={"no_effect": True})  # by content
-    """What to read: stdlib | pypi:NAME (an installed package) | folder:PATH (.py .txt .md .jsonl .jsonl.zst) | stack:PATH
+    """What to read: stdlib | pypi:NAME (an installed package) | gold (the gold set) | folder:PATH (.py .txt .md .jsonl .jsonl.zst) | stack:PATH
     (parquet file, folder or glob) | parquet:PATH?content=COLUMN (others' parquet) | stackoverflow:PATH/Posts.xml."""
 
     limit: int | None = None

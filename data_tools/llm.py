@@ -37,10 +37,10 @@ from data_tools import chat, llm_server
 from data_tools.adaptive import AdaptiveLimit
 from data_tools.chat import Answer, NoLogprobs, Refused, Request, RequestFailed, answer_in, canonical_url
 from data_tools.ledger import Closed, Ledger
-from data_tools.progress import Progress
 from data_tools.provider_errors import Remedy, Verdict, sort
 from phi1.errors import UserError
 from phi1.files import sha256_json
+from phi1.progress import Progress
 
 if TYPE_CHECKING:
     import openai

@@ -4,6 +4,7 @@ A source is written "kind:place":
 
     stdlib                            the running interpreter's standard library, without its tests
     pypi:networkx                     an installed distribution's Python files, without its tests
+    gold                              the snippets of the gold set (`gold.py`), from the packages that they quote
     folder:PATH                       all files under PATH that are .py, .txt, .md, .jsonl or .jsonl.zst
     stack:PATH                        The Stack's parquet files: a file, a folder or a glob
     parquet:PATH?FIELD=COLUMN&…       other parquet files; a field (`tables.FIELDS`) that is not named is looked for by its usual
@@ -25,6 +26,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from data_tools import gold
 from data_tools.dataset import Counted, Failure
 from data_tools.stackoverflow import plan_posts, read_questions
 from data_tools.tables import LINES, TEXTS, plan_parquet, plan_stack, read_lines, read_row_group
@@ -48,9 +50,9 @@ def plan(sources: Sequence[str], hashes: ContentHashes, *, any_license: bool = F
     units: list[Unit] = []
     for source in sources:
         kind, _, place = source.partition(":")
-        if kind not in _PLANNERS or (place == "") != (kind == "stdlib"):
+        if kind not in _PLANNERS or (place == "") != (kind in ("stdlib", "gold")):
             raise UserError(
-                f"--sources {source}: not a source; write stdlib, pypi:NAME, folder:PATH, stack:PATH, parquet:PATH or "
+                f"--sources {source}: not a source; write stdlib, gold, pypi:NAME, folder:PATH, stack:PATH, parquet:PATH or "
                 "stackoverflow:PATH/Posts.xml"
             )
         units += _PLANNERS[kind](place, any_license, hashes)
@@ -65,6 +67,8 @@ def read(unit: Unit, spool: pathlib.Path, tag: str) -> Iterator[Raw | Failure | 
         yield from read_lines(unit)
     elif unit.kind == "stackoverflow":
         yield from read_questions(unit, spool, tag)
+    elif unit.kind == "gold":
+        yield from _read_gold()
     else:
         yield from _read_files(unit)
 
@@ -111,6 +115,10 @@ def _plan_distribution(name: str, any_license: bool, hashes: ContentHashes) -> l
         raise UserError(f"--sources pypi:{name}: has no Python files; leave it out")
     unit = Unit("pypi", str(root), name, f"pypi:{name}=={distribution.version}", tuple(licenses))
     return _split(unit, sized)
+
+
+def _plan_gold(_: str, any_license: bool, hashes: ContentHashes) -> list[Unit]:
+    return [Unit("gold", "", "gold", "gold", content=sha256_file(gold.LABELS))]
 
 
 def _plan_folder(place: str, any_license: bool, hashes: ContentHashes) -> list[Unit]:
@@ -187,9 +195,17 @@ def _read_files(unit: Unit) -> Iterator[Raw | Failure | Counted]:
         yield Raw(content, name, unit.name, unit.source, unit.licenses, lang, prose)
 
 
+def _read_gold() -> Iterator[Raw]:
+    for snippet, text, metadata in gold.texts(gold.load()):
+        place = f"{snippet.path}#L{snippet.first}-L{snippet.last}"
+        source = f"gold:{snippet.package}=={snippet.version}"
+        yield Raw(text, place, snippet.package, source, tuple(_licenses(metadata)))
+
+
 _PLANNERS = {
     "stdlib": _plan_stdlib,
     "pypi": _plan_distribution,
+    "gold": _plan_gold,
     "folder": _plan_folder,
     "stack": plan_stack,
     "parquet": plan_parquet,

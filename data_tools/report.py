@@ -318,14 +318,18 @@ def _trainings(folders: list[pathlib.Path]) -> str:
     for folder in folders:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().split(b"\n") if line]
         steps = [line for line in lines if "loss" in line]
-        checks = [line for line in lines if "validation_loss" in line]
+        checks: dict[str, list[tuple[float, float]]] = {}  # a curve for each held-out set
+        for line in lines:
+            for key in line:
+                if key.startswith("validation_loss"):
+                    checks.setdefault(key.removeprefix("validation_loss"), []).append((line["step"], line[key]))
         if not steps:
             continue
         losses[f"{folder.name}: training"] = ([s["step"] for s in steps], _smooth([s["loss"] for s in steps]))
-        if checks:
-            losses[f"{folder.name}: held out"] = ([s["step"] for s in checks], [s["validation_loss"] for s in checks])
+        for name, curve in checks.items():
+            losses[f"{folder.name}: held out{name}"] = ([step for step, _ in curve], [loss for _, loss in curve])
         seconds = sum(step["seconds"] for step in steps)
-        final = f"{checks[-1]['validation_loss']:.3f}" if checks else "–"
+        final = ", ".join(f"{curve[-1][1]:.3f} {name[1:]}".strip() for name, curve in checks.items()) or "–"
         rate = f"{steps[-1]['tokens'] / seconds:,.0f}" if seconds else "–"
         rows.append([
             folder.name, steps[-1]["step"], steps[-1]["tokens"], f"{_smooth([s['loss'] for s in steps])[-1]:.3f}", final, rate,

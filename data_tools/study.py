@@ -175,7 +175,7 @@ def _scored(config: Config, problems: Sequence[Problem], name: str, data: pathli
         recipe = load_recipe(path)
         run_folder = config.output / f"{name}-model-{number}"
         loop = dataclasses.replace(recipe.train, run_folder=run_folder, init_from=start, device=config.device)
-        shards = dataclasses.replace(recipe.data, tokens=tokens.output, validation_tokens=None)
+        shards = dataclasses.replace(recipe.data, tokens=tokens.output, weights=None, validation_tokens=None)
         train(dataclasses.replace(recipe, train=loop, data=shards))
         start = run_folder
     output = config.output / f"{name}-evaluation"

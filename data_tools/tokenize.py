@@ -5,6 +5,9 @@ count, the prompt does not. Other datasets are read by their column `content`, a
 
 Each shard of the inputs becomes one token shard. With --validation, documents are held out by a hash of their
 text, so equal documents are on the same side whatever else is in the inputs.
+
+With --fim-rate that share of the documents to train on is rearranged for filling in the middle (data_tools/fim.py); held-out
+ones stay as they are. The tokenizer then has three sentinels more, in all shards that are written.
 """
 
 import dataclasses
@@ -16,8 +19,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from data_tools.dataset import Dataset, sweep
-from data_tools.progress import Progress
+from data_tools.fim import Fim
 from phi1.errors import UserError
+from phi1.progress import Progress
 from phi1.tokenizer import Tokenizer, codegen_tokenizer
 from phi1.tokens import TokenDataset, TokenWriter
 
@@ -39,8 +43,17 @@ class Config:
     """Folder for the token shards of held-out documents."""
     validation_fraction: float = 0.01
     """Share of the documents to hold out, where --validation is given."""
+    fim_rate: float = 0.0
+    """Share of the documents to rearrange for filling in the middle (0: none, as the paper)."""
+    fim_spm_share: float = 0.5
+    """Share of the rearranged ones whose suffix comes before the prefix."""
+    fim_seed: int = 0
+    """Of which documents are rearranged, and where they are cut."""
 
     def __post_init__(self) -> None:
+        for name in ("fim_rate", "fim_spm_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} = {getattr(self, name)}: must be from 0 to 1")
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction = {self.validation_fraction}: must be between 0 and 1")
 
@@ -52,7 +65,17 @@ def run(config: Config) -> TokenDataset:
     tokenizer = codegen_tokenizer() if config.tokenizer == "codegen" else Tokenizer.load(config.tokenizer)
     datasets = [Dataset(folder) for folder in config.inputs]
     columns = {dataset.folder: _columns(dataset) for dataset in datasets}
-    masked = any(names == ["prompt", "solution"] for names in columns.values())
+    exercises = [folder for folder, names in columns.items() if names == ["prompt", "solution"]]
+    fim = None
+    if config.fim_rate > 0:
+        if exercises:
+            raise UserError(
+                f"--fim-rate {config.fim_rate}: {exercises[0]} has exercises, of which the loss counts the solution only; "
+                f"tokenize them apart, with --tokenizer {config.output}, and mix the sets (data.weights in a recipe)"
+            )
+        tokenizer = tokenizer.with_fim()
+        assert tokenizer.fim_ids is not None
+        fim = Fim(tokenizer.fim_ids, config.fim_rate, config.fim_spm_share, config.fim_seed)
     fraction = config.validation_fraction if config.validation else 0.0
     writers = {}
     for held_out, folder in ((False, config.output), (True, config.validation)):
@@ -63,7 +86,9 @@ def run(config: Config) -> TokenDataset:
                 "validation_fraction": fraction,
                 "held_out": held_out,
             }
-            writers[held_out] = TokenWriter(folder, tokenizer, masked=masked, identity=identity)
+            if fim and not held_out:
+                identity["fim"] = dataclasses.asdict(fim)
+            writers[held_out] = TokenWriter(folder, tokenizer, masked=bool(exercises), identity=identity)
 
     jobs = [(dataset, shard) for dataset in datasets for shard in range(len(dataset.shards))]
     todo = [number for number in range(len(jobs)) if not all(writer.has(number) for writer in writers.values())]
@@ -74,12 +99,18 @@ def run(config: Config) -> TokenDataset:
     for number in todo:
         dataset, shard = jobs[number]
         for held_out, writer in writers.items():
-            texts = _texts(dataset, shard, columns[dataset.folder])
-            writer.write(number, reader.documents(text for text in texts if _held_out(text, fraction) == held_out))
+            texts = enumerate(_texts(dataset, shard, columns[dataset.folder]))
+            mine = ((row, text) for row, text in texts if _held_out(text, fraction) == held_out)
+            arrange = fim if fim and not held_out else None
+            # A document's place is the number of its shard among the inputs', and its row there.
+            parts = (arrange.arrange(text[0], number, row) if arrange and text[0] else text for row, text in mine)
+            writer.write(number, reader.documents(parts, prompts=dataset.folder in exercises))
     reader.progress.close()
     results = {held_out: writer.finish(len(jobs)) for held_out, writer in writers.items()}
     if reader.empty:
         print(f"tokenize: {reader.empty:,} empty documents were left out", file=sys.stderr)
+    if fim:
+        print(f"tokenize: {reader.rearranged:,} documents were rearranged to fill in the middle", file=sys.stderr)
     for result in results.values():
         print(
             f"tokenize: {result.tokens:,} tokens in {result.documents:,} documents in {result.folder}", file=sys.stderr
@@ -89,8 +120,9 @@ def run(config: Config) -> TokenDataset:
     return results[False]
 
 
-# A row's text: (content,) or (prompt, solution).
+# A row's text: (content,) or (prompt, solution); rearranged also with ids of sentinels between.
 _Text = tuple[str, ...]
+_Parts = tuple[str | int, ...]
 
 
 class _Reader:
@@ -98,23 +130,25 @@ class _Reader:
 
     def __init__(self, tokenizer: Tokenizer, progress: Progress) -> None:
         self.tokenizer, self.progress = tokenizer, progress
-        self.tokens = self.empty = 0
+        self.tokens = self.empty = self.rearranged = 0
         self._started = time.monotonic()
 
-    def documents(self, texts: Iterable[_Text]) -> Iterator[tuple[list[int], list[int] | None]]:
-        """(ids, loss mask or None) of each text that is not empty."""
+    def documents(self, texts: Iterable[_Parts], *, prompts: bool) -> Iterator[tuple[list[int], list[int] | None]]:
+        """(ids, loss mask or None) of each text that is not empty. prompts: the first part of a text is a prompt."""
         for batch in _batches(texts):
-            # A prompt is encoded on its own, as it will be when the model is asked to complete it.
-            parts = self.tokenizer.encode_batch([part or "" for text in batch for part in text])
-            width = len(batch[0])
-            for row in range(len(batch)):
-                *prompt, body = parts[row * width : (row + 1) * width]
+            # Parts are encoded apart: a prompt as it will be when the model is asked to complete it.
+            to_encode = [part or "" for text in batch for part in text if not isinstance(part, int)]
+            encoded = iter(self.tokenizer.encode_batch(to_encode))
+            for text in batch:
+                parts = [[part] if isinstance(part, int) else next(encoded) for part in text]
+                body = list(itertools.chain(*parts[prompts:]))
                 if not body:
                     self.empty += 1
                     continue
-                ids = [*itertools.chain(*prompt), *body]
+                ids = [*parts[0], *body] if prompts else body
                 self.tokens += len(ids)
-                yield ids, [0] * (len(ids) - len(body)) + [1] * len(body) if prompt else None
+                self.rearranged += isinstance(text[0], int)
+                yield ids, [0] * len(parts[0]) + [1] * len(body) if prompts else None
             rate = self.tokens / max(time.monotonic() - self._started, 1e-9)
             self.progress.advance(len(batch), f"{self.tokens:,} tokens, {rate:,.0f} tokens/s")
 
@@ -123,12 +157,12 @@ def _texts(dataset: Dataset, shard: int, columns: Sequence[str]) -> Iterator[_Te
     return (tuple(row[name] for name in columns) for row in dataset.read(columns, [shard]))
 
 
-def _batches(texts: Iterable[_Text]) -> Iterator[list[_Text]]:
+def _batches(texts: Iterable[_Parts]) -> Iterator[list[_Parts]]:
     """Bounded by the number of texts and by their characters (a longer text is alone)."""
-    batch: list[_Text] = []
+    batch: list[_Parts] = []
     characters = 0
     for text in texts:
-        length = sum(len(part or "") for part in text)
+        length = sum(len(part or "") for part in text if not isinstance(part, int))
         if batch and (len(batch) == _BATCH or characters + length > _BATCH_CHARACTERS):
             yield batch
             batch, characters = [], 0

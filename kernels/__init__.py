@@ -11,6 +11,7 @@ from kernels.block import parallel_block
 from kernels.loss import linear_cross_entropy
 from kernels.measured import BACKENDS
 from kernels.norm import layer_norm
+from kernels.reference import BlockShape
 from kernels.registry import BackendError, read_environment, use_backend
 from kernels.rotary import apply_rotary
 from kernels.summary import backends
@@ -20,6 +21,7 @@ read_environment()
 __all__ = [
     "BACKENDS",
     "BackendError",
+    "BlockShape",
     "apply_rotary",
     "backends",
     "flash_attention",

@@ -10,7 +10,6 @@ from kernels import torch as torch_backend
 from kernels.autocast import cast_inputs, without_autocast
 from kernels.autograd import distinct, once_differentiable
 from kernels.checks import (
-    check,
     check_device,
     check_dtype,
     check_int32,
@@ -105,26 +104,24 @@ register("flash_attention", "torch", torch_backend.attention, refuses=torch_back
 def _check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raises ValueError unless the result can be written to out."""
     check_rank("out", out, 4, "as q is")
-    check(out.shape == q.shape, lambda: f"out.shape = {tuple(out.shape)}: must be q.shape = {tuple(q.shape)}")
+    if out.shape != q.shape:
+        raise ValueError(f"out.shape = {tuple(out.shape)}: must be q.shape = {tuple(q.shape)}")
     check_like("out", out, "q", q)
-    check(
-        not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)),
-        lambda: "out is given while gradients are recorded: call under torch.no_grad(), or leave out=None",
-    )
-    check(not out.requires_grad, lambda: "out requires grad, and is to be overwritten: give out.detach()")
-    check(
-        not overlaps_itself(out),
-        lambda: (
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError("out is given while gradients are recorded: call under torch.no_grad(), or leave out=None")
+    if out.requires_grad:
+        raise ValueError("out requires grad, and is to be overwritten: give out.detach()")
+    if overlaps_itself(out):
+        raise ValueError(
             f"out.stride() = {out.stride()}: elements share memory, as of an expanded tensor; give out.contiguous()"
-        ),
-    )
+        )
     if torch.compiler.is_compiling():
         return  # nothing has an address there, and the compiler puts copies where tensors share memory
     shared = [name for name, x in (("q", q), ("k", k), ("v", v)) if share_memory(out, x)]
-    check(
-        not shared,
-        lambda: f"out shares memory with {shared[0]}, which is read after out is written: give memory of its own",
-    )
+    if shared:
+        raise ValueError(
+            f"out shares memory with {shared[0]}, which is read after out is written: give memory of its own"
+        )
 
 
 def check_documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, x: Tensor) -> None:
@@ -133,17 +130,13 @@ def check_documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, x: Tensor) -> No
         check_rank(name, cu, 1, "(documents + 1,)")
         check_int32(name, cu)
         check_device(name, cu, "the input", x)
-    check(
-        cu_seqlens_q.shape[0] >= 2,
-        lambda: f"cu_seqlens_q.shape = {tuple(cu_seqlens_q.shape)}: must be (documents + 1,)",
-    )
-    check(
-        cu_seqlens_q.shape == cu_seqlens_k.shape,
-        lambda: (
+    if cu_seqlens_q.shape[0] < 2:
+        raise ValueError(f"cu_seqlens_q.shape = {tuple(cu_seqlens_q.shape)}: must be (documents + 1,)")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
             f"cu_seqlens_q and cu_seqlens_k hold {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1} documents: "
             "must agree"
-        ),
-    )
+        )
 
 
 @cast_inputs("q", "k", "v")
@@ -194,34 +187,31 @@ def flash_attention(
     check_like("k", k, "q", q)
     check_like("v", v, "q", q)
     batch, _, heads, head_dim = q.shape
-    check(
-        k.shape[0] == batch and k.shape[3] == head_dim,
-        lambda: (
+    if k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ValueError(
             f"k.shape = {tuple(k.shape)}: must be ({batch}, seqlen_k, kv_heads, {head_dim}), q being {tuple(q.shape)}"
-        ),
-    )
-    check(v.shape == k.shape, lambda: f"v.shape = {tuple(v.shape)}: must be k.shape = {tuple(k.shape)}")
-    check(
-        k.shape[2] > 0 and heads % k.shape[2] == 0,
-        lambda: f"k.shape[2] = {k.shape[2]} key/value heads: must divide q's {heads} heads",
-    )
-    check(
-        q.shape[1] > 0 and k.shape[1] > 0,
-        lambda: f"seqlen_q = {q.shape[1]}, seqlen_k = {k.shape[1]}: must be at least 1",
-    )
-    check(heads > 0 and head_dim > 0, lambda: f"q.shape = {tuple(q.shape)}: heads and head_dim must be at least 1")
-    check(0.0 <= dropout_p < 1.0, lambda: f"dropout_p = {dropout_p}: must be in [0, 1)")
+        )
+    if v.shape != k.shape:
+        raise ValueError(f"v.shape = {tuple(v.shape)}: must be k.shape = {tuple(k.shape)}")
+    if k.shape[2] == 0 or heads % k.shape[2]:
+        raise ValueError(f"k.shape[2] = {k.shape[2]} key/value heads: must divide q's {heads} heads")
+    if q.shape[1] == 0 or k.shape[1] == 0:
+        raise ValueError(f"seqlen_q = {q.shape[1]}, seqlen_k = {k.shape[1]}: must be at least 1")
+    if heads == 0 or head_dim == 0:
+        raise ValueError(f"q.shape = {tuple(q.shape)}: heads and head_dim must be at least 1")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p = {dropout_p}: must be in [0, 1)")
     if not torch.compiler.is_compiling():  # what is compiled is captured later: the operator looks again
         check_not_captured(dropout_p, q)
-    check(
-        (cu_seqlens_q is None) == (cu_seqlens_k is None),
-        lambda: "cu_seqlens_q and cu_seqlens_k: give both or neither",
-    )
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        raise ValueError("cu_seqlens_q and cu_seqlens_k: give both or neither")
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         check_documents(cu_seqlens_q, cu_seqlens_k, q)
-        check(batch == 1, lambda: f"q.shape[0] = {batch} with cu_seqlens_q: fold the batch into the sequence (batch 1)")
+        if batch != 1:
+            raise ValueError(f"q.shape[0] = {batch} with cu_seqlens_q: fold the batch into the sequence (batch 1)")
     scale = head_dim**-0.5 if scale is None else scale
-    check(-math.inf < scale < math.inf, lambda: f"scale = {scale}: must be finite")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale = {scale}: must be finite")
     dropout_seed = seed_bits("dropout_seed", dropout_seed)
     if out is not None:
         _check_out(out, q, k, v)

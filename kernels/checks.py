@@ -1,7 +1,7 @@
 """Argument checks shared by the ops: each raises a ValueError that names the argument, its value and the remedy."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,35 +9,28 @@ from torch import Tensor
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check(condition: bool, message: Callable[[], str]) -> None:
-    """Raises ValueError(message()) unless condition. The text is made only then: checks run on every call."""
-    if not condition:
-        raise ValueError(message())
-
-
 def check_like(name: str, x: Tensor, reference_name: str, reference: Tensor) -> None:
     """x has the dtype and the device of reference."""
-    check(
-        x.dtype == reference.dtype,
-        lambda: (
+    if x.dtype != reference.dtype:
+        raise ValueError(
             f"{name}.dtype = {x.dtype}, {reference_name}.dtype = {reference.dtype}: must be equal; use {name}.to({reference.dtype})"
-        ),
-    )
+        )
     check_device(name, x, reference_name, reference)
 
 
 def check_device(name: str, x: Tensor, reference_name: str, reference: Tensor) -> None:
     """x is on the device of reference."""
-    check(
-        x.device == reference.device,
-        lambda: f"{name} is on {x.device}, {reference_name} on {reference.device}: move one to the other's device",
-    )
+    if x.device != reference.device:
+        raise ValueError(
+            f"{name} is on {x.device}, {reference_name} on {reference.device}: move one to the other's device"
+        )
 
 
 def check_dtype(name: str, x: Tensor) -> None:
     """x is a tensor of a floating dtype that the ops take."""
     check_tensor(name, x)
-    check(x.dtype in DTYPES, lambda: f"{name}.dtype = {x.dtype}: must be float64, float32, bfloat16 or float16")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name}.dtype = {x.dtype}: must be float64, float32, bfloat16 or float16")
 
 
 def check_tensor(name: str, x: object, meaning: str = "") -> None:
@@ -51,28 +44,33 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> N
     if not isinstance(x, Tensor):
         instead = "where there is none, give zeros (ones for a LayerNorm's weight)"
         raise ValueError(f"{name} = {x!r}: must be a tensor of shape {shape} {meaning}; {instead}")
-    check(tuple(x.shape) == shape, lambda: f"{name}.shape = {tuple(x.shape)}: must be {shape} {meaning}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}.shape = {tuple(x.shape)}: must be {shape} {meaning}")
 
 
 def check_rank(name: str, x: Tensor, rank: int, meaning: str) -> None:
     """x is a tensor and has this many dims."""
     check_tensor(name, x, meaning)
-    check(x.dim() == rank, lambda: f"{name}.shape = {tuple(x.shape)}: must be {meaning}")
+    if x.dim() != rank:
+        raise ValueError(f"{name}.shape = {tuple(x.shape)}: must be {meaning}")
 
 
 def check_float32(name: str, x: Tensor) -> None:
     """x is float32."""
-    check(x.dtype == torch.float32, lambda: f"{name}.dtype = {x.dtype}: must be float32; use {name}.float()")
+    if x.dtype != torch.float32:
+        raise ValueError(f"{name}.dtype = {x.dtype}: must be float32; use {name}.float()")
 
 
 def check_int32(name: str, x: Tensor) -> None:
     """x is int32."""
-    check(x.dtype == torch.int32, lambda: f"{name}.dtype = {x.dtype}: must be int32; use {name}.int()")
+    if x.dtype != torch.int32:
+        raise ValueError(f"{name}.dtype = {x.dtype}: must be int32; use {name}.int()")
 
 
 def seed_bits(name: str, seed: int) -> int:
     """The 64 bits of a seed as an int64, which operators of PyTorch take; a negative one is its two's complement."""
-    check(-(2**63) <= seed < 2**64, lambda: f"{name} = {seed}: must fit 64 bits; use {name} % 2**64")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{name} = {seed}: must fit 64 bits; use {name} % 2**64")
     return seed - 2**64 if seed >= 2**63 else seed
 
 

@@ -4,17 +4,18 @@ Forward, over the folded batch * seq tokens:
 
     n = LN(x)
     z = n W_in^T                   (tokens, width), rows [q | k | v | u]; then in place: q, k, v get their bias,
-                                   q and k are turned, and gelu(u + bias) goes into the right part of g
-    g = [attention(q, k, v) | gelu(u + bias)]          attention reads views of z and writes the left part of g
+                                   q and k are turned, and act(u + bias) goes into the right part of g
+    g = [attention(q, k, v) | act(u + bias)]          attention reads views of z and writes the left part of g
     y = x + dropout(g W_out^T + b_out)
 
 Saved for the backward pass: x, z (u without its bias, as the product gave it), attention's output and log-sum-exp. LN(x)
-and GELU are made again there. Attention made again saved 69 of 606 MB for a phi-1 layer of 16,384 tokens, and took 5.6%
+and the activation are made again there. Attention made again saved 69 of 606 MB for a phi-1 layer of 16,384 tokens, and took 5.6%
 of its forward and backward on an H200 (8% with dropout), 6% on a CPU (hidden 512, 1,024 tokens, Zen 4).
 
 A backend brings `Pieces`; the order of the steps is here, once for all of them.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,18 +27,17 @@ from kernels import reference
 from kernels.autocast import without_autocast
 from kernels.autograd import once_differentiable
 from kernels.checks import check_not_captured, check_positions
-from kernels.reference import Dropout
+from kernels.product import matrix_product
+from kernels.reference import BlockShape, Dropout
 from kernels.registry import implementation
 
 
 class Layout(NamedTuple):
     """What a token's row of z holds, and by which angles its q and k are turned."""
 
+    shape: BlockShape
     batch: int
     seq: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     inner: int
     cos: Tensor
     """(positions, rotary_dim / 2) float32, like sin."""
@@ -50,24 +50,25 @@ class Layout(NamedTuple):
         return self.batch * self.seq
 
     @property
-    def attention_width(self) -> int:
-        return self.heads * self.head_dim
+    def turned_width(self) -> int:
+        """Columns of q and k."""
+        return self.shape.attention_width + self.shape.kv_width
 
     @property
     def qkv_width(self) -> int:
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
+        return self.turned_width + self.shape.kv_width
 
     def qkv(self, z: Tensor, documents: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Views q, k, v of z (tokens, width): (batch, seq, heads, head_dim), or (1, tokens, ...) with documents."""
-        lead = (1, self.tokens) if documents else (self.batch, self.seq)
-        sizes = [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
-        q, k, v = (x.view(*lead, -1, self.head_dim) for x in z[:, : self.qkv_width].split(sizes, dim=1))
+        lead, shape = (1, self.tokens) if documents else (self.batch, self.seq), self.shape
+        sizes = [shape.attention_width, shape.kv_width, shape.kv_width]
+        q, k, v = (x.view(*lead, -1, shape.head_dim) for x in z[:, : self.qkv_width].split(sizes, dim=1))
         return q, k, v
 
     def attention(self, g: Tensor, documents: bool) -> Tensor:
         """The view of g's (tokens, attention width + inner) left part that attention writes, shaped as q."""
         lead = (1, self.tokens) if documents else (self.batch, self.seq)
-        return g[:, : self.attention_width].view(*lead, self.heads, self.head_dim)
+        return g[:, : self.shape.attention_width].view(*lead, self.shape.heads, self.shape.head_dim)
 
 
 class Pieces(NamedTuple):
@@ -78,11 +79,11 @@ class Pieces(NamedTuple):
     norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """(grad, x, weight, stats, residual) -> gradients of x (residual added), weight and bias"""
     project_in: Callable[[Tensor, Tensor, Tensor, Tensor, Layout], Tensor]
-    """(n, w_in, b_in, activated, layout) -> z as above; gelu(u + bias) is written to activated (tokens, inner), a view
+    """(n, w_in, b_in, activated, layout) -> z as above; act(u + bias) is written to activated (tokens, inner), a view
     whose rows are apart"""
     project_in_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Layout], Tensor]
     """(grad_z, z, b_in, activated, layout) -> gradient of b_in. In place: grad_z holds the gradients of the turned q and
-    k and of v, and gets those of all of z; activated holds its own gradient and gets gelu(u + bias) again"""
+    k and of v, and gets those of all of z; activated holds its own gradient and gets act(u + bias) again"""
     attention_forward: Callable[..., tuple[Tensor, Tensor]]
     """(q, k, v, cu_q, cu_k, causal, scale, p, seed, out=) -> (out, lse); out is a strided view"""
     attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -95,50 +96,50 @@ class Pieces(NamedTuple):
 
 def block_forward(
     pieces: Pieces, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
-    layout: Layout, cu_seqlens: Tensor | None, eps: float, attention_dropout: Dropout, residual_dropout: Dropout,
-    kv_cache: reference.KVCache | None = None,
+    layout: Layout, cu_seqlens: Tensor | None, dropout_seed: int, kv_cache: reference.KVCache | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y (tokens, hidden), z, attention's part of g, lse) for x (tokens, hidden)."""
     check_positions(layout.positions, layout.cos.shape[0])
-    documents = cu_seqlens is not None
-    g = x.new_empty((layout.tokens, layout.attention_width + layout.inner))
-    normed = pieces.norm_forward(x, norm_weight, norm_bias, eps)[0]
-    z = pieces.project_in(normed, w_in, b_in, g[:, layout.attention_width :], layout)
+    shape, documents = layout.shape, cu_seqlens is not None
+    g = x.new_empty((layout.tokens, shape.attention_width + layout.inner))
+    normed = pieces.norm_forward(x, norm_weight, norm_bias, shape.eps)[0]
+    z = pieces.project_in(normed, w_in, b_in, g[:, shape.attention_width :], layout)
     q, k, v = layout.qkv(z, documents)
     cu_q = cu_k = cu_seqlens
     if kv_cache is not None:
         k, v, cu_q, cu_k = reference.extend(kv_cache, k, v, cu_seqlens)
     attention, lse = pieces.attention_forward(
-        q, k, v, cu_q, cu_k, True, layout.head_dim**-0.5, *attention_dropout,
+        q, k, v, cu_q, cu_k, True, shape.head_dim**-0.5, shape.attention_dropout, dropout_seed,
         out=layout.attention(g, documents),
     )  # fmt: skip
-    return pieces.project_out(g, w_out, b_out, x, residual_dropout), z, attention, lse
+    y = pieces.project_out(g, w_out, b_out, x, Dropout(shape.residual_dropout, dropout_seed))
+    return y, z, attention, lse
 
 
 def block_backward(
     pieces: Pieces, grad_y: Tensor, x: Tensor, z: Tensor, attention: Tensor, lse: Tensor,
     norm_weight: Tensor, norm_bias: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor,
-    layout: Layout, cu_seqlens: Tensor | None, eps: float, attention_dropout: Dropout, residual_dropout: Dropout,
+    layout: Layout, cu_seqlens: Tensor | None, dropout_seed: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, norm_weight, norm_bias, w_in, b_in, w_out, b_out."""
-    documents = cu_seqlens is not None
-    options = (cu_seqlens, cu_seqlens, True, layout.head_dim**-0.5, *attention_dropout)
+    shape, documents = layout.shape, cu_seqlens is not None
+    options = (cu_seqlens, cu_seqlens, True, shape.head_dim**-0.5, shape.attention_dropout, dropout_seed)
     q, k, v = layout.qkv(z, documents)
 
-    grad_h, grad_b_out = pieces.project_out_backward(grad_y, residual_dropout)
-    g = torch.mm(grad_h, w_out)  # the gradient of g at first, g itself in the end
+    grad_h, grad_b_out = pieces.project_out_backward(grad_y, Dropout(shape.residual_dropout, dropout_seed))
+    g = matrix_product(grad_h, w_out)  # the gradient of g at first, g itself in the end
     grad_z = torch.empty_like(z)
     pieces.attention_backward(
         layout.attention(g, documents), q, k, v, attention, lse, *options, grads=layout.qkv(grad_z, documents)
     )
-    grad_b_in = pieces.project_in_backward(grad_z, z, b_in, g[:, layout.attention_width :], layout)
+    grad_b_in = pieces.project_in_backward(grad_z, z, b_in, g[:, shape.attention_width :], layout)
     layout.attention(g, documents).copy_(attention)
-    grad_w_out = torch.mm(grad_h.T, g)
+    grad_w_out = matrix_product(grad_h.T, g)
     del g, attention
 
-    normed, stats = pieces.norm_forward(x, norm_weight, norm_bias, eps)
-    grad_w_in = torch.mm(grad_z.T, normed)
-    grad_normed = torch.mm(grad_z, w_in)
+    normed, stats = pieces.norm_forward(x, norm_weight, norm_bias, shape.eps)
+    grad_w_in = matrix_product(grad_z.T, normed)
+    grad_normed = matrix_product(grad_z, w_in)
     grad_x, grad_norm_weight, grad_norm_bias = pieces.norm_backward(grad_normed, x, norm_weight, stats, grad_y)
     return grad_x, grad_norm_weight, grad_norm_bias, grad_w_in, grad_b_in, grad_w_out, grad_b_out
 
@@ -150,8 +151,9 @@ def operators(pieces: Pieces) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 # ------------------------------------------------------------------------------------------- as torch operators
 
-_TABLE = "Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens, int seq, int heads, int kv_heads, int head_dim"
-_OPTIONS = f"{_TABLE}, float eps, float attention_dropout, float residual_dropout, SymInt dropout_seed, str backend"
+_TABLE = "Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens"
+_SHAPE = ", ".join(f"{field.type.__name__} {field.name}" for field in dataclasses.fields(BlockShape))  # type: ignore[union-attr]
+_OPTIONS = f"{_TABLE}, int seq, {_SHAPE}, SymInt dropout_seed, str backend"
 torch.library.define(
     "phi1::parallel_block_forward",
     "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out,"
@@ -169,26 +171,29 @@ torch.library.define(
 )
 
 
-def _arguments(x, w_in, cos, sin, positions, cu_seqlens, seq, heads, kv_heads, head_dim, eps, p, residual_p, seed, name):  # type: ignore[no-untyped-def]  # fmt: skip
-    layout = Layout(
-        x.shape[0] // seq, seq, heads, kv_heads, head_dim, w_in.shape[0] - (heads + 2 * kv_heads) * head_dim,
-        cos, sin, positions,
-    )  # fmt: skip
-    return layout, cu_seqlens, eps, Dropout(p, seed), Dropout(residual_p, seed)
+_shape_of = functools.cache(BlockShape)  # a model has few
+
+
+def _arguments(x, w_in, cos, sin, positions, cu_seqlens, seq, *rest):  # type: ignore[no-untyped-def]
+    *values, dropout_seed, _ = rest
+    shape = _shape_of(*values)
+    inner = w_in.shape[0] - shape.attention_width - 2 * shape.kv_width
+    return Layout(shape, x.shape[0] // seq, seq, inner, cos, sin, positions), cu_seqlens, dropout_seed
 
 
 def _saved_shapes(layout: Layout, documents: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of attention's output and lse as the forward operator returns them, where a backward pass may come."""
     batch, seq = (1, layout.tokens) if documents else (layout.batch, layout.seq)
-    return (batch, seq, layout.heads, layout.head_dim), (batch, layout.heads, seq)
+    return (batch, seq, layout.shape.heads, layout.shape.head_dim), (batch, layout.shape.heads, seq)
 
 
 @torch.library.impl("phi1::parallel_block_forward", ("cpu", "cuda"))
 @without_autocast
 def _forward(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grads, *options):  # type: ignore[no-untyped-def]
-    check_not_captured(max(options[9:11]), x)  # attention's and the residual's
     forward = implementation("parallel_block", options[-1]).forward
     arguments = _arguments(x, w_in, *options)
+    shape = arguments[0].shape
+    check_not_captured(max(shape.attention_dropout, shape.residual_dropout), x)
     y, z, attention, lse = forward(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, *arguments)
     if not with_grads:
         return y, z, x.new_empty(0), x.new_empty(0, dtype=torch.float32)
@@ -260,8 +265,3 @@ class FusedBlock(torch.autograd.Function):
 @once_differentiable("parallel_block")
 def _gradients(ctx, saved, grad_y):  # type: ignore[no-untyped-def]
     return torch.ops.phi1.parallel_block_backward(grad_y, *saved, *ctx.options)
-
-
-def vendor_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T by the vendor's library (oneDNN, cuBLASLt)."""
-    return torch.mm(x, weight.T)

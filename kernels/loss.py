@@ -9,7 +9,7 @@ from kernels import chunked_loss, reference
 from kernels import torch as torch_backend
 from kernels.autocast import cast_inputs, without_autocast
 from kernels.autograd import once_differentiable
-from kernels.checks import check, check_device, check_dtype, check_like, check_shape
+from kernels.checks import check_device, check_dtype, check_like, check_shape
 from kernels.measured import size_class
 from kernels.registry import choose, differentiated, implementation, in_graph, register
 
@@ -124,24 +124,26 @@ def linear_cross_entropy(
     and `triton` make the loss and its row's gradients NaN, and PyTorch's ops fail a device-side assertion.
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
     """
-    check(hidden.dim() > 0, lambda: "hidden.shape = (): must be (..., width)")
+    if hidden.dim() == 0:
+        raise ValueError("hidden.shape = (): must be (..., width)")
     check_dtype("hidden", hidden)
     width = hidden.shape[-1]
-    check(
-        weight.dim() == 2 and weight.shape[0] > 0 and weight.shape[1] == width,
-        lambda: f"weight.shape = {tuple(weight.shape)}: must be (columns, {width}), with a column at least",
-    )
+    if not (weight.dim() == 2 and weight.shape[0] > 0 and weight.shape[1] == width):
+        raise ValueError(f"weight.shape = {tuple(weight.shape)}: must be (columns, {width}), with a column at least")
     columns = weight.shape[0]
     if bias is None:
         bias = weight.new_zeros(columns)
     check_shape("bias", bias, (columns,), "(columns,)")
     check_like("weight", weight, "hidden", hidden)
     check_like("bias", bias, "hidden", hidden)
-    check(targets.dtype == torch.int64, lambda: f"targets.dtype = {targets.dtype}: must be int64")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets.dtype = {targets.dtype}: must be int64")
     check_shape("targets", targets, tuple(hidden.shape[:-1]), "(hidden's leading dims)")
     check_device("targets", targets, "hidden", hidden)
-    check(z_loss >= 0, lambda: f"z_loss = {z_loss}: must be at least 0")
-    check(reduction in ("mean", "sum"), lambda: f"reduction = {reduction!r}: must be 'mean' or 'sum'")
+    if not z_loss >= 0:
+        raise ValueError(f"z_loss = {z_loss}: must be at least 0")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction = {reduction!r}: must be 'mean' or 'sum'")
     name = choose(
         "linear_cross_entropy", hidden.device, backend,
         dtype=hidden.dtype, size=size_class(targets.numel()), training=differentiated(hidden, weight, bias),

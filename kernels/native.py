@@ -29,6 +29,7 @@ ISAS: list[Any] = [] if MISSING is not None else _native.isas()
 """The CPU's kernels of each instruction set (`name`, `missing`: why not here, and the kernels), most capable first."""
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ACTIVATION_CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
 
 
 def refuses_dtype(*, dtype: torch.dtype, **_: object) -> str | None:
@@ -53,10 +54,14 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 
 def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
-    """(s q, t, s) with the same scores, t > 0 and s of -1, 0 and 1, for kernels whose running maximum grows with scale."""
+    """(s q, t, s) with the same scores, t > 0 and s of -1, 0 and 1, for kernels whose running maximum grows with scale.
+
+    The gradient of q is s times the kernel's. For a scale of 0, t is so small that the kernel's is finite in fp16 too:
+    0 times infinity would be NaN.
+    """
     if scale > 0:
         return q, scale, 1.0
-    return (-q, -scale, -1.0) if scale < 0 else (q * 0.0, 1.0, 0.0)
+    return (-q, -scale, -1.0) if scale < 0 else (q * 0.0, 2.0**-64, 0.0)
 
 
 def dropout_arguments(dropout: Dropout) -> tuple[int, float, int]:
@@ -81,11 +86,12 @@ def after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: "Layo
     """csrc/bindings.h, after_in_args. The tensors in `layout` are contiguous."""
     cos, sin, positions = layout.cos, layout.sin, layout.positions
     sizes = (
-        layout.batch, layout.seq, layout.heads + layout.kv_heads, layout.head_dim, cos.shape[1], z.shape[1], layout.inner,
-        activated.stride(0),
+        layout.batch, layout.seq, layout.shape.heads + layout.shape.kv_heads, layout.shape.head_dim, cos.shape[1], z.shape[1],
+        layout.inner, activated.stride(0),
     )  # fmt: skip
     position_stride = positions.stride(0) if positions is not None and positions.dim() == 2 else 0
-    return z, bias, activated, sizes, (cos, sin, cos.shape[0]), positions, position_stride, DTYPE_CODES[z.dtype]
+    codes = _ACTIVATION_CODES[layout.shape.activation], DTYPE_CODES[z.dtype]
+    return z, bias, activated, sizes, (cos, sin, cos.shape[0]), positions, position_stride, *codes
 
 
 def rotary_arguments(

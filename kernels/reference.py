@@ -4,8 +4,9 @@ Arithmetic is in float64 for float64 inputs and in float32 for all others; resul
 inputs' type. Every other backend is tested against this file.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -242,6 +243,15 @@ def gelu(x: Tensor) -> Tensor:
     return (0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))).to(x.dtype)
 
 
+def relu2(x: Tensor) -> Tensor:
+    """The square of ReLU (Primer, arXiv 2109.08668)."""
+    return x.to(working_dtype(x.dtype)).relu().square().to(x.dtype)
+
+
+ACTIVATIONS = {"gelu_new": gelu, "relu2": relu2}
+"""The MLP's activations by their names in transformers, in the order of `Activation` in csrc/arguments.h."""
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x W^T + b."""
     dtype = working_dtype(x.dtype)
@@ -271,6 +281,54 @@ class Dropout(NamedTuple):
     seed: int
 
 
+@dataclasses.dataclass(frozen=True)
+class BlockShape:
+    """What a parallel block is, but for its weights and tensors. Made once for a model, checked then: ValueError."""
+
+    heads: int
+    """Query heads."""
+    kv_heads: int
+    """Key/value heads, a divisor of heads."""
+    head_dim: int
+    """Width of a head."""
+    eps: float = 1e-5
+    """Of the LayerNorm."""
+    attention_dropout: float = 0.0
+    """Probability on attention weights; rounded to a multiple of 1/256, as in `flash_attention`: 0.1 becomes 0.1016."""
+    residual_dropout: float = 0.0
+    """Probability on the sum of both branches, rounded likewise."""
+    activation: str = "gelu_new"
+    """Of the MLP: a key of `kernels.reference.ACTIVATIONS`."""
+
+    def __post_init__(self) -> None:
+        if min(self.heads, self.kv_heads, self.head_dim) < 1:
+            sizes = f"heads = {self.heads}, kv_heads = {self.kv_heads}, head_dim = {self.head_dim}"
+            raise ValueError(f"{sizes}: must be at least 1")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads = {self.kv_heads}: must divide heads = {self.heads}")
+        for name, p in (("attention_dropout", self.attention_dropout), ("residual_dropout", self.residual_dropout)):
+            if not 0.0 <= p < 1.0:
+                raise ValueError(f"{name} = {p}: must be in [0, 1)")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation = {self.activation!r}: must be one of {', '.join(ACTIVATIONS)}")
+
+    @property
+    def attention_width(self) -> int:
+        """Columns of q, and of attention's output."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Columns of k, and of v."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def values(self) -> tuple[int, int, int, float, float, float, str]:
+        """The fields in order, as operators of PyTorch take them."""
+        sizes, dropout = (self.heads, self.kv_heads, self.head_dim), (self.attention_dropout, self.residual_dropout)
+        return *sizes, self.eps, *dropout, self.activation
+
+
 class Steps(NamedTuple):
     """What `parallel_block` is made of."""
 
@@ -282,8 +340,8 @@ class Steps(NamedTuple):
     """(q, k, cos, sin, positions=) -> q, k, turned"""
     attention: Callable[..., Tensor]
     """(q, k, v, cu_seqlens_q, cu_seqlens_k, dropout) -> q's shape; causal"""
-    gelu: Callable[..., Tensor]
-    """elementwise, the tanh form"""
+    activations: Mapping[str, Callable[..., Tensor]]
+    """elementwise, by the names of ACTIVATIONS"""
     dropout: Callable[..., Tensor]
     """(y, dropout) -> y's shape"""
 
@@ -321,23 +379,21 @@ def extend(
 
 def parallel_block(
     steps: Steps, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
-    cos: Tensor, sin: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, heads: int, kv_heads: int,
-    head_dim: int, eps: float, attention_dropout: Dropout, residual_dropout: Dropout,
+    cos: Tensor, sin: Tensor, shape: BlockShape, positions: Tensor | None, cu_seqlens: Tensor | None, dropout_seed: int,
     kv_cache: KVCache | None,
 ) -> Tensor:  # fmt: skip
     """phi-1's layer: attention and MLP side by side on one LayerNorm. See `kernels.parallel_block` for the arguments."""
     batch, seq, _ = x.shape
-    z = steps.linear(steps.layer_norm(x, norm_weight, norm_bias, eps), w_in, b_in)
-    qkv, u = z.tensor_split([(heads + 2 * kv_heads) * head_dim], dim=-1)
-    q, k, v = qkv.unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=2)
+    z = steps.linear(steps.layer_norm(x, norm_weight, norm_bias, shape.eps), w_in, b_in)
+    qkv, u = z.tensor_split([shape.attention_width + 2 * shape.kv_width], dim=-1)
+    q, k, v = qkv.unflatten(-1, (-1, shape.head_dim)).split([shape.heads, shape.kv_heads, shape.kv_heads], dim=2)
     q, k = steps.rotary(q, k, cos, sin, positions=positions)
     if cu_seqlens is not None:  # documents of all sequences, one after another
-        q, k, v = (part.reshape(1, batch * seq, -1, head_dim) for part in (q, k, v))
+        q, k, v = (part.reshape(1, batch * seq, -1, shape.head_dim) for part in (q, k, v))
     cu_q = cu_k = cu_seqlens
     if kv_cache is not None:
         k, v, cu_q, cu_k = extend(kv_cache, k, v, cu_seqlens)
-    attention = steps.attention(q, k, v, cu_q, cu_k, attention_dropout)
-    attention = attention.reshape(batch, seq, heads * head_dim)
-    return x + steps.dropout(
-        steps.linear(torch.cat([attention, steps.gelu(u)], dim=-1), w_out, b_out), residual_dropout
-    )
+    attention = steps.attention(q, k, v, cu_q, cu_k, Dropout(shape.attention_dropout, dropout_seed))
+    attention = attention.reshape(batch, seq, shape.attention_width)
+    y = steps.linear(torch.cat([attention, steps.activations[shape.activation](u)], dim=-1), w_out, b_out)
+    return x + steps.dropout(y, Dropout(shape.residual_dropout, dropout_seed))

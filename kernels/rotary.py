@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.autograd import distinct
-from kernels.checks import check, check_device, check_dtype, check_float32, check_like, check_positions, check_rank
+from kernels.checks import check_device, check_dtype, check_float32, check_like, check_positions, check_rank
 from kernels.measured import size_class
 from kernels.registry import choose, differentiated, implementation, in_graph, register
 
@@ -58,26 +58,25 @@ def check_table(
     """Raises ValueError unless cos, sin and positions fit (batch, seq) tokens of heads of head_dim, on x's device."""
     check_rank("cos", cos, 2, "(positions, rotary_dim / 2)")
     check_rank("sin", sin, 2, "(positions, rotary_dim / 2)")
-    check(sin.shape == cos.shape, lambda: f"sin.shape = {tuple(sin.shape)}: must be cos.shape = {tuple(cos.shape)}")
+    if sin.shape != cos.shape:
+        raise ValueError(f"sin.shape = {tuple(sin.shape)}: must be cos.shape = {tuple(cos.shape)}")
     for name, table in (("cos", cos), ("sin", sin)):
         check_float32(name, table)
         check_device(name, table, "the input", x)
-    check(
-        0 < 2 * cos.shape[1] <= head_dim,
-        lambda: f"cos.shape = {tuple(cos.shape)}: rotary_dim = {2 * cos.shape[1]} must be in 2..{head_dim}, head_dim",
-    )
+    if not 0 < 2 * cos.shape[1] <= head_dim:
+        raise ValueError(
+            f"cos.shape = {tuple(cos.shape)}: rotary_dim = {2 * cos.shape[1]} must be in 2..{head_dim}, head_dim"
+        )
     if positions is None:
-        check(
-            cos.shape[0] >= seq,
-            lambda: f"cos.shape = {tuple(cos.shape)}: {seq} tokens need {seq} rows; build a longer rotary_table",
-        )
+        if cos.shape[0] < seq:
+            raise ValueError(
+                f"cos.shape = {tuple(cos.shape)}: {seq} tokens need {seq} rows; build a longer rotary_table"
+            )
     else:
-        check(
-            positions.dtype == torch.int64 and tuple(positions.shape) in ((seq,), (batch, seq)),
-            lambda: (
+        if not (positions.dtype == torch.int64 and tuple(positions.shape) in ((seq,), (batch, seq))):
+            raise ValueError(
                 f"positions = {positions.dtype} {tuple(positions.shape)}: must be int64 of shape ({seq},) or ({batch}, {seq})"
-            ),
-        )
+            )
         check_device("positions", positions, "the input", x)
 
 
@@ -109,11 +108,12 @@ def apply_rotary(
     check_dtype("q", q)
     check_like("k", k, "q", q)
     batch, seq, _, head_dim = q.shape
-    check(head_dim > 0, lambda: f"q.shape = {tuple(q.shape)}: head_dim must be at least 1")
-    check(
-        k.shape[0] == batch and k.shape[1] == seq and k.shape[3] == head_dim,
-        lambda: f"k.shape = {tuple(k.shape)}: must be ({batch}, {seq}, kv_heads, {head_dim}), q being {tuple(q.shape)}",
-    )
+    if head_dim == 0:
+        raise ValueError(f"q.shape = {tuple(q.shape)}: head_dim must be at least 1")
+    if not (k.shape[0] == batch and k.shape[1] == seq and k.shape[3] == head_dim):
+        raise ValueError(
+            f"k.shape = {tuple(k.shape)}: must be ({batch}, {seq}, kv_heads, {head_dim}), q being {tuple(q.shape)}"
+        )
     check_table(q, batch, seq, head_dim, cos, sin, positions)
     name = choose(
         "apply_rotary", q.device, backend, dtype=q.dtype, size=size_class(batch * seq), training=differentiated(q, k)

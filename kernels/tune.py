@@ -119,7 +119,7 @@ def works(of: Machine, device: torch.device, shape: Shape, dtypes: Sequence[torc
         rows = width + 2 * kv_heads * shape.head_dim + shape.inner
         sizes = [(batch, queries, hidden), (hidden,), (hidden,), (rows, hidden), (rows,), (hidden, width + shape.inner), (hidden,)]  # fmt: skip
         tables = reference.rotary_table(keys, rotary_dim, device=device)
-        heads: dict[str, Any] = {"heads": shape.heads, "kv_heads": kv_heads, "head_dim": shape.head_dim}
+        block_shape = reference.BlockShape(shape.heads, kv_heads, shape.head_dim)
         more: dict[str, Any] = {}
         if queries < keys:
             cache = [random(batch, keys, kv_heads, shape.head_dim).to(dtype) for _ in range(2)]
@@ -130,7 +130,7 @@ def works(of: Machine, device: torch.device, shape: Shape, dtypes: Sequence[torc
 
         def run(*tensors: Any, backend: str) -> Tensor:
             op: Any = parallel_block  # a checker does not count the tensors
-            return op(*tensors, *tables, **heads, **more, backend=backend)
+            return op(*tensors, *tables, block_shape, **more, backend=backend)
 
         return run, [random(*size).to(dtype) for size in sizes]
 

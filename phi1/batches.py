@@ -5,6 +5,7 @@ processes; each process takes a run of them. So with the same micro_batch any nu
 micro-batches, dropout included.
 """
 
+import pathlib
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from phi1.config import TrainConfig
 from phi1.distributed import World
 from phi1.errors import UserError
+from phi1.mixture import Mixture
 from phi1.tokenizer import Tokenizer
 from phi1.tokens import IGNORE, TokenDataset, document_bounds, mix
 
@@ -20,7 +22,7 @@ class Batch(NamedTuple):
     """A micro-batch, on the device."""
 
     sequences: range
-    """Indices of its samples in the order of training."""
+    """Indices of its samples in the order of training (`Mixture.batch` reads them)."""
     inputs: torch.Tensor
     """(batch, time) int64."""
     targets: torch.Tensor
@@ -42,9 +44,18 @@ class Batches:
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config, self.world = config, world
         options, settings, vocab_size = config.data, config.train, config.model.vocab_size
-        self.training = TokenDataset(options.tokens)
-        self.validation = None if options.validation_tokens is None else TokenDataset(options.validation_tokens)
-        self.sets = {"tokens": self.training} | ({"validation_tokens": self.validation} if self.validation else {})
+        sets = _open("tokens", options.tokens)
+        self.training = Mixture(sets, options.weights or dict.fromkeys(sets, 1))
+        self.validation = _open("validation_tokens", options.validation_tokens)
+        """Held-out sets by name; one without a name is called ""."""
+        self.sets = {
+            f"{option}.{name}" if name else option: dataset
+            for option, sets in (("tokens", self.training.sets), ("validation_tokens", self.validation))
+            for name, dataset in sets.items()
+        }
+        """All of them, by what the recipe calls them."""
+        self.origin = next(iter(self.sets.values()))
+        """The set whose tokenizer all others have."""
         for dataset in self.sets.values():
             dataset.windows(options.sequence_length)  # at least one
             if dataset.vocab_size > vocab_size:
@@ -52,14 +63,15 @@ class Batches:
                     f"{dataset.folder}: made by a tokenizer of {dataset.vocab_size:,} entries, more than "
                     f"model.vocab_size = {vocab_size:,}; raise it, or tokenize with a smaller one"
                 )
-            if dataset.tokenizer_hash != self.training.tokenizer_hash:
+            if dataset.tokenizer_hash != self.origin.tokenizer_hash:
                 raise UserError(
-                    f"{dataset.folder}: made by another tokenizer than {self.training.folder}; make it again"
+                    f"{dataset.folder}: made by another tokenizer than {self.origin.folder}; make it again with "
+                    f"--tokenizer {self.origin.folder}"
                 )
-        self.tokenizer = Tokenizer.load(self.training.folder)
-        if self.tokenizer.hash != self.training.tokenizer_hash:
+        self.tokenizer = Tokenizer.load(self.origin.folder)
+        if self.tokenizer.hash != self.origin.tokenizer_hash:
             raise UserError(
-                f"{self.training.folder / 'tokenizer.json'}: not the tokenizer that made the shards; "
+                f"{self.origin.folder / 'tokenizer.json'}: not the tokenizer that made the shards; "
                 "run `phi1 data tokenize` again"
             )
         micro_batches = -(-settings.sequences_per_step // settings.micro_batch)
@@ -109,12 +121,35 @@ class Batches:
             for mine, samples in zip(shares, rounds, strict=True)
         ]
 
-    def _read(self, dataset: TokenDataset, samples: range, seed: int, dropout_seed: int) -> Batch:
+    def taken(self, first: int, last: int) -> dict[str, int]:
+        """How many sequences steps first … last - 1 take from each training set that has a name."""
+        size = self.config.train.sequences_per_step
+        before, after = self.training.counts(first * size), self.training.counts(last * size)
+        return {name: after[name] - before[name] for name in after if name}
+
+    def describe(self, steps: int) -> list[str]:
+        """What the training sets hold, and what so many steps take from each, a line a set."""
+        size, length, lines = self.config.train.sequences_per_step, self.config.data.sequence_length, []
+        for name, dataset in self.training.sets.items():
+            windows, count = dataset.windows(length), self.training.counts(steps * size)[name]
+            called = f"{name}: " if name else ""
+            what = (
+                f"{count:,} of {steps * size:,} ({count / (steps * size):.2%})"
+                if name
+                else f"{steps:,} steps of {size:,} sequences"
+            )
+            lines.append(
+                f"data: {called}{dataset.tokens:,} tokens in {dataset.documents:,} documents; an epoch is {windows:,} "
+                f"sequences of {length:,}; {what} are {count / windows:.2f} epochs"
+            )
+        return lines
+
+    def _read(self, dataset: Mixture | TokenDataset, samples: range, seed: int, dropout_seed: int) -> Batch:
         options, device = self.config.data, self.world.device
         inputs, targets = dataset.batch(samples, options.sequence_length, seed=seed, loss_mask=options.loss_mask)
         bounds = None
         if options.document_masking:
-            bounds = torch.from_numpy(document_bounds(inputs, dataset.eot_id)).to(device)
+            bounds = torch.from_numpy(document_bounds(inputs, self.origin.eot_id)).to(device)
         return Batch(
             samples,
             torch.from_numpy(inputs).to(device),
@@ -129,3 +164,19 @@ def _idle(batch: Batch) -> Batch:
     """A micro-batch in which no target counts, for a process that has none where others do: a forward or backward pass
     under FSDP2, and DDP's first, is one that all processes make."""
     return batch._replace(sequences=range(0), targets=torch.full_like(batch.targets, IGNORE), counted=0)
+
+
+def _open(option: str, folders: pathlib.Path | dict[str, pathlib.Path] | None) -> dict[str, TokenDataset]:
+    """The sets that an option names, by name; one without a name is called "". UserError if one is there twice."""
+    if not isinstance(folders, dict):
+        folders = {} if folders is None else {"": folders}
+    sets = {name: TokenDataset(folders[name]) for name in sorted(folders)}
+    names: dict[str, str] = {}
+    for name, dataset in sets.items():
+        other = names.setdefault(dataset.hash, name)
+        if other != name:
+            raise UserError(
+                f"data.{option}: {other} ({sets[other].folder}) and {name} ({dataset.folder}) hold the same tokens; name a "
+                "set once, and give it the weight of both"
+            )
+    return sets

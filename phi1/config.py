@@ -4,10 +4,14 @@ A recipe (`phi1/recipe.py`) is a TOML file with one table for each field of `Tra
 """
 
 import dataclasses
+import math
 import pathlib
-from typing import Literal
+from typing import Literal, get_args
 
 from phi1.errors import UserError
+
+Activation = Literal["gelu_new", "relu2"]
+"""The MLP's activations (`kernels.reference.ACTIVATIONS`), by their names in transformers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,8 @@ class ModelConfig:
     """Dropout probability on attention weights, in training."""
     residual_dropout: float = 0.0
     """Dropout probability on a block's output, in training."""
+    activation: Activation = "gelu_new"
+    """Of the MLP; gelu_new, the tanh form, is phi-1's."""
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
@@ -57,6 +63,8 @@ class ModelConfig:
             raise UserError(
                 f"model.rotary_dim = {self.rotary_dim}: must be even and at most head_dim = {self.head_dim}"
             )
+        if self.activation not in get_args(Activation):
+            raise UserError(f"model.activation = {self.activation!r}: must be one of {', '.join(get_args(Activation))}")
         for field in ("attention_dropout", "residual_dropout"):
             if not 0.0 <= getattr(self, field) < 1.0:
                 raise UserError(f"model.{field} = {getattr(self, field)}: must be in [0, 1)")
@@ -96,10 +104,12 @@ def _require(table: str, config: object, minimum: float, *names: str) -> None:
 class DataConfig:
     """What is read, and how it is cut into sequences."""
 
-    tokens: pathlib.Path
-    """Folder of token shards to train on (`phi1 data tokenize` writes it)."""
-    validation_tokens: pathlib.Path | None = None
-    """Folder of held-out token shards for the evaluation loss."""
+    tokens: pathlib.Path | dict[str, pathlib.Path]
+    """Folder of token shards to train on (`phi1 data tokenize` writes it). Or several, by name, mixed by `weights`."""
+    weights: dict[str, float] | None = None
+    """Of several sets: each one's share of the sequences to the others', by name (4 and 1 is 80% and 20%)."""
+    validation_tokens: pathlib.Path | dict[str, pathlib.Path] | None = None
+    """Folder of held-out token shards for the evaluation loss. Or several, by name: each has a loss of its own."""
     sequence_length: int = 2048
     """Tokens in a training sequence."""
     document_masking: bool = False
@@ -109,6 +119,28 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require("data", self, 1, "sequence_length")
+        for field in ("tokens", "validation_tokens"):
+            folders = getattr(self, field)
+            if isinstance(folders, dict) and (not folders or "" in folders):
+                raise UserError(
+                    f"data.{field} = {folders}: must be a folder, or name = folder for each of several sets"
+                )
+        names = sorted(self.tokens) if isinstance(self.tokens, dict) else []
+        weights = self.weights
+        if weights is None and len(names) > 1:
+            raise UserError(
+                f"data.weights is missing: data.tokens names {len(names)} sets ({', '.join(names)}), give each a weight"
+            )
+        if weights is not None and sorted(weights) != names:
+            what = (
+                f"exactly those of data.tokens ({', '.join(names)})"
+                if names
+                else "left out, for data.tokens is one folder"
+            )
+            raise UserError(f"data.weights, of {', '.join(sorted(weights)) or 'no set'}: must be {what}")
+        for name, weight in (weights or {}).items():
+            if not 0 < weight < math.inf:
+                raise UserError(f"data.weights.{name} = {weight}: must be above 0; to leave a set out, do not name it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,17 +190,24 @@ class LoopConfig:
     """Measure first which kernels are fastest (phi1 tune), on a machine of whose kind there is no measurement."""
     tensorboard: bool = False
     """Also write TensorBoard events to <run>/tensorboard."""
+    tracker: Literal["trackio", "wandb"] | None = None
+    """Also log to Trackio or Weights & Biases, project phi1; each start is a run of theirs, in a group named as the run folder."""
+    profile: int = 0
+    """Steps to trace with torch.profiler, after the first three of this start, into <run>/profile (0: none)."""
 
     def __post_init__(self) -> None:
         _require("train", self, 1, "steps", "sequences_per_step", "micro_batch", "log_every", "evaluate_every",
                  "evaluation_sequences", "checkpoint_every", "keep_last")  # fmt: skip
-        _require("train", self, 0, "seed", "keep_every", "checkpoint_minutes")
+        _require("train", self, 0, "seed", "keep_every", "checkpoint_minutes", "profile")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, and the learning rate's course: linear warmup, then linear decay, at once or at the end."""
+    """The optimizer, and the learning rate's course: linear warmup, then linear decay, at once or at the end."""
 
+    algorithm: Literal["adamw", "muon"] = "adamw"
+    """adamw, as the paper. muon: the blocks' matrices by torch.optim.Muon, the rest (embedding, lm_head, biases, LayerNorms)
+    by AdamW, with the same lr and weight_decay (phi1/optimizer.py)."""
     lr: float = 1e-3
     """Largest learning rate."""
     lr_floor: float = 0.0
@@ -181,22 +220,35 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only (embeddings among them; not on biases and LayerNorms)."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay of AdamW's first moment."""
     beta2: float = 0.98
-    """Decay of the second moment."""
+    """Decay of AdamW's second moment."""
     eps: float = 1e-7
-    """Added to the root of the second moment."""
+    """Added to the root of AdamW's second moment."""
+    momentum: float = 0.95
+    """Decay of Muon's momentum, which is Nesterov's."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient."""
     loss_scale: float = 65536.0
     """Initial loss scale, in fp16."""
 
     def __post_init__(self) -> None:
-        _require("optimizer", self, 0, "lr_floor", "warmup_steps", "decay_steps", "weight_decay", "beta1", "beta2")
+        _require(
+            "optimizer",
+            self,
+            0,
+            "lr_floor",
+            "warmup_steps",
+            "decay_steps",
+            "weight_decay",
+            "beta1",
+            "beta2",
+            "momentum",
+        )
         for name in ("lr", "eps", "clip_norm", "loss_scale"):
             if not getattr(self, name) > 0:
                 raise UserError(f"optimizer.{name} = {getattr(self, name)}: must be above 0")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if getattr(self, name) >= 1:
                 raise UserError(f"optimizer.{name} = {getattr(self, name)}: must be below 1")
         if self.lr_floor > self.lr:
@@ -214,13 +266,19 @@ class TrainConfig:
     train: LoopConfig
     """How long, on what, and what is written when."""
     optimizer: OptimizerConfig
-    """AdamW and the learning rate."""
+    """The optimizer and the learning rate."""
 
     def __post_init__(self) -> None:
         if self.data.sequence_length > self.model.max_positions:
             raise UserError(
                 f"data.sequence_length = {self.data.sequence_length}: must be at most "
                 f"model.max_positions = {self.model.max_positions}"
+            )
+        if self.optimizer.algorithm == "muon" and self.train.data_parallel == "fsdp2":
+            # On shards torch's products add up in bf16: weights moved otherwise by 5e-4 in four steps at lr = 3e-3 (2e-7 with ddp).
+            raise UserError(
+                "train.data_parallel = 'fsdp2': Muon moves whole matrices, of which each process would have a part; take ddp, "
+                "or algorithm adamw"
             )
         if self.optimizer.decay_steps and self.optimizer.warmup_steps + self.optimizer.decay_steps > self.train.steps:
             raise UserError(

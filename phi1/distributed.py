@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from phi1.device import resolve
 from phi1.errors import Interrupted, UserError
 
 T = TypeVar("T")
@@ -33,17 +34,8 @@ class World:
         self.rank = int(os.environ["RANK"]) if self.distributed else 0
         self.size = int(os.environ["WORLD_SIZE"]) if self.distributed else 1
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0)) if self.distributed else 0
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self.device = torch.device(device)
-        except RuntimeError as error:
-            raise UserError(f"train.device = {device!r}: must be auto, cpu, cuda or cuda:N") from error
-        if self.device.type not in ("cpu", "cuda"):
-            raise UserError(f"train.device = {device!r}: must be auto, cpu, cuda or cuda:N")
+        self.device = resolve(device, "train.device")
         if self.device.type == "cuda":
-            if not torch.cuda.is_available():
-                raise UserError(f"train.device = {device!r}: no GPU that torch can use here; choose auto or cpu")
             index = self.device.index if self.device.index is not None else self.local_rank
             if index >= torch.cuda.device_count():
                 raise UserError(

@@ -30,17 +30,15 @@ def load(source: pathlib.Path | str, device: str = "auto") -> tuple["Phi1", "Tok
     import torch
 
     from phi1 import checkpoint, huggingface
+    from phi1.device import resolve
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: PyTorch finds no CUDA GPU here; use --device cpu")
-    dtype = torch.bfloat16 if device.startswith("cuda") else None
+    there = resolve(device, "--device")
+    dtype = torch.bfloat16 if there.type == "cuda" else None
     source = pathlib.Path(source)
     if (source / "config.json").exists() and not (source / checkpoint.CHECKPOINT).exists():
         model, tokenizer = huggingface.import_folder(source), huggingface.import_tokenizer(source)
-        return model.to(device, dtype), tokenizer
-    return checkpoint.load_model(source, device=device, dtype=dtype)
+        return model.to(there, dtype), tokenizer
+    return checkpoint.load_model(source, device=there, dtype=dtype)
 
 
 def complete(

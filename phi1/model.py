@@ -1,7 +1,7 @@
 """phi-1's network ("Textbooks Are All You Need", arXiv 2306.11644, section 2.3): a decoder of parallel blocks.
 
     x = embedding(tokens)
-    x = x + dropout([attention | gelu-MLP](LN(x)))     each block, one call of `kernels.parallel_block`
+    x = x + dropout([attention | MLP](LN(x)))     each block, one call of `kernels.parallel_block`
     logits = LN(x) W^T + b                             lm_head, not tied to the embedding
 
 Shape suffixes: b batch, t time, d hidden, v vocabulary.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import layer_norm, linear_cross_entropy, parallel_block
+from kernels import BlockShape, layer_norm, linear_cross_entropy, parallel_block
 from kernels.autocast import cast_dtype
 from phi1.config import ModelConfig
 from phi1.errors import UserError
@@ -37,13 +37,17 @@ class Block(nn.Module):
     """One layer's weights, fused along the two matrix products of the parallel block.
 
     w_in rows and b_in are [q | k | v | u]: query, key and value projections and the MLP's inner layer.
-    w_out columns are [attention | gelu(u)]. The attention's and the MLP's output biases stay two parameters,
+    w_out columns are [attention | activation(u)]. The attention's and the MLP's output biases stay two parameters,
     as in `PhiForCausalLM`: only their sum matters, but an optimizer moves each.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        heads = config.num_heads, config.num_kv_heads, config.head_dim
+        self.shape = BlockShape(*heads, config.layer_norm_eps, activation=config.activation)
+        self.training_shape = dataclasses.replace(
+            self.shape, attention_dropout=config.attention_dropout, residual_dropout=config.residual_dropout
+        )
         width_in = config.attention_width + 2 * config.kv_width + config.intermediate_size
         width_out = config.attention_width + config.intermediate_size
         self.norm_weight = nn.Parameter(torch.empty(config.hidden_size))
@@ -63,7 +67,7 @@ class Block(nn.Module):
         kv_cache: tuple[Tensor, Tensor, int | Tensor] | None,
         dropout_seed: int,
     ) -> Tensor:
-        config, dtype = self.config, x_btd.dtype
+        dtype = x_btd.dtype
         # Cast before they are added, as in a model whose parameters have that type, or whose weights FSDP2 gathers in it.
         low = cast_dtype(dtype, x_btd.device)
         return parallel_block(
@@ -75,14 +79,9 @@ class Block(nn.Module):
             self.w_out.to(dtype),
             self.b_attention.to(low) + self.b_mlp.to(low),
             *rotary,
-            heads=config.num_heads,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            eps=config.layer_norm_eps,
+            self.training_shape if self.training else self.shape,
             positions=positions,
             cu_seqlens=cu_seqlens,
-            attention_dropout=config.attention_dropout if self.training else 0.0,
-            residual_dropout=config.residual_dropout if self.training else 0.0,
             dropout_seed=dropout_seed,
             kv_cache=kv_cache,
         )

@@ -101,6 +101,7 @@ def memory(config: TrainConfig, gpus: int, device: str = "cuda") -> dict[str, in
     width_in = width + 2 * model.kv_width + inner
     size = 4 if config.train.precision == "fp32" else 2  # bytes of the computation's type
     total = sum(count.values())
+    by_muon = count["block matrices"] if config.optimizer.algorithm == "muon" else 0
     rows = min(config.train.micro_batch, config.train.sequences_per_step) * config.data.sequence_length
     step = -(-config.train.sequences_per_step // (config.train.micro_batch * gpus)) * rows
 
@@ -119,7 +120,8 @@ def memory(config: TrainConfig, gpus: int, device: str = "cuda") -> dict[str, in
     together = {
         "weights, float32": 4 * total,
         "gradients, float32": 4 * total,
-        "AdamW's moments, float32": 8 * total,
+        "AdamW's moments, float32": 8 * (total - by_muon),
+        "Muon's momentum, float32": 4 * by_muon,
         "weights cast for the computation": 0 if size == 4 else size * (total - count["embedding"]),
     }
     if _sharded(config, gpus):
@@ -162,6 +164,13 @@ def work(config: TrainConfig, gpus: int) -> list[Work]:
     traffic = (
         3 * size * (layers * (2 * hidden + qkv + 2 * inner + width) * tokens + micro_batches * count["block matrices"])
     )
+    by_muon, muon = 0, []
+    if config.optimizer.algorithm == "muon":
+        by_muon = count["block matrices"]
+        # Five iterations of three products each, of every matrix on every GPU. Of an element's bytes 50 are theirs.
+        shapes = [sorted((hidden, qkv + inner)), sorted((hidden, width + inner))]
+        flop = layers * sum(5 * (4 * short**2 * long + 2 * short**3) for short, long in shapes)
+        muon = [Work("Muon", flop, 84 * by_muon)]
     between = 5 * hidden + 2 * qkv + 2 * inner + 8 * hidden + 4 * inner + 2 * qkv + 2 * width
     return [
         Work("block matrices", 6 * count["block matrices"] * tokens, traffic),
@@ -172,7 +181,8 @@ def work(config: TrainConfig, gpus: int) -> list[Work]:
         Work("lm_head and loss", 6 * count["lm_head"] * tokens, 5 * size * model.vocab_size * tokens + 8 * count["lm_head"] * chunks),
         # float32 weights to the computation's type, and gradients back and added up.
         Work("casts of weights", 0, 0 if size == 4 else 16 * (total - count["embedding"]) * micro_batches),
-        Work("clipping and AdamW", 0, (12 + 28 + 4) * _held(config, gpus)),
+        Work("clipping and AdamW", 0, (12 + 4 + 28) * _held(config, gpus) - 28 * by_muon),
+        *muon,
     ]  # fmt: skip
 
 
@@ -188,7 +198,7 @@ def describe(config: TrainConfig, gpus: int, device: str) -> list[str]:
         + (f", {settings.data_parallel}" if gpus > 1 else ""),
         "",
         f"{'memory on each GPU':<52}{'GB':>8}",
-        *(f"  {name:<50}{number / 1e9:>8.2f}" for name, number in parts.items()),
+        *(f"  {name:<50}{number / 1e9:>8.2f}" for name, number in parts.items() if number),
         f"  {'together':<50}{sum(parts.values()) / 1e9:>8.2f}",
     ]
     sheet = DEVICES.get(device.lower())

@@ -106,8 +106,13 @@ def _build(path: pathlib.Path, table: str, kind: Any, values: dict[str, Any], ex
 
 
 def _typed(path: pathlib.Path, key: str, value: Any, kind: Any) -> Any:
-    if isinstance(kind, types.UnionType):  # only `Path | None` occurs, and TOML has no null
-        kind = typing.get_args(kind)[0]
+    if isinstance(kind, types.UnionType):  # a value, or a table of them, or None, which TOML does not have
+        kinds = typing.get_args(kind)
+        kind = next((k for k in kinds if typing.get_origin(k) is dict and isinstance(value, dict)), kinds[0])
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: {key} = {value!r}: must be a table, name = value for each set")
+        return {name: _typed(path, f"{key}.{name}", entry, typing.get_args(kind)[1]) for name, entry in value.items()}
     if typing.get_origin(kind) is typing.Literal:
         if value in typing.get_args(kind):
             return value

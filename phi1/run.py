@@ -34,11 +34,27 @@ from phi1.tokenizer import Tokenizer
 LAST = "last"
 
 # A run that goes on with another value of one of these would not be the same run.
-_FIXED = ("data.sequence_length", "data.document_masking", "data.loss_mask", "train.sequences_per_step", "train.seed")
+_FIXED = (
+    "data.sequence_length",
+    "data.document_masking",
+    "data.loss_mask",
+    "data.weights",
+    "train.sequences_per_step",
+    "train.seed",
+    "optimizer.algorithm",
+)
 # Where a process finds things is its own affair; what it finds there is compared by hash.
 _PLACES = ("data.tokens", "data.validation_tokens", "train.run_folder", "train.device")
 # These say where and how, and change nothing that is worth a line when a run goes on with others.
-_FREE = (*_PLACES, "train.log_every", "train.tune", "train.tensorboard")
+_FREE = (*_PLACES, "train.log_every", "train.tune", "train.tensorboard", "train.tracker", "train.profile")
+
+# An option that the version of a checkpoint did not have yet was at what is now its default.
+_DEFAULTS = {
+    f"{table.name}.{field.name}": field.default
+    for table in dataclasses.fields(TrainConfig)
+    for field in dataclasses.fields(table.type)  # type: ignore[arg-type]
+    if field.default is not dataclasses.MISSING
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +156,7 @@ def _source(config: TrainConfig, world: World, data: Batches) -> tuple[pathlib.P
         checkpoint.require_shape(folder, config.model)
         if Tokenizer.load(folder).hash != data.tokenizer.hash:
             raise UserError(
-                f"{folder}: has another tokenizer than {data.training.folder}; tokenize with --tokenizer {folder}"
+                f"{folder}: has another tokenizer than {data.origin.folder}; tokenize with --tokenizer {folder}"
             )
         world.say(f"starting from {folder}")
         return folder, {"folder": str(folder), "step": facts.get("step"), "hash": checkpoint.digest(folder)}
@@ -191,9 +207,9 @@ def _require_same_run(
     """UserError unless the run that wrote a checkpoint can go on as `config` says; says what changed."""
     run = config.train.run_folder
     checkpoint.require_shape(folder, config.model)
-    there, here = _flat(facts["recipe"]), _flat(plain(config))
-    changed = [name for name in here if there.get(name) != here[name] and name not in _FREE]
-    fixed = [f"{name} = {there.get(name)} there, {here[name]} here" for name in changed if name in _FIXED]
+    there, here = _DEFAULTS | _flat(facts["recipe"]), _flat(plain(config))
+    changed = [name for name in here if there[name] != here[name] and name not in _FREE]
+    fixed = [f"{name} = {there[name]} there, {here[name]} here" for name in changed if name in _FIXED]
     if facts["data_hash"] != data_hash:
         fixed.append("other token shards")
     if fixed:
@@ -204,7 +220,7 @@ def _require_same_run(
         raise UserError(f"{folder}: past --steps {config.train.steps}; raise it, or choose another --run-folder")
     say(f"going on from {folder}")
     for name in changed:
-        say(f"  changed since then: {name} = {there.get(name)} -> {here[name]}")
+        say(f"  changed since then: {name} = {there[name]} -> {here[name]}")
 
 
 def publish(folder: pathlib.Path, *, keep_last: int, keep_every: int) -> None:

@@ -19,6 +19,8 @@ from phi1.errors import UserError
 from phi1.files import atomic_write, sha256_json
 
 END_OF_TEXT = "<|endoftext|>"
+FIM = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+"""Sentinels of fill in the middle (data_tools/fim.py), which only a tokenizer made `with_fim` has."""
 
 WHITESPACE = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
 """The runs that are one token each, in the order of their ids (codegen: 50257 … 50294)."""
@@ -82,6 +84,21 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Entries: ids run from 0 to vocab_size - 1 (a model may have more rows)."""
         return self._backend.get_vocab_size()
+
+    @property
+    def fim_ids(self) -> tuple[int, int, int] | None:
+        """The ids of <|fim_prefix|>, <|fim_middle|> and <|fim_suffix|>; None without them."""
+        before, between, after = (self._backend.token_to_id(sentinel) for sentinel in FIM)
+        return None if before is None or between is None or after is None else (before, between, after)
+
+    def with_fim(self) -> "Tokenizer":
+        """This tokenizer with the sentinels of fill in the middle: the next ids, where a model has spare rows (codegen: 50,295 …).
+
+        Like <|endoftext|> they come from no text, also not from one that spells them out; all other ids stay.
+        """
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.add_special_tokens([AddedToken(sentinel, normalized=False, special=True) for sentinel in FIM])
+        return Tokenizer(backend)
 
     @property
     def pieces(self) -> str:

@@ -45,10 +45,12 @@ from phi1.config import TrainConfig
 from phi1.distributed import StopSignals, World
 from phi1.engine import Engine
 from phi1.errors import Interrupted, UserError
-from phi1.metrics import Metrics, Progress, flops_per_token, parameter_count, peak_flops
+from phi1.metrics import Metrics, Progress, flops_per_token, parameter_count, peak_flops, peak_memory, validation_loss
 from phi1.model import Phi1
-from phi1.optimizer import learning_rate, make_optimizer
+from phi1.optimizer import learning_rate, make_optimizer, state_size
+from phi1.profiling import traced
 from phi1.run import Run, opened, plain
+from phi1.tokens import TokenDataset
 from phi1.trouble import IN_A_ROW, Trouble, require_finite
 from phi1.tune import tune_first
 
@@ -93,7 +95,9 @@ class Trainer:
 
         with torch.device("meta"):
             self.model = Phi1(config.model, DTYPES[run.precision])
-        world.first(lambda: run.require_space(3 * 4 * parameter_count(self.model)))  # weights and moments in float32
+        world.first(
+            lambda: run.require_space(4 * (parameter_count(self.model) + state_size(self.model, config.optimizer)))
+        )
         self.model.to_empty(device="cpu")  # weights are drawn on the CPU: the same for every device
         if run.source is None:
             self.model.reset_parameters(torch.Generator().manual_seed(config.train.seed))
@@ -125,18 +129,19 @@ class Trainer:
         """Trains to the last step; returns the final checkpoint."""
         settings, world = self.config.train, self.world
         with contextlib.ExitStack() as stack:
-            validated = world.first(lambda: self._open_metrics(stack))
-            if self.step == settings.steps and not self._validation_due(validated):
+            self.validated = world.first(lambda: self._open_metrics(stack))
+            if self.step == settings.steps and not self._validations_due():
                 world.say(f"{self.opened.folder}: all {self.step:,} steps are done")
                 return checkpoint.resolve(self.opened.folder)
             progress = self._introduce()
             stack.enter_context(registry.held(self.kernels["orders"]))
             stack.enter_context(self.signals.held())
+            profiled = settings.profile if world.rank == 0 else 0
+            traced_step = stack.enter_context(traced(self.opened.folder, self.step, profiled, world.say))
             try:
                 while True:
-                    if self._validation_due(validated):
-                        self._validate()
-                        validated = self.step
+                    for name in self._validations_due():
+                        self._validate(name)
                     if self._checkpoint_due():
                         self._save()
                     if self.step == settings.steps:
@@ -144,7 +149,9 @@ class Trainer:
                         return checkpoint.resolve(self.opened.folder)
                     started = time.monotonic()
                     facts = self.update()
+                    traced_step()
                     facts |= {"tokens": self.tokens_seen, "seconds": time.monotonic() - started}
+                    facts |= {"memory": peak_memory(world.device)} | progress.mfu(1, facts["seconds"])
                     self._record(**facts)
                     progress.add(self.step, facts)
             except Interrupted as stop:
@@ -163,7 +170,9 @@ class Trainer:
         Raises Interrupted, nothing changed, if any process was told to stop.
         """
         config, world, number = self.config, self.world, self.step + 1
+        began = time.monotonic()
         batches = world.each(self._next_batches)
+        waited = time.monotonic() - began
         counted = world.sum(sum(batch.counted for batch in batches))[0]
         lr = learning_rate(config.optimizer, self.step, config.train.steps)
         for group in self.optimizer.param_groups:
@@ -195,6 +204,8 @@ class Trainer:
         self.tokens_seen += config.train.sequences_per_step * config.data.sequence_length
         facts: dict[str, Any] = {"loss": mean, "lr": lr, "grad_norm": norm, "counted_tokens": int(counted)}
         facts = {name: value for name, value in facts.items() if value is not None and math.isfinite(value)}
+        facts |= {"data_seconds": waited}
+        facts |= {f"sequences/{name}": count for name, count in self.data.taken(number - 1, number).items()}
         if scaled:
             facts |= {"loss_scale": self.scaler.get_scale()}
         if scaled or skip:
@@ -209,10 +220,9 @@ class Trainer:
         return self.data.of_step(self.step)
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean loss per token over the validation set's first sequences, shared among processes."""
-        dataset, world = self.data.validation, self.world
-        assert dataset is not None
+    def evaluate(self, dataset: TokenDataset) -> float:
+        """Mean loss per token over a set's first sequences, shared among processes."""
+        world = self.world
         self.model.eval()
         loss = counted = 0.0
         for batch in world.each(lambda: self.data.of_evaluation(dataset)):
@@ -254,15 +264,18 @@ class Trainer:
     def _last_saved(self) -> str:
         return f"step {self.saved:,}" if self.saved else "the beginning"
 
-    def _validation_due(self, validated: int) -> bool:
+    def _validations_due(self) -> list[str]:
+        """Names of the held-out sets whose loss at this step is still to be taken."""
         settings = self.config.train
-        due = self.step == settings.steps or self.step % settings.evaluate_every == 0
-        return due and self.data.validation is not None and self.step > validated
+        if self.step != settings.steps and self.step % settings.evaluate_every:
+            return []
+        return [name for name in self.data.validation if self.step > self.validated.get(validation_loss(name), 0)]
 
-    def _validate(self) -> None:
-        loss = self.evaluate()
-        self.world.say(f"step {self.step:,}  validation loss {loss:.4f}")
-        self._record(validation_loss=loss)
+    def _validate(self, name: str) -> None:
+        loss = self.evaluate(self.data.validation[name])
+        self.world.say(f"step {self.step:,}  validation loss{f' of {name}' if name else ''} {loss:.4f}")
+        self._record(**{validation_loss(name): loss})
+        self.validated[validation_loss(name)] = self.step
 
     def _checkpoint_due(self) -> bool:
         settings = self.config.train
@@ -287,6 +300,7 @@ class Trainer:
             "tokens": self.tokens_seen,
             "recipe": plain(self.config),
             "data_hash": self.data.training.hash,
+            "sequences": self.data.taken(0, self.step),
             "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
             "trouble": self.trouble.state(),
             "init_from": opened.facts.get("init_from"),
@@ -304,9 +318,12 @@ class Trainer:
         world.first(begin)
         self.saved, self.saved_at = step, time.monotonic()
 
-    def _open_metrics(self, stack: contextlib.ExitStack) -> int:
-        """Opens them on rank 0; returns the last step that was validated."""
-        self.metrics = Metrics(self.opened.folder, self.step, self.config.train.tensorboard)
+    def _open_metrics(self, stack: contextlib.ExitStack) -> dict[str, int]:
+        """Opens them on rank 0; returns the last step of each validation loss."""
+        settings, recipe = self.config.train, plain(self.config)
+        self.metrics = Metrics(
+            self.opened.folder, self.step, tensorboard=settings.tensorboard, tracker=settings.tracker, recipe=recipe
+        )
         stack.callback(self.metrics.close)
         return self.metrics.validated
 
@@ -334,28 +351,26 @@ class Trainer:
 
     def _introduce(self) -> Progress:
         """Says what is about to run."""
-        config, world, tokens = self.config, self.world, self.data.training
+        config, world = self.config, self.world
         settings, length = config.train, config.data.sequence_length
-        parameters, windows = parameter_count(self.model), tokens.windows(length)
+        parameters = parameter_count(self.model)
         flops = flops_per_token(config.model, parameters, length)
-        own_peak, source = peak_flops(world.device, DTYPES[self.opened.precision])
-        peak = world.sum(own_peak)[0]
+        own_peak = peak_flops(world.device, DTYPES[self.opened.precision])
+        peak = world.sum(math.nan if own_peak is None else own_peak)[0]
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
         world.say(
             f"phi1 {__version__}: {settings.run_folder}: {parameters:,} parameters, {self.opened.precision} on "
             f"{world.size} x {name}"
         )
+        for line in self.data.describe(settings.steps):
+            world.say(line)
+        known = math.isfinite(peak)
         world.say(
-            f"data: {tokens.tokens:,} tokens in {tokens.documents:,} documents; an epoch is {windows:,} "
-            f"sequences of {length:,}; {settings.steps:,} steps of {settings.sequences_per_step:,} sequences are "
-            f"{settings.steps * settings.sequences_per_step / windows:.2f} epochs"
-        )
-        world.say(
-            "MFU = tokens/s x FLOPs per token / peak; FLOPs per token = 6 x (parameters - input embedding) + "
-            f"12 x layers x attention width x sequence = {flops:.3g}; "
-            f"peak = {peak / 1e12:.3g} TFLOP/s ({source}{f', sum of {world.size}' if world.size > 1 else ''})"
-        )
-        return Progress(config, self.step, flops / peak, world.say)
+            f"FLOPs per token = 6 x (parameters - input embedding) + 12 x layers x attention width x sequence = {flops:.3g}; "
+            + (f"MFU = tokens/s x FLOPs per token / peak of {peak / 1e12:.3g} TFLOP/s (data sheet, dense bf16)" if known
+               else f"no MFU: the peak of {name} in {self.opened.precision} is not known here")
+        )  # fmt: skip
+        return Progress(config, self.step, flops / peak if known else None, world.say)
 
 
 def _sum_of_bits(tensors: Iterable[torch.Tensor]) -> int:

@@ -1,23 +1,5 @@
 // The parallel block's elementwise parts, one pass over memory each: after the product with W_in (bias, rotary of q and
-// k, GELU of u) and after the product with W_out (bias, dropout, residual).
-
-// GELU, tanh approximation (arXiv 1606.08415): y sigmoid(2 c (y + 0.044715 y^3)), c = sqrt(2 / pi).
-struct Gelu {
-  vfloat value, slope;
-};
-
-template <bool kSlope>
-inline Gelu gelu(vfloat y) {
-  constexpr float c = 0.797884560802865f, cubic = 0.044715f;
-  // Beyond 9.9 the sigmoid is 1, or less than 2^-122: there it and the slope are taken of 9.9, where exp2's argument is
-  // 122.7 and no square runs over. NaN stays.
-  const vfloat above = vmax(splat(-9.9f), y), t = vmin(splat(9.9f), above), square = t * t;
-  const vfloat x = t * fma(square, splat(-2 * c * cubic * kLog2e), splat(-2 * c * kLog2e));
-  const vfloat sigmoid = 1.0f / (1.0f + exp2(x)), value = above * sigmoid;
-  if constexpr (!kSlope) return {value, value};
-  const vfloat inner = fma(square, splat(6 * c * cubic), splat(2 * c));
-  return {value, fma(value * (1.0f - sigmoid), inner, sigmoid)};
-}
+// k, the activation of u) and after the product with W_out (bias, dropout, residual).
 
 // Turns x + bias by the angles of cos and sin, or with sign -1 back; the rest of the head gets its bias.
 template <typename T>
@@ -41,7 +23,7 @@ inline int64_t table_row(const AfterInArgs& args, int64_t token) {
   return (args.position ? args.position[b * args.position_batch_stride + t] : t) * args.half;
 }
 
-template <typename T>
+template <typename T, class A>
 void after_in_typed(const AfterInArgs& args, int threads) {
   const T* bias = static_cast<const T*>(args.bias);
   const int64_t turned = args.turned_heads * args.head_dim, first_u = args.width - args.inner;
@@ -56,12 +38,13 @@ void after_in_typed(const AfterInArgs& args, int threads) {
     });
     T* activated = static_cast<T*>(args.activated) + token * args.activated_stride;
     for_lanes(args.inner, [&](int64_t i, auto n) {
-      vstore(activated + i, gelu<false>(vload(z + first_u + i, n) + vload(bias + first_u + i, n)).value, n);
+      const Activated y = A::template of<false>(vload(z + first_u + i, n) + vload(bias + first_u + i, n));
+      vstore(activated + i, y.value, n);
     });
   }
 }
 
-template <typename T>
+template <typename T, class A>
 void after_in_backward_typed(const AfterInArgs& args, int threads) {
   const T* bias = static_cast<const T*>(args.bias);
   const int64_t turned = args.turned_heads * args.head_dim, first_u = args.width - args.inner;
@@ -81,7 +64,7 @@ void after_in_backward_typed(const AfterInArgs& args, int threads) {
         for_lanes(first_u, [&](int64_t i, auto n) { add_to(column + i, vload(grad + i, n), n); });
         T* activated = static_cast<T*>(args.activated) + token * args.activated_stride;
         for_lanes(args.inner, [&](int64_t i, auto n) {
-          const Gelu y = gelu<true>(vload(z + first_u + i, n) + vload(bias + first_u + i, n));
+          const Activated y = A::template of<true>(vload(z + first_u + i, n) + vload(bias + first_u + i, n));
           const vfloat d = vload(activated + i, n) * y.slope;
           vstore(grad + first_u + i, d, n);
           add_to(column + first_u + i, d, n);
@@ -147,12 +130,21 @@ void residual_backward_typed(const ResidualArgs& args, int threads) {
   }
 }
 
+// Calls f(zero of the element type, the activation's functor).
+template <class F>
+void with_type_and_activation(const AfterInArgs& args, F&& f) {
+  with_type(args.dtype, [&](auto zero) { with_activation(args.activation, [&](auto functor) { f(zero, functor); }); });
+}
+
 void after_in(const AfterInArgs& args, int threads) {
-  with_type(args.dtype, [&](auto zero) { after_in_typed<decltype(zero)>(args, threads); });
+  with_type_and_activation(
+      args, [&](auto zero, auto functor) { after_in_typed<decltype(zero), decltype(functor)>(args, threads); });
 }
 
 void after_in_backward(const AfterInArgs& args, int threads) {
-  with_type(args.dtype, [&](auto zero) { after_in_backward_typed<decltype(zero)>(args, threads); });
+  with_type_and_activation(args, [&](auto zero, auto functor) {
+    after_in_backward_typed<decltype(zero), decltype(functor)>(args, threads);
+  });
 }
 
 void residual(const ResidualArgs& args, int threads) {

@@ -33,6 +33,7 @@ namespace {
 #include "cpu/attention_forward.inl"
 #include "cpu/elementwise.inl"
 //
+#include "cpu/activation.inl"
 #include "cpu/add_product.inl"
 #include "cpu/cross_entropy.inl"
 #include "cpu/dropout.inl"

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
 //   64         128 x 32         16 + 16 + 16 + 0.5 = 48.5 KiB
 //   128         64 x 32         16 + 16 + 32 + 0.5 = 64.5 KiB
 // Per tile and warp at head_dim 64: 128 mma on 48 ldmatrix; 256 operations a byte of Q and dO. Registers on sm_90a:
-// 212, 255, 252.
+// 214, 255, 250.
 template <int kHeadDim>
 struct KeyGradTile {
   static constexpr int kM = kHeadDim == 128 ? 1 : 2, kKeys = 16 * kM * kAttentionWarps, kQueries = 32;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     }
   };
 
-  const int g = lane_index() / 4, t = lane_index() % 4;
+  const int t = lane_index() % 4;
   const int warp_row = warp_index() * 16 * kM, row = work.first + warp_row;
   const float scale = args.scale * kLog2e;
 
@@ -130,14 +130,10 @@ __global__ void __launch_bounds__(kAttentionThreads)
     for (int n = 0; n < kN; ++n) {
       Float2 even, odd;
       stats(n, even, odd);
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          p[m][n][i] = probability(p[m][n][i] * scale, i % 2 ? odd.x : even.x);
-          const int key = row + 16 * m + 8 * (i / 2) + g, of = query + 8 * n + 2 * t + i % 2;
-          if (edge && (key >= of + visible || of >= work.seqlen_q)) p[m][n][i] = 0.0f;
-        }
+      for_each_in(p, n, row, query, [&](float& x, const Element& at) {
+        x = probability(x * scale, at.i % 2 ? odd.x : even.x);
+        if (edge && (at.row >= at.column + visible || at.column >= work.seqlen_q)) x = 0.0f;
+      });
     }
 
     // dS^T
@@ -145,12 +141,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     product_rows<T, kHeadDim>(ds, v_tile, warp_row, grad_tile(stage));
     if (args.dropout_threshold) {
       float dropped[kM][kN][4];
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int n = 0; n < kN; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) dropped[m][n][i] = p[m][n][i];
+      for_each(dropped, row, query, [&](float& x, const Element& at) { x = at.of(p); });
       drop_transposed(args, int(work.batch * args.heads) + head_of(step), row, query, dropped, ds);
       product_columns<T, kHeadDim>(grad_v, dropped, grad_tile(stage));  // times the mask's scale, at the end
     } else {
@@ -160,11 +151,9 @@ __global__ void __launch_bounds__(kAttentionThreads)
     for (int n = 0; n < kN; ++n) {
       Float2 even, odd;
       stats(n, even, odd);
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          ds[m][n][i] = p[m][n][i] * (ds[m][n][i] * args.dropout_scale - (i % 2 ? odd.y : even.y));
+      for_each_in(ds, n, row, query, [&](float& x, const Element& at) {
+        x = at.of(p) * (x * args.dropout_scale - (at.i % 2 ? odd.y : even.y));
+      });
     }
     product_columns<T, kHeadDim>(grad_k, ds, q_tile(stage));
   }
@@ -187,7 +176,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
 //   64         128 x 32         16 + 16 + 16 = 48 KiB
 //   128         64 x 32         16 + 16 + 32 = 64 KiB
 // Per tile and warp at head_dim 64: 96 mma on 40 ldmatrix; 192 operations a byte of K and V. Registers on sm_90a:
-// 168, 242, 165.
+// 166, 243, 166.
 template <int kHeadDim>
 struct QueryGradTile {
   static constexpr int kM = kHeadDim == 128 ? 1 : 2, kQueries = 16 * kM * kAttentionWarps, kKeys = 32;
@@ -223,7 +212,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const int keys = minimum(last + visible, work.seqlen_k);
   const int tiles = keys > 0 ? ceil_div(keys, Sizes::kKeys) : 0;
 
-  const int g = lane_index() / 4, t = lane_index() % 4;
+  const int g = lane_index() / 4;
   const int warp_row = warp_index() * 16 * kM, row = work.first + warp_row;
   const float scale = args.scale * kLog2e;
 
@@ -252,26 +241,16 @@ __global__ void __launch_bounds__(kAttentionThreads)
     float p[kM][kN][4];
     product_rows<T, kHeadDim>(p, q_tile, warp_row, k_tile(tile % 2));
     const bool edge = column + Sizes::kKeys > minimum(work.seqlen_k, row + visible);
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-      for (int n = 0; n < kN; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          p[m][n][i] = probability(p[m][n][i] * scale, stats[m][i / 2].x);
-          const int query = row + 16 * m + 8 * (i / 2) + g, key = column + 8 * n + 2 * t + i % 2;
-          if (edge && key >= minimum(work.seqlen_k, query + visible)) p[m][n][i] = 0.0f;
-        }
+    for_each(p, row, column, [&](float& x, const Element& at) {
+      x = probability(x * scale, stats[at.m][at.i / 2].x);
+      if (edge && at.column >= minimum(work.seqlen_k, at.row + visible)) x = 0.0f;
+    });
 
     float ds[kM][kN][4];
     product_rows<T, kHeadDim>(ds, grad_tile, warp_row, v_tile(tile % 2));
     if (args.dropout_threshold) drop(args, int(work.batch * args.heads) + work.head, row, column, ds);
-#pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-      for (int n = 0; n < kN; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) ds[m][n][i] = p[m][n][i] * (ds[m][n][i] * args.dropout_scale - stats[m][i / 2].y);
+    for_each(ds, row, column,
+             [&](float& x, const Element& at) { x = at.of(p) * (x * args.dropout_scale - stats[at.m][at.i / 2].y); });
     product_columns<T, kHeadDim>(grad_q, ds, k_tile(tile % 2));
   }
   if (tiles == 0) {

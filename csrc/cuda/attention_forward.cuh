@@ -11,7 +11,7 @@ namespace phi1::cuda {
 //   64         128 x 64      16 + 32 = 48 KiB
 //   128        128 x 32      32 + 32 = 64 KiB                32 keys: the accumulators take 128 registers a thread
 // Per tile and warp at head_dim 64: 128 mma (262,144 multiply-adds) on 40 ldmatrix. Registers on
-// sm_90a: 167, 234, 252 (bench/results/ptxas.md).
+// sm_90a: 166, 235, 248 (bench/results/ptxas.md).
 template <int kHeadDim>
 struct ForwardTile {
   static constexpr int kM = 2, kRows = 16 * kM * kAttentionWarps, kKeys = kHeadDim == 128 ? 32 : 64;
@@ -73,15 +73,9 @@ __global__ void __launch_bounds__(kAttentionThreads)
     const int column = tile * Sizes::kKeys;
     // Only tiles on the diagonal, or over the end of the keys, have something to hide.
     if (column + Sizes::kKeys > minimum(work.seqlen_k, row + visible)) {
-#pragma unroll
-      for (int m = 0; m < kM; ++m)
-#pragma unroll
-        for (int n = 0; n < kN; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int query = row + 16 * m + 8 * (i / 2) + g, key = column + 8 * n + 2 * t + i % 2;
-            if (key >= minimum(work.seqlen_k, query + visible)) p[m][n][i] = -kInfinity;
-          }
+      for_each(p, row, column, [&](float& score, const Element& at) {
+        if (at.column >= minimum(work.seqlen_k, at.row + visible)) score = -kInfinity;
+      });
     }
 
 #pragma unroll

@@ -38,21 +38,28 @@ void launch_sum(const BlockSumArgs& args, void* stream) {
          {{args.partial, args.chunks * args.columns * 4}, {args.sum, bytes<T>(args.columns)}}, args);
 }
 
+// Calls f with a value of the element type and the activation's functor.
+template <typename F>
+void with_type_and_activation(const AfterInArgs& args, F f) {
+  with_type(args.dtype,
+            [&](auto element) { with_activation(args.activation, [&](auto activation) { f(element, activation); }); });
+}
+
 }  // namespace
 
 void after_in(const AfterInArgs& args, void* stream) {
-  with_type(args.dtype, [&](auto element) {
+  with_type_and_activation(args, [&](auto element, auto activation) {
     using T = decltype(element);
-    launch_after_in<T>("after_in", after_in_kernel<T>, strips(args) * blocks_for(args.batch * args.seq, kBlockRows),
-                       stream, {nullptr, 0}, args);
+    launch_after_in<T>("after_in", after_in_kernel<T, decltype(activation)>,
+                       strips(args) * blocks_for(args.batch * args.seq, kBlockRows), stream, {nullptr, 0}, args);
   });
 }
 
 void after_in_backward(const AfterInArgs& args, void* stream) {
-  with_type(args.dtype, [&](auto element) {
+  with_type_and_activation(args, [&](auto element, auto activation) {
     using T = decltype(element);
-    launch_after_in<T>("after_in_grad", after_in_grad_kernel<T>, strips(args) * args.chunks, stream,
-                       {args.grad_z, bytes<T>(args.batch * args.seq * args.width)}, args);
+    launch_after_in<T>("after_in_grad", after_in_grad_kernel<T, decltype(activation)>, strips(args) * args.chunks,
+                       stream, {args.grad_z, bytes<T>(args.batch * args.seq * args.width)}, args);
     launch_sum<T>({args.partial, args.grad_bias, args.chunks, args.width}, stream);
   });
 }

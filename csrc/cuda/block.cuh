@@ -1,5 +1,5 @@
 // The parallel block's elementwise parts, one pass over memory each: after the product with W_in (bias, rotary of q and
-// k, GELU of u) and after the product with W_out (bias, dropout, residual).
+// k, the activation of u) and after the product with W_out (bias, dropout, residual).
 //
 // A thread holds 8 columns, of q, k and v twice 8 (a pair of runs that turn together), and goes down the rows: 4 tokens
 // forward, one chunk of the rows backward. What belongs to a column is loaded once (the bias) or stays in registers
@@ -14,6 +14,7 @@
 #pragma once
 
 #include "arguments.h"
+#include "cuda/activation.cuh"
 #include "cuda/dropout.cuh"
 #include "cuda/eight.cuh"
 #include "cuda/ptx.cuh"
@@ -24,20 +25,6 @@ namespace phi1::cuda {
 constexpr int kBlockThreads = 128, kBlockRows = 4;
 constexpr int kSumColumns = 32, kSumParts = 8, kSumThreads = kSumColumns * kSumParts;
 constexpr int kSumSharedBytes = kSumThreads * 4;
-
-// GELU, tanh approximation (arXiv 1606.08415): y sigmoid(2 c (y + 0.044715 y^3)), c = sqrt(2 / pi).
-struct Gelu {
-  float value, slope;
-};
-
-PHI1_DEVICE Gelu gelu(float y) {
-  constexpr float c = 0.797884560802865f, cubic = 0.044715f, log2e = 1.44269504088896f;
-  // Beyond 9.9 the sigmoid is 1, or less than 2^-122: there it and the slope are taken of 9.9, and no square runs over.
-  const float above = -min_nan(-y, 9.9f), t = min_nan(above, 9.9f), square = t * t;
-  const float sigmoid = rcp(1.0f + ex2(t * (square * (-2 * c * cubic * log2e) + -2 * c * log2e)));
-  const float value = above * sigmoid, inner = square * (6 * c * cubic) + 2 * c;
-  return {value, value * (1.0f - sigmoid) * inner + sigmoid};
-}
 
 // Sixteen columns of q, k or v: two runs of eight.
 struct HeadRuns {
@@ -73,7 +60,7 @@ struct Strips {
 PHI1_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 
 // grid: strips of a row, times tokens / kBlockRows rounded up; block: kBlockThreads.
-template <typename T>
+template <typename T, typename A>
 __global__ void __launch_bounds__(kBlockThreads) after_in_kernel(const __grid_constant__ AfterInArgs args) {
   const Strips strips(args);
   const int strip = block_index() % strips.all, tokens = int(args.batch * args.seq);
@@ -110,7 +97,7 @@ __global__ void __launch_bounds__(kBlockThreads) after_in_kernel(const __grid_co
       float u[8];
       ld_global_8(u, static_cast<const T*>(args.z) + token * args.width + first_u + column);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) u[j] = gelu(u[j] + shift[j]).value;
+      for (int j = 0; j < 8; ++j) u[j] = A::of(u[j] + shift[j]).value;
       st_global_8(static_cast<T*>(args.activated) + token * args.activated_stride + column, u);
     }
   }
@@ -127,7 +114,7 @@ struct Chunk {
 };
 
 // grid: strips of a row, times chunks.
-template <typename T>
+template <typename T, typename A>
 __global__ void __launch_bounds__(kBlockThreads) after_in_grad_kernel(const __grid_constant__ AfterInArgs args) {
   const Strips strips(args);
   const int strip = block_index() % strips.all, index = block_index() / strips.all;
@@ -168,7 +155,7 @@ __global__ void __launch_bounds__(kBlockThreads) after_in_grad_kernel(const __gr
       ld_global_8(d, activated);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const Gelu y = gelu(u[j] + shift[j]);
+        const Activated y = A::of(u[j] + shift[j]);
         u[j] = y.value, d[j] *= y.slope, sum[j] += d[j];
       }
       st_global_8(static_cast<T*>(args.grad_z) + at, d);

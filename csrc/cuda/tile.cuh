@@ -93,14 +93,41 @@ struct SwizzledTile {
   }
 };
 
-template <int kM, int kN>
-PHI1_DEVICE void clear(float (&acc)[kM][kN][4]) {
+// One of a warp's accumulators: acc[m][n][i], in row `row` and column `column` of the product.
+struct Element {
+  int m, n, i;
+  int row, column;
+
+  // The same element of other accumulators.
+  template <int kM, int kN>
+  PHI1_DEVICE float of(const float (&x)[kM][kN][4]) const {
+    return x[m][n][i];
+  }
+};
+
+// Calls f(acc[m][n][i], Element) for this lane's accumulators in the 8 columns of tile n: of each 16 x 8 two
+// neighbouring columns of row lane / 4 (i = 0, 1) and of the row 8 further (i = 2, 3). acc[0][0]'s first element is in
+// row `row` and column `column`.
+template <int kM, int kN, class F>
+PHI1_DEVICE void for_each_in(float (&acc)[kM][kN][4], int n, int row, int column, F&& f) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
-    for (int n = 0; n < kN; ++n)
+    for (int i = 0; i < 4; ++i)
+      f(acc[m][n][i], Element{m, n, i, row + 16 * m + 8 * (i / 2) + g, column + 8 * n + 2 * t + i % 2});
+}
+
+// The same for the accumulators of all columns.
+template <int kM, int kN, class F>
+PHI1_DEVICE void for_each(float (&acc)[kM][kN][4], int row, int column, F&& f) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.0f;
+  for (int n = 0; n < kN; ++n) for_each_in(acc, n, row, column, f);
+}
+
+template <int kM, int kN>
+PHI1_DEVICE void clear(float (&acc)[kM][kN][4]) {
+  for_each(acc, 0, 0, [](float& x, const Element&) { x = 0.0f; });
 }
 
 // acc = a b^T over head_dim: rows [row, row + 16 kM) of tile a, rows [0, 8 kN) of tile b.

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from kernels.checks import check_offsets
-from kernels.native import rows_contiguous
+from kernels.native import positive_scale, rows_contiguous
 from kernels.reference import dropout_scale, dropout_threshold
 from kernels.triton import descriptors
 from kernels.triton.attention_backward import dkv_kernel, dq_kernel
@@ -62,20 +62,13 @@ def _offsets(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) -> 
     return cu_q.contiguous(), cu_k.contiguous()
 
 
-def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
-    """(sign q, scale, sign) with the same products and scale > 0: the kernel takes the maximum before it scales."""
-    if scale > 0:
-        return q, scale, 1
-    return (-q, -scale, -1) if scale < 0 else (q * 0, 1.0, 0)
-
-
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
     causal: bool, scale: float, dropout_p: float, dropout_seed: int,
     *, out: Tensor | None = None, by_descriptors: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) of `kernels.flash_attention`."""
-    q, scale, _ = _positive(q, scale)
+    q, scale, _ = positive_scale(q, scale)
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     result = q.new_empty(q.shape) if out is None or out.stride(-1) != 1 else out
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
@@ -97,7 +90,7 @@ def attention_backward(
     *, grads: tuple[Tensor, Tensor, Tensor] | None = None, by_descriptors: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, in new tensors or in `grads` (contiguous last dims), bitwise reproducible."""
-    q, scale, sign = _positive(q, scale)
+    q, scale, sign = positive_scale(q, scale)
     grad_out, q, k, v, out = (rows_contiguous(x) for x in (grad_out, q, k, v, out))
     lse = lse.contiguous()
     dq, dk, dv = grads = grads or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))

@@ -10,7 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.fused_block import Dropout, Layout, vendor_product
+from kernels.fused_block import Dropout, Layout
+from kernels.product import matrix_product
 from kernels.reference import dropout_scale, dropout_threshold
 from kernels.triton import INTERPRETED, descriptors, trial
 from kernels.triton.block_elementwise import (
@@ -91,23 +92,27 @@ def _in_arguments(layout: Layout, width: int, activated: Tensor) -> tuple[tuple,
     """(cos, sin, positions), the sizes from seq on, and the constants of the kernels of the input side."""
     positions = None if layout.positions is None else layout.positions.contiguous()
     cos, sin = layout.cos.contiguous(), layout.sin.contiguous()
-    turned = (layout.heads + layout.kv_heads) * layout.head_dim
     per_batch = positions.stride(0) if positions is not None and positions.dim() == 2 else 0
     return (
         (cos, sin, cos if positions is None else positions),
-        (layout.seq, turned, layout.qkv_width, width, activated.stride(0), per_batch),
-        {"HEAD_DIM": layout.head_dim, "HALF": cos.shape[1], "POSITIONS": positions is not None},
+        (layout.seq, layout.turned_width, layout.qkv_width, width, activated.stride(0), per_batch),
+        {
+            "HEAD_DIM": layout.shape.head_dim,
+            "HALF": cos.shape[1],
+            "POSITIONS": positions is not None,
+            "ACTIVATION": layout.shape.activation,
+        },
     )
 
 
 def _region_tiles(layout: Layout, block: int) -> int:
-    turned, v = (layout.heads + layout.kv_heads) * layout.head_dim, layout.kv_heads * layout.head_dim
-    return sum(triton.cdiv(columns, block) for columns in (turned, v, layout.inner))
+    regions = (layout.turned_width, layout.shape.kv_width, layout.inner)
+    return sum(triton.cdiv(columns, block) for columns in regions)
 
 
 def project_in(n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
-    """z (tokens, width) of `kernels.fused_block`; gelu(u + bias) is written to activated."""
-    z, b_in = vendor_product(n, w_in), b_in.contiguous()
+    """z (tokens, width) of `kernels.fused_block`; act(u + bias) is written to activated."""
+    z, b_in = matrix_product(n, w_in.T), b_in.contiguous()
     tokens, width = z.shape
     tables, sizes, constants = _in_arguments(layout, width, activated)
     rows, block = ELEMENTWISE_TILE
@@ -156,7 +161,7 @@ def _dropout_arguments(dropout: Dropout) -> tuple:
 
 def project_out(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
     """y = x + dropout(g w_out^T + b_out), (tokens, hidden)."""
-    y, x, b_out = vendor_product(g, w_out), x.contiguous(), b_out.contiguous()
+    y, x, b_out = matrix_product(g, w_out.T), x.contiguous(), b_out.contiguous()
     tokens, columns = y.shape
     arguments = _dropout_arguments(dropout)
     rows, block = ELEMENTWISE_TILE
@@ -168,7 +173,7 @@ def project_out(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dro
 
 
 def residual_factor(like: Tensor, seed: int, p: float) -> Tensor:
-    """`phi1::residual_factor` of kernels/block.py: 0 or 1 / (1 - p), in like's (batch, seq, hidden) and dtype."""
+    """`phi1::residual_factor` of kernels/composed_block.py: 0 or 1 / (1 - p), in like's (batch, seq, hidden) and dtype."""
     factor = torch.empty_like(like, memory_format=torch.contiguous_format)
     columns = like.shape[-1]
     tokens = like.numel() // columns

@@ -9,7 +9,7 @@ width fits any tile.
 import triton
 import triton.language as tl
 
-from kernels.triton.numeric import gelu, residual_keep, round_to
+from kernels.triton.numeric import activate, residual_keep, round_to
 
 
 @triton.jit
@@ -73,10 +73,10 @@ def _store(ptr, value, mask):
 def after_in_kernel(
     z_ptr, bias_ptr, activated_ptr, cos_ptr, sin_ptr, position_ptr,
     tokens, seq, turned, first_u, width, activated_stride, position_batch,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, POSITIONS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, POSITIONS: tl.constexpr, ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """In place: q, k and v get their bias, q and k are turned; gelu(u + bias) goes to activated."""
+    """In place: q, k and v get their bias, q and k are turned; act(u + bias) goes to activated."""
     token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     first, end = find_region(tl.program_id(0), turned, first_u, width, BLOCK)
     row = z_ptr + token.to(tl.int64)[:, None] * width
@@ -98,7 +98,7 @@ def after_in_kernel(
         if first < first_u:
             _store(row + column[None, :], x, mask)
         else:
-            value, _slope = gelu(x)
+            value, _slope = activate(x, ACTIVATION)
             to = activated_ptr + token.to(tl.int64)[:, None] * activated_stride + (column - first_u)[None, :]
             _store(to, value, mask)
 
@@ -107,10 +107,10 @@ def after_in_kernel(
 def after_in_backward_kernel(
     grad_ptr, z_ptr, bias_ptr, activated_ptr, partial_ptr, cos_ptr, sin_ptr, position_ptr,
     tokens, seq, turned, first_u, width, activated_stride, position_batch,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, POSITIONS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, POSITIONS: tl.constexpr, ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """In place: the gradients of q and k are turned back, u's comes from activated's, which gets gelu(u + bias) again.
+    """In place: the gradients of q and k are turned back, u's comes from activated's, which gets act(u + bias) again.
 
     partial (chunks, width): the column sums of each chunk of CHUNK tokens, for the gradient of the bias.
     """
@@ -151,7 +151,7 @@ def after_in_backward_kernel(
                 mask = (token < tokens)[:, None] & inside[None, :]
                 at = token.to(tl.int64)[:, None] * width + column[None, :]
                 activated = activated_ptr + token.to(tl.int64)[:, None] * activated_stride + (column - first_u)[None, :]
-                value, slope = gelu(_load(z_ptr + at, mask) + bias)
+                value, slope = activate(_load(z_ptr + at, mask) + bias, ACTIVATION)
                 d = _load(activated, mask) * slope
                 _store(grad_ptr + at, d, mask)
                 _store(activated, value, mask)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.block_elementwise import find_region, load_angles, pair_columns, region_tiles, turn
-from kernels.triton.numeric import dot, gelu, residual_keep, round_to
+from kernels.triton.numeric import activate, dot, residual_keep, round_to
 
 BLOCK_HALVES = (8, 16, 32)
 """The HALF for which a tile of any candidate is whole blocks of 2 HALF columns, and so is a head that has a HALF so wide."""
@@ -78,10 +78,11 @@ def _tile_product(
 def project_in_kernel(
     n_ptr, weight_ptr, bias_ptr, z_ptr, activated_ptr, cos_ptr, sin_ptr, position_ptr,
     tokens, hidden, seq, turned, first_u, width, activated_stride, position_batch, row_class,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, POSITIONS: tl.constexpr, EVEN: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, POSITIONS: tl.constexpr, ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr,
     DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """z = n W^T with bias and rotary on q and k, bias on v, u as it is; gelu(u + bias) to activated."""
+    """z = n W^T with bias and rotary on q and k, bias on v, u as it is; act(u + bias) to activated."""
     n_tiles, weight_tiles = None, None
     if TMA and DESCRIPTORS:
         n_tiles = tl.make_tensor_descriptor(n_ptr, (tokens, hidden), (hidden, 1), (BLOCK_M, BLOCK_K))
@@ -125,10 +126,10 @@ def project_in_kernel(
             if first < first_u:
                 tl.store(row + column[None, :], round_to(x + bias, z_ptr.dtype.element_ty), mask=mask)
             else:
-                # GELU of the rounded u: what the backward pass, which has no other, makes again.
+                # Of the rounded u: what the backward pass, which has no other, makes again.
                 u = round_to(x, z_ptr.dtype.element_ty)
                 tl.store(row + column[None, :], u, mask=mask)
-                value, _slope = gelu(u.to(tl.float32) + bias)
+                value, _slope = activate(u.to(tl.float32) + bias, ACTIVATION)
                 to = activated_ptr + token.to(tl.int64)[:, None] * activated_stride + (column - first_u)[None, :]
                 tl.store(to, round_to(value, z_ptr.dtype.element_ty), mask=mask)
 

@@ -1,4 +1,4 @@
-"""What Triton kernels share: products, rounding, GELU, the dropout mask, and how they are launched."""
+"""What Triton kernels share: products, rounding, activations, the dropout mask, and how they are launched."""
 
 import torch
 import triton
@@ -51,7 +51,19 @@ _DOUBLE_C = tl.constexpr(1.5957691216057308)
 
 
 @triton.jit
-def gelu(y):
+def activate(y, ACTIVATION: tl.constexpr):
+    """(the value of an activation of kernels/reference.py's ACTIVATIONS, its slope)."""
+    if ACTIVATION == "gelu_new":
+        value, slope = _gelu(y)
+    else:
+        tl.static_assert(ACTIVATION == "relu2")
+        positive = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        value, slope = positive * positive, positive + positive
+    return value, slope
+
+
+@triton.jit
+def _gelu(y):
     """(GELU(y), its slope), tanh approximation (arXiv 1606.08415): y sigmoid(2 c (y + 0.044715 y^3)), c = sqrt(2 / pi)."""
     # Beyond 9.9 the sigmoid is 1, or less than 2^-122: there it and the slope are taken of 9.9, and no square runs over.
     above = tl.maximum(y, -9.9, propagate_nan=tl.PropagateNan.ALL)

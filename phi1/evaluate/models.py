@@ -61,12 +61,6 @@ def load_folder(folder: pathlib.Path, sampling: Sampling, device: str) -> Model:
     return Model(str(folder), checkpoint.digest(folder), sha256_file(folder / checkpoint.TOKENIZER), answer)
 
 
-def _device(device: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
 def _load_hugging_face(folder: pathlib.Path, sampling: Sampling, device: str) -> Model:
     try:
         import transformers
@@ -76,14 +70,16 @@ def _load_hugging_face(folder: pathlib.Path, sampling: Sampling, device: str) ->
         ) from error
     import torch
 
+    from phi1.device import resolve
+
+    there = resolve(device, "--device")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and its file formats raise dozens
         reason = (str(error).strip().split("\n") or [""])[0]
         raise UserError(f"{folder}: transformers cannot load it ({type(error).__name__}: {reason[:200]})") from error
-    device = _device(device)
-    model = model.to(device, dtype=torch.bfloat16 if device.startswith("cuda") else torch.float32).eval()
+    model = model.to(there, dtype=torch.bfloat16 if there.type == "cuda" else torch.float32).eval()
     end = tokenizer.eos_token_id
     limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
 
@@ -102,8 +98,8 @@ def _load_hugging_face(folder: pathlib.Path, sampling: Sampling, device: str) ->
                 continue
             width = max(len(encoded[i]) for i in part)
             pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end or 0
-            ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in part], device=device)
-            mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in part], device=device)
+            ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in part], device=there)
+            mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in part], device=there)
             drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
             torch.manual_seed(seed + start)
             with torch.inference_mode():

@@ -11,8 +11,7 @@ import json
 import os
 import pathlib
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from phi1.errors import UserError
@@ -21,6 +20,7 @@ from phi1.evaluate.humaneval import Problem
 from phi1.evaluate.models import Model, Refused
 from phi1.evaluate.passk import bootstrap, interval, pass_at_k
 from phi1.files import sha256_json, write_json
+from phi1.progress import Progress
 
 CHUNK = 64
 """Completions between two writes."""
@@ -165,15 +165,18 @@ def load_model(config: Config) -> Model:
 def _judged(problems: Sequence[Problem], rows: Sequence[dict[str, Any]], config: Config) -> list[judge.Grade]:
     first = {row["task_id"]: row["completion"] for row in rows if row["sample"] == 0}
     assert config.judge_model is not None
-    return judge.grade(
+    progress = Progress("evaluate: judged", 0, "answers")
+    grades = judge.grade(
         problems,
         [first[problem.task_id] for problem in problems],
         judge.server_ask(config.judge_url, config.judge_model),
         repeats=config.judge_repeats,
         seed=config.seed,
         workers=config.workers,
-        progress=_progress("judged"),
+        progress=progress.report,
     )
+    progress.close()
+    return grades
 
 
 def sample(
@@ -200,7 +203,7 @@ def sample(
     by_id = {problem.task_id: problem for problem in problems}
     done = {(row["task_id"], row["sample"]) for row in rows}
     todo = [(task_id, i) for i in range(config.samples) for task_id in by_id if (task_id, i) not in done]
-    report = _progress("completed and run")
+    progress = Progress("evaluate: completed and run", len(todo), "answers")
     for start in range(0, len(todo), CHUNK):
         chunk = todo[start : start + CHUNK]
         given = _complete(model, [by_id[task_id].prompt for task_id, _ in chunk], config.seed + len(rows))
@@ -212,7 +215,8 @@ def sample(
                 file.flush()  # as they come: what ended this process would not end them
                 rows.append(row)
             os.fsync(file.fileno())
-        report(start + len(chunk), len(todo))
+        progress.advance(len(chunk))
+    progress.close()
     return [row for row in rows if row["task_id"] in by_id]
 
 
@@ -347,13 +351,3 @@ def table(results: dict[str, Any]) -> str:
     if "judge" in results:
         lines.append(f"judge {results['judge']['model']}: {judge.describe(results['judge'])}")
     return "\n".join(lines)
-
-
-def _progress(what: str) -> Callable[[int, int], None]:
-    started = time.monotonic()
-
-    def report(done: int, count: int) -> None:
-        left = (time.monotonic() - started) / done * (count - done)
-        print(f"evaluate: {what} {done}/{count}  ETA {left:,.0f} s", file=sys.stderr, flush=True)
-
-    return report

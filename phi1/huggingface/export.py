@@ -104,7 +104,7 @@ def phi_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "layer_norm_eps": config.layer_norm_eps,
         "initializer_range": config.initializer_range,
-        "hidden_act": "gelu_new",
+        "hidden_act": config.activation,
         "attention_dropout": 0.0,
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,

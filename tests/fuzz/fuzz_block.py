@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from memory import laid_out, layouts
 from torch import Tensor
 
-from kernels import parallel_block, reference
+from kernels import BlockShape, parallel_block, reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +78,8 @@ def check_block(backend: str, c: BlockCall) -> None:
     generator = torch.Generator().manual_seed(c.seed)
     rows = 80
     cos, sin = reference.rotary_table(rows, 2 * c.half)
-    options: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": c.head_dim}
-    options |= {"attention_dropout": c.dropout[0], "residual_dropout": c.dropout[1], "dropout_seed": c.dropout_seed}
+    block_shape = BlockShape(heads, kv_heads, c.head_dim, attention_dropout=c.dropout[0], residual_dropout=c.dropout[1])
+    options: dict[str, Any] = {"shape": block_shape, "dropout_seed": c.dropout_seed}
     if c.positions != "none" or c.cached > 0:
         shape = (c.batch, c.seq) if c.positions == "batch" else (c.seq,)
         options["positions"] = torch.randint(0, rows, shape, generator=generator)

@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import apply_rotary, flash_attention, layer_norm, linear_cross_entropy, parallel_block, reference
+from kernels import (
+    BlockShape,
+    apply_rotary,
+    flash_attention,
+    layer_norm,
+    linear_cross_entropy,
+    parallel_block,
+    reference,
+)
 
 BATCH, SEQ, HEADS, KV_HEADS, HEAD_DIM, HALF, HIDDEN, INNER, COLUMNS, CAPACITY = 2, 6, 2, 1, 32, 8, 16, 8, 24, 9
+SHAPE = BlockShape(HEADS, KV_HEADS, HEAD_DIM)
 ROWS = 12
 """Of the rotary table."""
 
@@ -103,9 +112,7 @@ def _run_out(backend: str, out: Tensor, **tensors: Tensor) -> Any:
 
 def _run_block(backend: str, keys: Tensor | None = None, values: Tensor | None = None, **tensors: Tensor) -> Any:
     cache = None if keys is None or values is None else (keys, values, 2)
-    y = parallel_block(
-        **tensors, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, kv_cache=cache, backend=backend
-    )  # fmt: skip
+    y = parallel_block(**tensors, shape=SHAPE, kv_cache=cache, backend=backend)
     return y if keys is None else (y.detach(), keys[:, 2:], values[:, 2:])  # type: ignore[index]
 
 

@@ -4,9 +4,10 @@ import dataclasses
 
 import torch
 from error_rule import check
+from test_block import ACTIVATIONS
 from torch import Tensor
 
-from kernels import parallel_block, reference
+from kernels import BlockShape, parallel_block, reference
 from kernels.fused_block import Dropout, Layout, Pieces
 from kernels.registry import implementation
 
@@ -33,6 +34,12 @@ class Case:
     """ "shared": (seq,), "batch": (batch, seq), "": the index in the sequence."""
     p: float = 0.0
     """Of both dropouts."""
+    activation: str = "gelu_new"
+
+    @property
+    def shape(self) -> BlockShape:
+        heads = self.heads, self.kv_heads, self.head_dim
+        return BlockShape(*heads, attention_dropout=self.p, residual_dropout=self.p, activation=self.activation)
 
     @property
     def qkv_width(self) -> int:
@@ -49,6 +56,7 @@ CASES = [
     Case("phi1", seq=70, kv_heads=2, head_dim=64, rotary=32, hidden=128, inner=136, p=0.25),
     Case("documents", batch=2, seq=20, head_dim=64, rotary=64, documents=(3, 1, 25, 11), positions="batch", p=0.25),
     Case("head_dim_128", seq=5, head_dim=128, rotary=48, positions="shared"),
+    Case("relu2", seq=5, activation="relu2"),
     # More columns than one block of threads takes, of q, k and v, of u and of the residual.
     Case("strips", seq=3, heads=24, kv_heads=6, head_dim=64, rotary=32, hidden=1032, inner=1040, p=0.25),
 ]  # fmt: skip
@@ -69,9 +77,9 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[li
         *(t.to(device) for t in reference.rotary_table(96, case.rotary)),
     ]  # fmt: skip
     options: dict[str, object] = {
-        "heads": case.heads, "kv_heads": case.kv_heads, "head_dim": case.head_dim,
-        "attention_dropout": case.p, "residual_dropout": case.p, "dropout_seed": SEED,
-    }  # fmt: skip
+        "shape": case.shape,
+        "dropout_seed": SEED,
+    }
     if case.positions:
         shape = (case.batch, case.seq) if case.positions == "batch" else (case.seq,)
         options["positions"] = torch.randint(96, shape, generator=generator).to(device)
@@ -129,9 +137,9 @@ def eager(tensors: list[Tensor], options: dict[str, object], case: Case) -> list
         parts.append(_drop(torch.softmax(scores.masked_fill(hidden, float("-inf")), -1), keep, case.p) @ v[:, part])
         start += n
     attention = torch.cat(parts, 1).transpose(0, 1).reshape(tokens, -1)
-    gelu = 0.5 * u * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (u + 0.044715 * u * u * u)))
+    activated = ACTIVATIONS[case.activation](u)
     keep = reference.residual_keep(SEED, tokens, case.hidden, case.p, x.device)
-    y = rows + _drop(torch.cat([attention, gelu], -1) @ w_out.T + b_out, keep, case.p)
+    y = rows + _drop(torch.cat([attention, activated], -1) @ w_out.T + b_out, keep, case.p)
     return _gradients(y.view(x.shape), leaves)
 
 
@@ -169,7 +177,7 @@ def _is_rounded(name: str, x: Tensor, truth: Tensor, size: float) -> None:
 
 def _turned(t: Tensor, layout: Layout, inverse: bool) -> Tensor:
     """(tokens, q and k's columns) in float64, turned."""
-    heads = t.view(layout.batch, layout.seq, -1, layout.head_dim)
+    heads = t.view(layout.batch, layout.seq, -1, layout.shape.head_dim)
     return reference.rotate(heads, layout.cos, layout.sin, layout.positions, inverse).reshape(t.shape)
 
 
@@ -182,12 +190,11 @@ def check_projection_in(case: Case, dtype: torch.dtype, device: str = "cpu") -> 
     bias = torch.randn(width, generator=generator).to(dtype)
     grad_activated = torch.randn(case.tokens, case.inner, generator=generator).to(dtype)
     _, options = make_inputs(case, dtype)
+    activation, size = reference.ACTIVATIONS[case.activation], 8.0 if case.activation == "gelu_new" else 64.0
     positions = options.get("positions")
     assert positions is None or isinstance(positions, Tensor)
-    layout = Layout(
-        case.batch, case.seq, case.heads, case.kv_heads, case.head_dim, case.inner,
-        *reference.rotary_table(96, case.rotary), positions,
-    )  # fmt: skip
+    tables = reference.rotary_table(96, case.rotary)
+    layout = Layout(case.shape, case.batch, case.seq, case.inner, *tables, positions)
     there = layout._replace(
         cos=layout.cos.to(device),
         sin=layout.sin.to(device),
@@ -202,7 +209,7 @@ def check_projection_in(case: Case, dtype: torch.dtype, device: str = "cpu") -> 
     _is_rounded("q, k", z[:, :turned], _turned(biased[:, :turned], layout, False), 8.0)
     _is_rounded("v", z[:, turned:first_u], biased[:, turned:first_u], 8.0)
     assert torch.equal(z[:, first_u:].cpu(), n[:, first_u:]), "u keeps no bias"
-    _is_rounded("gelu(u)", g[:, 64:], reference.gelu(biased[:, first_u:]), 8.0)
+    _is_rounded("act(u)", g[:, 64:], activation(biased[:, first_u:]), size)
     assert (g[:, :64] == 3).all(), "attention's part of g is left alone"
 
     g[:, 64:] = grad_activated.to(device)
@@ -210,12 +217,12 @@ def check_projection_in(case: Case, dtype: torch.dtype, device: str = "cpu") -> 
     grad_z[:, first_u:] = float("nan")  # not read
     grad_bias = pieces().project_in_backward(grad_z, z, bias.to(device), g[:, 64:], there)
     u = biased[:, first_u:].requires_grad_()
-    (slope,) = torch.autograd.grad(reference.gelu(u).sum(), u)
+    (slope,) = torch.autograd.grad(activation(u).sum(), u)
     expected = torch.cat(
         [_turned(grad[:, :turned].double(), layout, True), grad[:, turned:first_u].double(), grad_activated * slope], -1
     )
     _is_rounded("gradient of z", grad_z, expected, 8.0)
-    _is_rounded("gelu(u) again", g[:, 64:], reference.gelu(u).detach(), 8.0)
+    _is_rounded("act(u) again", g[:, 64:], activation(u).detach(), size)
     _is_rounded("gradient of b_in", grad_bias, expected.sum(0), 8.0 * case.tokens)
     assert (g[:, :64] == 3).all(), "attention's part of g is left alone"
 

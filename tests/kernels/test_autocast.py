@@ -11,7 +11,15 @@ from cpu_isa import CPU_BACKENDS
 from emulator import emulator, emulator_module  # noqa: F401
 from torch import Tensor
 
-from kernels import apply_rotary, flash_attention, layer_norm, linear_cross_entropy, parallel_block, reference
+from kernels import (
+    BlockShape,
+    apply_rotary,
+    flash_attention,
+    layer_norm,
+    linear_cross_entropy,
+    parallel_block,
+    reference,
+)
 
 TRITON = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
 BACKENDS = ["reference", "torch", *["cpu"] * bool(CPU_BACKENDS), "cuda", *["triton"] * TRITON]
@@ -41,7 +49,7 @@ OPS: dict[str, tuple[Op, list[Tensor], bool]] = {
         True,
     ),
     "parallel_block": (
-        lambda *t, backend: parallel_block(*t, COS, SIN, heads=2, kv_heads=1, head_dim=32, backend=backend),
+        lambda *t, backend: parallel_block(*t, COS, SIN, BlockShape(2, 1, 32), backend=backend),
         [
             randn(1, 9, 24, seed=4), randn(24, seed=5), randn(24, seed=6),
             randn(168, 24, seed=7, scale=0.2), randn(168, seed=8, scale=0.1),

@@ -1,6 +1,8 @@
 """parallel_block against transformers' PhiDecoderLayer, and its backends against each other."""
 
+import dataclasses
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,10 +10,10 @@ from cpu_isa import CPU_BACKENDS
 from error_rule import bound, check, error
 from torch import Tensor
 
-from kernels import BackendError, layer_norm, parallel_block, reference
+from kernels import BackendError, BlockShape, layer_norm, parallel_block, reference
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, ROTARY = 4, 2, 32, 48, 80, 16
-OPTIONS = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
+SHAPE = BlockShape(HEADS, KV_HEADS, HEAD_DIM)
 RESULTS = ("y", "dx", "dnorm_weight", "dnorm_bias", "dw_in", "db_in", "dw_out", "db_out")
 WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 
@@ -32,8 +34,16 @@ def make(batch: int = 2, seq: int = 11, dtype: torch.dtype = torch.float32) -> l
     ]  # fmt: skip
 
 
+def shaped(options: dict[str, object]) -> dict[str, object]:
+    """Options of `parallel_block`: those that are fields of BlockShape change SHAPE."""
+    fields = {field.name for field in dataclasses.fields(BlockShape)}
+    changes = {name: value for name, value in options.items() if name in fields}
+    rest = {name: value for name, value in options.items() if name not in fields}
+    return {"shape": dataclasses.replace(SHAPE, **changes), **rest}
+
+
 def run(inputs: list[Tensor], **options: object) -> Tensor:
-    return parallel_block(*inputs, **{**OPTIONS, **options})
+    return parallel_block(*inputs, **shaped(options))
 
 
 def run_with_grads(inputs: list[Tensor], **options: object) -> list[Tensor]:
@@ -44,7 +54,14 @@ def run_with_grads(inputs: list[Tensor], **options: object) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
 
 
-def plain(inputs: list[Tensor]) -> list[Tensor]:
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_new": lambda u: 0.5 * u * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (u + 0.044715 * u * u * u))),
+    "relu2": lambda u: u.clamp(min=0) * u.clamp(min=0),
+}
+"""Each step in the inputs' dtype."""
+
+
+def plain(inputs: list[Tensor], activation: str = "gelu_new") -> list[Tensor]:
     """y and its gradients by the formulas, every intermediate in x's dtype."""
     x, gain, shift, w_in, b_in, w_out, b_out = leaves = [t.clone().requires_grad_() for t in inputs[:7]]
     cos, sin = (t[: x.shape[1], None].to(x.dtype) for t in inputs[7:])
@@ -63,8 +80,7 @@ def plain(inputs: list[Tensor]) -> list[Tensor]:
     scores = (q * HEAD_DIM**-0.5) @ k.transpose(-1, -2)
     hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     attention = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1) @ v
-    gelu = 0.5 * u * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (u + 0.044715 * u * u * u)))
-    y = x + torch.cat([attention.transpose(1, 2).flatten(2), gelu], -1) @ w_out.T + b_out
+    y = x + torch.cat([attention.transpose(1, 2).flatten(2), ACTIVATIONS[activation](u)], -1) @ w_out.T + b_out
     grad = torch.randn(y.transpose(0, 2).shape, generator=torch.Generator().manual_seed(1)).transpose(0, 2)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
 
@@ -97,7 +113,7 @@ def test_equals_transformers_decoder_layer(name):
         x, layer.input_layernorm.weight, layer.input_layernorm.bias,
         torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections]),
         torch.cat([attention.dense.weight, mlp.fc2.weight], dim=1), attention.dense.bias + mlp.fc2.bias,
-        cos, sin, heads=4, kv_heads=2, head_dim=32, backend=name,
+        cos, sin, BlockShape(heads=4, kv_heads=2, head_dim=32), backend=name,
     )  # fmt: skip
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     wanted = [x, layer.input_layernorm.weight, attention.k_proj.weight, mlp.fc1.bias, mlp.fc2.weight]
@@ -242,7 +258,8 @@ def test_compiles_to_one_graph(name):
     inputs = make()
     options = {**DROPOUT, "dropout_seed": 3, "backend": name}
     eager = run_with_grads(inputs, **options)
-    function = torch.compile(lambda *a: parallel_block(*a, **OPTIONS, **options), fullgraph=True, backend="aot_eager")
+    call = shaped(options)
+    function = torch.compile(lambda *a: parallel_block(*a, **call), fullgraph=True, backend="aot_eager")
     leaves = [t.clone().requires_grad_() for t in inputs[:7]]
     y = function(*leaves, *inputs[7:])
     torch.testing.assert_close(y.detach(), eager[0])
@@ -272,6 +289,7 @@ _CACHE = tuple(torch.zeros(2, 16, KV_HEADS, HEAD_DIM) for _ in range(2))
         (_changed(5, torch.zeros(3, 3)), {}, r"w_out.shape = \(3, 3\): must be \(48, 208\)"),
         (_changed(6, torch.zeros(HIDDEN).half()), {}, "b_out.dtype = torch.float16, x.dtype = torch.float32"),
         (make(), {"residual_dropout": 1.0}, r"residual_dropout = 1.0: must be in \[0, 1\)"),
+        (make(), {"activation": "gelu"}, "activation = 'gelu': must be one of gelu_new, relu2"),
         (make(), {"attention_dropout": -0.1}, r"attention_dropout = -0.1: must be in \[0, 1\)"),
         (make(), {"kv_cache": (*_CACHE, 10)}, r"kv_cache\[0\] holds 10 of 16 tokens: 11 more do not fit"),
         (make(), {"kv_cache": (*_CACHE, 0), "cu_seqlens": _CU}, r"kv_cache\[2\]: must be a number, or with cu_seqlens"),

@@ -1,6 +1,7 @@
 """parallel_block on what a model gives it, on every backend that takes CPU tensors: one contract."""
 
 import contextlib
+import dataclasses
 import importlib.util
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 import torch.utils.checkpoint
 from cpu_isa import CPU_BACKENDS
 from emulator import emulator, emulator_module  # noqa: F401
-from test_block import HEAD_DIM, HIDDEN, KV_HEADS, OPTIONS, make, run, run_with_grads
+from error_rule import check
+from test_block import HEAD_DIM, HIDDEN, KV_HEADS, RESULTS, SHAPE, make, plain, run, run_with_grads
 from torch import Tensor
 
-from kernels import use_backend
+from kernels import parallel_block, reference, use_backend
 
 TRITON = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
 BACKENDS = ["reference", "torch", *["cpu"] * bool(CPU_BACKENDS), "cuda", *["triton"] * TRITON]
@@ -136,7 +138,10 @@ def test_a_cache_compiles_to_one_graph(backend):
         pytest.skip("Triton's interpreter is not compiled")
     inputs = inputs_of(backend)
     caches = [[torch.zeros(2, 16, KV_HEADS, HEAD_DIM, dtype=inputs[0].dtype) for _ in range(2)] for _ in range(2)]
-    step = lambda length, keys, values, *t: run(list(t), kv_cache=(keys, values, length), backend=backend)  # noqa: E731
+
+    def step(length: int, keys: Tensor, values: Tensor, *t: Tensor) -> Tensor:
+        return parallel_block(*t, SHAPE, kv_cache=(keys, values, length), backend=backend)
+
     fast = compiled(step)
     with torch.no_grad():
         for length in (0, 5, 6):
@@ -224,7 +229,27 @@ def test_use_backend_is_the_forward_passes(backend):
 )
 def test_options_that_do_not_fit(backend, changes, message):
     with pytest.raises(ValueError, match=message):
-        run(inputs_of(backend), **{**OPTIONS, **changes}, backend=backend)
+        run(inputs_of(backend), **changes, backend=backend)
+
+
+def test_a_shape_is_what_its_name_says():
+    assert SHAPE.values == dataclasses.astuple(SHAPE)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SHAPE.heads = 8
+    with pytest.raises(ValueError, match=r"shape = \(4, 2, 32\): must be a kernels.BlockShape"):
+        parallel_block(*make(), (4, 2, 32))
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_every_activation(backend, activation):
+    inputs = inputs_of(backend)
+    doubled = [t.double() for t in inputs[:7]] + inputs[7:]
+    truth = run_with_grads(doubled, activation=activation, backend="reference")
+    for name, x in zip(RESULTS, plain(doubled, activation), strict=True):
+        torch.testing.assert_close(x, truth[RESULTS.index(name)], msg=name)
+    found, low = run_with_grads(inputs, activation=activation, backend=backend), plain(inputs, activation)
+    for results in zip(RESULTS, found, low, truth, strict=True):
+        check(*results, inputs[0].dtype)
 
 
 @pytest.mark.parametrize("index", [1, 2])

@@ -15,9 +15,10 @@ from emulator import emulator, emulator_module  # noqa: F401
 from torch import Tensor
 
 from kernels import (
+    BlockShape,
     apply_rotary,
     attention,
-    block,
+    block_checks,
     checks,
     cuda,
     flash_attention,
@@ -391,7 +392,7 @@ def test_dropout_in_a_captured_graph_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"dropout_p = 0.5 while a CUDA graph is captured: every replay"):
         checks.check_not_captured(0.5, OnGpu())
     seen = set()
-    for module in (attention, block, fused_block):
+    for module in (attention, block_checks, fused_block):
         monkeypatch.setattr(module, "check_not_captured", lambda p, x, module=module: seen.add((module, p)))
     q = torch.randn(1, 4, 1, 32)
     flash_attention(q, q, q, dropout_p=0.25, backend="reference")
@@ -403,10 +404,7 @@ def test_dropout_in_a_captured_graph_is_refused(monkeypatch):
         x,
         *tensors,
         *reference.rotary_table(4, 16),
-        heads=1,
-        kv_heads=1,
-        head_dim=32,
-        residual_dropout=0.5,
+        BlockShape(1, 1, 32, residual_dropout=0.5),
         backend="cpu",
     )
-    assert seen == {(attention, 0.25), (attention, 0.125), (block, 0.5), (fused_block, 0.5)}
+    assert seen == {(attention, 0.25), (attention, 0.125), (block_checks, 0.5), (fused_block, 0.5)}

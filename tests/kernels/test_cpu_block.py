@@ -1,5 +1,6 @@
 """csrc/cpu's block: what tests/kernels/test_block.py cannot ask of every backend."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -7,10 +8,10 @@ import test_block
 import torch
 from cpu_isa import CPU_BACKENDS, ISAS, use_threads
 from error_rule import check
-from test_block import DROPOUT, HIDDEN, KV_HEADS, OPTIONS, RESULTS, make, plain, run, run_with_grads
+from test_block import DROPOUT, HIDDEN, KV_HEADS, RESULTS, SHAPE, make, plain, run, run_with_grads, shaped
 from torch import Tensor
 
-from kernels import BackendError, native, reference
+from kernels import BackendError, native, parallel_block, reference
 
 pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
 
@@ -59,7 +60,7 @@ def test_bitwise_equal_for_any_thread_count(isa: str) -> None:
 def test_cache_equals_the_whole_sequence(steps: list[int]) -> None:
     inputs = make()
     whole = run(inputs, backend="cpu")
-    cache = [torch.full((2, 16, KV_HEADS, OPTIONS["head_dim"]), float("nan")) for _ in range(2)]
+    cache = [torch.full((2, 16, KV_HEADS, SHAPE.head_dim), float("nan")) for _ in range(2)]
     parts, at = [], 0
     for step in steps:
         part = [inputs[0][:, at : at + step], *inputs[1:]]
@@ -89,7 +90,7 @@ def _saved_bytes(inputs: list[Tensor], backend: str) -> int:
 def test_saves_x_and_z_and_what_attention_wrote() -> None:
     inputs = make(batch=2, seq=64)
     tokens, width = 2 * 64, test_block.WIDTH + test_block.INNER
-    attention = OPTIONS["heads"] * (OPTIONS["head_dim"] + 1)  # its output and the log-sum-exp
+    attention = SHAPE.heads * (SHAPE.head_dim + 1)  # its output and the log-sum-exp
     assert _saved_bytes(inputs, "cpu") <= 4 * tokens * (HIDDEN + width + attention)
     assert _saved_bytes(inputs, "reference") > 1.5 * 4 * tokens * (HIDDEN + width + attention)
 
@@ -110,7 +111,7 @@ def test_opcheck(with_grads: bool) -> None:
     inputs = make(batch=2, seq=9)
     x, parameters = inputs[0].view(18, HIDDEN), inputs[1:7]
     cu = torch.tensor([0, 4, 18], dtype=torch.int32)
-    options = (*inputs[7:], torch.arange(18).view(2, 9), cu, 9, *OPTIONS.values(), 1e-5, 0.1, 0.2, 7, "cpu")
+    options = (*inputs[7:], torch.arange(18).view(2, 9), cu, 9, *dataclasses.replace(SHAPE, **DROPOUT).values, 7, "cpu")
     utilities = ("test_schema", "test_faketensor")  # autograd is FusedBlock's, above the ops
     torch.library.opcheck(
         torch.ops.phi1.parallel_block_forward.default, (x, *parameters, with_grads, *options), test_utils=utilities
@@ -124,7 +125,8 @@ def test_compiles_to_one_graph() -> None:
     inputs = make()
     options = {**DROPOUT, "dropout_seed": 3, "backend": "cpu"}
     eager = run_with_grads(inputs, **options)
-    function = torch.compile(lambda *a: run(list(a), **options) * 1, fullgraph=True, backend="aot_eager")
+    call = shaped(options)
+    function = torch.compile(lambda *a: parallel_block(*a, **call) * 1, fullgraph=True, backend="aot_eager")
     leaves = [t.clone().requires_grad_() for t in inputs[:7]]
     y = function(*leaves, *inputs[7:])
     grad = torch.randn(y.transpose(0, 2).shape, generator=torch.Generator().manual_seed(1)).transpose(0, 2)

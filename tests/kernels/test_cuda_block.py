@@ -18,7 +18,7 @@ from cuda_block_cases import (
 from emulator import cuda_device, emulator, emulator_module  # noqa: F401
 from torch import Tensor
 
-from kernels import BackendError, cuda, fused_block, parallel_block, reference
+from kernels import BackendError, BlockShape, cuda, fused_block, parallel_block, reference
 from kernels.fused_block import Dropout, Layout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -165,8 +165,7 @@ def test_opcheck(emulator):  # noqa: F811
     tensors, options = make_inputs(case, torch.bfloat16)
     x, parameters = tensors[0].view(case.tokens, case.hidden), tensors[1:7]
     operator_options = (
-        *tensors[7:], options["positions"], options["cu_seqlens"], case.seq, case.heads, case.kv_heads, case.head_dim,
-        1e-5, 0.1, 0.2, 7, "cuda",
+        *tensors[7:], options["positions"], options["cu_seqlens"], case.seq, *options["shape"].values, 7, "cuda",
     )  # fmt: skip
     utilities = ("test_schema", "test_faketensor")  # autograd is FusedBlock's, above the ops
     forward, backward = torch.ops.phi1.parallel_block_forward.default, torch.ops.phi1.parallel_block_backward.default
@@ -221,7 +220,7 @@ def test_bad_input(emulator):  # noqa: F811
 
 def test_more_tokens_than_an_index_counts():
     none = torch.zeros(0, 8, dtype=torch.bfloat16)
-    layout = Layout(2**10, 2**20, 1, 1, 32, 8, *reference.rotary_table(1, 32), None)
+    layout = Layout(BlockShape(1, 1, 32), 2**10, 2**20, 8, *reference.rotary_table(1, 32), None)
     with pytest.raises(ValueError, match=r"batch \* seq = 1073741824: the cuda backend counts tokens up to 1073741823"):
         cuda._after_in_arguments(none, none, none, layout)
 

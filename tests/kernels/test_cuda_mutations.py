@@ -88,6 +88,7 @@ def _check_layer_norm(module: ModuleType) -> None:
 BLOCK = [
     cuda_block_cases.Case("mutants_rows", batch=3, seq=45, heads=1, hidden=8, inner=8, positions="batch"),
     cuda_block_cases.Case("mutants_wide", batch=2, seq=3, heads=24, kv_heads=6, head_dim=64, rotary=32, inner=48),
+    cuda_block_cases.Case("mutants_relu2", seq=3, inner=48, activation="relu2"),
 ]
 
 
@@ -204,7 +205,7 @@ def test_every_mutation_changes_one_place() -> None:
 
 @pytest.mark.parametrize(
     "mutation",
-    MUTATIONS if os.environ.get("PHI1_MUTANTS") == "all" else MUTATIONS[::3],
+    MUTATIONS if os.environ.get("PHI1_MUTANTS") == "all" else MUTATIONS[::6],
     ids=lambda m: f"{m.file}: {m.what}",
 )
 def test_mutant_is_killed(mutation: Mutation, control, killed: list[bool]) -> None:

@@ -15,7 +15,7 @@ from cpu_isa import CPU_BACKENDS
 from emulator import as_cuda_backend, build, load
 from torch import Tensor
 
-from kernels import flash_attention, linear_cross_entropy, native, parallel_block, reference
+from kernels import BlockShape, flash_attention, linear_cross_entropy, native, parallel_block, reference
 
 BACKENDS = [*CPU_BACKENDS, "cuda", "triton"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -95,6 +95,24 @@ def test_any_greatest_score(score: float, queries: int, dtype: torch.dtype, back
     q, n = torch.ones(1, queries, 1, 64, dtype=dtype), max(queries, 40)
     k = torch.full((1, n, 1, 64), score / 8, dtype=dtype)
     both(backend, q, k, values(n, dtype), known=4 * abs(score) + 1)  # a sum of 64 terms
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*BACKENDS, "torch"])
+def test_a_scale_of_zero_has_gradients_of_zero(name: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    """However large dS k is: in fp16 beyond its range, here. Each row's output is the mean of the values."""
+    if not serves(name, dtype):
+        pytest.skip("the cuda kernels take no float32")
+    q, v = values(5, dtype), values(40, dtype)
+    k = torch.full((1, 40, 1, 64), 30000.0, dtype=dtype)
+    k[:, ::2] *= -1
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    backend = as_cuda_backend(request.getfixturevalue("emulated")) if name == "cuda" else contextlib.nullcontext()
+    with backend:
+        out = flash_attention(*leaves, scale=0.0, causal=False, backend=name)
+        dq, dk, _ = torch.autograd.grad(out, leaves, 8 * torch.ones_like(out))
+    torch.testing.assert_close(out[0].double(), v.double().mean(1)[0].expand(5, 1, 64), rtol=1e-2, atol=1e-2)
+    assert not dq.any() and not dk.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -238,7 +256,7 @@ def test_gelu_far_out(power: int, dtype: torch.dtype, backend: str) -> None:
     parameters = [torch.ones(hidden, dtype=dtype), torch.zeros(hidden, dtype=dtype), w_in, b_in.requires_grad_(), w_out,
                   torch.zeros(hidden, dtype=dtype)]  # fmt: skip
     table = reference.rotary_table(3, 16)
-    y = parallel_block(x, *parameters, *table, heads=1, kv_heads=1, head_dim=dim, backend=backend)
+    y = parallel_block(x, *parameters, *table, BlockShape(1, 1, dim), backend=backend)
     expected = x.double() + b_in.double().clamp(min=0)[3 * dim :]
     assert float(((y.double() - expected) / (1 + expected.abs())).abs().max()) <= 2 * torch.finfo(dtype).eps
     (slope,) = torch.autograd.grad(y.float().sum(), b_in)

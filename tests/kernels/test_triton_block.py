@@ -1,5 +1,7 @@
 """Triton's parallel block, with all forms of its products: on a GPU compiled, elsewhere in Triton's interpreter."""
 
+import dataclasses
+import functools
 import importlib
 import itertools
 import sys
@@ -9,11 +11,11 @@ import pytest
 import test_block
 import torch
 from error_rule import check
-from test_block import DROPOUT, HIDDEN, INNER, KV_HEADS, OPTIONS, RESULTS, make, plain, run
+from test_block import DROPOUT, HIDDEN, INNER, KV_HEADS, RESULTS, SHAPE, make, plain, run, shaped
 from torch import Tensor
 from triton_mutation import mutate
 
-from kernels import BackendError, reference
+from kernels import BackendError, parallel_block, reference
 from kernels.fused_block import Dropout, Layout
 from kernels.triton import attention as triton_attention
 from kernels.triton import descriptors
@@ -148,7 +150,7 @@ def test_residual_mask_is_the_reference_bit_for_bit(product):
 def test_backward_makes_gelu_again_with_the_same_bits(product):
     inputs = make(seq=35, dtype=torch.bfloat16)
     x, w_in, b_in, cos, sin = (inputs[i].to(DEVICE) for i in (0, 3, 4, 7, 8))
-    layout = Layout(2, 35, *OPTIONS.values(), INNER, cos, sin, None)
+    layout = Layout(SHAPE, 2, 35, INNER, cos, sin, None)
     wide = torch.full((70, INNER + 40), float("nan"), dtype=x.dtype, device=DEVICE)
     z = project("in", x.view(70, HIDDEN), w_in, b_in, wide[:, 16 : 16 + INNER], layout)
     forward = wide[:, 16 : 16 + INNER].clone()
@@ -171,7 +173,7 @@ def test_cache_equals_the_whole_sequence(product):
     dtype = torch.bfloat16 if GPU else torch.float32
     inputs = [t.to(DEVICE) for t in make(dtype=dtype)]
     whole = run(inputs, backend=_version)
-    cache = [torch.full((2, 16, KV_HEADS, OPTIONS["head_dim"]), float("nan"), dtype=dtype, device=DEVICE) for _ in "kv"]
+    cache = [torch.full((2, 16, KV_HEADS, SHAPE.head_dim), float("nan"), dtype=dtype, device=DEVICE) for _ in "kv"]
     parts, at = [], 0
     for step in (4, 1, 6):
         part = [inputs[0][:, at : at + step], *inputs[1:]]
@@ -198,7 +200,7 @@ ONE = [
     ("vendor", "block_elementwise", "_load(x_ptr + at, mask) + h", "h"),
     ("vendor", "block_elementwise", "pair_mask), c, -s)", "pair_mask), c, s)"),
     ("vendor", "block_elementwise", "_load(activated, mask) * slope", "_load(activated, mask)"),
-    ("vendor", "block_elementwise", "gelu(_load(z_ptr + at, mask) + bias)", "gelu(_load(z_ptr + at, mask))"),
+    ("vendor", "block_elementwise", "activate(_load(z_ptr + at, mask) + bias,", "activate(_load(z_ptr + at, mask),"),
     ("vendor", "block_elementwise", "            b_sum += b\n", "            b_sum = b\n"),
     ("vendor", "block_elementwise", "                total += d\n", "                total = d\n"),
     ("vendor", "numeric", "3 * 0.044715", "0.044715"),
@@ -216,7 +218,7 @@ ONE = [
     ("descriptors", "block_product", "first = pair + block * HALF", "first = pair"),
     ("descriptors", "block_product", "b += tl.load(bias_ptr + b_column", "b += 0 * tl.load(bias_ptr + b_column"),
     ("pointers", "block_product", "round_to(x + bias, ", "round_to(x, "),
-    ("descriptors", "block_product", "gelu(u.to(tl.float32) + bias)", "gelu(u.to(tl.float32))"),
+    ("descriptors", "block_product", "activate(u.to(tl.float32) + bias,", "activate(u.to(tl.float32),"),
     ("descriptors", "block_product", "h += tl.load(bias_ptr", "h -= tl.load(bias_ptr"),
     ("descriptors", "block_product", "within // rows", "within // GROUP"),
     ("descriptors", "block_product", "tl.num_programs(0)):\n        row_tile, column_tile = _grouped(tile, row_tiles, column_tiles)\n        first, end", "2 * tl.num_programs(0)):\n        row_tile, column_tile = _grouped(tile, row_tiles, column_tiles)\n        first, end"),
@@ -277,7 +279,7 @@ def test_opcheck():
     x, parameters = inputs[0].view(18, HIDDEN), inputs[1:7]
     cu = torch.tensor([0, 4, 18], dtype=torch.int32, device=DEVICE)
     positions = torch.arange(18, device=DEVICE).view(2, 9)
-    options = (*inputs[7:], positions, cu, 9, *OPTIONS.values(), 1e-5, 0.1, 0.2, 7, "triton")
+    options = (*inputs[7:], positions, cu, 9, *dataclasses.replace(SHAPE, **DROPOUT).values, 7, "triton")
     utilities = ("test_schema", "test_faketensor")  # autograd is FusedBlock's, above the ops
     torch.library.opcheck(
         torch.ops.phi1.parallel_block_forward.default, (x, *parameters, True, *options), test_utils=utilities
@@ -291,9 +293,9 @@ def test_opcheck():
 def test_compiles_to_one_graph():
     inputs = [t.to(DEVICE) for t in make(dtype=torch.bfloat16)]
     options = {**DROPOUT, "dropout_seed": 3, "backend": "triton"}
-    function = torch.compile(lambda *a: run(list(a), **options) * 1, fullgraph=True, backend="aot_eager")
-    results = []
-    for call in (lambda *a: run(list(a), **options), function):
+    plain, results = functools.partial(parallel_block, **shaped(options)), []
+    function = torch.compile(lambda *a: plain(*a) * 1, fullgraph=True, backend="aot_eager")
+    for call in (plain, function):
         leaves = [t.clone().requires_grad_() for t in inputs[:7]]
         y = call(*leaves, *inputs[7:])
         results.append([y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))])

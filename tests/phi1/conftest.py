@@ -26,12 +26,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def no_measurement(monkeypatch):
-    """The matrix product that MFU's peak is measured by takes half a second of every training."""
-    monkeypatch.setattr("phi1.train.peak_flops", lambda device, dtype: (1e12, "assumed"))
-
-
 @pytest.fixture
 def fake_world():
     """Makes a process of many, whose collectives do nothing."""

@@ -70,7 +70,7 @@ def test_an_evaluation_is_shared(config, tokens):
     config = change(config, validation_tokens=tokens, evaluation_sequences=11, micro_batch=1)
     for size in (1, 2, 3, 5):
         everyones = [Batches(config, world(rank, size)) for rank in range(size)]
-        shares = [data.of_evaluation(data.validation) for data in everyones]
+        shares = [data.of_evaluation(data.validation[""]) for data in everyones]
         assert len({len(share) for share in shares}) == 1  # as many turns for each
         found = sorted(index for share in shares for batch in share if batch for index in batch.sequences)
         assert found == list(range(11))

@@ -34,6 +34,7 @@ def config(**changes):
         (DataConfig, {"sequence_length": 0}, r"data\.sequence_length = 0"),
         (ModelConfig, {"num_kv_heads": 3}, r"model\.num_kv_heads = 3: must divide num_heads = 32"),
         (ModelConfig, {"rotary_dim": 66}, r"model\.rotary_dim = 66"),
+        (ModelConfig, {"activation": "gelu"}, "model.activation = 'gelu': must be one of gelu_new, relu2"),
         (ModelConfig, {"residual_dropout": 1.0}, r"model\.residual_dropout = 1\.0: must be in \[0, 1\)"),
     ],
 )
@@ -53,3 +54,9 @@ def test_every_option_has_its_own_flat_name():
     # `--steps 100` names a field without its table, so no two tables may share one.
     names = [field.name for table in dataclasses.fields(TrainConfig) for field in dataclasses.fields(table.type)]
     assert len(names) == len(set(names))
+
+
+def test_muon_on_shards_is_refused():
+    loop = LoopConfig(pathlib.Path("run"), data_parallel="fsdp2")
+    with pytest.raises(UserError, match=r"train\.data_parallel = 'fsdp2': Muon moves whole matrices.*take ddp"):
+        config(train=loop, optimizer=OptimizerConfig(algorithm="muon"))

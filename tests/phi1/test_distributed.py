@@ -61,11 +61,12 @@ def test_torchrun_leaves_our_options_alone():
             assert not [option for option in theirs if option.startswith(flag)], flag
 
 
-def test_any_number_of_processes_gives_the_same_losses(config, tmp_path, masked_tokens):
-    """gloo: dropout included, masks uneven; micro-batches of 2, 2, 2, 2 and 1, of which some process has one less. And a run
+def test_any_number_of_processes_gives_the_same_losses(config, tmp_path, masked_tokens, tokens):
+    """gloo: dropout included, two sets mixed, masks uneven; micro-batches of 2, 2, 2, 2 and 1, of which some process has one less. And a run
     goes on with another number of processes."""
-    config = change(config, steps=6, sequences_per_step=9, micro_batch=2, tokens=masked_tokens, validation_tokens=masked_tokens,
-                    evaluation_sequences=11, checkpoint_every=4, **DROPOUT)  # fmt: skip
+    config = change(config, steps=6, sequences_per_step=9, micro_batch=2, tokens={"a": masked_tokens, "b": tokens},
+                    weights={"a": 2.5, "b": 1.0}, validation_tokens=masked_tokens, evaluation_sequences=11, checkpoint_every=4,
+                    **DROPOUT)  # fmt: skip
     train(config)
     recipe = write_recipe(tmp_path, config)
     for size in (2, 3):

@@ -310,7 +310,7 @@ def test_command_errors(checkpoint: pathlib.Path, tmp_path: pathlib.Path, capsys
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_said(checkpoint: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--checkpoint", str(checkpoint), "--prompt", "a", "--device", "cuda"]) == 2
-    assert "--device cuda: PyTorch finds no CUDA GPU here" in capsys.readouterr().err
+    assert "--device = 'cuda': no GPU that torch can use here; choose auto or cpu" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

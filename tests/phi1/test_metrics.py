@@ -1,11 +1,13 @@
 """What a run writes down, and the arithmetic of MFU."""
 
+import re
+
 import pytest
 import torch
 from training import records
 
 from phi1.config import PRESETS
-from phi1.metrics import Metrics, duration, flops_per_token, parameter_count, peak_flops
+from phi1.metrics import Metrics, Progress, duration, flops_per_token, parameter_count, peak_flops
 from phi1.model import Phi1
 
 
@@ -34,12 +36,37 @@ def test_flops_per_token_of_phi1():
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA L4", 121e12),
         ("NVIDIA L40S", 362e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", None),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
+        ("NVIDIA H20", None),
+        ("NVIDIA L40", None),
+        ("Some GPU", None),
     ],
 )
 def test_the_peak_is_the_cards_own(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    found, source = peak_flops(torch.device("cuda"), torch.bfloat16)
-    assert found == peak and name in source and "bfloat16" in source
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
+    assert peak_flops(torch.device("cuda"), torch.float32) is None  # the figures are not for it
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
+
+
+def test_the_progress_line(config):
+    """MFU only where there is a peak to measure it by; what waited for data is a share of the time."""
+    said = []
+    facts = {"seconds": 2.0, "data_seconds": 0.5, "loss": 1.5, "lr": 1e-3, "grad_norm": 0.25}
+    for load in (1e-3, None):
+        progress = Progress(config, 0, load, said.append)
+        for step in (1, 2):
+            progress.add(step, facts)
+        # 8 sequences of 32 tokens in 2 s.
+        assert progress.mfu(1, 2.0) == ({"mfu": pytest.approx(0.128)} if load else {})
+    assert re.fullmatch(
+        r"step 2/8  loss 1\.5000  lr 1\.00e-03  grad 0\.250  128 tokens/s  MFU 12\.8%  data 25\.0%  ETA .*", said[0]
+    )
+    assert "MFU" not in said[1] and "128 tokens/s  data 25.0%" in said[1]
 
 
 def test_durations():

@@ -190,7 +190,7 @@ def test_dropout_follows_its_seed_and_only_in_training() -> None:
 def test_every_call_and_layer_has_a_dropout_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
 
-    def record(x: Tensor, *_: Tensor, dropout_seed: int, **__: object) -> Tensor:
+    def record(x: Tensor, *_: object, dropout_seed: int, **__: object) -> Tensor:
         seeds.append(dropout_seed)
         return x
 

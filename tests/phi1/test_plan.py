@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from torch._C._profiler import _EventType
+from torch.utils.flop_counter import FlopCounterMode
 from training import change, trainer_of
 
 from kernels import use_backend
@@ -47,6 +48,7 @@ def peak_of(run):
         {"micro_batch": 8, "residual_dropout": 0.1, "attention_dropout": 0.1},
         {"micro_batch": 2, "vocab_size": 8192, "num_layers": 1},
         {"micro_batch": 4, "num_kv_heads": 1, "hidden_size": 64},
+        {"micro_batch": 4, "algorithm": "muon"},
     ],
     ids=str,
 )
@@ -123,6 +125,19 @@ def test_flops_are_those_that_mfu_counts():
         assert found == pytest.approx(strict, rel=1e-3) and flop["attention"] == pytest.approx(attention * 7 / 12)
 
 
+def test_muons_flop_are_those_that_torch_counts(config):
+    for changes in ({}, {"hidden_size": 64, "intermediate_size": 8}):  # the second with a w_out higher than wide
+        config = change(config, algorithm="muon", **changes)
+        model = Phi1(config.model)
+        optimizer = make_optimizer(model, config.optimizer)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        with FlopCounterMode(display=False) as counter:
+            optimizer.step()
+        flop = {part.name: part.flop for part in plan.work(config, 2)}
+        assert flop["Muon"] == counter.get_total_flops() > 0
+
+
 def test_the_papers_run(capsys, tmp_path):
     recipe = str(RECIPES / "pretrain-phi1.toml")
     assert main(["plan", recipe, "--gpus", "8", "--device", "a100"]) == 0
@@ -131,6 +146,13 @@ def test_the_papers_run(capsys, tmp_path):
     assert re.search(r"together +4\d\.\d+   of 80\n", text)
     days = float(re.search(r"at least ([\d.]+) days", text)[1])
     assert days > 36_000 * 1024 * 2048 * 8.8e9 / 8 / 312e12 / 86_400  # every product at the peak
+    muon = tmp_path / "muon.toml"
+    muon.write_text(pathlib.Path(recipe).read_text().replace("[optimizer]", '[optimizer]\nalgorithm = "muon"'))
+    assert main(["plan", str(muon)]) == 0
+    moments = (
+        r"AdamW's moments, float32 +1\.68\n +Muon's momentum, float32 +4\.83\n"  # 8 x 210 million, 4 x 1,208 million
+    )
+    assert re.search(moments, capsys.readouterr().out) and "Muon" not in text
     assert main(["plan", recipe, "--device", "L4"]) == 0
     message = 'of 24: does not fit; lower --micro-batch, or set data_parallel = "fsdp2"'
     assert message in capsys.readouterr().out

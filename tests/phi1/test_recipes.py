@@ -25,6 +25,13 @@ run_folder = "run"
 [optimizer]
 lr = 1
 """
+SEVERAL = """
+weights = { code = 4, books = 0.5 }
+validation_tokens = { code = "held-out" }
+[data.tokens]
+code = "c"
+books = "b"
+[train]"""
 
 # "Textbooks Are All You Need", section 2.3.
 PAPER = {
@@ -85,6 +92,22 @@ def test_defaults_presets_and_conversions(tmp_path):
     assert config.data.validation_tokens is None
 
 
+def test_several_sets(tmp_path):
+    """Tables or lines of a table; on the command line names and values in turn."""
+    path = recipe(tmp_path, GOOD.replace('tokens = "tokens"\n', "").replace("[train]", SEVERAL))
+    config = load_recipe(path).data
+    assert config.tokens == {"code": pathlib.Path("c"), "books": pathlib.Path("b")}
+    assert config.weights == {"code": 4.0, "books": 0.5} and isinstance(config.weights["code"], float)
+    assert config.validation_tokens == {"code": pathlib.Path("held-out")}
+    changed = parse(
+        [str(path), "--tokens", "x", "X", "--weights", "x", "3", "--validation-tokens", "a", "A", "b", "B"]
+    ).data
+    assert (changed.tokens, changed.weights) == ({"x": pathlib.Path("X")}, {"x": 3.0})
+    assert changed.validation_tokens == {"a": pathlib.Path("A"), "b": pathlib.Path("B")}
+    one = parse([str(path), "--tokens", "X", "--weights", "None"]).data
+    assert one.tokens == pathlib.Path("X") and one.weights is None
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
@@ -108,6 +131,35 @@ def test_defaults_presets_and_conversions(tmp_path):
         ("lr = 1", "lr = -1", r"optimizer\.lr = -1\.0: must be above 0"),
         ("lr = 1", "lr = 1\ndecay_steps = 35251", r"optimizer\.decay_steps = 35251: with 750 of warmup more than"),
         ("[data]", "[data", r"not valid TOML"),
+        ('"tokens"', '{ a = "t", b = 3 }', r"data\.tokens\.b = 3: must be a path"),
+        ('"tokens"', "{}", r"data\.tokens = \{\}: must be a folder, or name = folder for each"),
+        ('"tokens"', '{ "" = "t" }', r"data\.tokens = .*: must be a folder, or name = folder for each"),
+        (
+            '"tokens"',
+            '"t"\nvalidation_tokens = {}',
+            r"data\.validation_tokens = \{\}: must be a folder, or name = folder",
+        ),
+        ('"tokens"', '{ a = "t", b = "u" }', r"data\.weights is missing: data\.tokens names 2 sets \(a, b\)"),
+        (
+            '"tokens"',
+            '"t"\nweights = { a = 1 }',
+            r"data\.weights, of a: must be left out, for data\.tokens is one folder",
+        ),
+        ('"tokens"', '{ a = "t" }\nweights = 3', r"data\.weights = 3: must be a table"),
+        ('"tokens"', '{ a = "t" }\nweights = { a = "3" }', r"data\.weights\.a = '3': must be a number"),
+        (
+            '"tokens"',
+            '{ a = "t", b = "u" }\nweights = { a = 1, c = 2 }',
+            r"data\.weights, of a, c: must be exactly those of data\.tokens \(a, b\)",
+        ),
+        *(
+            (
+                '"tokens"',
+                f'{{ a = "t", b = "u" }}\nweights = {{ a = 1, b = {weight} }}',
+                rf"data\.weights\.b = {weight}.*: must be above 0",
+            )
+            for weight in ("0", "-1", "nan", "inf")
+        ),
     ],
 )
 def test_a_bad_recipe_is_named_with_what_would_be_right(tmp_path, before, after, message):

@@ -1,10 +1,13 @@
 """The trainer: gradients, schedule, failing, what it says."""
 
 import errno
+import gzip
+import json
 import math
 import os
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ import kernels
 from phi1 import checkpoint
 from phi1.cli import main
 from phi1.errors import UserError
-from phi1.metrics import Metrics, peak_flops
+from phi1.metrics import Metrics
 from phi1.tokenizer import train_tokenizer
 from phi1.train import Trainer, train
 
@@ -29,8 +32,7 @@ def gradients(config, **changes):
     return torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]), facts
 
 
-def test_loss_falls_and_everything_is_written(config, tokens, capsys, monkeypatch):
-    monkeypatch.setattr("phi1.train.peak_flops", peak_flops)
+def test_loss_falls_and_everything_is_written(config, tokens, capsys):
     config = change(
         config, steps=25, validation_tokens=tokens, evaluate_every=10, checkpoint_every=10, keep_last=1, **DROPOUT
     )
@@ -50,9 +52,16 @@ def test_loss_falls_and_everything_is_written(config, tokens, capsys, monkeypatc
     assert facts["recipe"]["train"]["steps"] == 25
     out = capsys.readouterr().out
     assert "FLOPs per token = 6 x (parameters - input embedding) + 12 x layers x attention width x sequence" in out
-    assert "measured: 1024 x 1024 matrix product" in out
+    assert "no MFU: the peak of CPU in fp32 is not known here" in out and "MFU" not in out.split("not known here")[1]
     assert out.count("ETA") == 13  # every second step, and the last
-    assert "tokens/s  MFU" in out
+    assert "tokens/s  data " in out
+    for record in records(run):
+        if "loss" in record:  # the machine's memory: more than the interpreter's, less than any machine's
+            assert (
+                0 <= record["data_seconds"] < record["seconds"]
+                and 1e7 < record["memory"] < 1e12
+                and "mfu" not in record
+            )
     # A finished run is left as it is.
     before = (final / "checkpoint.json").stat().st_mtime_ns
     assert train(config) == final
@@ -126,8 +135,8 @@ def test_the_schedule_and_clipping_reach_the_optimizer(config):
 def test_evaluation_is_the_mean_over_counted_tokens(config, masked_tokens):
     config = change(config, validation_tokens=masked_tokens, evaluation_sequences=10, **DROPOUT)
     with trainer_of(config) as trainer:
-        found = trainer.evaluate()
-        inputs, targets = (torch.from_numpy(a) for a in trainer.data.validation.batch(range(10), 32, seed=0))
+        found = trainer.evaluate(trainer.data.validation[""])
+        inputs, targets = (torch.from_numpy(a) for a in trainer.data.validation[""].batch(range(10), 32, seed=0))
     model = trainer.model.eval()  # no dropout
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
@@ -263,7 +272,73 @@ def test_a_backend_that_cannot_serve_is_named(config):
         train(config)
 
 
-def test_tensorboard(config, monkeypatch):
+def test_a_known_peak_gives_an_mfu(config, monkeypatch, capsys):
+    monkeypatch.setattr("phi1.train.peak_flops", lambda device, dtype: 1e12)
+    train(change(config, steps=2))
+    out = capsys.readouterr().out
+    assert (
+        "MFU = tokens/s x FLOPs per token / peak of 1 TFLOP/s (data sheet, dense bf16)" in out
+        and "tokens/s  MFU " in out
+    )
+    for record in records(config.train.run_folder):
+        # 6 (parameters - embedding) + 12 x 2 layers x 32 wide x 32 tokens, of 256 tokens a step.
+        flop = 6 * (37_824 - 320 * 32) + 12 * 2 * 32 * 32
+        assert record["mfu"] == pytest.approx(flop * 8 * 32 / record["seconds"] / 1e12, rel=1e-9)
+
+
+def test_a_trace_of_steps(config, tmp_path, capsys):
+    train(change(config, profile=2))
+    path = config.train.run_folder / "profile" / "step-000004-000005.json.gz"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    steps = {e["name"] for e in events if e.get("name", "").startswith("ProfilerStep#")}
+    assert len(steps) == 2 and any("linear_cross_entropy" in e.get("name", "") for e in events)
+    assert f"a trace of steps 4 to 5 is {path}" in capsys.readouterr().out
+    # Of a run that ends before, what there is, or that there is none.
+    train(change(config, profile=9, steps=5, run_folder=tmp_path / "short"))
+    assert [p.name for p in (tmp_path / "short" / "profile").iterdir()] == ["step-000004-000005.json.gz"]
+    capsys.readouterr()
+    train(change(config, profile=2, steps=3, run_folder=tmp_path / "shorter"))
+    assert "no trace: only 3 steps were done" in capsys.readouterr().out
+    assert not (tmp_path / "shorter" / "profile").exists()
+
+
+@pytest.mark.parametrize("tracker", ["trackio", "wandb"])
+def test_a_tracker(config, tokens, monkeypatch, tracker):
+    """Its calls, by the interface that both have: init(project, name, group, config), log(numbers, step), finish()."""
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, tracker, None)
+        with pytest.raises(
+            UserError, match=f"{tracker} is not installed: `pip install {tracker}`, or leave --tracker out"
+        ):
+            train(change(config, steps=1, tracker=tracker))
+    calls = []
+
+    def init(*, project, name, group, config):
+        calls.append(("init", project, name, group, config["train"]["steps"]))
+        if len(calls) > 10:
+            raise RuntimeError("no account")
+
+    module = types.SimpleNamespace(
+        init=init,
+        log=lambda metrics, step: calls.append(("log", metrics, step)),
+        finish=lambda: calls.append(("finish",)),
+    )
+    monkeypatch.setitem(sys.modules, tracker, module)
+    config = change(config, steps=2, tracker=tracker, validation_tokens=tokens, evaluation_sequences=4)
+    train(config)
+    assert calls[0] == ("init", "phi1", "run-from-0", "run", 2) and calls[-1] == ("finish",)
+    written = [
+        {name: value for name, value in record.items() if name != "step"} for record in records(config.train.run_folder)
+    ]
+    assert [call[1] for call in calls[1:-1]] == written and [call[2] for call in calls[1:-1]] == [1, 2, 2]
+    train(change(config, steps=4))
+    assert calls[5] == ("init", "phi1", "run-from-2", "run", 4)
+    with pytest.raises(UserError, match=rf"--tracker {tracker} cannot start: no account; mend that, or leave it out"):
+        train(change(config, steps=5))
+
+
+def test_tensorboard(config, monkeypatch, tokens, masked_tokens):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch.utils.tensorboard", None)
         with pytest.raises(UserError, match="tensorboard is not installed: `pip install tensorboard`"):
@@ -271,7 +346,10 @@ def test_tensorboard(config, monkeypatch):
         train(change(config, steps=1))  # not asked for: not needed
     from tensorboard.backend.event_processing import event_accumulator
 
+    config = change(config, validation_tokens={"a": tokens, "b": masked_tokens}, evaluation_sequences=4)
     train(change(config, steps=4, tensorboard=True))
     events = event_accumulator.EventAccumulator(str(config.train.run_folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [2, 3, 4]
+    for name in ("validation_loss/a", "validation_loss/b"):  # a curve each
+        assert [event.step for event in events.Scalars(name)] == [4]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(config.train.run_folder)[1:])

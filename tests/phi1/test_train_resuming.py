@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training import DROPOUT, ROOT, TINY, change, content, environment, losses, records, trainer_of, write, write_recipe
 
 from phi1 import checkpoint
@@ -169,6 +170,50 @@ def test_the_loss_scale_is_resumed(config, tmp_path):
     for step in (8, 12):
         (config.train.run_folder / f"step-{step:06d}").rename(tmp_path / f"step-{step:06d}")
     assert content(train(config)) == content(tmp_path / whole.name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_muon_goes_on_to_the_bit(config, tmp_path, precision):
+    config = change(
+        config, algorithm="muon", precision=precision, loss_scale=2.0**12, **(TINY if precision == "fp16" else {})
+    )
+    whole = train(config)
+    run = config.train.run_folder
+    assert losses(run)[-1] < losses(run)[0] - 0.3
+    keys = {name: set() for name in ("w_in", "w_out", "b_in", "norm_weight", "embedding", "head_weight")}
+    for path in load_file(whole / "optimizer.safetensors"):
+        name, key = path.split("/")
+        keys.get(name.split(".")[-1], set()).add(key)
+    matrices = {"w_in", "w_out"}
+    assert all(
+        found == ({"momentum_buffer"} if name in matrices else {"exp_avg", "exp_avg_sq", "step"})
+        for name, found in keys.items()
+    )
+    for step in (6, 8):
+        (run / f"step-{step:06d}").rename(tmp_path / str(step))
+    assert content(train(config)) == content(tmp_path / "8")
+    with pytest.raises(UserError, match=r"made otherwise \(optimizer\.algorithm = muon there, adamw here\)"):
+        train(change(config, algorithm="adamw"))
+
+
+def test_a_checkpoint_from_before_an_option(config, capsys):
+    """It was at what is now the default: that goes on without a word, another value is said or refused."""
+    real = checkpoint.write_model
+
+    def write_model(folder, model, tokenizer, facts, **options):
+        for table, name in (("optimizer", "algorithm"), ("data", "weights"), ("train", "spikes")):
+            del facts["recipe"][table][name]
+        return real(folder, model, tokenizer, facts, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write_model", write_model)
+        train(change(config, steps=3))
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"made otherwise \(optimizer\.algorithm = adamw there, muon here\)"):
+        train(change(config, algorithm="muon"))
+    train(change(config, steps=4, spikes="skip"))
+    said = [line for line in capsys.readouterr().out.splitlines() if "changed since then" in line]
+    assert said == ["  changed since then: train.steps = 3 -> 4", "  changed since then: train.spikes = log -> skip"]
 
 
 def test_finetuning_starts_from_a_checkpoint(config, tmp_path, tokenizer, texts, capsys):

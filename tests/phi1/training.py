@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import phi1.train
 from phi1 import checkpoint
 from phi1.cli import main
 from phi1.config import ModelConfig
@@ -108,7 +107,6 @@ def _process(rank, size, port, arguments, output, passes):
                       MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")  # fmt: skip
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(200, exit=True)  # says where, should it hang
-    phi1.train.peak_flops = lambda device, dtype: (1e12, "assumed")
     if passes:
         _signal_in(passes)
     sys.exit(main(["train", *map(str, arguments)]))
@@ -148,8 +146,11 @@ def write_recipe(folder, config):
         lines.append(f"[{table.name}]")
         for field in dataclasses.fields(table.type):
             value = getattr(getattr(config, table.name), field.name)
-            if value is not None:
-                lines.append(f"{field.name} = {json.dumps(str(value) if isinstance(value, pathlib.Path) else value)}")
+            if isinstance(value, dict):
+                entries = (f"{json.dumps(name)} = {json.dumps(entry, default=str)}" for name, entry in value.items())
+                lines.append(f"{field.name} = {{ {', '.join(entries)} }}")
+            elif value is not None:
+                lines.append(f"{field.name} = {json.dumps(value, default=str)}")
     path = folder / "recipe.toml"
     path.write_text("\n".join(lines))
     return path

@@ -14,32 +14,28 @@ PHI1_DEVICE int key_tiles(const AttentionArgs& args, const Work& work) {
   return keys > 0 ? ceil_div(keys, kKeys) : 0;
 }
 
-// Accumulators in columns from limit[0] (in rows below 8) and limit[1] on, or before them, become `value`. Columns are
-// counted from this lane's first.
-template <int kN>
-PHI1_DEVICE void hide_from(const int (&limit)[2], float value, float (&x)[kN][4]) {
-#pragma unroll
-  for (int n = 0; n < kN; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (8 * n + i % 2 >= limit[i / 2]) x[n][i] = value;
-}
-
-template <int kN>
-PHI1_DEVICE void hide_before(const int (&limit)[2], float value, float (&x)[kN][4]) {
-#pragma unroll
-  for (int n = 0; n < kN; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (8 * n + i % 2 < limit[i / 2]) x[n][i] = value;
-}
-
 // The accumulators of a warp as those of csrc/cuda/attention.cuh and tile.cuh: one row of tiles.
 template <int kN>
 using Tiles = float[1][kN][4];
 template <int kN>
 PHI1_DEVICE Tiles<kN>& as_tiles(float (&x)[kN][4]) {
   return reinterpret_cast<Tiles<kN>&>(x);
+}
+
+// Accumulators in columns from limit[0] (in rows below 8) and limit[1] on, or before them, become `value`. Columns are
+// counted from this lane's first.
+template <int kN>
+PHI1_DEVICE void hide_from(const int (&limit)[2], float value, float (&x)[kN][4]) {
+  for_each(as_tiles(x), 0, 0, [&](float& element, const Element& at) {
+    if (8 * at.n + at.i % 2 >= limit[at.i / 2]) element = value;
+  });
+}
+
+template <int kN>
+PHI1_DEVICE void hide_before(const int (&limit)[2], float value, float (&x)[kN][4]) {
+  for_each(as_tiles(x), 0, 0, [&](float& element, const Element& at) {
+    if (8 * at.n + at.i % 2 < limit[at.i / 2]) element = value;
+  });
 }
 
 }  // namespace phi1::cuda::hopper

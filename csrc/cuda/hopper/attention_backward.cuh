@@ -164,8 +164,8 @@ PHI1_DEVICE void compute_key_grad(const ScheduledArgs& scheduled, const R& rings
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
         read_stats(n);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) p[n][i] = probability(p[n][i] * scale, stats[i % 2].x);
+        for_each_in(as_tiles(p), n, 0, 0,
+                    [&](float& x, const Element& at) { x = probability(x * scale, stats[at.i % 2].x); });
       }
       if (row + 15 >= query + visible) {          // some query does not see some key
         const int first = row + g - visible + 1;  // the first query that sees this lane's first key
@@ -190,8 +190,9 @@ PHI1_DEVICE void compute_key_grad(const ScheduledArgs& scheduled, const R& rings
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
         read_stats(n);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) ds[n][i] = p[n][i] * (ds[n][i] * args.dropout_scale - stats[i % 2].y);
+        for_each_in(as_tiles(ds), n, 0, 0, [&](float& x, const Element& at) {
+          x = p[at.n][at.i] * (x * args.dropout_scale - stats[at.i % 2].y);
+        });
       }
       wgmma_wait<0>(grad_v);
       rings.c.release(turn);
@@ -311,10 +312,7 @@ PHI1_DEVICE void compute_query_grad(const ScheduledArgs& scheduled, const R& rin
       wgmma_commit();
 
       wgmma_wait<1>(p);
-#pragma unroll
-      for (int n = 0; n < kN; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) p[n][i] = probability(p[n][i] * scale, stats[i / 2].x);
+      for_each(as_tiles(p), 0, 0, [&](float& x, const Element& at) { x = probability(x * scale, stats[at.i / 2].x); });
       if (column + Sizes::kKeys > minimum(work.seqlen_k, row + visible)) {
         const int first = row + g + visible;
         const int limit[2] = {minimum(work.seqlen_k, first) - column - 2 * t,
@@ -324,10 +322,8 @@ PHI1_DEVICE void compute_query_grad(const ScheduledArgs& scheduled, const R& rin
       wgmma_wait<0>(ds);
       rings.c.release(turn);
       if (args.dropout_threshold) drop(args, work.batch * int(args.heads) + work.head, row, column, as_tiles<kN>(ds));
-#pragma unroll
-      for (int n = 0; n < kN; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) ds[n][i] = p[n][i] * (ds[n][i] * args.dropout_scale - stats[i / 2].y);
+      for_each(as_tiles(ds), 0, 0,
+               [&](float& x, const Element& at) { x = p[at.n][at.i] * (x * args.dropout_scale - stats[at.i / 2].y); });
       round_to<T>(left, ds);
       wgmma_fence();
       product_columns<T, typename Sizes::K>(grad_q, left, k_tile);

@@ -196,10 +196,7 @@ PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<k
         wgmma_wait<0>(out);
         shared.v_ring.release(v_turn);
         v_turn.next();
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) out[n][i] *= correction[i / 2];
+        for_each(as_tiles(out), 0, 0, [&](float& x, const Element& at) { x *= correction[at.i / 2]; });
         round_to<T>(p, s);
       }
       shared.q_ring.release(q_turn);

@@ -35,6 +35,7 @@ SHAPES = {
     "16x32-on-1024": dataclasses.replace(
         BASE, hidden_size=1024, num_heads=16, num_kv_heads=16, head_dim=32, rotary_dim=16, num_layers=1
     ),
+    "relu2": dataclasses.replace(BASE, activation="relu2"),
     # In floating point 44 * (30 / 44) is below 30.
     "odd-rotary": dataclasses.replace(BASE, head_dim=44, rotary_dim=30, rotary_base=500.0, layer_norm_eps=1e-3),
 }

@@ -1,0 +1,101 @@
+"""Checks of `parallel_block`'s arguments: each raises a ValueError that names the argument, its value and the remedy."""
+
+import torch
+from torch import Tensor
+
+from kernels.attention import check_documents
+from kernels.checks import check_device, check_dtype, check_int32, check_like, check_not_captured, check_shape
+from kernels.reference import BlockShape, KVCache
+from kernels.rotary import check_table
+
+
+def check_block(
+    x: Tensor,
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    table: tuple[Tensor, Tensor],
+    shape: BlockShape,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kv_cache: KVCache | None,
+) -> int:
+    """All of a call but its seed and its backend. Returns the MLP's inner width.
+
+    parameters: norm_weight, norm_bias, w_in, b_in, w_out, b_out. table: cos, sin.
+    """
+    if not isinstance(shape, BlockShape):
+        raise ValueError(f"shape = {shape!r}: must be a kernels.BlockShape (heads, kv_heads, head_dim, …)")
+    if x.dim() != 3:
+        raise ValueError(f"x.shape = {tuple(x.shape)}: must be (batch, seq, hidden)")
+    check_dtype("x", x)
+    batch, seq, hidden = x.shape
+    if x.numel() == 0:
+        raise ValueError(f"x.shape = {tuple(x.shape)}: must hold at least one token of one number")
+    q_width, kv_width = shape.attention_width, shape.kv_width
+    norm_weight, norm_bias, w_in, b_in, w_out, b_out = parameters
+    width_in = w_in.shape[0] if w_in.dim() == 2 else 0
+    inner = width_in - q_width - 2 * kv_width
+    if inner <= 0 or w_in.shape[1] != hidden:
+        raise ValueError(f"w_in.shape = {tuple(w_in.shape)}: must be ({q_width} + 2 * {kv_width} + inner, {hidden})")
+    for name, parameter, dims, meaning in (
+        ("norm_weight", norm_weight, (hidden,), "(hidden,), x's last dim"),
+        ("norm_bias", norm_bias, (hidden,), "(hidden,), x's last dim"),
+        ("w_in", w_in, (width_in, hidden), ""),
+        ("b_in", b_in, (width_in,), "(w_in's rows,)"),
+        ("w_out", w_out, (hidden, q_width + inner), "(hidden, attention width + inner)"),
+        ("b_out", b_out, (hidden,), "(hidden,)"),
+    ):
+        check_shape(name, parameter, dims, meaning)
+        check_like(name, parameter, "x", x)
+    if not torch.compiler.is_compiling():  # what is compiled is captured later: the operator looks again
+        check_not_captured(max(shape.attention_dropout, shape.residual_dropout), x)
+    if cu_seqlens is not None:
+        check_documents(cu_seqlens, cu_seqlens, x)
+    if kv_cache is not None:
+        keys, values, length = kv_cache
+        if isinstance(length, Tensor) != (cu_seqlens is not None):
+            raise ValueError(
+                "kv_cache[2]: must be a number, or with cu_seqlens an int32 tensor of a number for each document"
+            )
+        for name, cache in (("kv_cache[0]", keys), ("kv_cache[1]", values)):
+            _check_cache(name, cache, length, x, cu_seqlens, shape)
+    check_table(x, batch, seq, shape.head_dim, *table, positions)
+    return inner
+
+
+def _check_cache(
+    name: str, cache: Tensor, length: int | Tensor, x: Tensor, cu_seqlens: Tensor | None, shape: BlockShape
+) -> None:
+    """Raises ValueError unless x's tokens fit into `cache` (keys or values): backends write there without another look."""
+    batch, seq, _ = x.shape
+    if cu_seqlens is not None:
+        batch = cu_seqlens.shape[0] - 1
+    heads = shape.kv_heads, shape.head_dim
+    if cache.dim() != 4 or cache.shape[0] < batch or tuple(cache.shape[2:]) != heads:
+        raise ValueError(
+            f"{name}.shape = {tuple(cache.shape)}: must be ({batch} or more, capacity, {heads[0]}, {heads[1]})"
+        )
+    check_like(name, cache, "x", x)
+    if isinstance(length, Tensor):
+        _check_documents_fit(name, cache, length, cu_seqlens)
+        return
+    if length < 0:
+        raise ValueError(f"kv_cache[2] = {length}: must be the number of tokens so far")
+    if length + seq > cache.shape[1]:
+        raise ValueError(
+            f"{name} holds {length} of {cache.shape[1]} tokens: {seq} more do not fit; make a longer cache"
+        )
+
+
+def _check_documents_fit(name: str, cache: Tensor, lengths: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Raises ValueError unless each document fits behind its row's tokens. On a GPU only shapes are looked at."""
+    assert cu_seqlens is not None
+    check_shape("kv_cache[2]", lengths, (cu_seqlens.shape[0] - 1,), "(documents,)")
+    check_int32("kv_cache[2]", lengths)
+    check_device("kv_cache[2]", lengths, "cu_seqlens", cu_seqlens)
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    for row, (length, new) in enumerate(zip(lengths.tolist(), cu_seqlens.diff().tolist(), strict=True)):
+        if length < 0 or length + new > cache.shape[1]:
+            raise ValueError(
+                f"{name} holds {length} of {cache.shape[1]} tokens in row {row}: {new} more do not fit; make a longer cache"
+            )
