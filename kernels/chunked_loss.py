@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.product import matrix_product
 
 # Logits in a chunk, by device type. On a CPU 256 rows of phi-1's 51,200 columns, 25 MiB in 16 bits: whole tiles of the
 # products. On a GPU 4,096 rows: each chunk adds to float32 sums of the weight's size. Forward and backward of 16,384 rows of
@@ -125,17 +124,17 @@ def linear_cross_entropy(
     for start in range(0, rows, chunk):
         block, first, last = slice(start, start + chunk), start == 0, start + chunk >= rows
         h = hidden[block].masked_fill(ignored[block], 0.0)
-        d = matrix_product(h, weight.T, out=logits[: h.shape[0]])
+        d = torch.mm(h, weight.T, out=logits[: h.shape[0]])
         pieces.cross_entropy(d, bias, targets[block], loss[block], bias_sums, ignore_index, z_loss)
         if not with_grads:
             continue
         if grad_dtype == hidden.dtype:
-            matrix_product(d, weight, out=grad_hidden[block])
+            torch.mm(d, weight, out=grad_hidden[block])
         if grad_dtype == wide == hidden.dtype:
             grad_weight.addmm_(d.T, h, beta=int(not first))
             continue
         if narrow and first and last:
-            matrix_product(d.T, h, out=grad_weight)  # nothing to add to
+            torch.mm(d.T, h, out=grad_weight)  # nothing to add to
             continue
         for first_column in range(0, columns, run_columns):
             run = slice(first_column, first_column + run_columns)
@@ -148,7 +147,7 @@ def linear_cross_entropy(
                 if last:
                     grad.copy_(scratch[run])
             else:
-                part = matrix_product(d[:, run].T, h, out=product[: grad.shape[0]])
+                part = torch.mm(d[:, run].T, h, out=product[: grad.shape[0]])
                 pieces.add_product(grad, scratch[run], part, first, last)
     grad_bias = bias.new_empty(0, dtype=wide) if bias_sums is None else bias_sums.sum(0)
     return loss.sum(dtype=torch.float64).to(wide), grad_hidden, grad_weight, grad_bias

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from kernels import chunked_loss, fused_block, native, reference
 from kernels.checks import check_offsets
-from kernels.fused_block import Dropout, Layout, Pieces
-from kernels.product import matrix_product
+from kernels.fused_block import Dropout, Layout, Pieces, vendor_product
 from kernels.registry import register
 
 
@@ -115,7 +114,7 @@ def _contiguous(layout: Layout) -> Layout:
 
 
 def _project_in(isa: Any, n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
-    z, b_in = matrix_product(n, w_in.T), b_in.contiguous()
+    z, b_in = vendor_product(n, w_in), b_in.contiguous()
     isa.after_in(*native.after_in_arguments(z, b_in, activated, _contiguous(layout)), torch.get_num_threads())
     return z
 
@@ -131,7 +130,7 @@ def _project_in_backward(
 
 
 def _project_out(isa: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
-    y, b_out, x = matrix_product(g, w_out.T), b_out.contiguous(), x.contiguous()
+    y, b_out, x = vendor_product(g, w_out), b_out.contiguous(), x.contiguous()
     isa.residual(
         y, b_out, x, tuple(y.shape), native.dropout_arguments(dropout),
         native.DTYPE_CODES[y.dtype], torch.get_num_threads(),

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from kernels import chunked_loss, fused_block, native
 from kernels.checks import check_offsets
-from kernels.fused_block import Dropout, Layout, Pieces
+from kernels.fused_block import Dropout, Layout, Pieces, vendor_product
 from kernels.machine import Machine
-from kernels.product import matrix_product
 from kernels.registry import missing_here, register
 
 
@@ -240,7 +239,7 @@ def _dense_layout(layout: Layout) -> Layout:
 
 def project_in(module: Any, n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
     """See `Pieces.project_in`."""
-    z, b_in = matrix_product(n, w_in.T), _dense(b_in)
+    z, b_in = vendor_product(n, w_in), _dense(b_in)
     with _device(z):
         module.after_in_cuda(*_after_in_arguments(z, b_in, activated, layout))
     return z
@@ -262,7 +261,7 @@ def project_in_backward(
 
 def project_out(module: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
     """See `Pieces.project_out`."""
-    y, b_out, x = matrix_product(g, w_out.T), _dense(b_out), _dense(x)
+    y, b_out, x = vendor_product(g, w_out), _dense(b_out), _dense(x)
     with _device(y):
         module.residual_cuda(
             y, b_out, x, tuple(y.shape), native.dropout_arguments(dropout), native.DTYPE_CODES[y.dtype], _stream(y),

@@ -27,7 +27,6 @@ from kernels import reference
 from kernels.autocast import without_autocast
 from kernels.autograd import once_differentiable
 from kernels.checks import check_not_captured, check_positions
-from kernels.product import matrix_product
 from kernels.reference import BlockShape, Dropout
 from kernels.registry import implementation
 
@@ -127,19 +126,19 @@ def block_backward(
     q, k, v = layout.qkv(z, documents)
 
     grad_h, grad_b_out = pieces.project_out_backward(grad_y, Dropout(shape.residual_dropout, dropout_seed))
-    g = matrix_product(grad_h, w_out)  # the gradient of g at first, g itself in the end
+    g = torch.mm(grad_h, w_out)  # the gradient of g at first, g itself in the end
     grad_z = torch.empty_like(z)
     pieces.attention_backward(
         layout.attention(g, documents), q, k, v, attention, lse, *options, grads=layout.qkv(grad_z, documents)
     )
     grad_b_in = pieces.project_in_backward(grad_z, z, b_in, g[:, shape.attention_width :], layout)
     layout.attention(g, documents).copy_(attention)
-    grad_w_out = matrix_product(grad_h.T, g)
+    grad_w_out = torch.mm(grad_h.T, g)
     del g, attention
 
     normed, stats = pieces.norm_forward(x, norm_weight, norm_bias, shape.eps)
-    grad_w_in = matrix_product(grad_z.T, normed)
-    grad_normed = matrix_product(grad_z, w_in)
+    grad_w_in = torch.mm(grad_z.T, normed)
+    grad_normed = torch.mm(grad_z, w_in)
     grad_x, grad_norm_weight, grad_norm_bias = pieces.norm_backward(grad_normed, x, norm_weight, stats, grad_y)
     return grad_x, grad_norm_weight, grad_norm_bias, grad_w_in, grad_b_in, grad_w_out, grad_b_out
 
@@ -265,3 +264,8 @@ class FusedBlock(torch.autograd.Function):
 @once_differentiable("parallel_block")
 def _gradients(ctx, saved, grad_y):  # type: ignore[no-untyped-def]
     return torch.ops.phi1.parallel_block_backward(grad_y, *saved, *ctx.options)
+
+
+def vendor_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T by the vendor's library (oneDNN, cuBLASLt)."""
+    return torch.mm(x, weight.T)
