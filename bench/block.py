@@ -51,8 +51,20 @@ def ours(version: str | None, shape: Sequence[int], parameters: Sequence[Tensor]
     cos, sin = reference.rotary_table(seq, rotary_dim(head_dim), device=parameters[0].device)
 
     def layer(x: Tensor) -> Tensor:
-        tensors: Any = (*parameters, cos, sin)
-        return parallel_block(x, *tensors, shape=BlockShape(heads, heads, head_dim), backend=version)
+        norm_weight, norm_bias, w_in, b_in, w_out, b_out = parameters
+        return parallel_block(
+            x,
+            norm_weight,
+            norm_bias,
+            w_in,
+            b_in,
+            w_out,
+            b_out,
+            cos,
+            sin,
+            BlockShape(heads, heads, head_dim),
+            backend=version,
+        )
 
     return layer, list(parameters)
 

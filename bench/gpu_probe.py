@@ -132,12 +132,15 @@ def layer(probe: Probe) -> None:
     parameters = [probe.leaf(*shape, scale=0.02) for shape in shapes]
     x = probe.leaf(batch, seq, hidden)
     grad = torch.randn_like(x)
-    tensors: Any = (x, *parameters, *reference.rotary_table(seq, 32, device=torch.device(probe.device)))
+    norm_weight, norm_bias, w_in, b_in, w_out, b_out = parameters
+    cos, sin = reference.rotary_table(seq, 32, device=torch.device(probe.device))
     for p in (0.0, 0.1):
         of = BlockShape(heads, heads, 64, attention_dropout=p, residual_dropout=p)
 
         def step(of: BlockShape = of) -> None:
-            y = parallel_block(*tensors, shape=of, dropout_seed=1, backend=probe.backend)
+            y = parallel_block(
+                x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, cos, sin, of, dropout_seed=1, backend=probe.backend
+            )
             torch.autograd.grad(y, (x, *parameters), grad)
 
         found = probe.device_time(step, 20)
