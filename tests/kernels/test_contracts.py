@@ -235,7 +235,7 @@ def test_scaled_dot_product_attention_is_handed_positive_scales(monkeypatch: pyt
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **o: given.append(o["scale"]) or sdpa(*a, **o))
     for scale in (None, 0.4, 0.0, -0.4):
         flash_attention(*qkv(), scale=scale, backend="torch")
-    assert given == [32**-0.5, 0.4, 1.0, 0.4]
+    assert given == [32**-0.5, 0.4, 2.0**-64, 0.4]
 
 
 @pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan])
