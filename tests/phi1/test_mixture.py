@@ -120,7 +120,7 @@ def test_any_number_of_processes_reads_the_same(mixed, size):
     for rank in range(size):
         world = World("cpu")
         world.rank, world.size = rank, size
-        found += Batches(mixed, world).of_step(3)
+        found += [batch for batch in Batches(mixed, world).of_step(3) if batch.sequences]  # not those that idle
     for a, b in zip(found, expected, strict=True):
         assert a.sequences == b.sequences and torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets)
 
