@@ -14,36 +14,31 @@ that is in doubt, the answers to other requests decide, or if there are none a p
 question. Money is counted high where it is not known: a 200 that is no answer (HTML, cut JSON, no choices), a lost
 connection and a timeout count at the bound of their request.
 
-Without `--base-url`, the embedded server (`data_tools/llm_server.py`) is started at the first request that
-the ledger cannot answer.
+One attempt over the network is `data_tools/llm_connection.py`. Without `--base-url`, the embedded server
+(`data_tools/llm_server.py`) is started at the first request that the ledger cannot answer.
 """
 
-import asyncio
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import os
 import pathlib
 import random
 import threading
 import time
-import urllib.parse
 import uuid
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from data_tools import chat, llm_server
 from data_tools.adaptive import AdaptiveLimit
-from data_tools.chat import Answer, NoLogprobs, Refused, Request, RequestFailed, answer_in, canonical_url
+from data_tools.chat import Answer, NoLogprobs, Refused, Request, RequestFailed, canonical_url
 from data_tools.ledger import Closed, Ledger
-from data_tools.provider_errors import Remedy, Verdict, sort
+from data_tools.llm_connection import Connection
+from data_tools.provider_errors import Remedy, Verdict
 from phi1.errors import UserError
 from phi1.files import sha256_json
 from phi1.progress import Progress
-
-if TYPE_CHECKING:
-    import openai
 
 _NO_EFFECT = {"no_effect": True}
 _MAX_BACKOFF = 60.0  # seconds
@@ -51,7 +46,6 @@ _NO_ANSWER_ATTEMPTS = 3  # for a 200 that is no answer: each may be billed
 _PROBE_ATTEMPTS = 2
 _DOUBTS = 3  # requests in doubt together before a probe is sent
 _SHARE_FROM = 20  # requests, before the share that failed means something
-_LARGEST_BODY = 64 << 20  # bytes of an answer: what is longer is none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,16 +143,12 @@ class LLM:
             budget_usd=config.budget_usd,
         )
         # 400 tokens take 5 s on two idle cores, and took more than 180 s at a load of 13.
-        self._timeout = config.timeout * (1 if config.base_url else 20)
+        timeout = config.timeout * (1 if config.base_url else 20)
         # The embedded server answers one at a time; a second request waits in its queue.
         self._limit = AdaptiveLimit(config.concurrency if config.base_url else 2)
-        self._stack = contextlib.ExitStack()
+        self._connection = Connection(config.base_url, timeout, config.llm_threads)
         self._lock = threading.Lock()
-        self._client: openai.AsyncOpenAI | None = None
-        self._loop = asyncio.new_event_loop()
         self._closed = threading.Event()
-        self._answered = False
-        self._max_tokens_name = "max_tokens"
         self._asked_again: set[str] = set()
         # For what is in doubt: how many requests are being asked, wait in doubt, and were answered in a way that
         # shows that the server serves others; whether a probe is on its way; what stopped the client.
@@ -172,9 +162,7 @@ class LLM:
 
     def __exit__(self, *_: Any) -> None:
         self._closed.set()
-        self._stack.close()
-        if not self._loop.is_running():
-            self._loop.close()
+        self._connection.close()
         self.ledger.close()
 
     def ask(self, request: Request) -> Answer:
@@ -236,7 +224,7 @@ class LLM:
             return chat.read(request, claim.response, self.model, paid=False)
         sent = time.monotonic()
         try:
-            response = self._send(body)
+            response = self._connection.send(body)
         except Refused as refused:
             verdict = refused.verdict
             if verdict.remedy in (Remedy.WAIT, Remedy.RETRY):
@@ -267,7 +255,6 @@ class LLM:
     def _serves(self) -> None:
         """Notes that a request was answered."""
         with self._news:
-            self._answered = True
             self._served += 1
             self._news.notify_all()
 
@@ -318,7 +305,7 @@ class LLM:
         for attempt in range(_PROBE_ATTEMPTS):
             claim = self.ledger.claim(sha256_json({"probe": uuid.uuid4().hex}), harmless, self._closed)
             try:
-                response = self._send(harmless)
+                response = self._connection.send(harmless)
             except Refused as refused:
                 self.ledger.release(claim, lost=refused.verdict.billed, response=refused.response)
                 if refused.verdict.remedy is not Remedy.RETRY:
@@ -339,7 +326,7 @@ class LLM:
 
     def _stop(self, verdict: Verdict, note: str = "") -> UserError:
         """What stops the run, in one line; also told to all other requests."""
-        models = f"; {self._models()}" if "HTTP 404" in verdict.reason else ""
+        models = f"; {self._connection.models()}" if "HTTP 404" in verdict.reason else ""
         error = UserError(
             f"{self.config.base_url or self.server}: {verdict.reason}" + (f" ({note})" if note else "") + models
             + (f"; {verdict.advice}" if verdict.advice else "")
@@ -424,116 +411,7 @@ class LLM:
             progress.advance(note=f"{self._limit.value} in flight" if self._limit.maximum > 2 else "")
         return answer
 
-    def _connect(self) -> "openai.AsyncOpenAI":
-        with self._lock:
-            if self._client is None:
-                try:
-                    import openai
-                except ImportError as error:
-                    raise UserError("the LLM client needs the package openai: pip install openai") from error
-                if self.config.base_url is None:
-                    server = llm_server.EmbeddedServer(threads=self.config.llm_threads)
-                    base_url = self._stack.enter_context(server).base_url
-                else:
-                    base_url = self.config.base_url
-                host = urllib.parse.urlparse(base_url).hostname
-                local = host in ("127.0.0.1", "localhost", "::1")  # never through a proxy
-                client = openai.AsyncOpenAI(
-                    base_url=base_url,
-                    api_key=os.environ.get("OPENAI_API_KEY") or "none",
-                    max_retries=0,
-                    timeout=self._timeout,
-                    http_client=openai.DefaultAsyncHttpxClient(trust_env=not local),
-                )
-                # All requests live in one event loop, where a deadline can cut one off wherever it is.
-                thread = threading.Thread(target=self._loop.run_forever, name="llm-network", daemon=True)
-                thread.start()
-                self._stack.callback(self._disconnect, client, thread)
-                self._client = client
-            return self._client
-
-    def _disconnect(self, client: "openai.AsyncOpenAI", thread: threading.Thread) -> None:
-        async def finish() -> None:
-            tasks = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await client.close()
-
-        asyncio.run_coroutine_threadsafe(finish(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        thread.join()
-
-    def _send(self, body: dict[str, Any]) -> dict[str, Any]:
-        """One attempt. Raises Refused, or UserError where there is no server."""
-        client = self._connect()
-        import openai
-
-        name = self._max_tokens_name
-        sent = {name if key == "max_tokens" else key: value for key, value in body.items()}
-        call = asyncio.wait_for(_received(client, sent), self._timeout)
-        try:
-            data = asyncio.run_coroutine_threadsafe(call, self._loop).result()
-        except (asyncio.TimeoutError, openai.APITimeoutError) as error:
-            reason = f"no whole answer within {self._timeout:g} s"
-            raise Refused(Verdict(Remedy.RETRY, reason, billed=True)) from error
-        except openai.APIConnectionError as error:
-            # By name: the client's HTTP library is httpx or httpx2, by its version.
-            if type(error.__cause__).__name__ != "ConnectError":
-                raise Refused(Verdict(Remedy.RETRY, f"connection lost ({error.__cause__!r})", billed=True)) from error
-            if self._answered:
-                reason = f"does not accept connections any more ({error.__cause__})"
-                raise Refused(Verdict(Remedy.RETRY, reason)) from error
-            raise UserError(
-                f"{self.config.base_url}: no server answers there ({error.__cause__}); start it, correct --base-url, "
-                "or leave --base-url out to use the embedded model"
-            ) from error
-        except _Cut as error:
-            raise Refused(Verdict(Remedy.RETRY, f"connection lost ({error})", billed=True)) from error
-        except openai.APIStatusError as error:
-            headers = {key.lower(): value for key, value in error.response.headers.items()}
-            verdict = sort(error.status_code, headers, error.response.text)
-            if verdict.remedy is Remedy.RENAME:
-                if name == "max_tokens":  # this request's name, whatever other threads have changed meanwhile
-                    self._max_tokens_name = "max_completion_tokens"  # OpenAI's reasoning models call it so
-                    return self._send(body)
-                verdict = dataclasses.replace(verdict, remedy=Remedy.DOUBT)
-            raise Refused(verdict) from error
-        return answer_in(data)
-
-    def _models(self) -> str:
-        try:
-            listed = asyncio.run_coroutine_threadsafe(_model_names(self._connect()), self._loop)
-            names = listed.result(self._timeout)
-        except Exception as error:  # any failure here only shortens the message
-            return f"it does not list its models either ({type(error).__name__})"
-        return f"it serves: {', '.join(names[:8])}" + (", …" if len(names) > 8 else "")
-
 
 def _backoff(times: int) -> float:
     """Seconds to wait after the `times`-th failure, where the server names none: doubling from half a second."""
     return min(0.5 * 2 ** min(times - 1, 20), _MAX_BACKOFF)
-
-
-class _Cut(Exception):
-    """The connection broke inside of an answer."""
-
-
-async def _received(client: "openai.AsyncOpenAI", sent: dict[str, Any]) -> bytes:
-    """The body of the answer to a chat completion."""
-    data = bytearray()
-    async with client.chat.completions.with_streaming_response.create(**sent) as raw:
-        try:
-            async for part in raw.iter_bytes():
-                data += part
-                if len(data) > _LARGEST_BODY:
-                    raise _Cut(f"longer than {_LARGEST_BODY >> 20} MiB")
-        except (asyncio.CancelledError, _Cut):
-            raise
-        except Exception as error:  # of the HTTP library (httpx or httpx2), by its version
-            raise _Cut(repr(error)) from error
-    return bytes(data)
-
-
-async def _model_names(client: "openai.AsyncOpenAI") -> list[str]:
-    return [model.id for model in (await client.models.list()).data]

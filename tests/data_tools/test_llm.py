@@ -13,7 +13,7 @@ import pytest
 from asking import client, error, request
 from fake_openai import FakeServer, completion
 
-from data_tools import llm as llm_module
+from data_tools import llm_connection
 from data_tools.adaptive import AdaptiveLimit
 from data_tools.chat import Answer, RequestFailed
 from data_tools.llm import LLM, LLMConfig
@@ -22,7 +22,7 @@ from phi1.errors import UserError
 
 @pytest.fixture(autouse=True)
 def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm_module, "_MAX_BACKOFF", 0.05)
+    monkeypatch.setattr(llm_connection, "_MAX_BACKOFF", 0.05)
 
 
 def test_an_answer_is_read_whole_and_the_request_is_what_was_asked(
@@ -338,7 +338,7 @@ def test_a_drip_does_not_outlive_the_timeout(part: str, server: FakeServer, tmp_
 def test_a_body_without_end_is_cut_off(
     server: FakeServer, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llm_module, "_LARGEST_BODY", 1 << 20)
+    monkeypatch.setattr(llm_connection, "_LARGEST_BODY", 1 << 20)
 
     def flood(handler: Any) -> None:
         handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
