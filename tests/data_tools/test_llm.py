@@ -13,6 +13,7 @@ import pytest
 from asking import client, error, request
 from fake_openai import FakeServer, completion
 
+from data_tools import llm as llm_module
 from data_tools import llm_connection
 from data_tools.adaptive import AdaptiveLimit
 from data_tools.chat import Answer, RequestFailed
@@ -22,7 +23,7 @@ from phi1.errors import UserError
 
 @pytest.fixture(autouse=True)
 def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm_connection, "_MAX_BACKOFF", 0.05)
+    monkeypatch.setattr(llm_module, "_MAX_BACKOFF", 0.05)
 
 
 def test_an_answer_is_read_whole_and_the_request_is_what_was_asked(
