@@ -145,8 +145,8 @@ def test_many_positions_are_checked_as_few_are() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_out_is_seen_to_be_written(backend: str, compiled: bool) -> None:
     """Autograd knows that what it saved is gone."""
-    if compiled and backend in ("triton", "cuda"):
-        pytest.skip("the same operator as the cpu backend's")
+    if compiled and backend == "triton":
+        pytest.skip("Triton's interpreter is not compiled")
     q, k, v = qkv()
     weight, out = torch.ones_like(q, requires_grad=True), torch.ones_like(q)
     y = (weight * out).sum()
@@ -293,8 +293,6 @@ def test_empty_tensors_give_empty_ones_or_an_error_that_says_why(backend: str) -
 @pytest.mark.parametrize("name", ["apply_rotary", "flash_attention", "flash_attention, documents", "layer_norm"])
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_a_tensor_given_twice_compiles(backend: str, name: str) -> None:
-    if backend == "torch" and "documents" in name:
-        pytest.skip("refused under torch.compile")
     x = torch.randn(32) if name == "layer_norm" else torch.randn(1, 12, 1, 32)
 
     tensors = BY_NAME[name].tensors(torch.float32)
@@ -304,7 +302,14 @@ def test_a_tensor_given_twice_compiles(backend: str, name: str) -> None:
         return sum(y.square().sum() for y in BY_NAME[name].outputs(backend, given))  # type: ignore[return-value]
 
     grads = []
-    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    if backend == "torch" and "documents" in name:
+        with pytest.raises(
+            torch._dynamo.exc.TorchDynamoException, match="cu_seqlens under torch.compile: documents are cut"
+        ):
+            compiled(x)
+        return
+    for function in (run, compiled):
         leaf = x.clone().requires_grad_()
         grads.append(torch.autograd.grad(function(leaf), leaf)[0])
     torch.testing.assert_close(*grads)
