@@ -159,20 +159,17 @@ def read_optimizer(folder: pathlib.Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(folder / OPTIMIZER)
 
 
-def load_optimizer(folder: pathlib.Path, model: Phi1, optimizer: torch.optim.Optimizer) -> None:
-    """Puts a training checkpoint's optimizer state into `optimizer`, which holds the parameters of `model`, or shards.
-
-    UserError if the checkpoint has none. The caller checks the hashes (`verify`).
-    """
+def load_optimizer(state: dict[str, torch.Tensor], model: Phi1, optimizer: torch.optim.Optimizer) -> None:
+    """Puts what `read_optimizer` read into `optimizer`, which holds the parameters of `model`, or shards."""
     parameters = dict(model.named_parameters())
     by_name: dict[str, dict[str, torch.Tensor]] = {}
-    for path, value in read_optimizer(folder).items():
+    for path, value in state.items():
         name, key = path.split("/")
         by_name.setdefault(name, {})[key] = sharded_like(value, parameters[name])
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     found = [by_name.get(names[parameter]) for parameter in _parameters(optimizer)]
-    state = {i: values for i, values in enumerate(found) if values is not None}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    numbered = {i: values for i, values in enumerate(found) if values is not None}
+    optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -128,7 +128,7 @@ class Metrics:
             self._tracker.finish()
 
 
-class Progress:
+class StepLine:
     """The line every `log_every` steps: means since the one before, in steps alone (no evaluation or checkpoint).
 
     first: the step that training goes on from. load: FLOPs of a token / peak FLOP/s of all devices, so that MFU is load *

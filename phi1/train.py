@@ -45,7 +45,7 @@ from phi1.config import TrainConfig
 from phi1.distributed import StopSignals, World
 from phi1.engine import Engine
 from phi1.errors import Interrupted, UserError
-from phi1.metrics import Metrics, Progress, flops_per_token, parameter_count, peak_flops, peak_memory, validation_loss
+from phi1.metrics import Metrics, StepLine, flops_per_token, parameter_count, peak_flops, peak_memory, validation_loss
 from phi1.model import Phi1
 from phi1.optimizer import learning_rate, make_optimizer, state_size
 from phi1.profiling import traced
@@ -104,8 +104,8 @@ class Trainer:
         else:
             checkpoint.load_parameters(run.source, self.model)
             world.each(lambda: require_finite(self.model.named_parameters(), run.source))
+        state = checkpoint.read_optimizer(run.source) if run.source and run.resumed else {}
         if world.distributed:  # only rank 0 checked the hashes of the files that it read
-            state = checkpoint.read_optimizer(run.source) if run.source and run.resumed else {}
             loaded = _sum_of_bits([*self.model.parameters(), *state.values()])
             world.agree({"what was loaded": f"bits that add up to {loaded}"})
         self.engine = Engine(self.model, world, config.train)
@@ -113,8 +113,7 @@ class Trainer:
         scaled = run.precision == "fp16"
         self.scaler = torch.amp.GradScaler(world.device.type, init_scale=config.optimizer.loss_scale, enabled=scaled)
         if run.resumed:
-            assert run.source is not None
-            checkpoint.load_optimizer(run.source, self.model, self.optimizer)
+            checkpoint.load_optimizer(state, self.model, self.optimizer)
             if scaled and facts["scaler"]:
                 self.scaler.load_state_dict(facts["scaler"])
         self.step = facts["step"] if run.resumed else 0
@@ -349,7 +348,7 @@ class Trainer:
             now[name] = (*kept, *(version for version in order if version not in kept))
         return chosen
 
-    def _introduce(self) -> Progress:
+    def _introduce(self) -> StepLine:
         """Says what is about to run."""
         config, world = self.config, self.world
         settings, length = config.train, config.data.sequence_length
@@ -370,7 +369,7 @@ class Trainer:
             + (f"MFU = tokens/s x FLOPs per token / peak of {peak / 1e12:.3g} TFLOP/s (data sheet, dense bf16)" if known
                else f"no MFU: the peak of {name} in {self.opened.precision} is not known here")
         )  # fmt: skip
-        return Progress(config, self.step, flops / peak if known else None, world.say)
+        return StepLine(config, self.step, flops / peak if known else None, world.say)
 
 
 def _sum_of_bits(tensors: Iterable[torch.Tensor]) -> int:

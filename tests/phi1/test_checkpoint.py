@@ -86,11 +86,11 @@ def test_a_model_comes_back_in_another_type(folder, model):
 def test_training_goes_on_bitwise(folder, model):
     """Parameters, both moments and the step count come back: the next steps are the same bits."""
     optimizer = make_optimizer(model, OptimizerConfig())
-    checkpoint.load_optimizer(folder, model, optimizer)
+    checkpoint.load_optimizer(checkpoint.read_optimizer(folder), model, optimizer)
     other = Phi1(CONFIG)
     other_optimizer = make_optimizer(other, OptimizerConfig())
     checkpoint.load_parameters(folder, other)
-    checkpoint.load_optimizer(folder, other, other_optimizer)
+    checkpoint.load_optimizer(checkpoint.read_optimizer(folder), other, other_optimizer)
     forgetful = Phi1(CONFIG)  # the same without the moments: to show that they matter here
     forgetful_optimizer = make_optimizer(forgetful, OptimizerConfig())
     checkpoint.load_parameters(folder, forgetful)
@@ -237,7 +237,7 @@ def test_a_model_without_optimizer_state(tmp_path, model, tokenizer):
     folder = checkpoint.write_model(tmp_path / "model", model, tokenizer, {})
     assert not (folder / "optimizer.safetensors").exists()
     with pytest.raises(UserError, match="no optimizer state"):
-        checkpoint.load_optimizer(folder, model, make_optimizer(model, OptimizerConfig()))
+        checkpoint.load_optimizer(checkpoint.read_optimizer(folder), model, make_optimizer(model, OptimizerConfig()))
 
 
 def test_an_existing_folder_is_not_overwritten(folder, model, tokenizer):

@@ -7,7 +7,7 @@ import torch
 from training import records
 
 from phi1.config import PRESETS
-from phi1.metrics import Metrics, Progress, duration, flops_per_token, parameter_count, peak_flops
+from phi1.metrics import Metrics, StepLine, duration, flops_per_token, parameter_count, peak_flops
 from phi1.model import Phi1
 
 
@@ -58,7 +58,7 @@ def test_the_progress_line(config):
     said = []
     facts = {"seconds": 2.0, "data_seconds": 0.5, "loss": 1.5, "lr": 1e-3, "grad_norm": 0.25}
     for load in (1e-3, None):
-        progress = Progress(config, 0, load, said.append)
+        progress = StepLine(config, 0, load, said.append)
         for step in (1, 2):
             progress.add(step, facts)
         # 8 sequences of 32 tokens in 2 s.
