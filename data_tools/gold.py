@@ -1,4 +1,4 @@
-"""The gold set: snippets of real packages, each read and labelled by hand for its educational value.
+"""The gold set: snippets of real packages, each read and labelled by itself for its educational value, by a language model.
 
 `gold.jsonl` holds no code: a line names a package, its version, a file, its lines and their SHA-256, the label from 0 to 10 and the
 reason in a sentence. The text is read from the package where that version is installed, else from its wheel, which pip

@@ -132,7 +132,7 @@ def steps(config: Config) -> list[Step]:
         )
         labels = [
             Step("gold", "ingest the snippets of the gold set", lambda: ingest.run(labelled)),
-            Step("annotated", "annotate them with their labels by hand", lambda: annotate.run(annotated)),
+            Step("annotated", "annotate them with their labels", lambda: annotate.run(annotated)),
             Step("embedded", "embed every document", lambda: embed.run(embedded)),
             Step("gold-embedded", "embed the gold set", lambda: embed.run(gold_embedded)),
         ]
