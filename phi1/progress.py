@@ -24,6 +24,7 @@ class Progress:
         self._label, self._total, self._unit, self._quiet = label, total, unit, quiet
         self._done, self._note = 0, ""
         self._started = self._said = time.monotonic()
+        self._shown: tuple[int, str] | None = None
         self._bar: _Bar | None = None
         if not quiet and sys.stderr.isatty():
             self._bar = _Bar(label, total, unit)
@@ -48,11 +49,12 @@ class Progress:
         self._said = time.monotonic()
         if self._bar is not None:
             self._bar.show(self._done, self._total, self._note)
-        elif not self._quiet:
+        elif not self._quiet and (self._done, self._note) != self._shown:  # at its end it may be where it was
             rate = self._done / max(self._said - self._started, 1e-9)
             left = (self._total - self._done) / rate if rate > 0 else float("inf")
             line = f"{self._label}: {self._done:,}/{self._total:,} {self._unit}  {rate:,.1f}/s  ETA {left:,.0f} s"
             print(f"{line}  {self._note}" if self._note else line, file=sys.stderr, flush=True)
+        self._shown = self._done, self._note
 
 
 class _Bar:
