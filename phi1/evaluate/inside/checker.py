@@ -1,5 +1,6 @@
 """The process that holds the test: asks the program's process for what the test asks, and writes the verdict."""
 
+import builtins
 import contextlib
 import enum
 import marshal
@@ -8,9 +9,10 @@ import sys
 from typing import Any
 
 from phi1.evaluate.inside.candidate import line_of
+from phi1.evaluate.inside.exceptions import found, message_of
 from phi1.evaluate.inside.frames import Gone, read_all, send_frame
-from phi1.evaluate.inside.peer import Peer, message_of
-from phi1.evaluate.inside.remote import Remote
+from phi1.evaluate.inside.peer import Peer
+from phi1.evaluate.inside.remote import NUMBERS, SCALARS, Entry, Remote, theirs
 
 CHANNEL, TEST, VERDICT = 3, 4, 5
 """Descriptors: the conversation with the program, the prepared test, and where the verdict goes."""
@@ -23,14 +25,40 @@ class Test(Peer):
     def __init__(self) -> None:
         super().__init__(CHANNEL, careful=True)
         self.calls = 0
+        self.stops = False  # whether the test speaks of StopIteration
         self.own_outputs = {"stdout": sys.stdout, "stderr": sys.stderr}
+        self.own_inputs = {"stdin": sys.stdin, "input": builtins.input}
+
+    def ask(self, operation: str, *values: Any) -> Any:
+        try:
+            answer = super().ask(operation, *values)
+        except StopIteration as stop:
+            # Out of a call it would end `all(map(...))` of the test, all true so far. As in a generator (PEP 479).
+            if operation in ("__next__", "send", "throw") or self.stops:
+                raise
+            raise RuntimeError(f"{operation} raised StopIteration") from stop
+        if self.told and operation in ("entry", *NUMBERS) and type(answer) in SCALARS and answer in self.told:
+            raise self.refuse("what the program was handed by an operator of the test, and says again")
+        return answer
 
     def line_of(self, error: BaseException) -> int:
         return line_of(error, _FILE)
 
+    def type_of(self, value: Any) -> Any:
+        """`type(value)` in the test: of an object that stands for one of the program's, that one's."""
+        return self.ask("type", value) if theirs(value) else type(value)
+
     def beside(self) -> dict[str, Any]:
-        listen = [name for name, own in self.own_outputs.items() if getattr(sys, name) is not own]
-        return {"listen": listen} if listen else {}
+        """What the test put in the place of standard output, error and input, and of `input`."""
+        more: dict[str, Any] = {}
+        if listen := [name for name, own in self.own_outputs.items() if getattr(sys, name) is not own]:
+            more["listen"] = listen
+        inputs = {"stdin": sys.stdin, "input": builtins.input}
+        if given := {
+            name: self.reference(value) for name, value in inputs.items() if value is not self.own_inputs[name]
+        }:
+            more["given"] = given
+        return more
 
     def take_beside(self, message: dict[str, Any]) -> None:
         if "heard" in message:
@@ -41,7 +69,7 @@ class Test(Peer):
 
 def run(peer: Test) -> None:
     """Judges, then waits to be ended: the program sees its test stop in the same way whatever the verdict."""
-    preamble, test, names, entry_point = marshal.loads(read_all(TEST))
+    preamble, test, names, entry_point, peer.stops = marshal.loads(read_all(TEST))
     status, detail, line = _judged(preamble, test, names, entry_point, peer)
     detail = detail.encode("utf-8", "backslashreplace").decode()
     send_frame(VERDICT, {"status": status, "detail": detail, "line": line})
@@ -78,7 +106,7 @@ def _judged(preamble: Any, test: Any, names: list[str], entry_point: str, peer: 
 
 def _space(preamble: Any, names: list[str], entry_point: str, peer: Test) -> dict[str, Any]:
     """The test's names: those of the preamble, the function, and what else it uses of the program's."""
-    space: dict[str, Any] = {"__name__": "test", "exactly_equal": exactly_equal}
+    space: dict[str, Any] = {"__name__": "test", "exactly_equal": exactly_equal, "type_of": peer.type_of}
     exec(preamble, space)
     known = {name: kind for name, kind in space.items() if isinstance(kind, type) and kind.__module__ == "test"}
     known = {name: kind for name, kind in known.items() if name != entry_point and _by_attributes(kind)}
@@ -89,7 +117,7 @@ def _space(preamble: Any, names: list[str], entry_point: str, peer: Test) -> dic
         if name not in space:
             with contextlib.suppress(NameError):  # the test's own, or it raises the NameError itself
                 space[name] = peer.ask("global", name)
-    space["candidate"] = space[entry_point] = _function(peer, entry_point)
+    space["candidate"] = space[entry_point] = Entry(peer, entry_point)
     return space
 
 
@@ -98,24 +126,13 @@ def _by_attributes(kind: type) -> bool:
     return issubclass(kind, enum.Enum) or (not issubclass(kind, BaseException) and kind.__new__ is object.__new__)
 
 
-def _function(peer: Test, name: str) -> Any:
-    """The program's function of that name. Its attributes, if a test wants them, are asked for."""
-
-    def candidate(*args: Any, **kwargs: Any) -> Any:
-        peer.calls += 1
-        return peer.ask("entry", name, kwargs or None, *args)
-
-    return candidate
-
-
 def _line(error: BaseException) -> str:
     """One line on an exception: the program's own, or one that arose in the test."""
     facts = getattr(error, "_phi1_facts", None)
     if facts is None:
         message = message_of(error)
         return f"{type(error).__name__}{': ' if message else ''}{message}"
-    where = f" (line {facts['line']})" if facts["line"] else ""
-    return f"{facts['type']}{': ' if facts['message'] else ''}{facts['message']}{where}"
+    return found(facts)
 
 
 def exactly_equal(left: Any, right: Any) -> bool:

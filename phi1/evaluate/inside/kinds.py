@@ -4,6 +4,7 @@ import builtins
 import collections
 import math
 import operator
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -82,7 +83,7 @@ ARRAY: tuple[Callable[[Any], list[Any]], _Fill] = (
 # Value types: what they are made of, as the arguments that make them again.
 VALUES: dict[tuple[str, str], Callable[[Any], list[Any]]] = {
     ("fractions", "Fraction"): lambda v: [v.numerator, v.denominator],
-    ("decimal", "Decimal"): lambda v: [str(v)],
+    ("decimal", "Decimal"): lambda v: [sys.modules["decimal"].Decimal.__str__(v)],  # a subclass may print otherwise
     ("datetime", "datetime"): lambda v: [
         v.year, v.month, v.day, v.hour, v.minute, v.second, v.microsecond, v.tzinfo, v.fold],
     ("datetime", "date"): lambda v: [v.year, v.month, v.day],
@@ -90,6 +91,9 @@ VALUES: dict[tuple[str, str], Callable[[Any], list[Any]]] = {
     ("datetime", "timedelta"): lambda v: [v.days, v.seconds, v.microseconds],
     ("datetime", "timezone"): lambda v: [v.utcoffset(None), v.tzname(None)],
     ("zoneinfo", "ZoneInfo"): lambda v: [v.key],
+    ("re", "Pattern"): lambda v: [v.pattern, v.flags],
+    ("ipaddress", "IPv4Address"): lambda v: [int(v)],
+    ("ipaddress", "IPv6Address"): lambda v: [int(v)],
     ("uuid", "UUID"): lambda v: [str(v)],
     ("pathlib", "PosixPath"): lambda v: [str(v)],
     ("pathlib", "PurePosixPath"): lambda v: [str(v)],
@@ -113,6 +117,8 @@ def make_value(module: str, name: str, arguments: list[Any]) -> Any:
     if module == "datetime" and name in ("datetime", "time"):
         *parts, fold = arguments
         return getattr(__import__(module), name)(*parts, fold=fold)
+    if module == "re":
+        return re.compile(*arguments)
     kind = getattr(__import__(module), name)
     return kind(*arguments)
 
@@ -127,6 +133,7 @@ BASE_VALUE: dict[type, Callable[[Any], Any]] = {
     bytes: lambda value: bytes.__getitem__(value, slice(None)), complex: lambda value: complex(*_parts(value)),
     tuple: lambda value: tuple(tuple.__iter__(value)), frozenset: lambda value: frozenset(frozenset.__iter__(value)),
 }  # fmt: skip
+PLAIN = frozenset({*BASE_VALUE, list, dict, set, bytearray})
 MODULES_OF_VALUES = frozenset({module for module, _ in VALUES} | {"pathlib._local"})
 
 

@@ -1,29 +1,39 @@
 """The conversation of the two processes of a job: each asks for operations on the other's objects, and does those asked of its own."""
 
 import _thread
-import builtins
-import collections
 import sys
 import types
 import weakref
 from typing import Any
 
-from phi1.evaluate.inside.frames import Frames, Gone, TooLarge, send_frame
-from phi1.evaluate.inside.remote import OPERATIONS, Remote, class_for, coroutine_of, generator_of, special_methods
-from phi1.evaluate.inside.wire import Codec
+from phi1.evaluate.inside.exceptions import Exceptions
+from phi1.evaluate.inside.frames import Frames, Gone, send_frame
+from phi1.evaluate.inside.remote import (
+    NUMBERS,
+    OPERATIONS,
+    Entry,
+    Remote,
+    class_for,
+    coroutine_of,
+    derived_class,
+    generator_of,
+    special_methods,
+)
 
 _NAMES = ("__name__", "__qualname__", "__module__", "__doc__")  # what functools.wraps copies
+_OF_NAMED_TUPLES = ("_replace", "_asdict", "_fields")
 
 
 class Refused(TypeError):
     """An operation that is not carried out across the boundary."""
 
 
-class Peer(Codec):
+class Peer(Exceptions):
     """One side's conversation: asks for operations on the other's objects, carries out those asked of its own.
 
     careful: this side is the test's: its values are not handed to the other's operators, and of its objects the
-    other may call functions, advance iterators, and use the public attributes of instances of the test's own classes.
+    other may call functions, advance iterators, and use the public attributes of instances of the test's own classes, of
+    its files in memory and of its mocks.
     """
 
     def __init__(self, descriptor: int, *, careful: bool) -> None:
@@ -33,17 +43,20 @@ class Peer(Codec):
         self.exported: dict[int, Any] = {}
         self.export_numbers: dict[int, int] = {}
         self.remotes: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-        self.exceptions: dict[int, type[BaseException]] = {}
-        self.recent_errors: collections.deque[int] = collections.deque(maxlen=64)  # their attributes may be asked for
+        self.values: dict[int, Any] = {}  # immutable objects of the other side's classes, so that each is one here
+        self.told: set[Any] = set()  # numbers and strings that operators of the other side's objects were handed
+        self.said: dict[tuple[int, str], Any] = {}  # numbers that objects said since anything else was asked
         self.lock = _thread.RLock()
         self.failure: BaseException | None = None
-        """The first failed assertion of the test within a call by the program: catching it there does not undo it."""
+        """What catching does not undo: the first failed assertion of the test within a call by the program, or `refuse`."""
 
     # ---- the conversation
 
     def ask(self, operation: str, *values: Any) -> Any:
         """Has the other side carry it out; raises what it raised there."""
         with self.lock:
+            if operation not in NUMBERS:
+                self.said.clear()
             self._post(operation, list(values))
             return self.answer()
 
@@ -54,7 +67,11 @@ class Peer(Codec):
             if kind == "return":
                 return answer[0]
             if kind == "raise":
-                raise self.raised(answer[0])
+                raise (
+                    answer[0]
+                    if isinstance(answer[0], BaseException)
+                    else Gone("its answer cannot be read (no exception)")
+                )
             self._carry_out(kind, answer)
 
     def serve(self, first: str) -> None:
@@ -76,7 +93,7 @@ class Peer(Codec):
         except BaseException as error:
             if self.careful and isinstance(error, AssertionError) and self.failure is None:
                 self.failure = error
-            self._post("raise", [self.describe(error)])
+            self._post("raise", [error])
 
     def _post(self, kind: str, values: list[Any]) -> None:
         with self.lock:
@@ -116,6 +133,12 @@ class Peer(Codec):
             self.unshare(number)
             self.to_drop.append(number)
 
+    def refuse(self, what: str) -> Exception:
+        """The exception for an answer that does not count. It stays the test's verdict even where the test catches it."""
+        error = TypeError(f"{what}, does not count; compare with another of its objects")
+        self.failure = self.failure or error
+        return error
+
     # ---- operations on this side's objects
 
     def perform(self, operation: str, values: list[Any]) -> Any:
@@ -123,8 +146,6 @@ class Peer(Codec):
             raise Refused(f"no operation {operation}")
         if self.careful:
             self._permit(operation, values)
-        if operation == "throw":
-            values[1] = self.raised(values[1])
         perform: Any = OPERATIONS[operation]
         return perform(*values)
 
@@ -135,7 +156,8 @@ class Peer(Codec):
         elif operation in ("getattr", "setattr", "delattr"):
             name = str(values[1])
             named = operation == "getattr" and name in _NAMES and isinstance(target, types.FunctionType)
-            if not named and (not _of_the_test(target) or name.startswith("_")):
+            named = named or (isinstance(target, tuple) and name in _OF_NAMED_TUPLES)
+            if not named and (not _is_for_use(target) or name.startswith("_")):
                 raise AttributeError(f"{name} of the test's {type(target).__name__} is not for the program")
             allowed = True
         elif operation in ("send", "throw", "close"):
@@ -150,6 +172,8 @@ class Peer(Codec):
     # ---- references
 
     def reference(self, value: Any) -> Any:
+        if isinstance(value, Entry):
+            value = value.itself()
         other = getattr(value, "__dict__", {}).get("_phi1_number") if not isinstance(value, Remote) else value._number
         if other is not None and not isinstance(value, type):
             return ["y", other]
@@ -164,11 +188,13 @@ class Peer(Codec):
         facts: dict[str, Any] = {"type": kind.__name__, "hash": hashed, "special": special_methods(kind)}
         if isinstance(value, types.GeneratorType):
             facts["is"] = "generator"
-        elif isinstance(value, types.CoroutineType):
+        elif isinstance(value, types.CoroutineType) or kind.__name__.startswith("async_generator_a"):
             facts["is"] = "coroutine"
+        elif hasattr(kind, "__dataclass_fields__"):
+            facts["fields"] = list(kind.__dataclass_fields__)
         elif isinstance(value, type) and issubclass(value, BaseException):
             facts["is"] = "exceptions"
-            facts["classes"] = self._lineage(value)
+            facts["classes"] = self.classes_of(value)
         return facts
 
     def own(self, number: int) -> Any:
@@ -186,11 +212,12 @@ class Peer(Codec):
         if number in self.to_drop:  # let go, but the other side was not yet told
             self.to_drop.remove(number)
         if facts.get("is") == "exceptions":
-            return self.exception_class(facts["classes"])
+            return self.class_here(facts["classes"])
         special = tuple(name for name in facts["special"] if isinstance(name, str))
         if facts["hash"] is not None and type(facts["hash"]) is not int:
             raise ValueError("a hash is an integer")
-        remote = class_for(special)(self, number, facts)
+        fields = tuple(name for name in facts.get("fields", ()) if isinstance(name, str))
+        remote = class_for(special, fields)(self, number, facts)
         value: Any = remote
         if facts.get("is") == "generator":
             value = generator_of(remote)
@@ -200,59 +227,15 @@ class Peer(Codec):
         return value
 
     def derived(self, base: Any, number: int, facts: dict[str, Any]) -> Any:
-        """An object of a class of its own that is a plain value, and has the attributes of the other side's object."""
-        peer = self
-
-        def attribute(self: Any, name: str) -> Any:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return peer.ask("getattr", self, name)
-
-        kind: Any = type(str(facts["type"]), (type(base),), {"__getattr__": attribute})
-        value = kind(base) if not isinstance(base, (list, dict, set, bytearray)) else kind()
+        if number in self.values:
+            return self.values[number]
+        kind = derived_class(self, type(base), facts)
+        if isinstance(base, (list, dict, set, bytearray)):
+            value = kind()
+        else:
+            value = self.values[number] = kind(base)
         value.__dict__["_phi1_number"] = number
         return value
-
-    # ---- exceptions
-
-    def describe(self, error: BaseException) -> dict[str, Any]:
-        """An exception as plain data: its classes, what it was made of, where it came from."""
-        if getattr(error, "_phi1_number", None) is not None and not isinstance(error, type):
-            return {"yours": error._phi1_number}  # type: ignore[attr-defined]
-        number = self.reference_number(error)
-        if len(self.recent_errors) == self.recent_errors.maxlen:
-            self.forget(self.recent_errors[0])
-        self.recent_errors.append(number)
-        args = [
-            a for a in error.args if isinstance(a, (str, int, float, bytes, type(None))) and not isinstance(a, TooLarge)
-        ]
-        if len(args) < len(error.args) or len(repr(args)) > 10_000:
-            args = [message_of(error)]
-        value = error.value if isinstance(error, StopIteration) else None
-        line = self.line_of(error)
-        if not self.careful:
-            error.__traceback__ = None  # it holds the frames' memory, which may be why it was raised
-        return {
-            "classes": self._lineage(type(error)), "args": [_exact(a) for a in args], "number": number,
-            "type": type(error).__name__, "message": message_of(error), "value": value, "line": line,
-        }  # fmt: skip
-
-    def line_of(self, error: BaseException) -> int:
-        """The line of the program or test that it came from, 0 if that is not known."""
-        return 0
-
-    def _lineage(self, kind: type) -> list[Any]:
-        """The classes of an exception, most general first: the names of builtin ones, [number, name] of others."""
-        lineage: list[Any] = []
-        for ancestor in reversed(kind.__mro__):
-            if not issubclass(ancestor, BaseException):
-                continue
-            if getattr(builtins, ancestor.__name__, None) is ancestor:
-                lineage.append(ancestor.__name__)
-            elif "_phi1_theirs" not in vars(ancestor):
-                number = self.reference_number(ancestor)
-                lineage.append([number, ancestor.__name__])
-        return lineage
 
     def reference_number(self, value: Any) -> int:
         if id(value) not in self.export_numbers:
@@ -261,77 +244,10 @@ class Peer(Codec):
             self.next_id += 2
         return self.export_numbers[id(value)]
 
-    def exception_class(self, lineage: list[Any]) -> type[BaseException]:
-        """The class here that stands for the other side's: it derives from the same builtin exceptions."""
-        bases: list[type[BaseException]] = []
-        for entry in lineage:
-            if isinstance(entry, str):
-                kind = getattr(builtins, entry)
-                if not (isinstance(kind, type) and issubclass(kind, BaseException)):
-                    raise ValueError(f"{entry} is no exception")
-                bases = [base for base in bases if not issubclass(kind, base)] + [kind]
-                continue
-            number, name = entry
-            if number not in self.exceptions:
-                try:
-                    made = type(str(name), tuple(bases), {"_phi1_theirs": True})
-                except TypeError:  # builtin bases that do not go together here
-                    made = type(str(name), (bases[-1],), {"_phi1_theirs": True})
-                self.exceptions[number] = made
-            bases = [self.exceptions[number]]
-        return bases[-1]
 
-    def raised(self, facts: dict[str, Any]) -> BaseException:
-        """The exception to raise here for one that the other side raised."""
-        if "yours" in facts:
-            error = self.exported.get(facts["yours"])
-            if not isinstance(error, BaseException):
-                raise Gone("its answer cannot be read (no such exception)")
-            return error
-        try:
-            kind = self.exception_class(facts["classes"])
-            try:
-                error = kind(*facts["args"])
-            except Exception:  # it wants other arguments
-                error = RuntimeError(str(facts["message"]))
-            if isinstance(error, StopIteration):
-                error.value = facts["value"]
-            peer, number = self, facts["number"]
-            error._phi1_number, error._phi1_facts = number, facts  # type: ignore[attr-defined]
-            if not isinstance(facts["classes"][-1], str) and "__getattr__" not in vars(type(error)):
-                type(error).__getattr__ = lambda self, name: peer._of_error(self, name)  # type: ignore[attr-defined]
-            return error
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as broken:
-            raise Gone(f"its answer cannot be read ({type(broken).__name__})") from broken
-
-    def _of_error(self, error: Any, name: str) -> Any:
-        if name.startswith("_") or "_phi1_facts" not in error.__dict__:
-            raise AttributeError(name)
-        return self.ask("getattr", error, name)
-
-
-def _exact(value: Any) -> Any:
-    """The plain value of an argument whose class may derive from a plain type."""
-    kind: Any
-    for kind in (bool, int, float, str, bytes):
-        if isinstance(value, kind):
-            return kind(value)
-    return value
-
-
-def message_of(error: BaseException) -> str:
-    """The first line of an exception's message, without what no report can hold."""
-    try:
-        text = str(error)
-        first = text.splitlines()[0][:200] if text else ""
-    except Exception as broken:
-        first = f"its message cannot be had ({type(broken).__name__})"
-    return first.encode("utf-8", "backslashreplace").decode()
-
-
-def _of_the_test(value: Any) -> bool:
-    """An instance of a class that the test wrote."""
-    return type(value).__module__ == "test" and not isinstance(value, type)
+def _is_for_use(value: Any) -> bool:
+    """An instance of a class that the test wrote, a file in memory, a mock: what is made to be used through attributes."""
+    return type(value).__module__ in ("test", "_io", "unittest.mock") and not isinstance(value, type)
 
 
 def _unheld() -> int:

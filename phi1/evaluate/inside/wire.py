@@ -7,14 +7,15 @@ object. Everything else crosses by reference (`peer.py`). The receiver builds va
 only: nothing that arrives brings a method of the sender's.
 
 An atom is None, a bool, float, string or 64-bit integer as it is, else a list: [n] (node n of this message), ["s", id]
-(shared), ["r", id, facts] (the sender's object), ["y", id] (the receiver's own object), or [tag, value] for the rest.
+(shared), ["r", id, facts] (the sender's object), ["y", id] (the receiver's own object), ["x", facts] (an exception), or
+[tag, value] for the rest.
 """
 
 import collections
 import enum
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from phi1.evaluate.inside.kinds import (
@@ -24,6 +25,7 @@ from phi1.evaluate.inside.kinds import (
     MODULES_OF_VALUES,
     MUTABLE,
     OBJECT,
+    PLAIN,
     PURE,
     SMALL,
     TYPES,
@@ -31,6 +33,7 @@ from phi1.evaluate.inside.kinds import (
     global_value,
     make_value,
 )
+from phi1.evaluate.inside.remote import overridden
 
 
 class Codec:
@@ -68,6 +71,14 @@ class Codec:
     def derived(self, base: Any, number: int, facts: dict[str, Any]) -> Any:
         """What stands for an object of the other side's class that derives from a plain type; base: its plain value."""
         return base
+
+    def exception(self, error: BaseException, atom: Callable[[Any], Any]) -> dict[str, Any]:
+        """What an exception is made of. atom: of what it holds."""
+        raise NotImplementedError
+
+    def raised(self, facts: dict[str, Any], value: Callable[[Any], Any]) -> BaseException:
+        """The exception here for one of the other side. value: of an atom that it holds."""
+        raise NotImplementedError
 
     def forget(self, number: int) -> None:
         """The other side has no reference to this side's object any more."""
@@ -172,7 +183,8 @@ class _Message:
         if kind.__module__ == "numpy" and _has_plain_items(value):
             if kind.__name__ == "ndarray":
                 return self._share(value, "ndarray", ARRAY[0](value), [])
-            return self._add(value, "scalar", None, [value.dtype.str, value.tobytes()])
+            if isinstance(value, sys.modules["numpy"].generic):
+                return self._add(value, "scalar", None, [value.dtype.str, value.tobytes()])
         if kind.__module__ in MODULES_OF_VALUES:
             for ancestor in kind.__mro__:
                 module = ancestor.__module__.split(".")[0]
@@ -193,11 +205,15 @@ class _Message:
         return self._derived(value, kind)
 
     def _derived(self, value: Any, kind: type) -> Any:
-        """An object of a class that derives from a plain type; any other crosses by reference."""
+        """An exception, or an object of a class that derives from a plain type; any other crosses by reference."""
+        if isinstance(value, BaseException):
+            return ["x", self.codec.exception(value, self.atom)]
         atom = self.codec.reference(value)
         if atom[0] != "r":
             return atom
         for ancestor in kind.__mro__[1:-1]:
+            if ancestor in PLAIN:
+                atom[2]["over"] = overridden(kind, ancestor)
             if ancestor in BASE_VALUE:
                 return ["d", self.atom(BASE_VALUE[ancestor](value)), *atom[1:]]
             for name, (exact, contents_of, _) in MUTABLE.items():
@@ -205,6 +221,7 @@ class _Message:
                     return self._share(value, name, contents_of(value), [], atom[1:])
             parts = VALUES.get((ancestor.__module__, ancestor.__name__))
             if parts is not None:
+                atom[2]["over"] = overridden(kind, ancestor)
                 plain = make_value(ancestor.__module__, ancestor.__name__, parts(value))
                 return ["d", self.atom(plain), *atom[1:]]
         return atom
@@ -261,7 +278,8 @@ class _Building:
         if kind == "ndarray":
             value = sys.modules["numpy"].empty(node[2][2:], node[2][0])
         elif kind.startswith("object "):
-            value = object.__new__(self.codec.classes[kind[7:]])
+            known = self.codec.classes[kind[7:]]
+            value = (known if known is types.SimpleNamespace else object).__new__(known)
         elif kind == "deque":
             value = collections.deque(maxlen=self.value(extra[0]))
         elif kind == "defaultdict":
@@ -301,6 +319,8 @@ class _Building:
             return self.codec.own(atom[1])
         if first == "d":
             return self.codec.derived(self.value(atom[1]), atom[2], atom[3])
+        if first == "x":
+            return self.codec.raised(atom[1], self.value)
         if first == "g":
             return global_value(atom[1], atom[2])
         if first == "e":
