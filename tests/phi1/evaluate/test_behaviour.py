@@ -1,9 +1,13 @@
 """Tests over values and behaviour that plain data does not carry: an honest program gets the verdict it has in one process."""
 
 import pytest
-from honest import HONEST
+from honest import HONEST as VALUES
+from honest_classes import CLASSES
+from honest_library import LIBRARY
 
 from phi1.evaluate.sandbox import Job, Result, run_job, run_program
+
+HONEST = VALUES | CLASSES | LIBRARY
 
 
 def job(name: str, **options: object) -> Job:
