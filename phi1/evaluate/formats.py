@@ -12,6 +12,7 @@ they are, and the inputs are read back by that pattern.
 """
 
 import ast
+import builtins
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,19 +55,43 @@ def _close(got, wanted, atol):
     return got == wanted
 
 
+def _pyramid(base, height):  # the height above the base's middle
+    return round(base**2 + 2 * base * math.sqrt((base / 2) ** 2 + height**2))
+
+
+def _digits(one, other):  # digit by digit, not of the difference
+    one, other = str(one), str(other)
+    width = max(len(one), len(other))
+    return sum(abs(int(a) - int(b)) for a, b in zip(one.zfill(width), other.zfill(width)))
+
+
+# Tasks whose words allow more than the reference's result.
+_any_order = ("similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly", "larg_nnum",
+              "intersection_array", "find_dissimilar", "Diff")
+_found_or_not = ("check_str", "text_match_three", "text_starta_endb")
+_also_right = {{"surface_Area": _pyramid, "digit_distance_nums": _digits}}
+
+
 def _right(got, wanted, arguments, atol):
     if {name!r} == "find_zero":  # any root is right
         return abs(sum(c * math.pow(got, i) for i, c in enumerate(arguments[0]))) <= max(atol, 1e-4)
+    if {name!r} in _any_order:
+        return set(got) == set(wanted)
+    if {name!r} in _found_or_not:
+        return (got if isinstance(got, bool) else got is not None) == (wanted is not None)
     if got == wanted:
         return True
+    if {name!r} in _also_right and abs(got - _also_right[{name!r}](*arguments)) <= atol:
+        return True
     atol = atol or (1e-6 if _floats(wanted) else 0)
-    return bool(atol) and _close(got, wanted, atol)
+    return bool(atol) and type(got) is type(wanted) and _close(got, wanted, atol)
 
 
 def check(candidate):
-    for raw in _inputs:
-        arguments = _read(raw, _pattern) if _pattern else raw
-        wanted = _reference(*copy.deepcopy(arguments))
+    cases = [_read(raw, _pattern) if _pattern else raw for raw in _inputs]
+    # All before the first call: a reference that fails is no fault of the program.
+    expected = [_reference(*copy.deepcopy(arguments)) for arguments in cases]
+    for arguments, wanted in zip(cases, expected):
         got = candidate(*copy.deepcopy(arguments))
         assert _right(got, wanted, arguments, {atol!r}), "another result than the reference's"
 """
@@ -79,9 +104,12 @@ def fields(row: dict[str, Any]) -> dict[str, str]:
     if "test_list" in row or "code" in row:
         return _mbpp(row)
     return {
-        "task_id": _text(row, "task_id"), "prompt": _text(row, "prompt"), "entry_point": _text(row, "entry_point"),
-        "test": _text(row, "test", ""), "solution": _text(row, "canonical_solution", ""),
-    }  # fmt: skip
+        "task_id": _text(row, "task_id"),
+        "prompt": _text(row, "prompt"),
+        "entry_point": _text(row, "entry_point"),
+        "test": _text(row, "test", ""),
+        "solution": _text(row, "canonical_solution", ""),
+    }
 
 
 def _text(row: dict[str, Any], name: str, default: str | None = None) -> str:
@@ -94,12 +122,16 @@ def _text(row: dict[str, Any], name: str, default: str | None = None) -> str:
 def _evalplus(row: dict[str, Any]) -> dict[str, str]:
     task_id, prompt, name = _text(row, "task_id"), _text(row, "prompt"), _text(row, "entry_point")
     solution = _text(row, "canonical_solution")
-    inputs = [*row["base_input"], *(row.get("plus_input") or [])]
+    inputs = [*(row["base_input"] or []), *(row.get("plus_input") or [])]
     shown = _calls(_text(row, "assertion", ""), name)
+    pattern = ["list", [_pattern(argument) for argument in shown[0].args]] if shown else None
     test = _EVALPLUS.format(
-        source=prompt + solution, name=name, inputs=json.dumps(inputs), atol=float(row.get("atol") or 0),
-        pattern=json.dumps(["list", [_pattern(argument) for argument in shown[0].args]] if shown else None),
-    )  # fmt: skip
+        source=prompt + solution,
+        name=name,
+        inputs=json.dumps(inputs),
+        atol=float(row.get("atol") or 0),
+        pattern=json.dumps(pattern),
+    )
     return {"task_id": task_id, "prompt": prompt, "entry_point": name, "test": test, "solution": solution}
 
 
@@ -115,45 +147,77 @@ def _pattern(node: ast.expr) -> list[Any]:
 
 
 def _mbpp(row: dict[str, Any]) -> dict[str, str]:
-    tests: Sequence[str] = row.get("test_list") or []
-    if not isinstance(tests, list) or not all(isinstance(line, str) for line in tests):
-        raise TypeError("test_list is no list of texts")
-    code = _text(row, "code", "")
-    name = row.get("entry_point") or _entry_point(code, tests)
-    task_id = row["task_id"] if isinstance(row["task_id"], str) else f"Mbpp/{row['task_id']}"
+    tests, code = _texts(row, "test_list"), _text(row, "code", "").replace("\r\n", "\n")
+    name = _text(row, "entry_point", "") or _entry_point(code, tests)
+    task_id = f"Mbpp/{row['task_id']}" if type(row["task_id"]) is int else _text(row, "task_id")
     words = _text(row, "text", "") or _text(row, "prompt")
-    prompt = f'"""\n{words.strip()}\n' + "".join(f"{line}\n" for line in tests) + '"""\n'
-    if words.lstrip().startswith('"""'):
-        prompt = words  # it is one already
-    imports = row.get("test_imports") or []
-    setup = "\n".join(imports if isinstance(imports, list) else [imports]) + "\n" + (row.get("test_setup_code") or "")
+    prompt = words if words.lstrip().startswith('"""') else _docstring([words.strip(), *tests])  # it may be one already
+    setup = "\n".join(_texts(row, "test_imports")) + "\n" + _text(row, "test_setup_code", "")
     test = _text(row, "test", "") or (setup.strip() + "\n" + "\n".join(tests) + "\n" if tests else "")
     return {
         "task_id": task_id,
         "prompt": prompt,
         "entry_point": name,
         "test": test,
-        "solution": code.replace("\r\n", "\n"),
+        "solution": code,
     }
 
 
+def _texts(row: dict[str, Any], name: str) -> list[str]:
+    value = row.get(name) or []
+    texts = [value] if isinstance(value, str) and name != "test_list" else value
+    if not isinstance(texts, list) or not all(isinstance(line, str) for line in texts):
+        raise TypeError(f"{name} is no list of texts")
+    return texts
+
+
+def _docstring(lines: Sequence[str]) -> str:
+    """As it stands wherever that is Python; else with backslashes and quotes escaped."""
+    text = "".join(f"{line}\n" for line in lines)
+    plain = f'"""\n{text}"""\n'
+    if len(tree := _parsed(plain)) == 1 and isinstance(tree[0], ast.Expr):
+        return plain
+    escaped = text.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
+    return f'"""\n{escaped}"""\n'
+
+
+def _parsed(source: str) -> list[ast.stmt]:
+    try:
+        return ast.parse(source).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+
+
 def _entry_point(code: str, tests: Sequence[str]) -> str:
-    """The function that the tests call and the code defines."""
-    defined = [node.name for node in ast.parse(code.replace("\r\n", "\n")).body if isinstance(node, ast.FunctionDef)]
+    """The last name that the code defines (a function rather than a class) and the tests use; without tests, or where
+    they are no Python, the last function that it defines; without code, the first name that the tests call."""
+    found: dict[str, bool] = {}  # name: whether it is a function
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            found[node.name] = True
+        elif isinstance(node, ast.ClassDef):
+            found[node.name] = False
+        elif isinstance(node, ast.Assign):
+            found |= {
+                target.id: isinstance(node.value, ast.Lambda) for target in node.targets if isinstance(target, ast.Name)
+            }
+    defined = sorted(found, key=lambda name: (found[name], list(found).index(name)))
+    trees = [node for test in tests for statement in _parsed(test.strip()) for node in ast.walk(statement)]
+    used = [node.id for node in trees if isinstance(node, ast.Name)]
+    if not code.strip():
+        called = [node.func.id for node in trees if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+        defined, used = [name for name in called if not hasattr(builtins, name)][:1], called
     for name in reversed(defined):
-        if any(_calls(line, name) for line in tests):
+        if name in used or (not used and found[name]):
             return name
     raise ValueError("no function of its code is called by its tests")
 
 
 def _calls(source: str, name: str) -> list[ast.Call]:
     """The calls of a function in a source, in order."""
-    try:
-        tree = ast.parse(source.strip())
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
-    return [node for node in ast.walk(tree)
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name]  # fmt: skip
+    nodes = [node for statement in _parsed(source.strip()) for node in ast.walk(statement)]
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    return [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == name]
 
 
 def rows(text: str) -> list[dict[str, Any]]:
@@ -161,7 +225,12 @@ def rows(text: str) -> list[dict[str, Any]]:
     try:
         whole = json.loads(text)
     except ValueError:
-        whole = [json.loads(line) for line in text.split("\n") if line.strip()]
+        whole = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                whole += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"line {number} is no JSON: {error}") from error
     found = whole if isinstance(whole, list) else [whole]
     if not all(isinstance(row, dict) for row in found):
         raise TypeError("its lines are no JSON objects")
@@ -171,12 +240,14 @@ def rows(text: str) -> list[dict[str, Any]]:
 def read(text: str, make: Callable[..., Any], where: str) -> list[Any]:
     """`make(**fields)` of each row of a file. Raises UserError, naming the row."""
     found: list[Any] = []
+    place = ""
     try:
-        for row in rows(text):
+        for number, row in enumerate(rows(text), 1):
+            place = f"row {number}: "
             found.append(make(**fields(row)))
         return found
     except (ValueError, KeyError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise UserError(
-            f"{where}: not a file of problems (row {len(found) + 1}: {type(error).__name__}: {error}); expected JSON lines with "
+            f"{where}: not a file of problems ({place}{type(error).__name__}: {error}); expected JSON lines with "
             "task_id, prompt, entry_point, test (HumanEval), or MBPP's or EvalPlus' columns"
         ) from error

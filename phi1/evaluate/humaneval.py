@@ -94,7 +94,7 @@ def load(path: pathlib.Path | None = None) -> list[Problem]:
     path = path or packaged()
     try:
         data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(
             f"{path}: cannot be read ({type(error).__name__}: {error}); name a .jsonl, .jsonl.gz or .json"

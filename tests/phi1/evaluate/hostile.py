@@ -19,6 +19,8 @@ import textwrap
 import time
 from typing import Any
 
+import hostile_more
+
 from phi1.evaluate.sandbox import Feature, Job, Server, run_job
 
 _PRELUDE = """
@@ -450,12 +452,13 @@ def main(without: tuple[Feature, ...] = ()) -> dict[str, Any]:
             found["changed"][f"{kind}: {name}"] = changes
             targets.before = state
 
-    for kind, bodies in ATTEMPTS.items():
+    for kind, bodies in (ATTEMPTS | hostile_more.ATTEMPTS).items():
         for name, body in bodies.items():
             run(kind, name, _ATTEMPT.format(body=textwrap.indent(body.format(**names), "    ")))
-    for name, source in FORGERIES.items():
+    for name, source in (FORGERIES | hostile_more.FORGERIES).items():
         run("forgery", name, source)
-    for name, source in EXHAUSTION.items() if "seccomp" not in without else ():  # a mutation that these do not see
+    exhaustion = EXHAUSTION | hostile_more.EXHAUSTION
+    for name, source in exhaustion.items() if "seccomp" not in without else ():  # a mutation that these do not see
         run("exhaustion", name, source, timeout=0.7)
     for name, source in MESSES.items():
         run("mess", name, source + "\ndef f(x):\n    return 5", right=5)

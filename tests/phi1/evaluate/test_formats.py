@@ -129,6 +129,12 @@ def test_raw_line_separators_and_surrogates_in_a_file(tmp_path: pathlib.Path) ->
         (['{"task_id": 1, "prompt": 2, "entry_point": "f", "test": ""}'], "task_id is int, not text"),
         ([json.dumps(MBPP), json.dumps(MBPP)], "Mbpp/2 occurs twice"),
         ([json.dumps(MBPP | {"code": "def f(:"})], "row 1: SyntaxError"),
+        ([json.dumps(MBPP), "{"], "line 2 is no JSON"),
+        ([json.dumps(MBPP | {"task_id": None})], "task_id is NoneType, not text"),
+        ([json.dumps(MBPP | {"entry_point": 5})], "entry_point is int, not text"),
+        ([json.dumps(MBPP | {"test_setup_code": ["import math"]})], "test_setup_code is list, not text"),
+        ([json.dumps(SANITIZED | {"test_imports": [1]})], "test_imports is no list of texts"),
+        ([json.dumps(PLUS | {"atol": "x"})], "could not convert string to float"),
     ],
 )
 def test_what_is_no_problem_is_named(rows: list[str], message: str, tmp_path: pathlib.Path) -> None:
@@ -136,3 +142,77 @@ def test_what_is_no_problem_is_named(rows: list[str], message: str, tmp_path: pa
     path.write_text("\n".join(rows) + "\n")
     with pytest.raises(UserError, match=message):
         humaneval.load(path)
+
+
+MBPP_ROWS = {
+    "setup code": {"test_setup_code": "import math\nX = (5, 7)", "test_list": ["assert set(similar_elements((5,), X)) == {5}"]},
+    "fields of null": {"test_setup_code": None, "challenge_test_list": None, "entry_point": None},
+    "a class of the code": {
+        "code": "def f(pairs):\r\n\treturn len(pairs)\r\nclass Pair(object): \r\n\tdef __init__(self, a): \r\n\t\tself.a = a",
+        "test_list": ["assert f([Pair(5), Pair(15)]) == 2"],
+    },
+    "objects of the setup": {
+        "code": "class Node:\r\n  def __init__(self, data):\r\n    self.left = None\r\ndef f(node):\r\n  return 0 if node is None else 1 + f(node.left)",
+        "test_setup_code": "root = Node(1) \r\nroot.left = Node(2)", "test_list": ["assert (f(root)) == 2"],
+    },
+    "a lambda": {"code": "similar_elements = lambda a, b: tuple(set(a) & set(b))"},
+    "a class as the function": {"code": "class similar_elements:\n    def __new__(cls, a, b):\n        return set(a) & set(b)"},
+    "under a condition": {"code": "if True:\n    def similar_elements(a, b):\n        return set(a) & set(b)"},
+    "by another name in the test": {"test_list": ["g = similar_elements\nassert set(g((1,), (1,))) == {1}"]},
+    "quotes and backslashes": {"text": 'Say \"\"\"x\"\"\" in C:\\new\\x and \\'},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MBPP_ROWS)
+def test_odd_rows_of_mbpp(name: str, tmp_path: pathlib.Path) -> None:
+    (problem,) = load(tmp_path, MBPP | MBPP_ROWS[name])
+    assert problem.entry_point in ("similar_elements", "f") and status(problem, problem.solution) == "passed"
+    assert status(problem, f"{problem.solution}\n\n{problem.entry_point} = lambda *a: 'wrong'\n") == "failed"
+
+
+def test_rows_without_tests_or_code_are_problems_all_the_same(tmp_path: pathlib.Path) -> None:
+    untested, unsolved, broken = load(
+        tmp_path,
+        MBPP | {"task_id": 1, "test_list": []},
+        MBPP | {"task_id": 2, "code": None},
+        MBPP | {"task_id": 3, "test_list": ["assert similar_elements(1,\0"]},
+    )
+    assert [p.entry_point for p in (untested, unsolved, broken)] == ["similar_elements"] * 3
+    assert untested.test == "" and status(unsolved, untested.solution) == "passed"
+    assert status(broken, broken.solution) == "error"
+
+
+def test_a_file_that_windows_wrote(tmp_path: pathlib.Path) -> None:
+    (path := tmp_path / "p.jsonl").write_text("\ufeff" + json.dumps(MBPP) + "\r\n", encoding="utf-8", newline="")
+    assert len(humaneval.load(path)) == 1
+
+
+# What EvalPlus accepts beside the reference's result (its eval/_special_oracle.py): function, reference, input, a right answer, a wrong one.
+ALLOWED = [
+    ("similar_elements", "return (4, 5)", [[4, 5]], "[5, 4, 4]", "(4,)"),
+    ("check_str", "import re\n    return re.match('a', a)", ["ab"], "True", "None"),
+    ("check_str", "import re\n    return re.match('a', a)", ["b"], "None", "True"),
+    ("digit_distance_nums", "return 0", [[123, 256]], "7", "8"),
+    ("surface_Area", "return 0", [[3, 4]], "35", "34"),
+    ("f", "return [1.5]", [1], "[1.5000001]", "(1.5000001,)"),
+]
+
+
+@pytest.mark.parametrize(("name", "reference", "given", "right", "wrong"), ALLOWED)
+def test_answers_that_the_words_allow(
+    name: str, reference: str, given: Any, right: str, wrong: str, tmp_path: pathlib.Path
+) -> None:
+    arguments = given[0] if name in ("digit_distance_nums", "surface_Area") else given
+    head = f"def {name}({', '.join('ab'[: len(arguments)])}):\n    "
+    row = PLUS | {
+        "entry_point": name, "prompt": '"""F."""\n', "canonical_solution": head + reference + "\n", "assertion": "",
+        "base_input": [arguments], "plus_input": [], "atol": 1e-6,
+    }  # fmt: skip
+    (problem,) = load(tmp_path, row)
+    assert status(problem, f"{head}return {right}\n") == "passed"
+    assert status(problem, f"{head}return {wrong}\n") == "failed"
+
+
+def test_a_reference_that_fails_is_no_fault_of_the_program(tmp_path: pathlib.Path) -> None:
+    (problem,) = load(tmp_path, HUMANEVAL_PLUS | {"plus_input": [[float("inf")]]})
+    assert status(problem, "    return number % 1\n") == "error"

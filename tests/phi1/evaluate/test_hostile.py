@@ -1,4 +1,4 @@
-"""230 attacking programs (`hostile.py`) as root, as an ordinary user, and where the machine has no namespaces; and programs
+"""302 attacking programs (`hostile.py`, `hostile_more.py`) as root, as an ordinary user, and where the machine has no namespaces; and programs
 that leave something for a later one."""
 
 import json
@@ -33,7 +33,7 @@ def run(*arguments: str, user: int | None = None) -> dict[str, Any]:
 def holds(found: dict[str, Any], level: str) -> None:
     bad = {key: found[key] for key in ("escaped", "passed", "mislabelled", "slow", "lost", "changed", "left running",
                                        "left in files") if found[key]}  # fmt: skip
-    assert bad == {} and found["count"] >= 230
+    assert bad == {} and found["count"] >= 302
     assert found["level"] == level, found["missing"]
 
 
