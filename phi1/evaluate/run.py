@@ -8,6 +8,7 @@ after them), settings.json (what was run) and results.json (the score, with its 
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import sys
@@ -90,6 +91,9 @@ def run(config: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
     if min(config.k, default=1) < 1 or (config.limit is not None and config.limit < 1):
         raise UserError(f"--k {' '.join(map(str, config.k))}, --limit {config.limit}: must be at least 1")
+    for name in ("timeout", "answer_timeout"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be a number of seconds above 0")
     if config.samples > 1 and config.temperature == 0:
         raise UserError(f"--samples {config.samples} with --temperature 0 gives equal samples: set e.g. 0.2 or 0.8")
     if (config.checkpoint is None) == (config.model is None):

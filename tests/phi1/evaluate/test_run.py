@@ -203,6 +203,9 @@ def test_bad_options(tmp_path: pathlib.Path) -> None:
     for options in ({"workers": 0}, {"k": (0,)}, {"limit": 0}, {"judge_repeats": 0}):
         with pytest.raises(UserError, match="must be at least 1"):
             run.run(Config(checkpoint=tmp_path, **options))  # type: ignore[arg-type]
+    for options in ({"timeout": 0.0}, {"timeout": float("nan")}, {"answer_timeout": float("inf")}):
+        with pytest.raises(UserError, match="number of seconds above 0"):
+            run.run(Config(checkpoint=tmp_path, **options))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="name the model"):
         run.run(Config())
     with pytest.raises(UserError, match="--output is missing"):
