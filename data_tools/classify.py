@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from data_tools.dataset import Dataset, config_dict, sweep
 from phi1 import __version__
 from phi1.errors import UserError
-from phi1.files import atomic_write, sha256_json, write_json
+from phi1.files import atomic_write, check_identity, sha256_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,11 +93,7 @@ def run(config: Config) -> pathlib.Path:
     }
     path = config.output / METRICS
     if path.exists():
-        if json.loads(path.read_text(encoding="utf-8"))["made_of"] != made_of:
-            raise UserError(
-                f"{config.output}: holds a forest made with other settings or data; choose another folder, "
-                "or delete this one"
-            )
+        check_identity(config.output, json.loads(path.read_text(encoding="utf-8"))["made_of"], made_of, "a forest")
         print(f"classify: already in {config.output}", file=sys.stderr)
         return config.output
     sweep(config.output)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from phi1.errors import UserError
@@ -64,6 +64,56 @@ def sha256_json(value: Any) -> str:
     """The SHA-256 of a JSON-able value in canonical form (sorted keys, no blanks)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def claim(path: pathlib.Path, identity: Mapping[str, Any], what: str) -> None:
+    """Writes what a folder is made of to a JSON file in it, or checks that it is what stands there.
+
+    identity: JSON-able facts that decide the contents. what: what the folder holds, for the message. Raises UserError,
+    naming what differs, where the folder was begun with another identity.
+    """
+    if not path.exists():
+        write_json(path, identity)
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError(f"a {type(before).__name__}, no object")
+    except ValueError as error:
+        raise UserError(
+            f"{path}: not what was written there ({error}); delete the folder, or choose another"
+        ) from error
+    check_identity(path.parent, before, identity, what)
+
+
+def check_identity(folder: pathlib.Path, before: Mapping[str, Any], identity: Mapping[str, Any], what: str) -> None:
+    """Raises UserError, naming what differs, unless a folder made of `before` is what `identity` asks for."""
+    there, asked = _flat(before), _flat(identity)
+    differing = sorted(name for name in there | asked if there.get(name) != asked.get(name))
+    if differing:
+        told = ", ".join(
+            f"{name}: {_short(there.get(name))} there, {_short(asked.get(name))} asked" for name in differing
+        )
+        raise UserError(
+            f"{folder}: holds {what} made with other settings (different: {told}); run it as it was begun, choose another "
+            "folder, or delete this one"
+        )
+
+
+def _flat(facts: Mapping[str, Any], before: str = "") -> dict[str, str]:
+    """Names of facts, those within others with dots, and their values as JSON, in which a tuple is a list."""
+    flat: dict[str, str] = {}
+    for name, value in facts.items():
+        inner = isinstance(value, Mapping) and value
+        flat |= (
+            _flat(value, f"{before}{name}.") if inner else {f"{before}{name}": json.dumps(value, ensure_ascii=False)}
+        )
+    return flat
+
+
+def _short(text: str | None) -> str:
+    text = text or "nothing"
+    return text if len(text) <= 40 else f"{text[:37]}…"
 
 
 def set_aside(path: pathlib.Path) -> pathlib.Path:

@@ -27,7 +27,7 @@ import numpy as np
 
 from phi1 import __version__
 from phi1.errors import UserError
-from phi1.files import atomic_write, sha256_file, sha256_json, write_json
+from phi1.files import atomic_write, claim, sha256_file, sha256_json, write_json
 
 if TYPE_CHECKING:
     from phi1.tokenizer import Tokenizer
@@ -96,18 +96,7 @@ class TokenWriter:
             "masked": masked,
             **identity,
         }
-        stage = self.folder / STAGE
-        if stage.exists():
-            before = json.loads(stage.read_text(encoding="utf-8"))
-            if before != json.loads(json.dumps(self.identity)):
-                names = before.keys() | self.identity.keys()
-                differing = sorted(name for name in names if before.get(name) != self.identity.get(name))
-                raise UserError(
-                    f"{self.folder}: holds token shards made otherwise (different: {', '.join(differing)}); "
-                    "choose another folder, or delete this one"
-                )
-        else:
-            write_json(stage, self.identity)
+        claim(self.folder / STAGE, self.identity, "token shards")
         tokenizer.save(self.folder / "tokenizer.json")
 
     def has(self, shard: int) -> bool:

@@ -20,7 +20,7 @@ from phi1.evaluate import answers, exercises, humaneval, judge, models, puzzles,
 from phi1.evaluate.humaneval import Problem
 from phi1.evaluate.models import Model, Refused
 from phi1.evaluate.passk import bootstrap, interval, pass_at_k
-from phi1.files import sha256_json, write_json
+from phi1.files import claim, sha256_json, write_json
 from phi1.progress import Progress
 
 CHUNK = 64
@@ -199,10 +199,8 @@ def sample(
     done. Raises UserError if the folder holds samples of another checkpoint, benchmark or sampling.
     """
     output.mkdir(parents=True, exist_ok=True)
-    path, before = output / "samples.jsonl", output / "settings.json"
-    if before.exists() and _settings(before) != json.loads(json.dumps(settings)):
-        raise UserError(f"{output}: holds the samples of other settings or another checkpoint; choose another --output")
-    write_json(before, settings)
+    path = output / "samples.jsonl"
+    claim(output / "settings.json", settings, "samples")
     rows = _read_samples(path)
     by_id = {problem.task_id: problem for problem in problems}
     done = {(row["task_id"], row["sample"]) for row in rows}
@@ -279,13 +277,6 @@ def _run(
 def _clear(text: str) -> str:
     """Text without halves of characters, which no file of UTF-8 can hold."""
     return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _settings(path: pathlib.Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); delete the folder, or choose another --output") from error
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:

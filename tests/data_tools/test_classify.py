@@ -242,7 +242,7 @@ def test_a_run_again_does_nothing_and_another_setting_is_refused(config: Config)
     before = (folder / "forest.skops").stat().st_mtime_ns
     classify.run(config)
     assert (folder / "forest.skops").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="other settings or data"):
+    with pytest.raises(UserError, match="holds a forest made with other settings"):
         classify.run(dataclasses.replace(config, trees=31))
 
 

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from phi1.errors import UserError
-from phi1.files import atomic_write, sha256_file, sha256_json, write_json
+from phi1.files import atomic_write, claim, sha256_file, sha256_json, write_json
 
 
 def test_a_failed_write_leaves_what_stood_there(tmp_path: pathlib.Path) -> None:
@@ -53,3 +53,22 @@ def test_hashes(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256_json({"b": 1, "a": 2}) == sha256_json({"a": 2, "b": 1}) != sha256_json({"a": 2, "b": 2})
+
+
+def test_a_folder_is_claimed_once(tmp_path: pathlib.Path) -> None:
+    identity = {"stage": "x", "config": {"size": 1, "names": ("a", "b")}, "long": "l" * 100}
+    path = tmp_path / "folder" / "stage.json"
+    claim(path, identity, "rows")
+    written = path.read_bytes()
+    claim(path, identity, "rows")  # a tuple is read back as a list, and is the same
+    assert path.read_bytes() == written
+    other = {"stage": "x", "config": {"size": 2, "names": ("a", "b")}, "long": "l" * 99, "new": None}
+    with pytest.raises(UserError) as refused:
+        claim(path, other, "rows")
+    text = str(refused.value)
+    assert "folder: holds rows made with other settings (different: config.size: 1 there, 2 asked, long: " in text
+    assert "new: nothing there, null asked" in text and "l" * 60 not in text
+    for broken in ("{", "[]"):
+        path.write_text(broken)
+        with pytest.raises(UserError, match="not what was written there"):
+            claim(path, identity, "rows")

@@ -220,7 +220,7 @@ def test_unfinished_absent_and_broken_folders(tmp_path, tokenizer):
 
 
 def test_a_folder_of_other_shards_is_refused(dataset, tokenizer):
-    with pytest.raises(UserError, match=r"made otherwise \(different: inputs\)"):
+    with pytest.raises(UserError, match=r"other settings \(different: inputs: .* there, .* asked\)"):
         TokenWriter(dataset.folder, tokenizer, masked=False, identity={"inputs": ["b"]})
     with pytest.raises(UserError, match=r"different: .*masked"):
         TokenWriter(dataset.folder, tokenizer, masked=True, identity={"inputs": ["a"]})
