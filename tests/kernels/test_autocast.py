@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from cpu_isa import CPU_BACKENDS
-from emulator import emulator, emulator_module  # noqa: F401
 from torch import Tensor
 
 from kernels import (

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from calls import CALLS, Call
-from emulator import emulator, emulator_module  # noqa: F401
 from torch import Tensor
 
 DIFFERENTIABLE = [call for call in CALLS if call.differentiable]

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from cpu_isa import CPU_BACKENDS
-from emulator import emulator, emulator_module  # noqa: F401
 from error_rule import check
 from test_block import HEAD_DIM, HIDDEN, KV_HEADS, RESULTS, SHAPE, make, plain, run, run_with_grads
 from torch import Tensor
@@ -193,7 +192,7 @@ def test_checkpoint(backend, reentrant):
 
 def test_functional_gradients(backend):
     inputs = inputs_of(backend)
-    loss = lambda x: run([x, *inputs[1:]], backend=backend).float().square().sum()  # noqa: E731
+    loss = lambda x: run([x, *inputs[1:]], backend=backend).float().square().sum()
     x = inputs[0].clone().requires_grad_()
     expected = torch.autograd.grad(loss(x), x)[0]
     assert torch.equal(torch.func.grad(loss)(inputs[0]), expected)

@@ -11,7 +11,6 @@ from types import ModuleType
 import pytest
 import torch
 from cpu_isa import CPU_BACKENDS
-from emulator import emulator, emulator_module  # noqa: F401
 from error_rule import check
 from test_loss import make, plain, with_grads
 
@@ -40,7 +39,7 @@ def _check(module: ModuleType, name: str, device: str, dtype: torch.dtype, monke
     monkeypatch.setattr(module, "_WEIGHT_COLUMNS", 200)
     inputs, targets = make(16, 16, 520, dtype)
     truth, low = (with_grads(lambda *a: plain(*a, targets), inputs, kind) for kind in (torch.float64, dtype))
-    call = lambda *a: linear_cross_entropy(*a, targets.to(device), backend=name)  # noqa: E731
+    call = lambda *a: linear_cross_entropy(*a, targets.to(device), backend=name)
     found = with_grads(call, [x.to(device) for x in inputs], dtype)
     for what, a, b, c in zip(RESULTS, (x.cpu() for x in found), low, truth, strict=True):
         check(what, a.to(dtype) if what == "loss" else a, b, c, dtype)

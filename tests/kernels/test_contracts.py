@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from calls import CALLS, ROWS, Call
-from emulator import emulator, emulator_module  # noqa: F401
 from torch import Tensor
 
 from kernels import (
@@ -150,7 +149,7 @@ def test_out_is_seen_to_be_written(backend: str, compiled: bool) -> None:
     q, k, v = qkv()
     weight, out = torch.ones_like(q, requires_grad=True), torch.ones_like(q)
     y = (weight * out).sum()
-    write = lambda q, out: flash_attention(q, k, v, out=out, backend=backend)  # noqa: E731
+    write = lambda q, out: flash_attention(q, k, v, out=out, backend=backend)
     before = out._version
     (torch.compile(write, fullgraph=True, backend="aot_eager") if compiled else write)(q, out)
     assert out._version > before
@@ -188,7 +187,7 @@ def test_out_that_cannot_be_written_is_refused(backend: str) -> None:
 def test_shared_memory_is_found_element_by_element() -> None:
     """Against the sets of addresses, of strided views of one buffer."""
     generator = torch.Generator().manual_seed(3)
-    draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))  # noqa: E731
+    draw = lambda low, high: int(torch.randint(low, high, (), generator=generator))
     buffer, seen = torch.zeros(400), {True: 0, False: 0}
     for _ in range(400):
         views = []
@@ -273,7 +272,7 @@ def test_none_for_a_tensor_is_named(backend: str, missing: str) -> None:
 
 
 def test_empty_tensors_give_empty_ones_or_an_error_that_says_why(backend: str) -> None:
-    zeros = lambda *shape: torch.zeros(shape, dtype=DTYPE)  # noqa: E731
+    zeros = lambda *shape: torch.zeros(shape, dtype=DTYPE)
     table = reference.rotary_table(4, 16)
     x = zeros(0, 4, 2, 32)
     assert flash_attention(x, x, x, backend=backend).shape == x.shape  # type: ignore[union-attr]

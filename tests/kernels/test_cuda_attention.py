@@ -7,7 +7,7 @@ import attention_cases
 import pytest
 import torch
 from attention_cases import CASES, OUTPUTS, Case
-from emulator import DEVICES, check_attention, cuda_device, emulator, emulator_module  # noqa: F401
+from emulator import DEVICES, check_attention
 
 from kernels import BackendError, cuda, flash_attention, reference, registry
 from kernels.machine import Machine
@@ -41,7 +41,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("version", "case"), VERSIONS_AND_CASES)
-def test_attention_keeps_the_error_rule(cuda_device, request, force, version, case, dtype):  # noqa: F811
+def test_attention_keeps_the_error_rule(cuda_device, request, force, version, case, dtype):
     force(version, cuda_device)
     check_attention(case, dtype, cuda_device, _version)
     if cuda_device == "cuda":
@@ -52,7 +52,7 @@ def test_attention_keeps_the_error_rule(cuda_device, request, force, version, ca
 
 
 @pytest.mark.parametrize(("version", "head_dim"), VERSIONS_AND_DIMS)
-def test_bits_do_not_depend_on_the_order_of_threads(emulator, force, version, head_dim):  # noqa: F811
+def test_bits_do_not_depend_on_the_order_of_threads(emulator, force, version, head_dim):
     force(version)
     case = Case("order", batch=1, seqlen_q=170, seqlen_k=300, heads=2, kv_heads=1, head_dim=head_dim, dropout_p=0.1)
     first = attention_cases.run_case(case, torch.bfloat16, _version)
@@ -76,7 +76,7 @@ def test_repeated_runs_on_the_gpu_give_the_same_bits(force, version, head_dim):
 
 @pytest.mark.parametrize(("version", "head_dim"), VERSIONS_AND_DIMS)
 @pytest.mark.parametrize("documents", ((), ((40, 40), (33, 50))))
-def test_dropout_mask_is_the_reference_bit_for_bit(emulator, force, version, head_dim, documents):  # noqa: F811
+def test_dropout_mask_is_the_reference_bit_for_bit(emulator, force, version, head_dim, documents):
     """With q = 0 every probability is 1 / n, and with v = the identity's columns out is the row's mask itself."""
     force(version)
     columns = 50
@@ -102,7 +102,7 @@ def test_dropout_mask_is_the_reference_bit_for_bit(emulator, force, version, hea
 
 @pytest.mark.parametrize("head_dim", (32, 64, 128))
 @pytest.mark.parametrize("documents", ((), ((40, 40), (33, 50))))
-def test_dropout_mask_of_dv_is_the_reference_bit_for_bit(emulator, head_dim, documents):  # noqa: F811
+def test_dropout_mask_of_dv_is_the_reference_bit_for_bit(emulator, head_dim, documents):
     """With q = 0 every probability is 1 / n, and with grad_out = the identity's columns dv is the mask, transposed."""
     case = Case("mask", batch=1, seqlen_q=45, seqlen_k=70, heads=2, kv_heads=1, head_dim=head_dim, causal=False,
                 dropout_p=0.3, documents=documents)  # fmt: skip
@@ -127,7 +127,7 @@ def test_dropout_mask_of_dv_is_the_reference_bit_for_bit(emulator, head_dim, doc
             assert first >= 40 or 0.3 < kept[: case.seqlen_k if not documents else 40].float().mean() < 0.95
 
 
-def test_gradients_flow_through_strided_grad_out(emulator):  # noqa: F811
+def test_gradients_flow_through_strided_grad_out(emulator):
     """`grad_out` that is not contiguous gives the gradients of its contiguous copy."""
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, 33, 2, 64, generator=generator).to(torch.bfloat16).requires_grad_() for _ in range(3))
@@ -142,7 +142,7 @@ def test_gradients_flow_through_strided_grad_out(emulator):  # noqa: F811
 
 
 @pytest.mark.parametrize("version", cuda.ATTENTION_VERSIONS)
-def test_writes_into_a_slice_of_another_tensor(emulator, force, version):  # noqa: F811
+def test_writes_into_a_slice_of_another_tensor(emulator, force, version):
     force(version)
     q, k, v = (torch.randn(1, 20, 2, 64).to(torch.bfloat16) for _ in range(3))
     wide = torch.zeros(1, 20, 4, 64, dtype=torch.bfloat16)
@@ -153,7 +153,7 @@ def test_writes_into_a_slice_of_another_tensor(emulator, force, version):  # noq
 
 
 @pytest.mark.parametrize("version", cuda.ATTENTION_VERSIONS)
-def test_nan_in_the_inputs_reaches_the_output(emulator, force, version):  # noqa: F811
+def test_nan_in_the_inputs_reaches_the_output(emulator, force, version):
     force(version)
     q, k, v = (torch.randn(1, 9, 1, 64).to(torch.bfloat16) for _ in range(3))
     q[0, 4, 0, 7] = float("nan")
@@ -161,7 +161,7 @@ def test_nan_in_the_inputs_reaches_the_output(emulator, force, version):  # noqa
     assert out[0, 4].isnan().all() and not out[0, :4].isnan().any()
 
 
-def test_compiles_to_one_graph(emulator):  # noqa: F811
+def test_compiles_to_one_graph(emulator):
     def loss(q, k, v):
         return flash_attention(q, k, v, dropout_p=0.1, dropout_seed=5, backend=_version).float().square().sum()
 
@@ -172,7 +172,7 @@ def test_compiles_to_one_graph(emulator):  # noqa: F811
         torch.testing.assert_close(x, y)
 
 
-def test_opcheck(emulator):  # noqa: F811
+def test_opcheck(emulator):
     q, k, v = (torch.randn(1, 5, 2, 32).to(torch.bfloat16) for _ in range(3))
     cu = torch.tensor([0, 2, 5], dtype=torch.int32)
     for documents in ((None, None), (cu, cu)):
@@ -189,14 +189,14 @@ def test_opcheck(emulator):  # noqa: F811
         ({"head_dim": 48}, r"head_dim = 48: the kernels are made for 32, 64, 128"),
     ],
 )
-def test_what_the_kernels_are_not_made_for_is_refused(emulator, change, message):  # noqa: F811
+def test_what_the_kernels_are_not_made_for_is_refused(emulator, change, message):
     dtype, head_dim = change.get("dtype", torch.bfloat16), change.get("head_dim", 64)
     x = torch.zeros(1, 4, 1, head_dim, dtype=dtype)
     with pytest.raises(BackendError, match=message):
         flash_attention(x, x, x, backend=_version)
 
 
-def test_a_grid_too_large_is_refused_with_the_kernels_name(emulator_module):  # noqa: F811
+def test_a_grid_too_large_is_refused_with_the_kernels_name(emulator_module):
     x = torch.empty(0, 0, 0, 0)
     with pytest.raises(ValueError, match=r"CUDA kernel attention_forward: 4294967296 blocks: must be in 1..2147483647"):
         emulator_module.attention_forward_cuda(
@@ -205,7 +205,7 @@ def test_a_grid_too_large_is_refused_with_the_kernels_name(emulator_module):  # 
 
 
 @pytest.mark.parametrize("version", cuda.ATTENTION_VERSIONS)
-def test_global_memory_is_read_in_whole_sectors(emulator, force, version):  # noqa: F811
+def test_global_memory_is_read_in_whole_sectors(emulator, force, version):
     """16 bytes a lane, whole rows: no sector of 32 bytes is fetched for half of it, forward and backward."""
     force(version)
     case = dataclasses.replace(CASES[0], name="sectors", seqlen_q=128, seqlen_k=128)
@@ -215,7 +215,7 @@ def test_global_memory_is_read_in_whole_sectors(emulator, force, version):  # no
     assert counters["global_sectors"] <= 1.01 * counters["global_sectors_least"]
 
 
-def test_nan_in_a_neighbouring_document_stays_there(emulator, force):  # noqa: F811
+def test_nan_in_a_neighbouring_document_stays_there(emulator, force):
     """A tile of 128 keys reaches over the end of a document: what lies there is not even multiplied by zero."""
     force("hopper")
     q, k, v = (torch.randn(1, 60, 1, 64).to(torch.bfloat16) for _ in range(3))
@@ -227,7 +227,7 @@ def test_nan_in_a_neighbouring_document_stays_there(emulator, force):  # noqa: F
     assert torch.equal(out[:, :33], clean[:, :33]) and out[:, 33:].isnan().all()
 
 
-def test_a_version_that_cannot_serve_is_refused(emulator):  # noqa: F811
+def test_a_version_that_cannot_serve_is_refused(emulator):
     x = torch.zeros(1, 4, 1, 32, dtype=torch.bfloat16)
     with pytest.raises(BackendError, match="head_dim = 32: the hopper kernels are made for 64 and 128; able: "):
         flash_attention(x, x, x, backend="cuda/hopper")
@@ -247,7 +247,7 @@ def test_hopper_needs_its_card_and_its_build():
         on(capability=(9, 0), missing=missing)
 
 
-def test_an_unknown_version_is_refused_by_the_module(emulator_module):  # noqa: F811
+def test_an_unknown_version_is_refused_by_the_module(emulator_module):
     x = torch.empty(0, 0, 0, 0)
     with pytest.raises(ValueError, match=r"attention: version = 2: this build has 0 \(mma\) and 1 \(hopper\)"):
         emulator_module.attention_forward_cuda(

@@ -15,7 +15,6 @@ from cuda_block_cases import (
     make_inputs,
     run,
 )
-from emulator import cuda_device, emulator, emulator_module  # noqa: F401
 from torch import Tensor
 
 from kernels import BackendError, BlockShape, cuda, fused_block, parallel_block, reference
@@ -27,17 +26,17 @@ SMALL = dataclasses.replace(CASES[1], name="small", p=0.25)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_after_the_product_with_w_in(cuda_device, case, dtype):  # noqa: F811
+def test_after_the_product_with_w_in(cuda_device, case, dtype):
     check_projection_in(case, dtype, cuda_device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "columns", "p"), [(1, 8, 0.5), (7, 72, 0.0), (300, 40, 0.1), (6, 1048, 0.3)])
-def test_after_the_product_with_w_out(cuda_device, rows, columns, p, dtype):  # noqa: F811
+def test_after_the_product_with_w_out(cuda_device, rows, columns, p, dtype):
     check_projection_out(rows, columns, p, dtype, cuda_device)
 
 
-def test_nan_is_not_dropped(cuda_device):  # noqa: F811
+def test_nan_is_not_dropped(cuda_device):
     """As in the reference, 0 times NaN is NaN: an overflow is seen, whatever the mask."""
     g = torch.full((4, 8), float("nan"), dtype=torch.bfloat16, device=cuda_device)
     one, zero = torch.eye(8, dtype=g.dtype, device=cuda_device), torch.zeros_like(g)
@@ -46,7 +45,7 @@ def test_nan_is_not_dropped(cuda_device):  # noqa: F811
     assert y.isnan().all() and grad_h.isnan().all() and grad_bias.isnan().all()
 
 
-def test_many_chunks_of_rows(cuda_device):  # noqa: F811
+def test_many_chunks_of_rows(cuda_device):
     """More chunks than a block adds up at once, the last of them short."""
     check_projection_in(Case("rows", batch=3, seq=61, heads=1, hidden=8, inner=8), torch.bfloat16, cuda_device)
 
@@ -62,11 +61,11 @@ def test_formulas_are_the_reference(case):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_block_keeps_the_error_rule(cuda_device, case, dtype):  # noqa: F811
+def test_block_keeps_the_error_rule(cuda_device, case, dtype):
     check_block(case, dtype, cuda_device)
 
 
-def test_bits_do_not_depend_on_the_order_of_threads(emulator):  # noqa: F811
+def test_bits_do_not_depend_on_the_order_of_threads(emulator):
     tensors, options = make_inputs(SMALL, torch.bfloat16)
     first = run(tensors, options, "cuda")
     for seed in range(1, 6):
@@ -76,7 +75,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(emulator):  # noqa: F811
             assert torch.equal(x, y), (name, seed)
 
 
-def test_memory_requests_are_dense(emulator):  # noqa: F811
+def test_memory_requests_are_dense(emulator):
     """Whole sectors, but where a lane's 8 numbers are float32, two requests of half a sector each: sums and tables."""
     case = Case("dense", seq=64, heads=4, kv_heads=2, head_dim=64, rotary=32, inner=1024)
     check_projection_out(case.tokens, 256, 0.25, torch.bfloat16)
@@ -110,14 +109,14 @@ def _saved_bytes(tensors: list[Tensor], options: dict[str, object]) -> int:
     return sum(saved.values())
 
 
-def test_saves_x_z_and_attention_and_nothing_else(emulator):  # noqa: F811
+def test_saves_x_z_and_attention_and_nothing_else(emulator):
     case = CASES[2]
     saved = _saved_bytes(*make_inputs(case, torch.bfloat16))
     attention = case.heads * (2 * case.head_dim + 4)  # its output, and a float32 log-sum-exp a head
     assert saved == case.tokens * (2 * (case.hidden + case.qkv_width + case.inner) + attention)
 
 
-def test_tensors_that_are_not_dense_give_the_same_bits(emulator):  # noqa: F811
+def test_tensors_that_are_not_dense_give_the_same_bits(emulator):
     """x and the parameters as slices and transposes, one of them off by 2 bytes: as from contiguous copies."""
     case = CASES[1]
     tensors, options = make_inputs(case, torch.bfloat16)
@@ -144,7 +143,7 @@ def test_tensors_that_are_not_dense_give_the_same_bits(emulator):  # noqa: F811
 
 
 @pytest.mark.parametrize("steps", [[1] * 4, [3, 1]], ids=str)
-def test_cache_equals_the_whole_sequence(emulator, steps):  # noqa: F811
+def test_cache_equals_the_whole_sequence(emulator, steps):
     case = Case("cache", batch=2, seq=4)
     tensors, options = make_inputs(case, torch.bfloat16)
     with torch.no_grad():
@@ -160,7 +159,7 @@ def test_cache_equals_the_whole_sequence(emulator, steps):  # noqa: F811
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=2**-7, atol=2**-7)
 
 
-def test_opcheck(emulator):  # noqa: F811
+def test_opcheck(emulator):
     case = CASES[3]
     tensors, options = make_inputs(case, torch.bfloat16)
     x, parameters = tensors[0].view(case.tokens, case.hidden), tensors[1:7]
@@ -175,7 +174,7 @@ def test_opcheck(emulator):  # noqa: F811
     torch.library.opcheck(backward, arguments, test_utils=utilities)
 
 
-def test_compiles_to_one_graph(emulator):  # noqa: F811
+def test_compiles_to_one_graph(emulator):
     tensors, options = make_inputs(SMALL, torch.bfloat16)
     expected = run(tensors, options, "cuda")
     function = torch.compile(
@@ -201,14 +200,14 @@ def test_compiles_to_one_graph(emulator):  # noqa: F811
         ({"rotary": 8}, torch.bfloat16, r"cos.shape\[-1\] = 8: the kernels turn a multiple of 16 dims"),
     ],
 )
-def test_what_the_kernels_are_not_made_for_is_refused(emulator, change, dtype, message):  # noqa: F811
+def test_what_the_kernels_are_not_made_for_is_refused(emulator, change, dtype, message):
     tensors, options = make_inputs(dataclasses.replace(CASES[1], **change), dtype)
     with pytest.raises(BackendError, match=message):
         parallel_block(*tensors, **options, backend="cuda")
     assert emulator.counters()["launches"] == 0
 
 
-def test_bad_input(emulator):  # noqa: F811
+def test_bad_input(emulator):
     tensors, options = make_inputs(CASES[1], torch.bfloat16)
     with pytest.raises(ValueError, match=r"cos.shape = \(5, 16\): 11 tokens need 11 rows"):
         parallel_block(*tensors[:7], *reference.rotary_table(5, 32), **options, backend="cuda")
@@ -225,7 +224,7 @@ def test_more_tokens_than_an_index_counts():
         cuda._after_in_arguments(none, none, none, layout)
 
 
-def test_positions_beyond_the_table_die(emulator, monkeypatch):  # noqa: F811
+def test_positions_beyond_the_table_die(emulator, monkeypatch):
     """Under the emulator; a GPU is not asked, since looking at the positions would stop the stream."""
     monkeypatch.setattr(fused_block, "check_positions", lambda *_: None)  # which CPU tensors meet first
     tensors, options = make_inputs(CASES[1], torch.bfloat16)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from emulator import cuda_device, emulator, emulator_module  # noqa: F401
 from error_rule import record
 
 from kernels import layer_norm, reference
@@ -66,39 +65,39 @@ def check_equal_numbers(device: str = "cpu") -> None:
     assert ((dx.cpu().double() - expected).abs() <= expected.abs() * 2**-8 + 1e-3).all()
 
 
-def test_rows_of_equal_numbers(cuda_device):  # noqa: F811
+def test_rows_of_equal_numbers(cuda_device):
     check_equal_numbers(cuda_device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_layer_norm_keeps_the_error_rule(cuda_device, shape, dtype):  # noqa: F811
+def test_layer_norm_keeps_the_error_rule(cuda_device, shape, dtype):
     check_layer_norm(shape, dtype, cuda_device)
 
 
-def test_strided_rows_and_gradients(emulator):  # noqa: F811
+def test_strided_rows_and_gradients(emulator):
     """x as a slice of a wider tensor, grad_y transposed: the same bits as from contiguous copies."""
     x, weight, bias, grad = _inputs((6, 5, 64), torch.bfloat16)
     wide = torch.zeros(6, 5, 80, dtype=torch.bfloat16)
     wide[..., 8:72] = x
     strided_grad = grad.transpose(0, 1).contiguous().transpose(0, 1)
-    run = lambda *t: layer_norm(*t, backend="cuda")  # noqa: E731
+    run = lambda *t: layer_norm(*t, backend="cuda")
     for ours, dense in zip(
         _results(run, wide[..., 8:72], weight, bias, strided_grad), _results(run, x, weight, bias, grad), strict=True
     ):
         assert torch.equal(ours, dense)
 
 
-def test_bits_do_not_depend_on_the_order_of_threads(emulator):  # noqa: F811
+def test_bits_do_not_depend_on_the_order_of_threads(emulator):
     inputs = _inputs((90, 72), torch.bfloat16)
-    run = lambda *t: layer_norm(*t, backend="cuda")  # noqa: E731
+    run = lambda *t: layer_norm(*t, backend="cuda")
     first = _results(run, *inputs)
     for seed in range(1, 9):
         emulator.set_seed(seed)
         assert all(torch.equal(x, y) for x, y in zip(first, _results(run, *inputs), strict=True))
 
 
-def test_memory_requests_are_dense(emulator):  # noqa: F811
+def test_memory_requests_are_dense(emulator):
     _results(lambda *t: layer_norm(*t, backend="cuda"), *_inputs((64, 256), torch.bfloat16))
     counters = emulator.counters()
     assert counters["global_sectors"] == counters["global_sectors_least"] > 0
@@ -106,18 +105,18 @@ def test_memory_requests_are_dense(emulator):  # noqa: F811
     assert counters["shared_wavefronts"] <= 1.6 * counters["shared_wavefronts_least"]
 
 
-def test_width_that_is_no_multiple_of_8_is_refused(emulator):  # noqa: F811
+def test_width_that_is_no_multiple_of_8_is_refused(emulator):
     x, weight = torch.zeros(2, 12), torch.ones(12)
     with pytest.raises(ValueError, match=r"x.shape\[-1\] = 12: .* a multiple of 8"):
         layer_norm(x, weight, weight, backend="cuda")
 
 
-def test_opcheck_and_one_graph(emulator):  # noqa: F811
+def test_opcheck_and_one_graph(emulator):
     x, weight, bias, grad = _inputs((5, 16), torch.bfloat16)
     torch.library.opcheck(torch.ops.phi1.layer_norm_forward, (x, weight, bias, 1e-5, "cuda"))
     _, stats = torch.ops.phi1.layer_norm_forward(x, weight, bias, 1e-5, "cuda")
     torch.library.opcheck(torch.ops.phi1.layer_norm_backward, (grad, x, weight, stats, "cuda"))
-    run = lambda *t: layer_norm(*t, backend="cuda")  # noqa: E731
+    run = lambda *t: layer_norm(*t, backend="cuda")
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for ours, eager in zip(
         _results(compiled, x, weight, bias, grad), _results(run, x, weight, bias, grad), strict=True

@@ -7,7 +7,6 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from emulator import cuda_device, emulator, emulator_module  # noqa: F401
 from error_rule import check
 from test_loss import make, plain, plain_with_z_loss, with_grads
 from torch import Tensor
@@ -33,7 +32,7 @@ def chunk_of(logits: int) -> Iterator[None]:
 
 def run(inputs: list[Tensor], targets: Tensor, **options: object) -> list[Tensor]:
     """Loss and the gradients of hidden, weight and bias."""
-    loss = lambda *t: linear_cross_entropy(*t, targets, backend="cuda", **options)  # noqa: E731
+    loss = lambda *t: linear_cross_entropy(*t, targets, backend="cuda", **options)
     return with_grads(loss, inputs, inputs[0].dtype)
 
 
@@ -109,37 +108,37 @@ def check_wrong_targets(device: str = "cpu") -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_loss_keeps_the_error_rule(cuda_device, shape, dtype):  # noqa: F811
+def test_loss_keeps_the_error_rule(cuda_device, shape, dtype):
     check_loss(shape, dtype, cuda_device)
 
 
-def test_loss_in_several_parts_of_the_rows(cuda_device):  # noqa: F811
+def test_loss_in_several_parts_of_the_rows(cuda_device):
     """Chunks of 33 rows, in three parts for the bias's gradient, and one of 7 rows, fewer than would fill them."""
     check_loss((40, 8, 1032), torch.bfloat16, cuda_device, chunk_rows=33)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_logits_and_columns_of_minus_infinity(cuda_device, dtype):  # noqa: F811
+def test_large_logits_and_columns_of_minus_infinity(cuda_device, dtype):
     check_extremes(dtype, cuda_device)
 
 
-def test_each_part_of_the_rows_has_its_own_sums(emulator):  # noqa: F811
+def test_each_part_of_the_rows_has_its_own_sums(emulator):
     check_parts(emulator)
 
 
-def test_a_target_that_is_no_column_is_nan(cuda_device):  # noqa: F811
+def test_a_target_that_is_no_column_is_nan(cuda_device):
     check_wrong_targets(cuda_device)
 
 
 @pytest.mark.parametrize("position", ["hidden", "bias"])
-def test_nan_stays_nan(cuda_device, position):  # noqa: F811
+def test_nan_stays_nan(cuda_device, position):
     inputs, targets = (make(3, 8, 40, torch.bfloat16)[0], torch.tensor([1, 2, 3], device=cuda_device))
     {"hidden": inputs[0][1], "bias": inputs[2]}[position][5] = torch.nan
     assert run([t.to(cuda_device) for t in inputs], targets)[0].isnan()
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, 6, 12, 13])
-def test_chunks_make_no_difference(cuda_device, chunk_rows):  # noqa: F811
+def test_chunks_make_no_difference(cuda_device, chunk_rows):
     inputs, targets = make(12, 8, 40, torch.float32)
     targets[5] = -100
     inputs, targets = [t.to(cuda_device) for t in inputs], targets.to(cuda_device)
@@ -150,7 +149,7 @@ def test_chunks_make_no_difference(cuda_device, chunk_rows):  # noqa: F811
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
 
 
-def test_all_ignored_is_zero_not_nan(cuda_device):  # noqa: F811
+def test_all_ignored_is_zero_not_nan(cuda_device):
     """Whatever the logits are; also when a column is the index that is ignored."""
     inputs, targets = make(5, 8, 16, torch.bfloat16)
     inputs[0][2] = torch.nan
@@ -160,13 +159,13 @@ def test_all_ignored_is_zero_not_nan(cuda_device):  # noqa: F811
         assert float(loss) == 0 and not grad_bias.any() and not grad_hidden.any()
 
 
-def test_no_rows(cuda_device):  # noqa: F811
+def test_no_rows(cuda_device):
     inputs, targets = make(0, 8, 16, torch.bfloat16)
     found = run([t.to(cuda_device) for t in inputs], targets.to(cuda_device))
     assert all(not x.any() for x in found) and found[2].shape == (16, 8)
 
 
-def test_without_gradients_one_launch_a_chunk(emulator):  # noqa: F811
+def test_without_gradients_one_launch_a_chunk(emulator):
     inputs, targets = make(12, 8, 40, torch.bfloat16)
     expected = run(inputs, targets)[0]
     emulator.reset_counters()
@@ -176,7 +175,7 @@ def test_without_gradients_one_launch_a_chunk(emulator):  # noqa: F811
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
 
-def test_bits_do_not_depend_on_the_order_of_threads(emulator):  # noqa: F811
+def test_bits_do_not_depend_on_the_order_of_threads(emulator):
     inputs, targets = make(37, 8, 1040, torch.bfloat16)
     first = run(inputs, targets)
     for seed in range(1, 4):
@@ -184,7 +183,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(emulator):  # noqa: F811
         assert all(torch.equal(x, y) for x, y in zip(first, run(inputs, targets), strict=True))
 
 
-def test_runs_repeat(cuda_device):  # noqa: F811
+def test_runs_repeat(cuda_device):
     inputs, targets = make(37, 64, 1040, torch.bfloat16)
     inputs, targets = [t.to(cuda_device) for t in inputs], targets.to(cuda_device)
     with chunk_of(16 * 1040):
@@ -192,7 +191,7 @@ def test_runs_repeat(cuda_device):  # noqa: F811
         assert all(torch.equal(x, y) for x, y in zip(first, run(inputs, targets), strict=True))
 
 
-def test_memory_requests_are_dense(emulator):  # noqa: F811
+def test_memory_requests_are_dense(emulator):
     """Whole sectors, but where a lane's 8 numbers are float32, two requests of half a sector each: the sums."""
     rows, columns = 40, 1024
     inputs, targets = make(rows, 8, columns, torch.bfloat16)
@@ -208,7 +207,7 @@ def test_memory_requests_are_dense(emulator):  # noqa: F811
     assert counters["global_sectors_least"] == large + rows * (16 + 4 + 2 * 4)
 
 
-def test_tensors_that_are_not_dense_give_the_same_bits(emulator):  # noqa: F811
+def test_tensors_that_are_not_dense_give_the_same_bits(emulator):
     """hidden a slice, weight a transpose, bias off by 2 bytes, every other target."""
     inputs, targets = make(6, 16, 40, torch.bfloat16)
     wide = torch.zeros(6, 20, dtype=torch.bfloat16)
@@ -236,14 +235,14 @@ def test_tensors_that_are_not_dense_give_the_same_bits(emulator):  # noqa: F811
         (8, torch.float64, "dtype = torch.float64: native kernels take float32, bfloat16 and float16"),
     ],
 )
-def test_what_the_kernels_are_not_made_for_is_refused(emulator, columns, dtype, message):  # noqa: F811
+def test_what_the_kernels_are_not_made_for_is_refused(emulator, columns, dtype, message):
     inputs, targets = make(3, 8, columns, dtype)
     with pytest.raises(BackendError, match=message):
         linear_cross_entropy(*inputs, targets, backend="cuda")
     assert emulator.counters()["launches"] == 0
 
 
-def test_the_remedy_for_columns_is_exact(emulator):  # noqa: F811
+def test_the_remedy_for_columns_is_exact(emulator):
     """5 columns, padded to 8 as the refusal says."""
     inputs, targets = make(7, 8, 5, torch.float32)
     expected = with_grads(lambda *t: plain(*t, targets), inputs, torch.float64)
@@ -259,14 +258,14 @@ def test_the_remedy_for_columns_is_exact(emulator):  # noqa: F811
 
 
 @pytest.mark.parametrize("grads", [True, False])
-def test_opcheck(emulator, grads):  # noqa: F811
+def test_opcheck(emulator, grads):
     inputs, targets = make(5, 4, 16, torch.bfloat16)
     torch.library.opcheck(torch.ops.phi1.linear_cross_entropy.default, (*inputs, targets, -100, 1e-4, grads, "cuda"))
 
 
-def test_compiles_to_one_graph(emulator):  # noqa: F811
+def test_compiles_to_one_graph(emulator):
     inputs, targets = make(12, 8, 40, torch.bfloat16)
-    function = lambda *t: linear_cross_entropy(*t, targets, backend="cuda")  # noqa: E731
+    function = lambda *t: linear_cross_entropy(*t, targets, backend="cuda")
     eager = with_grads(function, inputs, torch.bfloat16)
     compiled = with_grads(torch.compile(function, fullgraph=True, backend="aot_eager"), inputs, torch.bfloat16)
     assert all(torch.equal(x, y) for x, y in zip(eager, compiled, strict=True))

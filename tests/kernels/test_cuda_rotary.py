@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from emulator import cuda_device, emulator, emulator_module  # noqa: F401
 
 from kernels import apply_rotary, reference
 
@@ -20,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
         ((3, 2, 17, 64), 17, 16, "shared"),
     ],
 )
-def test_rotary_is_the_reference(cuda_device, dtype, shape, kv_heads, half, positions):  # noqa: F811
+def test_rotary_is_the_reference(cuda_device, dtype, shape, kv_heads, half, positions):
     """One rounding of float32 arithmetic: the reference's bits, but for one unit in the last place of float32 (FMA)."""
     generator = torch.Generator().manual_seed(1)
     batch, seq, _, head_dim = shape
@@ -44,7 +43,7 @@ def test_rotary_is_the_reference(cuda_device, dtype, shape, kv_heads, half, posi
             assert ((x.cpu().double() - y).abs() <= bound * 1.001).all()
 
 
-def test_rotary_takes_slices_of_a_packed_buffer(emulator):  # noqa: F811
+def test_rotary_takes_slices_of_a_packed_buffer(emulator):
     packed = torch.randn(2, 3, 10 * 64).to(torch.bfloat16)
     q, k, _ = (x.unflatten(-1, (-1, 64)) for x in packed.split([4 * 64, 2 * 64, 4 * 64], dim=-1))
     cos, sin = reference.rotary_table(3, 32)
@@ -53,7 +52,7 @@ def test_rotary_takes_slices_of_a_packed_buffer(emulator):  # noqa: F811
         torch.testing.assert_close(x, y, rtol=2**-8, atol=1e-6)
 
 
-def test_gradient_is_the_inverse_rotation(emulator):  # noqa: F811
+def test_gradient_is_the_inverse_rotation(emulator):
     q = torch.randn(1, 4, 2, 64, requires_grad=True)
     k = torch.randn(1, 4, 2, 64, requires_grad=True)
     cos, sin = reference.rotary_table(4, 32)
@@ -64,7 +63,7 @@ def test_gradient_is_the_inverse_rotation(emulator):  # noqa: F811
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 
 
-def test_memory_requests_are_dense(emulator):  # noqa: F811
+def test_memory_requests_are_dense(emulator):
     """Whole sectors, but where a lane's 8 numbers are float32, two requests of half a sector each: cos and sin."""
     q = torch.randn(1, 8, 8, 64).to(torch.bfloat16)
     cos, sin = reference.rotary_table(8, 64)
@@ -79,7 +78,7 @@ def test_memory_requests_are_dense(emulator):  # noqa: F811
     assert counters["global_sectors"] <= 1.5 * counters["global_sectors_least"]
 
 
-def test_opcheck(emulator):  # noqa: F811
+def test_opcheck(emulator):
     q = torch.randn(1, 3, 2, 64)
     cos, sin = reference.rotary_table(3, 32)
     torch.library.opcheck(torch.ops.phi1.rotary, (q, q.clone(), cos, sin, None, False, "cuda"))

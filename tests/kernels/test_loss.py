@@ -235,7 +235,7 @@ def test_a_target_outside_the_columns_is_an_error_on_the_cpu():
 
 def test_compiles_to_one_graph(name):
     inputs, targets = make(12, 8, 31, torch.float32)
-    function = lambda *a: linear_cross_entropy(*a, targets, backend=name)  # noqa: E731
+    function = lambda *a: linear_cross_entropy(*a, targets, backend=name)
     eager = with_grads(function, inputs, torch.float32)
     compiled = with_grads(torch.compile(function, fullgraph=True, backend="aot_eager"), inputs, torch.float32)
     for a, b in zip(eager, compiled, strict=True):

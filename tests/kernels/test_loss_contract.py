@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from cpu_isa import CPU_BACKENDS
-from emulator import emulator, emulator_module  # noqa: F401
 from error_rule import check
 from test_loss import DTYPES, make, plain, set_chunk, with_grads
 from torch import Tensor
@@ -186,7 +185,7 @@ def test_twice_differentiable(name, monkeypatch):
     inputs, targets = make(5, 3, 7, torch.float64)
     targets[2] = -100
     leaves = [t.requires_grad_() for t in inputs]
-    loss = lambda *a: linear_cross_entropy(*a, targets, z_loss=0.3, backend=name)  # noqa: E731
+    loss = lambda *a: linear_cross_entropy(*a, targets, z_loss=0.3, backend=name)
     assert torch.autograd.gradgradcheck(loss, leaves)
     hessian = torch.func.jacrev(torch.func.jacrev(lambda h: loss(h, *inputs[1:])))(inputs[0].detach())
     assert hessian.shape == (5, 3, 5, 3) and hessian[2].abs().max() == 0
@@ -233,7 +232,7 @@ def test_compiled_with_ignored_rows_and_no_bias(backend):
     torch._dynamo.reset()
     inputs, targets = make(9, 16, 24, torch.float16)
     targets[4] = -100
-    loss = lambda h, w: linear_cross_entropy(h, w, None, targets, backend=backend)  # noqa: E731
+    loss = lambda h, w: linear_cross_entropy(h, w, None, targets, backend=backend)
     eager = with_grads(loss, inputs[:2], torch.float16)
     compiled = with_grads(torch.compile(loss, fullgraph=True, backend="aot_eager"), inputs[:2], torch.float16)
     for a, b in zip(compiled, eager, strict=True):
@@ -242,7 +241,7 @@ def test_compiled_with_ignored_rows_and_no_bias(backend):
 
 def test_functional_gradients(backend):
     inputs, targets = make(9, 16, 24, torch.float32)
-    loss = lambda *a: linear_cross_entropy(*a, targets, backend=backend)  # noqa: E731
+    loss = lambda *a: linear_cross_entropy(*a, targets, backend=backend)
     grads = torch.func.grad(loss, argnums=(0, 1, 2))(*inputs)
     for a, b in zip(grads, _expected(inputs, targets, backend)[1:], strict=True):
         torch.testing.assert_close(a, b)

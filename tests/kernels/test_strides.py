@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 from calls import CALLS, Call
-from emulator import emulator, emulator_module  # noqa: F401
 from torch import Tensor
 
 from kernels import native

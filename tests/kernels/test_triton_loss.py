@@ -33,7 +33,7 @@ def use_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(inputs: list[Tensor], targets: Tensor, dtype: torch.dtype, **options: object) -> list[Tensor]:
     """loss and the gradients of hidden, weight and bias by the backend, on the CPU."""
-    call = lambda *a: linear_cross_entropy(*a, targets.to(DEVICE), backend="triton", **options)  # noqa: E731
+    call = lambda *a: linear_cross_entropy(*a, targets.to(DEVICE), backend="triton", **options)
     return [t.cpu() for t in with_grads(call, [t.to(DEVICE) for t in inputs], dtype)]
 
 
@@ -197,7 +197,7 @@ def test_opcheck(grads):
 def test_compiles_to_one_graph():
     inputs, targets = make(12, 8, 31, torch.float32)
     inputs, targets = [t.to(DEVICE) for t in inputs], targets.to(DEVICE)
-    function = lambda *a: linear_cross_entropy(*a, targets, backend="triton")  # noqa: E731
+    function = lambda *a: linear_cross_entropy(*a, targets, backend="triton")
     eager = with_grads(function, inputs, torch.float32)
     compiled = with_grads(torch.compile(function, fullgraph=True, backend="aot_eager"), inputs, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
