@@ -58,14 +58,7 @@ def _prune(configs: list[triton.Config], named: dict[str, Any], **options: Any) 
 
 
 def _tuned(function, key: list[str], specialized: bool):
-    """Times the candidates at the first call of each kind and keeps the winner on disk, beside Triton's other files."""
-    return triton.autotune(
-        candidates(specialized),
-        key=[*key, "row_class", "DESCRIPTORS"],
-        prune_configs_by={"early_config_prune": _prune},
-        cache_results=True,
-        do_bench=trial.bench,
-    )(function)
+    return trial.tuned(candidates(specialized), [*key, "row_class", "DESCRIPTORS"], _prune)(function)
 
 
 _project_in_kernel = _tuned(project_in_kernel, ["hidden", "width"], specialized=False)
