@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from data_tools.ledger import alive
 from phi1 import __version__
 from phi1.errors import UserError
-from phi1.files import atomic_write, sha256_file, sha256_json, write_json
+from phi1.files import atomic_write, check_identity, sha256_file, sha256_json, write_json
 from phi1.progress import Progress
 
 if TYPE_CHECKING:
@@ -225,20 +225,8 @@ def _claim(output: pathlib.Path, identity: dict[str, Any]) -> None:
     if before == identity:
         return
     if before is not None and any(output.glob("[0-9]*.parquet")):
-        old, new = _flat(before), _flat(identity)
-        differing = sorted(key for key in old | new if old.get(key) != new.get(key))
-        if differing:
-            told = ", ".join(f"{key}: {_short(old.get(key))} there, {_short(new.get(key))} asked" for key in differing)
-            raise UserError(
-                f"{output}: holds a dataset made with other settings (different: {told}); run it as it was begun, "
-                "choose another folder, or delete this one"
-            )
+        check_identity(output, _facts(before), _facts(identity), "a dataset")
     write_json(path, identity)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else f"{text[:37]}…"
 
 
 def _check_parts(output: pathlib.Path, parts: Sequence[tuple[str, str]]) -> None:
@@ -290,11 +278,8 @@ def sweep(folder: pathlib.Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _flat(identity: dict[str, Any]) -> dict[str, Any]:
-    inputs = [entry["hash"] for entry in identity["inputs"]]  # an input may have been renamed
-    return {"stage": identity["stage"], "shard_count": identity["shard_count"], "inputs": inputs} | {
-        f"config.{key}": value for key, value in identity["config"].items()
-    }
+def _facts(identity: dict[str, Any]) -> dict[str, Any]:
+    return identity | {"inputs": [entry["hash"] for entry in identity["inputs"]]}  # an input may have been renamed
 
 
 def _receipts(todo: list[int], workers: int, make: Callable[[int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
