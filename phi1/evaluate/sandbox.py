@@ -28,9 +28,21 @@ from typing import Any
 from phi1.evaluate.sandbox_server import MEMORY, TIMEOUT, Feature, Job, Lost, Result, Server, Status, Strength
 
 __all__ = [
-    "MEMORY", "TIMEOUT", "Feature", "Job", "Result", "Server", "Status", "Strength", "close_idle", "run_each", "run_job",
-    "run_many", "run_program", "strength",
-]  # fmt: skip
+    "MEMORY",
+    "TIMEOUT",
+    "Feature",
+    "Job",
+    "Result",
+    "Server",
+    "Status",
+    "Strength",
+    "close_idle",
+    "run_each",
+    "run_job",
+    "run_many",
+    "run_program",
+    "strength",
+]
 
 _idle: list[Server] = []
 _owner = 0

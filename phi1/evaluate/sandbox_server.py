@@ -35,9 +35,12 @@ MEMORY = 512 << 20
 _SERVER = pathlib.Path(__file__).resolve().parent / "inside" / "__main__.py"
 _KEPT = ("LD_LIBRARY_PATH", "OPENBLAS_CORETYPE")
 _ENVIRONMENT = {
-    "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+    "PATH": "/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",  # else each thread reserves 64 MiB of the address space that a job may have
-}  # fmt: skip
+}
 _PATIENCE = 30.0  # seconds for an answer of the server, which does little before it
 _TICK = 0.05  # seconds between two looks at a job's clocks
 

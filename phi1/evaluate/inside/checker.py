@@ -142,9 +142,11 @@ def exactly_equal(left: Any, right: Any) -> bool:
     if isinstance(left, (list, tuple)):
         return len(left) == len(right) and all(map(exactly_equal, left, right))
     if isinstance(left, dict):
-        return len(left) == len(right) and all(
-            key in right and exactly_equal(value, right[key]) for key, value in left.items()
-        ) and exactly_equal(_by_type(left), _by_type(right))  # fmt: skip
+        return (
+            len(left) == len(right)
+            and all(key in right and exactly_equal(value, right[key]) for key, value in left.items())
+            and exactly_equal(_by_type(left), _by_type(right))
+        )
     if isinstance(left, (set, frozenset)):
         return bool(left == right) and _by_type(left) == _by_type(right)
     return bool(left == right)

@@ -12,12 +12,45 @@ from phi1.evaluate.inside.wire import Codec
 _DEPTH = 8  # of causes and of exceptions within exceptions
 # Modules of the standard library whose exceptions are the same class on both sides, where the test has imported them. Not
 # all: one of unittest's would tell a test's runner to skip it.
-_LIBRARY = frozenset((
-    "_csv", "_pickle", "_queue", "_struct", "binascii", "concurrent.futures._base", "configparser", "copy", "dataclasses",
-    "decimal", "graphlib", "http.client", "ipaddress", "json.decoder", "locale", "pickle", "pyexpat", "queue", "re",
-    "re._constants", "shutil", "sqlite3", "sre_constants", "statistics", "struct", "subprocess", "tarfile", "tomllib",
-    "urllib.error", "xml.etree.ElementTree", "xml.parsers.expat", "zipfile", "zlib", "zoneinfo", "zoneinfo._common",
-))  # fmt: skip
+_LIBRARY = frozenset(
+    (
+        "_csv",
+        "_pickle",
+        "_queue",
+        "_struct",
+        "binascii",
+        "concurrent.futures._base",
+        "configparser",
+        "copy",
+        "dataclasses",
+        "decimal",
+        "graphlib",
+        "http.client",
+        "ipaddress",
+        "json.decoder",
+        "locale",
+        "pickle",
+        "pyexpat",
+        "queue",
+        "re",
+        "re._constants",
+        "shutil",
+        "sqlite3",
+        "sre_constants",
+        "statistics",
+        "struct",
+        "subprocess",
+        "tarfile",
+        "tomllib",
+        "urllib.error",
+        "xml.etree.ElementTree",
+        "xml.parsers.expat",
+        "zipfile",
+        "zlib",
+        "zoneinfo",
+        "zoneinfo._common",
+    )
+)
 
 
 class Exceptions(Codec):
@@ -59,12 +92,16 @@ class Exceptions(Codec):
         try:
             inner = self.depth < _DEPTH
             return {
-                "classes": self._lineage(error), "args": [atom(a) for a in self._arguments(error, inner)], "number": number,
-                "type": type(error).__name__, "message": message, "line": line,
+                "classes": self._lineage(error),
+                "args": [atom(a) for a in self._arguments(error, inner)],
+                "number": number,
+                "type": type(error).__name__,
+                "message": message,
+                "line": line,
                 "text": text if any("__str__" in vars(kind) for kind in _own_classes(type(error))) else None,
                 "value": atom(value) if isinstance(error, StopIteration) else None,
                 "cause": atom(cause) if cause is not None and inner else None,
-            }  # fmt: skip
+            }
         finally:
             self.depth -= 1
 

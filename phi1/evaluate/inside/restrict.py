@@ -89,10 +89,15 @@ def keep_descriptors(fence: Fence, *kept: int) -> Fence:
 def restrict(limits: Limits, fence: Fence, folder: str) -> None:
     """Makes this process a sandboxed one. Raises OSError if something that the fence has does not hold."""
     for kind, value in (
-        (resource.RLIMIT_AS, limits.memory), (resource.RLIMIT_CPU, limits.cpu), (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, limits.file_bytes), (resource.RLIMIT_NOFILE, OPEN_FILES), (resource.RLIMIT_MEMLOCK, 0),
-        (resource.RLIMIT_MSGQUEUE, 0), (resource.RLIMIT_NPROC, limits.tasks),
-    ):  # fmt: skip
+        (resource.RLIMIT_AS, limits.memory),
+        (resource.RLIMIT_CPU, limits.cpu),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, limits.file_bytes),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_MSGQUEUE, 0),
+        (resource.RLIMIT_NPROC, limits.tasks),
+    ):
         if value is not None:
             resource.setrlimit(kind, (value, value))
     if fence.user is not None:

@@ -26,7 +26,7 @@ from phi1.evaluate.inside.restrict import (
     landlock,
     landlock_version,
     restrict,
-)  # fmt: skip
+)
 
 # What programs import most: loaded once. Every fork pays for `random` and `threading` (0.7 ms: they work after it in the
 # child) and for modules with shared libraries of their own: none of those here, nor what imports them.

@@ -12,27 +12,43 @@ from phi1.evaluate import humaneval
 from phi1.evaluate.sandbox import run_job
 
 MBPP = {
-    "task_id": 2, "text": "Write a function to find the shared elements from the given two lists.",
+    "task_id": 2,
+    "text": "Write a function to find the shared elements from the given two lists.",
     "code": "def similar_elements(test_tup1, test_tup2):\r\n  res = tuple(set(test_tup1) & set(test_tup2))\r\n  return (res) ",
     "test_list": ["assert set(similar_elements((3, 4, 5, 6),(5, 7, 4, 10))) == set((4, 5))"],
-    "test_setup_code": "", "challenge_test_list": [],
-}  # fmt: skip
+    "test_setup_code": "",
+    "challenge_test_list": [],
+}
 SANITIZED = {
-    "source_file": "x", "task_id": 20, "prompt": "Write a function to check if the given number is woodball or not.",
+    "source_file": "x",
+    "task_id": 20,
+    "prompt": "Write a function to check if the given number is woodball or not.",
     "code": "def helper(x):\n    return x\n\ndef is_woodall(x):\n    return helper(x) == 383\n",
-    "test_imports": ["import math"], "test_list": ["assert is_woodall(383) == True", "assert is_woodall(math.floor(254.5)) == False"],
-}  # fmt: skip
+    "test_imports": ["import math"],
+    "test_list": ["assert is_woodall(383) == True", "assert is_woodall(math.floor(254.5)) == False"],
+}
 PLUS = {
-    "task_id": "Mbpp/2", "prompt": '"""\nFind the shared elements.\nassert similar_elements((3, 4), (4,)) == (4,)\n"""\n',
-    "entry_point": "similar_elements", "canonical_solution": "def similar_elements(a, b):\n    assert type(a) is tuple\n    return tuple(set(a) & set(b))\n",
-    "base_input": [[[3, 4, 5, 6], [5, 7, 4, 10]]], "plus_input": [[[], []], [[1, 1], [1]]], "atol": 0, "contract": "",
+    "task_id": "Mbpp/2",
+    "prompt": '"""\nFind the shared elements.\nassert similar_elements((3, 4), (4,)) == (4,)\n"""\n',
+    "entry_point": "similar_elements",
+    "canonical_solution": "def similar_elements(a, b):\n    assert type(a) is tuple\n    return tuple(set(a) & set(b))\n",
+    "base_input": [[[3, 4, 5, 6], [5, 7, 4, 10]]],
+    "plus_input": [[[], []], [[1, 1], [1]]],
+    "atol": 0,
+    "contract": "",
     "assertion": "assert set(similar_elements((3, 4, 5, 6),(5, 7, 4, 10))) == set((4, 5))",
-}  # fmt: skip
+}
 HUMANEVAL_PLUS = {
-    "task_id": "HumanEval/2", "prompt": 'def truncate_number(number: float) -> float:\n    """The decimal part."""\n',
-    "entry_point": "truncate_number", "canonical_solution": "    return number - int(number)\n", "test": "unused",
-    "base_input": [[3.5]], "plus_input": [[1.33], [12345.678]], "atol": 0, "contract": "",
-}  # fmt: skip
+    "task_id": "HumanEval/2",
+    "prompt": 'def truncate_number(number: float) -> float:\n    """The decimal part."""\n',
+    "entry_point": "truncate_number",
+    "canonical_solution": "    return number - int(number)\n",
+    "test": "unused",
+    "base_input": [[3.5]],
+    "plus_input": [[1.33], [12345.678]],
+    "atol": 0,
+    "contract": "",
+}
 
 
 def load(tmp_path: pathlib.Path, *rows: Any) -> list[humaneval.Problem]:
@@ -77,10 +93,13 @@ def test_the_extra_inputs_count(tmp_path: pathlib.Path) -> None:
 
 def test_inputs_get_back_the_types_that_json_lost(tmp_path: pathlib.Path) -> None:
     row = PLUS | {
-        "entry_point": "f", "prompt": '"""F."""\n', "canonical_solution": "def f(a, b, c, d):\n    return repr((a, b, c, d))\n",
+        "entry_point": "f",
+        "prompt": '"""F."""\n',
+        "canonical_solution": "def f(a, b, c, d):\n    return repr((a, b, c, d))\n",
         "assertion": "assert f([(1, 2), (3, 4)], {'k': (1,)}, {1}, 2j) == 0",
-        "base_input": [[[[1, 2]], {"x": [5], "y": []}, [1, 1], "(1+2j)"]], "plus_input": [],
-    }  # fmt: skip
+        "base_input": [[[[1, 2]], {"x": [5], "y": []}, [1, 1], "(1+2j)"]],
+        "plus_input": [],
+    }
     (problem,) = load(tmp_path, row)
     right = "def f(a, b, c, d):\n    return \"([(1, 2)], {'x': (5,), 'y': ()}, {1}, (1+2j))\"\n"
     assert status(problem, right) == "passed"
@@ -88,9 +107,14 @@ def test_inputs_get_back_the_types_that_json_lost(tmp_path: pathlib.Path) -> Non
 
 def test_any_root_of_a_polynomial_is_right(tmp_path: pathlib.Path) -> None:
     row = HUMANEVAL_PLUS | {
-        "task_id": "HumanEval/32", "entry_point": "find_zero", "prompt": 'def find_zero(xs):\n    """A root."""\n', "atol": 1e-4,
-        "canonical_solution": "    return 1.0\n", "base_input": [[[-1, 0, 1]]], "plus_input": [],
-    }  # fmt: skip
+        "task_id": "HumanEval/32",
+        "entry_point": "find_zero",
+        "prompt": 'def find_zero(xs):\n    """A root."""\n',
+        "atol": 1e-4,
+        "canonical_solution": "    return 1.0\n",
+        "base_input": [[[-1, 0, 1]]],
+        "plus_input": [],
+    }
     (problem,) = load(tmp_path, row)
     assert status(problem, "    return -1.0\n") == "passed" and status(problem, "    return 0.5\n") == "failed"
 
@@ -145,7 +169,10 @@ def test_what_is_no_problem_is_named(rows: list[str], message: str, tmp_path: pa
 
 
 MBPP_ROWS = {
-    "setup code": {"test_setup_code": "import math\nX = (5, 7)", "test_list": ["assert set(similar_elements((5,), X)) == {5}"]},
+    "setup code": {
+        "test_setup_code": "import math\nX = (5, 7)",
+        "test_list": ["assert set(similar_elements((5,), X)) == {5}"],
+    },
     "fields of null": {"test_setup_code": None, "challenge_test_list": None, "entry_point": None},
     "a class of the code": {
         "code": "def f(pairs):\r\n\treturn len(pairs)\r\nclass Pair(object): \r\n\tdef __init__(self, a): \r\n\t\tself.a = a",
@@ -153,14 +180,17 @@ MBPP_ROWS = {
     },
     "objects of the setup": {
         "code": "class Node:\r\n  def __init__(self, data):\r\n    self.left = None\r\ndef f(node):\r\n  return 0 if node is None else 1 + f(node.left)",
-        "test_setup_code": "root = Node(1) \r\nroot.left = Node(2)", "test_list": ["assert (f(root)) == 2"],
+        "test_setup_code": "root = Node(1) \r\nroot.left = Node(2)",
+        "test_list": ["assert (f(root)) == 2"],
     },
     "a lambda": {"code": "similar_elements = lambda a, b: tuple(set(a) & set(b))"},
-    "a class as the function": {"code": "class similar_elements:\n    def __new__(cls, a, b):\n        return set(a) & set(b)"},
+    "a class as the function": {
+        "code": "class similar_elements:\n    def __new__(cls, a, b):\n        return set(a) & set(b)"
+    },
     "under a condition": {"code": "if True:\n    def similar_elements(a, b):\n        return set(a) & set(b)"},
     "by another name in the test": {"test_list": ["g = similar_elements\nassert set(g((1,), (1,))) == {1}"]},
-    "quotes and backslashes": {"text": 'Say \"\"\"x\"\"\" in C:\\new\\x and \\'},
-}  # fmt: skip
+    "quotes and backslashes": {"text": 'Say """x""" in C:\\new\\x and \\'},
+}
 
 
 @pytest.mark.parametrize("name", MBPP_ROWS)
@@ -205,9 +235,14 @@ def test_answers_that_the_words_allow(
     arguments = given[0] if name in ("digit_distance_nums", "surface_Area") else given
     head = f"def {name}({', '.join('ab'[: len(arguments)])}):\n    "
     row = PLUS | {
-        "entry_point": name, "prompt": '"""F."""\n', "canonical_solution": head + reference + "\n", "assertion": "",
-        "base_input": [arguments], "plus_input": [], "atol": 1e-6,
-    }  # fmt: skip
+        "entry_point": name,
+        "prompt": '"""F."""\n',
+        "canonical_solution": head + reference + "\n",
+        "assertion": "",
+        "base_input": [arguments],
+        "plus_input": [],
+        "atol": 1e-6,
+    }
     (problem,) = load(tmp_path, row)
     assert status(problem, f"{head}return {right}\n") == "passed"
     assert status(problem, f"{head}return {wrong}\n") == "failed"

@@ -18,10 +18,16 @@ from phi1.evaluate.run import Config
 from phi1.files import sha256_file
 
 PROBLEMS = [
-    Problem(f"P/{i}", f"def add(x):\n    # add {i}\n", "add", f"def check(c):\n    assert c(1) == {1 + i}\n    assert c(2) == {2 + i}\n",
-            f"    return x + {i}\n", "even" if i % 2 == 0 else "odd")
+    Problem(
+        f"P/{i}",
+        f"def add(x):\n    # add {i}\n",
+        "add",
+        f"def check(c):\n    assert c(1) == {1 + i}\n    assert c(2) == {2 + i}\n",
+        f"    return x + {i}\n",
+        "even" if i % 2 == 0 else "odd",
+    )
     for i in range(100)
-]  # fmt: skip
+]
 
 
 def right_if_even(prompts: Sequence[str], seed: int) -> list[str]:
@@ -47,13 +53,21 @@ def test_samples_are_cut_run_and_scored(tmp_path: pathlib.Path) -> None:
         name: by_id["P/1"][name] for name in ("answer", "program", "detail", "how", "strength", "model", "tokenizer")
     }
     assert facts == {
-        "answer": "    return x + 2\n\nprint('more')", "program": PROBLEMS[1].prompt + "    return x + 2\n\n",
-        "detail": "AssertionError in: assert c(1) == 2", "how": "completion",
-        "strength": "full", "model": "its hash", "tokenizer": "its tokenizer's"}  # fmt: skip
+        "answer": "    return x + 2\n\nprint('more')",
+        "program": PROBLEMS[1].prompt + "    return x + 2\n\n",
+        "detail": "AssertionError in: assert c(1) == 2",
+        "how": "completion",
+        "strength": "full",
+        "model": "its hash",
+        "tokenizer": "its tokenizer's",
+    }
     results = run.score(PROBLEMS, rows)
     assert [(s["group"], s["cut"], s["problems"], s["pass"]) for s in results["scores"]] == [
-        ("all", "parsing", 100, 0.5), ("even", "parsing", 50, 1.0), ("odd", "parsing", 50, 0.0),
-        ("all", "stop strings", 100, 0.5)]  # fmt: skip
+        ("all", "parsing", 100, 0.5),
+        ("even", "parsing", 50, 1.0),
+        ("odd", "parsing", 50, 0.0),
+        ("all", "stop strings", 100, 0.5),
+    ]
     assert results["statuses"] == {"passed": 50, "failed": 50}
     low, high = results["scores"][0]["low"], results["scores"][0]["high"]
     assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-4)
@@ -108,8 +122,17 @@ def test_several_samples_give_pass_at_k(tmp_path: pathlib.Path) -> None:
 
 
 def exercise_dataset(folder: pathlib.Path, **changed: Any) -> pathlib.Path:
-    rows = [{"prompt": p.prompt, "entry_point": p.entry_point, "test": p.test, "solution": p.solution,
-             "composition": "a+b" if i else "a"} | changed for i, p in enumerate(PROBLEMS[:3])]  # fmt: skip
+    rows = [
+        {
+            "prompt": p.prompt,
+            "entry_point": p.entry_point,
+            "test": p.test,
+            "solution": p.solution,
+            "composition": "a+b" if i else "a",
+        }
+        | changed
+        for i, p in enumerate(PROBLEMS[:3])
+    ]
     folder.mkdir()
     path = folder / "00000.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -142,8 +165,17 @@ def test_the_command_end_to_end(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
 
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["def f(x):\n    return x\n" * 50], 300)
-    shape = ModelConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1,
-                        head_dim=32, rotary_dim=16, max_positions=1024)  # fmt: skip
+    shape = ModelConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=32,
+        rotary_dim=16,
+        max_positions=1024,
+    )
     write_model(tmp_path / "model", Phi1(shape), tokenizer, {"step": 0})
     run.run(Config(checkpoint=tmp_path / "model", limit=3, max_new_tokens=8, device="cpu"))
     out = capsys.readouterr().out
@@ -151,8 +183,16 @@ def test_the_command_end_to_end(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
     results = json.loads((tmp_path / "model-humaneval" / "results.json").read_text())
     assert results["scores"][0]["pass"] == 0 and results["scores"][0]["problems"] == 3
     assert results["sandbox"]["level"] == sandbox.strength().level and results["sandbox"]["system_calls"] is True
-    run.run(Config(checkpoint=tmp_path / "model", benchmark="exercises", exercises=exercise_dataset(tmp_path / "e"),
-                   output=tmp_path / "out", max_new_tokens=8, device="cpu"))  # fmt: skip
+    run.run(
+        Config(
+            checkpoint=tmp_path / "model",
+            benchmark="exercises",
+            exercises=exercise_dataset(tmp_path / "e"),
+            output=tmp_path / "out",
+            max_new_tokens=8,
+            device="cpu",
+        )
+    )
     assert "two steps" in capsys.readouterr().out
 
 
@@ -215,10 +255,19 @@ def test_bad_options(tmp_path: pathlib.Path) -> None:
 def test_what_a_model_says_is_recorded_and_stops_nothing(tmp_path: pathlib.Path) -> None:
     """NUL, halves of characters, nothing, no answer, an endless answer, a raw U+2028, a problem without a test."""
     said: list[Any] = [
-        "    return x + 0\0\n", "    raise ValueError('\\ud800')\n", "    return '\ud800'\n", "", Refused("no answer within 1 s"),
-        "    return x\n" * 100_000, "    return x + 6  # \u2028 \x0c\n", "    return x + 7\n", "    print('\\ud83d', x)\n    return x + 8\n",
-        "Sorry, I cannot.", "    return " + "(" * 5000 + "\n", "    while True: pass\n",
-    ]  # fmt: skip
+        "    return x + 0\0\n",
+        "    raise ValueError('\\ud800')\n",
+        "    return '\ud800'\n",
+        "",
+        Refused("no answer within 1 s"),
+        "    return x\n" * 100_000,
+        "    return x + 6  # \u2028 \x0c\n",
+        "    return x + 7\n",
+        "    print('\\ud83d', x)\n    return x + 8\n",
+        "Sorry, I cannot.",
+        "    return " + "(" * 5000 + "\n",
+        "    while True: pass\n",
+    ]
     problems = [*PROBLEMS[:7], dataclasses.replace(PROBLEMS[7], test=" \n"), *PROBLEMS[8:12]]
     config = Config(checkpoint=tmp_path, timeout=1.0)
 
@@ -227,7 +276,19 @@ def test_what_a_model_says_is_recorded_and_stops_nothing(tmp_path: pathlib.Path)
 
     rows = {r["task_id"]: r for r in run.sample(problems, model(answer), tmp_path / "out", {}, config, "full")}
     assert [rows[p.task_id]["status"] for p in problems] == [
-        "failed", "failed", "failed", "failed", "no_answer", "failed", "passed", "no_test", "passed", "failed", "failed", "timed_out"]  # fmt: skip
+        "failed",
+        "failed",
+        "failed",
+        "failed",
+        "no_answer",
+        "failed",
+        "passed",
+        "no_test",
+        "passed",
+        "failed",
+        "failed",
+        "timed_out",
+    ]
     assert "ValueError" in rows["P/1"]["detail"] and rows["P/4"]["detail"] == "no answer within 1 s"
     assert rows["P/8"]["output"] == "\\ud83d 1\n\\ud83d 2\n" and len(rows["P/5"]["answer"]) < 100_000
     again = run.sample(problems, model(None), tmp_path / "out", {}, config, "full")  # all is on disk
@@ -271,6 +332,12 @@ def test_no_problem_with_a_test_is_no_crash() -> None:
 
 def test_the_puzzles_are_a_benchmark(tmp_path: pathlib.Path) -> None:
     problems = run.load_problems(Config(checkpoint=tmp_path, benchmark="puzzles", limit=4))
-    rows = run.sample(problems, model(lambda prompts, seed: [p.solution for p in problems]), tmp_path / "out", {},
-                      Config(checkpoint=tmp_path), "full")  # fmt: skip
+    rows = run.sample(
+        problems,
+        model(lambda prompts, seed: [p.solution for p in problems]),
+        tmp_path / "out",
+        {},
+        Config(checkpoint=tmp_path),
+        "full",
+    )
     assert [row["status"] for row in rows] == ["passed"] * 4

