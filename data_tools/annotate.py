@@ -16,12 +16,12 @@ import math
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_tools import gold
 from data_tools.chat import Answer, Request, RequestFailed, whole_unicode
-from data_tools.dataset import MANIFEST, Dataset, Failure, Produced, failed_shards, run_stage
+from data_tools.dataset import MANIFEST, Counted, Dataset, Failure, Produced, failed_shards, run_stage
 from data_tools.llm import LLM, LLMConfig, default_ledger
 from data_tools.prompts import PROMPTS
 from phi1.errors import UserError
@@ -114,13 +114,16 @@ def _stage(
     shards: int,
     annotated: Callable[[], Rows],
     redo: Collection[int],
+    used: Mapping[str, int],
     **extra: Any,
 ) -> Dataset:
-    """The dataset of what `annotated`, called once if there is anything to do, gives in the order of the sample."""
+    """The dataset of what `annotated`, called once if there is anything to do, gives in the order of the sample. used: what it cost, then."""
     made = functools.cache(annotated)
 
     def produce(_: Config, __: Sequence[Dataset], shard: int) -> Iterator[Produced]:
         yield from made()[shard * _SHARD_ROWS : (shard + 1) * _SHARD_ROWS]
+        if shard == 0:
+            yield Counted(used)
 
     return run_stage("annotate", config, config.output, [documents], shards, produce, schema(), extra=extra, redo=redo)
 
@@ -136,6 +139,7 @@ def _by_llm(config: Config, documents: Dataset) -> Dataset:
             lambda: _labelled(config, _asked(config, documents, llm)),
             # A label depends on all scores: shards that were made of some answers do not fit those made of more.
             range(shards) if not whole or (config.retry_failed and failed_shards(config.output)) else (),
+            llm.used,
             prompt=sha256_json(list(request_for("", config).messages)),
             answered_by=llm.model,
         )
@@ -156,7 +160,7 @@ def _by_gold(config: Config, documents: Dataset) -> Dataset:
         return _labelled(config, [_row(found[key][0]) | _gold_judgement(found[key][1]) for key in keys])
 
     shards = -(-min(config.samples, len(found)) // _SHARD_ROWS)
-    return _stage(config, documents, shards, annotated, (), answered_by="gold", labels=sha256_file(gold.LABELS))
+    return _stage(config, documents, shards, annotated, (), {}, answered_by="gold", labels=sha256_file(gold.LABELS))
 
 
 MODES: dict[str, Callable[[Config, Dataset], Dataset]] = {"logprob": _by_llm, "rating": _by_llm, "gold": _by_gold}

@@ -65,7 +65,7 @@ class Answer:
 
     text: the message. value: the parsed JSON if a schema was asked for. logprobs: the first token's
     alternatives, token -> natural log of its probability. model: as the server names it. paid: False if it
-    came from the ledger. truncated: the answer ended at max_tokens.
+    came from the ledger. truncated: the answer ended at max_tokens. usd: what it cost, whenever it was paid for.
     """
 
     text: str
@@ -76,6 +76,7 @@ class Answer:
     completion_tokens: int
     truncated: bool
     paid: bool
+    usd: float = 0.0
 
 
 class RequestFailed(Exception):
@@ -129,7 +130,7 @@ def answer_in(data: bytes) -> dict[str, Any]:
     raise Refused(Verdict(Remedy.RETRY, reason, advice, billed=True), response=response or {})
 
 
-def read(request: Request, response: dict[str, Any], model: str, *, paid: bool) -> Answer:
+def read(request: Request, response: dict[str, Any], model: str, *, paid: bool, usd: float = 0.0) -> Answer:
     """The answer in a response. model: the name asked for. Raises RequestFailed, whatever the response is."""
     try:
         choice = response["choices"][0]
@@ -167,6 +168,7 @@ def read(request: Request, response: dict[str, Any], model: str, *, paid: bool) 
         completion_tokens=completion or 0,
         truncated=choice.get("finish_reason") == "length",
         paid=paid,
+        usd=usd,
     )
     if request.accept is not None:
         request.accept(answer)

@@ -102,6 +102,7 @@ def run(config: Config) -> Dataset:
 
 
 def _rewritten(config: Config, llm: LLM, rows: Sequence[Mapping[str, Any]]) -> Iterator[Produced]:
+    before = llm.used.copy()
     counters: collections.Counter[str] = collections.Counter(read=len(rows))
     kept, failures = selected(config, rows, counters)
     yield from failures
@@ -130,7 +131,7 @@ def _rewritten(config: Config, llm: LLM, rows: Sequence[Mapping[str, Any]]) -> I
             "sampling": json.dumps(requests_made[-1].sampling, sort_keys=True),
             "prompt_hashes": [request.prompt_hash for request in requests_made],
         }  # fmt: skip
-    yield Counted(counters)
+    yield Counted(counters + (llm.used - before))
 
 
 def selected(
