@@ -20,10 +20,11 @@ import json
 import pathlib
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_tools import ingest
+from data_tools.batch import MAX_REQUESTS
 from data_tools.chat import Answer, Request, RequestFailed
 from data_tools.dataset import Counted, Dataset, Failure, Produced, failed_shards, run_stage
 from data_tools.llm import LLM, LLMConfig, default_ledger
@@ -31,6 +32,7 @@ from data_tools.prompts import PROMPTS
 from data_tools.python_text import parsed, programs
 from data_tools.units import Raw
 from phi1.errors import UserError
+from phi1.progress import Progress
 
 if TYPE_CHECKING:
     import pyarrow
@@ -92,55 +94,92 @@ def run(config: Config) -> Dataset:
     if config.retry_failed:
         redo = {shard for step in STEPS for shard in failed_shards(config.output, f"{step}: ")}
     with LLM(config, *default_ledger(config, config.output)) as llm:
+        waiting = set(range(len(documents.shards)))
 
         def produce(_: Config, __: Sequence[Dataset], shard: int) -> Iterator[Produced]:
-            yield from _rewritten(config, llm, list(documents.read(shards=[shard])))
+            if (
+                config.batch and shard in waiting
+            ):  # a batch takes what many shards ask; each then finds it in the ledger
+                _asked(config, llm, selected(config, documents.read(shards=_group(documents, shard, waiting)))[0])
+            yield from _rewritten(config, llm, documents.read(shards=[shard]))
 
         prompts = {step: dataclasses.asdict(PROMPTS[name]) for step, name in STEPS.items()}
         return run_stage("rewrite", config, config.output, [documents], len(documents.shards), produce, schema(),
                          extra={"prompts": prompts, "answered_by": llm.model}, redo=sorted(redo))  # fmt: skip
 
 
-def _rewritten(config: Config, llm: LLM, rows: Sequence[Mapping[str, Any]]) -> Iterator[Produced]:
+def _group(documents: Dataset, shard: int, waiting: set[int]) -> list[int]:
+    """Takes this shard and as many others of those that wait as fill a batch."""
+    group: list[int] = []
+    rows = 0
+    for other in [shard, *sorted(waiting - {shard})]:
+        rows += documents.shards[other]["rows"]
+        if group and rows > MAX_REQUESTS:
+            break
+        group.append(other)
+    waiting -= set(group)
+    return group
+
+
+Selected = dict[str, tuple[Mapping[str, Any], float]]
+"""Programs to rewrite: hexsha -> (row, lint score)."""
+
+
+def _rewritten(config: Config, llm: LLM, rows: Iterable[Mapping[str, Any]]) -> Iterator[Produced]:
     before = llm.used.copy()
-    counters: collections.Counter[str] = collections.Counter(read=len(rows))
-    kept, failures = selected(config, rows, counters)
-    yield from failures
-    programs_now = {key: row["content"] for key, (row, _) in kept.items()}
-    made: dict[str, list[tuple[Request, Answer]]] = {key: [] for key in kept}
-    for step in STEPS:
-        requests = {key: request_for(step, program, config) for key, program in programs_now.items()}
-        programs_now = {}
-        for (key, request), answer in zip(requests.items(), llm.ask_all(requests.values()), strict=True):
-            if isinstance(answer, RequestFailed):
-                yield Failure(key, f"{step}: {answer}")
-                continue
-            programs_now[key] = usable(answer, kept[key][0]["content"])
-            made[key].append((request, answer))
-        counters[f"left_after_{step}"] = len(programs_now)
-    scores = lint_scores(list(programs_now.values()))
-    for (key, program), score in zip(programs_now.items(), scores, strict=True):
+    kept, failures, counters = selected(config, rows)
+    made, unmade = _asked(config, llm, kept)
+    yield from (*failures, *unmade)
+    counters |= {f"left_after_{step}": sum(len(done) > i for done in made.values()) for i, step in enumerate(STEPS)}
+    whole = {key: done for key, done in made.items() if len(done) == len(STEPS)}
+    scores = lint_scores([done[-1][2] for done in whole.values()])
+    for (key, done), score in zip(whole.items(), scores, strict=True):
         row, lint = kept[key]
+        request, answer, program = done[-1]
         document = _document(row, program)
         if not isinstance(document, dict):
-            yield Failure(key, f"self-contained: the rewrite is no document ({document})")
+            yield Failure(key, f"{list(STEPS)[-1]}: the rewrite is no document ({document})")
             continue
-        (_, last), requests_made = made[key][-1], [request for request, _ in made[key]]
         yield document | {
-            "rewritten_from": key, "lint": lint, "rewritten_lint": score, "model": last.model,
-            "sampling": json.dumps(requests_made[-1].sampling, sort_keys=True),
-            "prompt_hashes": [request.prompt_hash for request in requests_made],
+            "rewritten_from": key, "lint": lint, "rewritten_lint": score, "model": answer.model,
+            "sampling": json.dumps(request.sampling, sort_keys=True),
+            "prompt_hashes": [request.prompt_hash for request, *_ in done],
         }  # fmt: skip
     yield Counted(counters + (llm.used - before))
 
 
+def _asked(
+    config: Config, llm: LLM, kept: Selected
+) -> tuple[dict[str, list[tuple[Request, Answer, str]]], list[Failure]]:
+    """hexsha -> (request, answer, program) of each step that a program passed; and the failures."""
+    made: dict[str, list[tuple[Request, Answer, str]]] = {key: [] for key in kept}
+    failures = []
+    left = {key: row["content"] for key, (row, _) in kept.items()}
+    for step in STEPS:
+        requests = {key: request_for(step, program, kept[key][0]["content"], config) for key, program in left.items()}
+        left = {}
+        progress = Progress(step, len(requests), "programs")
+        for (key, request), answer in zip(
+            requests.items(), llm.ask_all(requests.values(), progress=progress), strict=True
+        ):
+            if isinstance(answer, RequestFailed):
+                failures.append(Failure(key, f"{step}: {answer}"))
+            else:
+                left[key] = usable(answer, kept[key][0]["content"])
+                made[key].append((request, answer, left[key]))
+        progress.close()
+    return made, failures
+
+
 def selected(
-    config: Config, rows: Sequence[Mapping[str, Any]], counters: collections.Counter[str]
-) -> tuple[dict[str, tuple[Mapping[str, Any], float]], list[Failure]]:
-    """hexsha -> (row, lint score) of the programs to rewrite, and what does not compile. Adds to the counters."""
+    config: Config, rows: Iterable[Mapping[str, Any]]
+) -> tuple[Selected, list[Failure], collections.Counter[str]]:
+    """The programs to rewrite, what does not compile, and counters."""
+    counters: collections.Counter[str] = collections.Counter()
     failures = []
     compiled: dict[str, Mapping[str, Any]] = {}
     for row in rows:
+        counters["read"] += 1
         content = row.get("content")
         if not isinstance(content, str) or not content.strip():
             failures.append(Failure(str(row["hexsha"]), "compile: empty"))
@@ -160,12 +199,12 @@ def selected(
     }
     counters["dropped_lint"] = len(compiled) - len(kept)
     counters["left_after_compile"], counters["left_after_lint"] = len(compiled), len(kept)
-    return kept, failures
+    return kept, failures, counters
 
 
-def request_for(step: str, program: str, config: Config) -> Request:
-    """What is asked about one program."""
-    accept = functools.partial(usable, program=program)
+def request_for(step: str, program: str, original: str, config: Config) -> Request:
+    """What is asked about one program, and what its answer must keep of the original."""
+    accept = functools.partial(usable, program=original)
     messages = PROMPTS[STEPS[step]].messages(code=program)
     return Request(messages, config.max_tokens, temperature=config.temperature, accept=accept)
 

@@ -6,15 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from fake_batches import FakeBatches, answered
 from fake_openai import FakeServer, completion
 
-from data_tools import rewrite
+from data_tools import batch, rewrite
 from data_tools.chat import Answer, RequestFailed
 from data_tools.dataset import Dataset
 from data_tools.prompts import PROMPTS
 from data_tools.python_text import programs
 from data_tools.rewrite import Config, lint_scores, usable
 from phi1.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "_POLL", (0.01, 0.02))
+
 
 Make = Callable[..., Dataset]
 
@@ -40,7 +47,7 @@ def obedient(body: dict[str, Any], index: int) -> Any:
     return completion(better(code_of(body), step_of(body)), prompt=50, generated=20)
 
 
-def config(documents: Dataset, server: FakeServer, **options: Any) -> Config:
+def config(documents: Dataset, server: FakeServer | FakeBatches, **options: Any) -> Config:
     output = documents.folder.parent / "rewritten"
     return Config(input=documents.folder, output=output, base_url=server.base_url, model="fake-1", **options)
 
@@ -78,7 +85,7 @@ def test_each_step_is_counted_and_a_row_says_where_it_came_from(server: FakeServ
     assert row["content"] == "# self-contained\n# style\n" + program("good") and row["size"] == len(row["content"])
     assert row["rewritten_from"] == original["hexsha"] != row["hexsha"] and row["source"] == "test"
     assert row["model"] == "fake-1" and json.loads(row["sampling"]) == {"max_tokens": 4096, "temperature": 0.0}
-    style = rewrite.request_for("style", program("good"), config(documents, server))
+    style = rewrite.request_for("style", program("good"), program("good"), config(documents, server))
     assert row["prompt_hashes"][0] == style.prompt_hash and len(row["prompt_hashes"]) == 2
     assert row["lint"] == row["rewritten_lint"] == 10.0
 
@@ -165,7 +172,7 @@ def test_a_stopped_run_goes_on_and_pays_for_nothing_twice(server: FakeServer, ma
     server.script = obedient
     documents = make_documents([program(f"f{i}") for i in range(12)], shards=3)
     settings = config(documents, server, concurrency=1, max_tokens=100)
-    bound = len(json.dumps(rewrite.request_for("style", program("f0"), settings).body("fake-1"))) + 300
+    bound = len(json.dumps(rewrite.request_for("style", program("f0"), program("f0"), settings).body("fake-1"))) + 300
     with pytest.raises(UserError, match="budget"):
         rewrite.run(dataclasses.replace(settings, budget_tokens=70 * 9 + bound))
     asked = len(server.bodies)
@@ -185,6 +192,16 @@ def test_what_failed_can_be_asked_again(server: FakeServer, make_documents: Make
     asked = len(server.bodies)
     assert rewrite.run(dataclasses.replace(settings, retry_failed=True)).rows == 6
     assert len(server.bodies) == asked + 2
+
+
+def test_a_batch_takes_what_all_shards_ask(make_documents: Make) -> None:
+    batches = FakeBatches()
+    batches.script = lambda key, body, number: answered(key, obedient(body, 0)[2])
+    documents = make_documents([program(f"f{i}") for i in range(6)], shards=3)
+    made = rewrite.run(config(documents, batches, batch=True))
+    batches.close()
+    assert made.rows == 6 and [len(sent) for sent in batches.sent] == [6, 6]
+    assert made.counters["requests"] == 12 and made.counters["prompt_tokens"] == 600
 
 
 def test_options_that_do_not_fit_are_told(server: FakeServer, make_documents: Make) -> None:
