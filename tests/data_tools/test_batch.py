@@ -14,7 +14,7 @@ import pytest
 from asking import client, request
 from fake_batches import FakeBatches, answered, chat, not_run
 
-from data_tools import annotate, batch, llm
+from data_tools import annotate, batch, llm, synthesize
 from data_tools.chat import Answer, RequestFailed
 from data_tools.llm import LLM, LLMConfig
 from phi1.errors import UserError
@@ -103,6 +103,29 @@ def test_a_stage_in_a_batch_makes_the_same_dataset(batches: FakeBatches, make_do
     made = annotate.run(config)
     assert {row["content"]: row["score"] for row in made.read()} == {f"x = {i}": pytest.approx(i) for i in range(12)}
     assert made.counters["prompt_tokens"] == 120 and made.counters["requests"] == 12 and len(batches.batches) == 1
+
+
+def test_all_shards_of_a_synthesis_are_one_batch(
+    batches: FakeBatches, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synthesize, "_LLM_SHARD", 2)
+    flagged = {"error": {"message": "flagged", "code": "content_filter"}}
+    batches.script = lambda key, body, n: (
+        answered(key, flagged, 400) if body["seed"] % 2 else answered(key, chat("short"))
+    )
+    config = synthesize.Config(
+        kind="textbooks",
+        output=tmp_path / "books",
+        count=9,
+        base_url=batches.base_url,
+        model="fake-1",
+        batch=True,
+        max_failed=1.0,
+    )
+    made = synthesize.run(config)
+    # What failed is not asked again by its shard.
+    assert len(made.shards) == 5 and [len(sent) for sent in batches.sent] == [9]
+    assert 0 < made.counters["requests"] == len(batches.billed) < 9 == made.counters["failures"]
 
 
 @pytest.mark.parametrize(
