@@ -104,9 +104,10 @@ class Ledger:
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=NORMAL")
             self._database.executescript(_SCHEMA)
-            if "batch" not in [row[1] for row in self._database.execute("PRAGMA table_info(calls)")]:
-                self._database.execute(_BATCH_COLUMN)
-            self._database.execute("CREATE INDEX IF NOT EXISTS batched ON calls (batch) WHERE batch IS NOT NULL")
+            with self._transaction():
+                if "batch" not in [row[1] for row in self._database.execute("PRAGMA table_info(calls)")]:
+                    self._database.execute(_BATCH_COLUMN)
+                self._database.execute("CREATE INDEX IF NOT EXISTS batched ON calls (batch) WHERE batch IS NOT NULL")
             self._database.execute("INSERT OR IGNORE INTO scopes VALUES (?, 0, 0.0)", (scope,))
             # How far bills have passed the bounds: (prompt, completion) tokens.
             row = self._database.execute(
