@@ -14,6 +14,7 @@ about stays counted at its bound.
 
 import collections
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
@@ -44,6 +45,7 @@ _BACKOFF = (1.0, 60.0)  # seconds after a failed call, at first and at most
 _LOOKS = 3  # for a batch that may have been created, before it counts as not
 _ROUNDS = 3  # batches in which a request may fail without a reason of its own
 _SLOW = 20  # times the timeout that moving a file may take
+_TOGETHER = 1000  # lines of a file read into the ledger in one transaction
 _NOT_RUN = ("batch_expired", "batch_cancelled")
 _QUEUE_FULL = "token_limit_exceeded"
 
@@ -73,7 +75,7 @@ class Batches:
         wanted = {key: body for key, body in bodies.items() if key not in self._failures}
         over: UserError | None = None
         with _Watch(len(wanted), quiet) as watch:
-            while rest := {key: body for key, body in wanted.items() if self._rest(key)}:
+            while rest := self._unanswered(wanted):
                 batches = self._ledger.open_batches(rest)
                 under_way = {key for batch in batches for key in self._ledger.batch_calls(batch.token)}
                 new = {key: body for key, body in rest.items() if key not in under_way}
@@ -95,8 +97,9 @@ class Batches:
                     raise self._error(f"{statuses}: nothing in it was answered", "look at it on the provider's page")
         return {key: reason for key, reason in self._failures.items() if key in bodies}
 
-    def _rest(self, key: str) -> bool:
-        return key not in self._failures and self._ledger.find(key) is None
+    def _unanswered(self, wanted: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        known = self._ledger.known(wanted)
+        return {key: body for key, body in wanted.items() if key not in known and key not in self._failures}
 
     def _error(self, what: str, advice: str = "") -> UserError:
         return UserError(
@@ -237,9 +240,10 @@ class Batches:
 
     def _drop(self, token: str) -> None:
         """Forgets a batch that did not come to be: nothing of it is billed."""
-        for claim in self._ledger.batch_calls(token).values():
-            self._ledger.release(claim, lost=False)
-        self._ledger.end_batch(token)
+        with self._ledger.together():
+            for claim in self._ledger.batch_calls(token).values():
+                self._ledger.release(claim, lost=False)
+            self._ledger.end_batch(token)
 
     # Waiting.
 
@@ -289,32 +293,28 @@ class Batches:
         doubts: dict[str, Verdict] = {}
         stop: Verdict | None = None
         unknown = answered = 0
-        for record in self._records(told):
-            key = str(record.get("custom_id")) if isinstance(record, dict) else ""
-            claim = calls.pop(key, None)
-            if claim is None:
-                unknown += 1
-                continue
-            verdict = self._read(claim, record)
-            if verdict is None:
-                answered += 1
-            elif verdict.remedy is Remedy.STOP:
-                stop = verdict
-            elif verdict.remedy is Remedy.DOUBT:
-                doubts[key] = verdict
-            elif verdict.remedy is Remedy.REQUEST:
-                self._fail(key, verdict.reason)
-            elif verdict.remedy is Remedy.RENAME:
-                self._connection.rename()
-                self._again(key, verdict.reason)
-            elif verdict.remedy is Remedy.RETRY:
-                self._again(key, verdict.reason)
-        for key, claim in calls.items():
-            # Of a batch that was refused whole nothing ran; of another, what has no line may have been billed.
-            self._ledger.release(claim, lost=told.status != "failed")
-            if told.status == "completed":
-                self._again(key, f"{told.id} completed without a word on it")
-        self._ledger.end_batch(batch.token)
+        records = self._records(told)
+        while chunk := list(itertools.islice(records, _TOGETHER)):
+            with self._ledger.together():
+                for record in chunk:
+                    key = str(record.get("custom_id")) if isinstance(record, dict) else ""
+                    if key not in calls:
+                        unknown += 1
+                    elif (verdict := self._read(calls.pop(key), record)) is None:
+                        answered += 1
+                    elif verdict.remedy is Remedy.STOP:
+                        stop = verdict
+                    elif verdict.remedy is Remedy.DOUBT:
+                        doubts[key] = verdict
+                    else:
+                        self._unserved(key, verdict)
+        with self._ledger.together():
+            for key, claim in calls.items():
+                # Of a batch that was refused whole nothing ran; of another, what has no line may have been billed.
+                self._ledger.release(claim, lost=told.status != "failed")
+                if told.status == "completed":
+                    self._again(key, f"{told.id} completed without a word on it")
+            self._ledger.end_batch(batch.token)
         self._progressed = self._progressed or answered > 0
         if unknown and whole:
             print(
@@ -350,6 +350,16 @@ class Batches:
             verdict = Verdict(Remedy.RETRY, one_line(json.dumps(error))[:200], billed=True)
         self._ledger.release(claim, lost=verdict.billed)
         return verdict
+
+    def _unserved(self, key: str, verdict: Verdict) -> None:
+        """What becomes of a request that was not served, and of which it is clear whose fault that is."""
+        if verdict.remedy is Remedy.REQUEST:
+            self._fail(key, verdict.reason)
+        elif verdict.remedy is Remedy.RENAME:
+            self._connection.rename()
+            self._again(key, verdict.reason)
+        elif verdict.remedy is Remedy.RETRY:
+            self._again(key, verdict.reason)
 
     def _fail(self, key: str, reason: str) -> None:
         self._failures[key] = reason

@@ -21,7 +21,7 @@ import pathlib
 import sqlite3
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -96,7 +96,7 @@ class Ledger:
         self.path, self._scope = path, scope
         self._prices, self._stale_after = usd_per_token, stale_after
         self._budget_tokens, self._budget_usd = budget_tokens, budget_usd
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._mine: set[int] = set()  # open calls of this ledger object
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -136,7 +136,7 @@ class Ledger:
         """The answer to a request that was made before, and what it cost; or None."""
         with self._lock:
             row = self._database.execute(
-                "SELECT id, response, prompt_tokens, completion_tokens, usd FROM calls WHERE key = ? AND state = 'done'",
+                "SELECT id, response, prompt_tokens, completion_tokens, usd FROM calls WHERE key = ? AND state IN ('open', 'done') AND state = 'done'",
                 (key,),
             ).fetchone()
         return None if row is None else Claim(row[0], _loaded(row[1]), *row[2:])
@@ -144,7 +144,9 @@ class Ledger:
     def forget(self, key: str) -> None:
         """Lets a request be asked again: its answer goes, what was paid for it stays counted."""
         with self._transaction():
-            self._database.execute("UPDATE calls SET state = 'lost' WHERE key = ? AND state = 'done'", (key,))
+            self._database.execute(
+                "UPDATE calls SET state = 'lost' WHERE key = ? AND state IN ('open', 'done') AND state = 'done'", (key,)
+            )
 
     def claim(self, key: str, body: dict[str, Any], closed: threading.Event) -> Claim:
         """The answer to `body` if the ledger has it, else the right to ask; waits while another asks the same.
@@ -364,10 +366,25 @@ class Ledger:
             (tokens, usd, self._scope if scope is None else scope),
         )
 
+    def known(self, keys: Iterable[str]) -> set[str]:
+        """Those of the requests that have an answer."""
+        query = "SELECT 1 FROM calls WHERE key = ? AND state IN ('open', 'done') AND state = 'done'"
+        with self.together():
+            return {key for key in keys if self._database.execute(query, (key,)).fetchone()}
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is done inside of the block is one transaction, and all undone if it raises: a thousand calls settle in the time of a few."""
+        with self._transaction():
+            yield
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """One write transaction over all processes; rolled back if the block raises."""
+        """One write transaction over all processes, or a part of the one that this thread is in; rolled back if the block raises."""
         with self._lock:
+            if self._database.in_transaction:
+                yield
+                return
             try:
                 self._database.execute("BEGIN IMMEDIATE")
                 try:

@@ -204,3 +204,20 @@ def test_another_parent_folder_does_not_pay_again_and_has_its_own_budget(
     (tmp_path / "b" / "llm.sqlite").parent.mkdir()
     (tmp_path / "b" / "llm.sqlite").touch()
     assert default_ledger(config, tmp_path / "b" / "x") == (tmp_path / "b" / "llm.sqlite", "")
+
+
+def test_no_lookup_reads_the_whole_ledger(server: FakeServer, tmp_path: pathlib.Path) -> None:
+    # Without the index's own condition beside it, `state = 'done'` scanned all calls at every request.
+    with client(server, tmp_path) as llm:
+        asked: list[str] = []
+        llm.ledger._database.set_trace_callback(asked.append)
+        assert llm.ask(request("a")).paid and not llm.ask(request("a")).paid
+        llm.ledger.forget(llm.key(request("a")))
+        llm.ledger.begin_batch("token", {"key": {"max_tokens": 5}}, 1.0)
+        llm.ledger.open_batches({"key"})
+        llm.ledger.known(["key"])
+        assert set(llm.ledger.batch_calls("token")) == {"key"}
+        llm.ledger._database.set_trace_callback(None)
+        explained = [text for text in asked if text.split()[0] in ("SELECT", "UPDATE", "DELETE")]
+        plans = [str(llm.ledger._database.execute(f"EXPLAIN QUERY PLAN {text}").fetchall()) for text in explained]
+    assert len(plans) > 20 and not [plan for plan in plans if "SCAN calls'" in plan]
