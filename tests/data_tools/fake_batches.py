@@ -183,8 +183,9 @@ class FakeBatches:
             batch["errors"] = {"object": "list", "data": self.errors(list(self.sent[number]))}
             return
         lines = [self.script(key, body, number) for key, body in reversed(self.sent[number].items())]  # in no order
-        good = [line for line in lines if line and (line["response"] or {}).get("status_code") == 200]
-        bad = [line for line in lines if line and line not in good]
+        good, bad = [], []
+        for line in filter(None, lines):
+            (good if (line["response"] or {}).get("status_code") == 200 else bad).append(line)
         for line in good:
             self.billed[line["custom_id"]] += 1
             body = line["response"]["body"]
