@@ -2,14 +2,14 @@
 
     failures = Batches(...).ask(bodies)        # what is not among the failures is in the ledger
 
-A batch's life: its calls and its token are written down (`Ledger.begin_batch`: their worst price must fit the budget), its requests are uploaded as a
-file, it is created with the token as metadata, and the server's name for it is written down. From then on the same command finds it and waits for it,
-whatever ended the command before: no request is submitted twice. A batch of which it is not known whether it was created is looked for by its
-token among the server's.
+A batch's life: its calls and its token are written down (`Ledger.begin_batch`: their worst price must fit the budget),
+its requests are uploaded as a file, it is created with the token as metadata, and the server's name for it is written
+down. From then on the same command finds it and waits for it, whatever ended the command before: no request is
+submitted twice. A batch of which it is not known whether it was created is looked for by its token among the server's.
 
-When a batch is over (completed, failed, expired, cancelled) its output and error files are read into the ledger, line by line: an answer is settled at
-what it cost, a refusal looked up in `provider_errors`, and what was not run is asked again in the next batch. What the server says nothing
-about stays counted at its bound.
+When a batch is over (completed, failed, expired, cancelled) its output and error files are read into the ledger, line
+by line: an answer is settled at what it cost, a refusal looked up in `provider_errors`, and what was not run is asked
+again in the next batch. What the server says nothing about stays counted at its bound.
 """
 
 import collections
@@ -51,8 +51,9 @@ _QUEUE_FULL = "token_limit_exceeded"
 
 
 class Batches:
-    """For the lifetime of a client. price: share of the full price that a request costs in a batch. patience: seconds that the server may be out of
-    reach. closed: set when the client is to stop. again: what a user is told about going on."""
+    """For the lifetime of a client. price: share of the full price that a request costs in a batch. patience: seconds
+    that the server may be out of reach. closed: set when the client is to stop. again: what a user is told about going
+    on."""
 
     def __init__(
         self, ledger: Ledger, connection: Connection, server: str, *, price: float, patience: float,
@@ -67,10 +68,11 @@ class Batches:
         self._progressed = False
 
     def ask(self, bodies: Mapping[str, dict[str, Any]], *, quiet: bool = False) -> dict[str, str]:
-        """Asks everything of `bodies` (key -> body) that the ledger does not hold; returns key -> reason of what failed.
+        """Asks everything of `bodies` (key -> body) that the ledger does not hold; returns key -> reason of what
+        failed.
 
-        Raises UserError for a spent budget or account, a server without batches, a batch that the server refuses. What was submitted is waited
-        for when the same command is run again, also after Ctrl-C.
+        Raises UserError for a spent budget or account, a server without batches, a batch that the server refuses. What
+        was submitted is waited for when the same command is run again, also after Ctrl-C.
         """
         wanted = {key: body for key, body in bodies.items() if key not in self._failures}
         over: UserError | None = None
@@ -112,7 +114,8 @@ class Batches:
             raise Closed
 
     def _call(self, ask: "Callable[[openai.AsyncOpenAI], Coroutine[Any, Any, T]]", what: str, *, slow: int = 1) -> T:
-        """What the server answers. While it is out of reach, or its limits are, it is asked again, up to `patience` seconds."""
+        """What the server answers. While it is out of reach, or its limits are, it is asked again, up to `patience`
+        seconds."""
         since, wait = time.monotonic(), _BACKOFF[0]
         while True:
             try:

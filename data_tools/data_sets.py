@@ -1,7 +1,7 @@
 """Published data sets by name: where each lies, what of a row is the document, and what its licence asks.
 
-`--sources NAME` reads it from the hub, `--sources NAME:PLACE` from elsewhere: a file, a folder or a pattern, on disk, at hf:// or s3://. Adding one is
-one entry in `DATA_SETS`.
+`--sources NAME` reads it from the hub, `--sources NAME:PLACE` from elsewhere: a file, a folder or a pattern, on disk,
+at hf:// or s3://. Adding one is one entry in `DATA_SETS`.
 """
 
 import collections
@@ -32,9 +32,9 @@ class Dropped(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """place: where it lies on the hub. columns: that are read. document: the fields (`tables.FIELDS`) of a row's document, raises Dropped.
-    needs: those without which a file is not this data set's. blobs: the text is the object of that name in Software Heritage's bucket.
-    notice: what a user must know of its licence."""
+    """place: where it lies on the hub. columns: that are read. document: the fields (`tables.FIELDS`) of a row's
+    document, raises Dropped. needs: those without which a file is not this data set's. blobs: the text is the object
+    of that name in Software Heritage's bucket. notice: what a user must know of its licence."""
 
     place: str
     columns: tuple[str, ...]

@@ -1,17 +1,17 @@
 """The ledger of LLM requests: what was asked, what came back, what it cost. One SQLite file.
 
-A call is `open` (sent, its price reserved at an upper bound), `done` (answered, its price as billed) or
-`lost` (no answer that could be used, but the server may bill it: what was counted stays counted). Only one call per key
-is open or done, over all threads and processes, so nothing is paid for twice; the totals move in the same transaction as
-the call, so the budget holds for all of them together.
+A call is `open` (sent, its price reserved at an upper bound), `done` (answered, its price as billed) or `lost` (no
+answer that could be used, but the server may bill it: what was counted stays counted). Only one call per key is open
+or done, over all threads and processes, so nothing is paid for twice; the totals move in the same transaction as the
+call, so the budget holds for all of them together.
 
 What is not known is counted high: a call whose end nobody saw, or that was answered with something that is no answer,
-at its bound; a `usage` without a number at the bound of that number. Where a server bills more than the bound (it adds a
-prompt of its own), the bound of all later calls is raised by as much.
+at its bound; a `usage` without a number at the bound of that number. Where a server bills more than the bound (it adds
+a prompt of its own), the bound of all later calls is raised by as much.
 
-Calls that are asked together, in a batch that the server works off within a day, carry the batch's token. They stay open whatever
-becomes of the process, until what the server says of the batch settles them. A batch is written down, with its calls, before
-the server hears of it, and under its token (its metadata at the server) it is found again.
+Calls that are asked together, in a batch that the server works off within a day, carry the batch's token. They stay
+open whatever becomes of the process, until what the server says of the batch settles them. A batch is written down,
+with its calls, before the server hears of it, and under its token (its metadata at the server) it is found again.
 """
 
 import dataclasses
@@ -48,8 +48,8 @@ _LARGEST_COUNT = 1 << 40  # of tokens: what is more is no count
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """The right to send a request (response is None), or its answer from the ledger. price: share of the full price that it costs.
-    scope: whose budget it is on, if not this ledger's."""
+    """The right to send a request (response is None), or its answer from the ledger. price: share of the full price
+    that it costs. scope: whose budget it is on, if not this ledger's."""
 
     id: int
     response: dict[str, Any] | None
@@ -62,8 +62,8 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class OpenBatch:
-    """A batch that is not over. id: the server's name for it, None if it may not have come to be. making: whether another process that lives is
-    at work on that."""
+    """A batch that is not over. id: the server's name for it, None if it may not have come to be. making: whether
+    another process that lives is at work on that."""
 
     token: str
     id: str | None
@@ -242,8 +242,9 @@ class Ledger:
     def begin_batch(self, token: str, asked: Mapping[str, dict[str, Any]], price: float) -> list[str]:
         """Writes down a batch of calls, its token, and what they may cost; returns their keys, in order.
 
-        asked: key -> body. price: what a call of a batch costs, as a share of the full price. What is known, or asked by others, is left out; so is
-        what does not fit the budget. Raises UserError if less than a tenth fits: each batch may take a day, and ever smaller ones would never end.
+        asked: key -> body. price: what a call of a batch costs, as a share of the full price. What is known, or asked
+        by others, is left out; so is what does not fit the budget. Raises UserError if less than a tenth fits: each
+        batch may take a day, and ever smaller ones would never end.
         """
         taken: list[str] = []
         with self._transaction():
@@ -374,13 +375,15 @@ class Ledger:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What is done inside of the block is one transaction, and all undone if it raises: a thousand calls settle in the time of a few."""
+        """What is done inside of the block is one transaction, and all undone if it raises: a thousand calls settle in
+        the time of a few."""
         with self._transaction():
             yield
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """One write transaction over all processes, or a part of the one that this thread is in; rolled back if the block raises."""
+        """One write transaction over all processes, or a part of the one that this thread is in; rolled back if the
+        block raises."""
         with self._lock:
             if self._database.in_transaction:
                 yield

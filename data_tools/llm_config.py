@@ -1,4 +1,5 @@
-"""Which LLM a stage asks, and how much of it: the options that `phi1 data annotate`, `synthesize`, `rewrite` and `decontaminate` share."""
+"""Which LLM a stage asks, and how much of it: the options that `phi1 data annotate`, `synthesize`, `rewrite` and
+`decontaminate` share."""
 
 import dataclasses
 import pathlib
@@ -67,7 +68,8 @@ class LLMConfig:
 
 
 def priced(config: LLMConfig, server: str, model: str) -> Price:
-    """What a model at a server costs: as the options say, else as --prices does. Raises UserError if a budget needs what neither says."""
+    """What a model at a server costs: as the options say, else as --prices does. Raises UserError if a budget needs
+    what neither says."""
     price = price_of(server, model, config.prices)
     prompt, completion = price.usd_per_token or (None, None)
     if config.usd_per_million_input is not None:

@@ -1,4 +1,5 @@
-"""What a language model costs, from a TOML file (recipes/prices.toml): server -> model -> US dollars per million tokens."""
+"""What a language model costs, from a TOML file (recipes/prices.toml): server -> model -> US dollars per million
+tokens."""
 
 import dataclasses
 import pathlib
@@ -14,16 +15,16 @@ _DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{4})$")  # gpt-4o-2024-08-06, gpt-
 
 @dataclasses.dataclass(frozen=True)
 class Price:
-    """usd_per_token: (prompt, generated), None where the file does not know the model. batch: share of it that a request in a batch costs, 1
-    where the file does not say."""
+    """usd_per_token: (prompt, generated), None where the file does not know the model. batch: share of it that a
+    request in a batch costs, 1 where the file does not say."""
 
     usd_per_token: tuple[float, float] | None
     batch: float
 
 
 def price_of(server: str, model: str, path: pathlib.Path = PRICES) -> Price:
-    """The price of a model (or of the model of which it is a dated version) at a server (`chat.canonical_url`). Raises UserError for a file
-    that cannot be read or holds no prices."""
+    """The price of a model (or of the model of which it is a dated version) at a server (`chat.canonical_url`). Raises
+    UserError for a file that cannot be read or holds no prices."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:

@@ -4,7 +4,8 @@
     s3://BUCKET/PATH                             AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or ~/.aws; without any of them, as anybody may.
                                                  AWS_REGION, AWS_ENDPOINT_URL
 
-A path is a file, a folder, or has wildcards (`*`, `?`, `[]`). Whatever fails is a UserError of one line with what would work.
+A path is a file, a folder, or has wildcards (`*`, `?`, `[]`). Whatever fails is a UserError of one line with what
+would work.
 """
 
 import contextlib
@@ -111,7 +112,8 @@ def _split(url: str) -> tuple["pyarrow.fs.FileSystem", str]:
 
 
 def find(url: str, endings: tuple[str, ...]) -> list[str]:
-    """The files at `url`, a file, a folder or a pattern, whose names end so, as URLs in order. Raises UserError if none is there."""
+    """The files at `url`, a file, a folder or a pattern, whose names end so, as URLs in order. Raises UserError if
+    none is there."""
     import pyarrow.fs
 
     with explained(url):
@@ -145,8 +147,8 @@ def opened(place: str) -> Any:
 
 
 def content_of(url: str) -> str:
-    """What a file holds, as a hash. Of a parquet file that of its length and footer, where sizes, places and extremes of all columns stand;
-    others are read whole."""
+    """What a file holds, as a hash. Of a parquet file that of its length and footer, where sizes, places and extremes
+    of all columns stand; others are read whole."""
     digest = hashlib.sha256()
     with explained(url), opened(url) as file:
         size = file.size()

@@ -7,9 +7,9 @@ lint             its score is at least --min-lint (`lint_scores`)
 style            an LLM rewrites it in good style
 self-contained   an LLM rewrites that so that it can be read and run on its own
 
-The prompts are `rewrite-style` and `rewrite-self-contained` of `prompts.PROMPTS`. A rewrite must parse and define what the
-program defined (`usable`); one that does not, or was not answered, is in the failure ledger with the step and the reason, as is a program that does not
-parse. The manifest counts what was left after each step.
+The prompts are `rewrite-style` and `rewrite-self-contained` of `prompts.PROMPTS`. A rewrite must parse and define what
+the program defined (`usable`); one that does not, or was not answered, is in the failure ledger with the step and the
+reason, as is a program that does not parse. The manifest counts what was left after each step.
 """
 
 import ast
@@ -67,8 +67,8 @@ class Config(LLMConfig):
 def schema() -> "pyarrow.Schema":
     """Columns: those of documents, whose content and hexsha are the rewrite's, and where it came from.
 
-    rewritten_from: hexsha of the program in the input; lint, rewritten_lint: the scores of both; prompt_hashes: of the requests, in the order of
-    `STEPS`; model: which answered; sampling: settings as JSON.
+    rewritten_from: hexsha of the program in the input; lint, rewritten_lint: the scores of both; prompt_hashes: of the
+    requests, in the order of `STEPS`; model: which answered; sampling: settings as JSON.
     """
     import pyarrow as pa
 
@@ -210,8 +210,9 @@ def request_for(step: str, program: str, original: str, config: Config) -> Reque
 
 
 def usable(answer: Answer, program: str) -> str:
-    """The rewrite of `program` in an answer. Raises RequestFailed if it is cut, empty, does not parse, or does not define every function and
-    class that `program` has at its top, case and underscores aside (good style may spell a name otherwise; private ones may go)."""
+    """The rewrite of `program` in an answer. Raises RequestFailed if it is cut, empty, does not parse, or does not
+    define every function and class that `program` has at its top, case and underscores aside (good style may spell a
+    name otherwise; private ones may go)."""
     if answer.truncated:
         raise RequestFailed("the answer was cut at --max-tokens")
     found = programs(answer.text)
@@ -266,7 +267,8 @@ _ERRORS = ("E9", "PLE", "F5", "F6", "F7", "F82")  # pylint's class of errors, wh
 
 
 def lint_scores(contents: Sequence[str]) -> list[float]:
-    """Of each program, which must parse, pylint's score: 10 − 10 · (5 · errors + other messages) / statements, at most 10.
+    """Of each program, which must parse, pylint's score: 10 − 10 · (5 · errors + other messages) / statements, at most
+    10.
 
     The messages are ruff's, which has pylint's rules and looks at 300 files of 16 KB in 0.7 s. `noqa` hides nothing.
     """
