@@ -16,13 +16,14 @@ import math
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_tools import gold
 from data_tools.chat import Answer, Request, RequestFailed, whole_unicode
-from data_tools.dataset import MANIFEST, Dataset, Failure, Produced, failed_shards, run_stage
+from data_tools.dataset import MANIFEST, Counted, Dataset, Failure, Produced, failed_shards, run_stage
 from data_tools.llm import LLM, LLMConfig, default_ledger
+from data_tools.prompts import PROMPTS
 from phi1.errors import UserError
 from phi1.files import sha256_file, sha256_json
 from phi1.progress import Progress
@@ -66,75 +67,6 @@ class Config(LLMConfig):
     """Chooses the sample."""
 
 
-QUESTION = (
-    "Does this code have educational value for a student whose goal is to learn basic coding concepts? "
-    "Answer yes or no."
-)
-# With the system message and as turns of a chat, SmolLM2-135M told 30 files of `algorithms` from 30 of sqlalchemy,
-# sympy and the standard library with AUC 0.90 (500 characters each); all in one user message: 0.41.
-SYSTEM = (
-    "You judge Python code. Determine its educational value for a student whose goal is to learn basic coding "
-    "concepts. Answer yes or no."
-)
-EXAMPLES = (
-    (
-        '''def is_palindrome(text):
-    """Return True if text reads the same forwards and backwards.
-
-    >>> is_palindrome("level")
-    True
-    """
-    left, right = 0, len(text) - 1
-    while left < right:
-        if text[left] != text[right]:
-            return False
-        left += 1
-        right -= 1
-    return True''',
-        "yes",
-    ),
-    (
-        """from .base import BaseHandler
-from .registry import register, CONF
-
-@register("v2.vol_attach", deprecated=True)
-class VolAttachHandler(BaseHandler):
-    _opts = CONF.get("vol", {})
-
-    def handle(self, ctx, req, **kw):
-        return self._mgr.dispatch(ctx, req.body, self._opts.get("tmo", 30), **kw)""",
-        "no",
-    ),
-    (
-        """def binary_search(items, target):
-    # Repeatedly halve the part of the sorted list that can hold target.
-    low, high = 0, len(items) - 1
-    while low <= high:
-        middle = (low + high) // 2
-        if items[middle] == target:
-            return middle
-        if items[middle] < target:
-            low = middle + 1
-        else:
-            high = middle - 1
-    return -1""",
-        "yes",
-    ),
-    (
-        """ERR_CODES = {
-    0x8001: "E_DEV_NRDY", 0x8002: "E_DEV_TMO", 0x8003: "E_CRC",
-    0x8104: "E_BUF_OVR", 0x8105: "E_SEQ",
-}
-DEFAULTS = dict(baud=115200, parity="N", rtscts=0, dsrdtr=0)
-__all__ = ["ERR_CODES", "DEFAULTS"]""",
-        "no",
-    ),
-)
-RATING = (
-    "You judge code and text about code. Determine its educational value for a student whose goal is to learn basic "
-    "coding concepts: is it self-contained, does it teach a concept, is it clear and explained? First give your "
-    "reasoning in two or three sentences, then a rating from 0 (none) to 10 (could stand in a textbook)."
-)
 RATING_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"reasoning": {"type": "string"}, "rating": {"type": "integer", "minimum": 0, "maximum": 10}},
@@ -182,13 +114,16 @@ def _stage(
     shards: int,
     annotated: Callable[[], Rows],
     redo: Collection[int],
+    used: Mapping[str, int],
     **extra: Any,
 ) -> Dataset:
-    """The dataset of what `annotated`, called once if there is anything to do, gives in the order of the sample."""
+    """The dataset of what `annotated`, called once if there is anything to do, gives in the order of the sample. used: what it cost, then."""
     made = functools.cache(annotated)
 
     def produce(_: Config, __: Sequence[Dataset], shard: int) -> Iterator[Produced]:
         yield from made()[shard * _SHARD_ROWS : (shard + 1) * _SHARD_ROWS]
+        if shard == 0:
+            yield Counted(used)
 
     return run_stage("annotate", config, config.output, [documents], shards, produce, schema(), extra=extra, redo=redo)
 
@@ -204,6 +139,7 @@ def _by_llm(config: Config, documents: Dataset) -> Dataset:
             lambda: _labelled(config, _asked(config, documents, llm)),
             # A label depends on all scores: shards that were made of some answers do not fit those made of more.
             range(shards) if not whole or (config.retry_failed and failed_shards(config.output)) else (),
+            llm.used,
             prompt=sha256_json(list(request_for("", config).messages)),
             answered_by=llm.model,
         )
@@ -224,7 +160,7 @@ def _by_gold(config: Config, documents: Dataset) -> Dataset:
         return _labelled(config, [_row(found[key][0]) | _gold_judgement(found[key][1]) for key in keys])
 
     shards = -(-min(config.samples, len(found)) // _SHARD_ROWS)
-    return _stage(config, documents, shards, annotated, (), answered_by="gold", labels=sha256_file(gold.LABELS))
+    return _stage(config, documents, shards, annotated, (), {}, answered_by="gold", labels=sha256_file(gold.LABELS))
 
 
 MODES: dict[str, Callable[[Config, Dataset], Dataset]] = {"logprob": _by_llm, "rating": _by_llm, "gold": _by_gold}
@@ -275,13 +211,10 @@ def request_for(text: str, config: Config) -> Request:
     """What is asked about one excerpt."""
     accept = functools.partial(_judgement, config)
     if config.mode == "rating":
-        messages = [{"role": "system", "content": RATING}, {"role": "user", "content": f"```python\n{text}\n```"}]
+        messages = PROMPTS["rating"].messages(code=text)
         return Request(messages, max_tokens=400, temperature=config.temperature, schema=RATING_SCHEMA, accept=accept)
-    messages = [{"role": "system", "content": SYSTEM}]
-    for code, answer in (*EXAMPLES, (text, "")):
-        messages.append({"role": "user", "content": f"```python\n{code}\n```\n{QUESTION}"})
-        messages.append({"role": "assistant", "content": answer})
-    return Request(messages[:-1], max_tokens=1, temperature=config.temperature, logprobs=True, accept=accept)
+    messages = PROMPTS["value"].messages(code=text)
+    return Request(messages, max_tokens=1, temperature=config.temperature, logprobs=True, accept=accept)
 
 
 def log_odds(logprobs: dict[str, float]) -> float:

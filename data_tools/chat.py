@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,9 @@ from data_tools.provider_errors import Remedy, Verdict, one_line, sort
 from phi1.errors import UserError
 from phi1.files import sha256_json
 
+_FENCED = re.compile(
+    r"\A\s*```(?:json)?[ \t]*\n(.*?)\n?```\s*\Z", re.DOTALL
+)  # JSON as a model without structured output writes it
 _NO_LOGPROB = -9999.0  # OpenAI's value for a token that is too unlikely to have one
 
 
@@ -65,7 +69,7 @@ class Answer:
 
     text: the message. value: the parsed JSON if a schema was asked for. logprobs: the first token's
     alternatives, token -> natural log of its probability. model: as the server names it. paid: False if it
-    came from the ledger. truncated: the answer ended at max_tokens.
+    came from the ledger. truncated: the answer ended at max_tokens. usd: what it cost, whenever it was paid for.
     """
 
     text: str
@@ -76,6 +80,7 @@ class Answer:
     completion_tokens: int
     truncated: bool
     paid: bool
+    usd: float = 0.0
 
 
 class RequestFailed(Exception):
@@ -113,10 +118,13 @@ def canonical_url(url: str) -> str:
 def answer_in(data: bytes) -> dict[str, Any]:
     """The chat completion in a body that came with status 200. Raises Refused for what is none: it may be billed."""
     text = data.decode("utf-8", "replace")
-    try:
-        response = json.loads(text)
-    except (ValueError, RecursionError):
-        response = None
+    response: Any = None
+    for body in (data, text):  # as it says which Unicode it is; else with what cannot be read replaced
+        try:
+            response = json.loads(body, parse_int=_integer)
+            break
+        except (ValueError, RecursionError):
+            continue
     choices = response.get("choices") if isinstance(response, dict) else None
     if isinstance(choices, list) and choices and isinstance(choices[0], dict) and "message" in choices[0]:
         return response
@@ -129,7 +137,12 @@ def answer_in(data: bytes) -> dict[str, Any]:
     raise Refused(Verdict(Remedy.RETRY, reason, advice, billed=True), response=response or {})
 
 
-def read(request: Request, response: dict[str, Any], model: str, *, paid: bool) -> Answer:
+def _integer(digits: str) -> float:
+    """A number of JSON; one that Python refuses to read (more than 4,300 digits) is infinite, and spoils no answer."""
+    return int(digits) if len(digits) < 1000 else math.inf
+
+
+def read(request: Request, response: dict[str, Any], model: str, *, paid: bool, usd: float = 0.0) -> Answer:
     """The answer in a response. model: the name asked for. Raises RequestFailed, whatever the response is."""
     try:
         choice = response["choices"][0]
@@ -153,7 +166,7 @@ def read(request: Request, response: dict[str, Any], model: str, *, paid: bool) 
     value = None
     if request.schema is not None:
         try:
-            value = json.loads(text)
+            value = json.loads(_FENCED.sub(r"\1", text))
         except (ValueError, RecursionError) as error:
             raise RequestFailed(f"the answer is not JSON: {one_line(text)[:80]!r}") from error
     prompt, completion = billed(response)
@@ -167,6 +180,7 @@ def read(request: Request, response: dict[str, Any], model: str, *, paid: bool) 
         completion_tokens=completion or 0,
         truncated=choice.get("finish_reason") == "length",
         paid=paid,
+        usd=usd,
     )
     if request.accept is not None:
         request.accept(answer)

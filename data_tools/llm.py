@@ -20,83 +20,32 @@ One attempt over the network is `data_tools/llm_connection.py`. Without `--base-
 
 import collections
 import concurrent.futures
-import dataclasses
 import os
 import pathlib
 import random
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, NoReturn
 
 from data_tools import chat, llm_server
 from data_tools.adaptive import AdaptiveLimit
+from data_tools.batch import Batches
 from data_tools.chat import Answer, NoLogprobs, Refused, Request, RequestFailed, canonical_url
-from data_tools.ledger import Closed, Ledger
+from data_tools.ledger import Claim, Closed, Ledger
+from data_tools.llm_config import LLMConfig, priced
 from data_tools.llm_connection import Connection
 from data_tools.provider_errors import Remedy, Verdict
 from phi1.errors import UserError
 from phi1.files import sha256_json
 from phi1.progress import Progress
 
-_NO_EFFECT = {"no_effect": True}
 _MAX_BACKOFF = 60.0  # seconds
 _NO_ANSWER_ATTEMPTS = 3  # for a 200 that is no answer: each may be billed
 _PROBE_ATTEMPTS = 2
 _DOUBTS = 3  # requests in doubt together before a probe is sent
 _SHARE_FROM = 20  # requests, before the share that failed means something
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LLMConfig:
-    """Which LLM, and how much of it. A stage's Config inherits these options."""
-
-    base_url: str | None = None
-    """URL of an OpenAI-compatible server, e.g. https://api.openai.com/v1 (key in OPENAI_API_KEY).
-    None: the embedded server, SmolLM2-135M-Instruct on this machine, no key needed."""
-
-    model: str | None = None
-    """The model's name at that server (needed with --base-url)."""
-
-    usd_per_million_input: float | None = dataclasses.field(default=None, metadata=_NO_EFFECT)
-    """Price of prompt tokens, US dollars per million."""
-
-    usd_per_million_output: float | None = dataclasses.field(default=None, metadata=_NO_EFFECT)
-    """Price of generated tokens, US dollars per million."""
-
-    budget_usd: float | None = dataclasses.field(default=None, metadata=_NO_EFFECT)
-    """Stop before the ledger's total passes this many US dollars (needs the prices)."""
-
-    budget_tokens: int | None = dataclasses.field(default=None, metadata=_NO_EFFECT)
-    """Stop before the ledger's total passes this many tokens, prompt and generated together."""
-
-    ledger: pathlib.Path | None = dataclasses.field(default=None, metadata=_NO_EFFECT)
-    """SQLite file of all requests and answers; budgets count its total. None: llm.sqlite beside the output folder if it
-    is there or the server is the embedded one, else the user's own ($XDG_DATA_HOME/phi1/llm.sqlite), of which budgets
-    count what was asked for outputs in the same parent folder."""
-
-    concurrency: int = dataclasses.field(default=32, metadata=_NO_EFFECT)
-    """At most this many requests in flight."""
-
-    timeout: float = dataclasses.field(default=180.0, metadata=_NO_EFFECT)
-    """Seconds from sending a request to the last byte of its answer. The embedded server, which shares this machine with
-    whatever else runs on it, gets twenty times as long."""
-
-    attempts: int = dataclasses.field(default=8, metadata=_NO_EFFECT)
-    """Attempts per request before it counts as failed; a rate limit's refusals are waited out and do not count."""
-
-    patience: float = dataclasses.field(default=3600.0, metadata=_NO_EFFECT)
-    """Seconds that a rate limit may hold up one request before the run stops, to be gone on with later."""
-
-    max_failed: float = dataclasses.field(default=0.5, metadata=_NO_EFFECT)
-    """Stop, unfinished, if more than this share of the requests failed (from 20 requests on, and at the end)."""
-
-    retry_failed: bool = dataclasses.field(default=False, metadata=_NO_EFFECT)
-    """Ask again what failed in an earlier run, also where the output is finished or a paid answer cannot be used."""
-
-    llm_threads: int = dataclasses.field(default=2, metadata=_NO_EFFECT)
-    """CPU threads of the embedded server."""
 
 
 def default_ledger(config: LLMConfig, output: pathlib.Path) -> tuple[pathlib.Path, str]:
@@ -126,29 +75,42 @@ class LLM:
                 f"--model {config.model}: the embedded server has only {llm_server.MODEL}; "
                 "name the server that has it (--base-url URL)"
             )
-        prices = (config.usd_per_million_input, config.usd_per_million_output)
-        if config.budget_usd is not None and None in prices:
-            raise UserError("--budget-usd needs --usd-per-million-input and --usd-per-million-output")
+        if config.batch and config.base_url is None:
+            raise UserError("--batch: the embedded server has no Batch API; name a server that has (--base-url URL)")
         if not 0 <= config.max_failed <= 1:
             raise UserError(f"--max-failed {config.max_failed}: must lie between 0 and 1")
         self.config = config
         self.model = config.model or llm_server.MODEL
         # The embedded server's port changes from run to run and is no part of a request's identity.
         self.server = canonical_url(config.base_url) if config.base_url else f"embedded:{llm_server.MODEL_FILE}"
+        # 400 tokens take 5 s on two idle cores, and took more than 180 s at a load of 13.
+        timeout = config.timeout * (1 if config.base_url else 20)
+        price = priced(config, self.server, self.model)
         self.ledger = Ledger(
             config.ledger or ledger,
             scope="" if config.ledger else scope,
-            usd_per_token=((prices[0] or 0.0) / 1e6, (prices[1] or 0.0) / 1e6),
+            usd_per_token=price.usd_per_token or (0.0, 0.0),
             budget_tokens=config.budget_tokens,
             budget_usd=config.budget_usd,
+            stale_after=max(600.0, 2 * timeout),
         )
-        # 400 tokens take 5 s on two idle cores, and took more than 180 s at a load of 13.
-        timeout = config.timeout * (1 if config.base_url else 20)
         # The embedded server answers one at a time; a second request waits in its queue.
         self._limit = AdaptiveLimit(config.concurrency if config.base_url else 2)
         self._connection = Connection(config.base_url, timeout, config.llm_threads)
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._batches = Batches(
+            self.ledger,
+            self._connection,
+            config.base_url or self.server,
+            price=price.batch,
+            patience=config.patience,
+            closed=self._closed,
+        )
+        self.used: collections.Counter[str] = collections.Counter()
+        """What the answers that this object gave have cost, whenever they were paid for: requests, prompt_tokens, completion_tokens and
+        usd_billionths. A stage puts it into its manifest."""
+        self._paid: collections.Counter[str] = collections.Counter()
         self._asked_again: set[str] = set()
         # For what is in doubt: how many requests are being asked, wait in doubt, and were answered in a way that
         # shows that the server serves others; whether a probe is on its way; what stopped the client.
@@ -165,20 +127,46 @@ class LLM:
         self._connection.close()
         self.ledger.close()
 
+    def _read(self, request: Request, claim: Claim, *, paid: bool) -> Answer:
+        """The answer that a call got, counted whether it is of use or not."""
+        cost = {
+            "requests": 1,
+            "prompt_tokens": claim.prompt_tokens,
+            "completion_tokens": claim.completion_tokens,
+            "usd_billionths": round(claim.usd * 1e9),
+        }
+        with self._lock:
+            self.used.update(cost)
+            if paid:
+                self._paid.update(cost)
+        return chat.read(request, claim.response or {}, self.model, paid=paid, usd=claim.usd)
+
+    def _is_known(self, request: Request, key: str) -> bool:
+        """Whether the ledger has an answer. One that is of no use is forgotten, once, if it is to be asked for again."""
+        known = self.ledger.find(key)
+        if known is None or not self.config.retry_failed:
+            return known is not None
+        try:
+            chat.read(request, known.response or {}, self.model, paid=False)
+        except RequestFailed:
+            with self._lock:
+                again = key not in self._asked_again
+                self._asked_again.add(key)
+            if again:
+                self.ledger.forget(key)
+            return not again
+        return True
+
+    def key(self, request: Request) -> str:
+        """A request's name in the ledger: its content and the server."""
+        return sha256_json({"server": self.server} | request.body(self.model))
+
     def ask(self, request: Request) -> Answer:
         """The answer to one request, from the ledger or the server."""
         body = request.body(self.model)
-        key = sha256_json({"server": self.server} | body)
-        if (known := self.ledger.find(key)) is not None:
-            try:
-                return chat.read(request, known, self.model, paid=False)
-            except RequestFailed:
-                with self._lock:
-                    again = self.config.retry_failed and key not in self._asked_again
-                    self._asked_again.add(key)
-                if not again:
-                    raise
-                self.ledger.forget(key)
+        key = self.key(request)
+        if self._is_known(request, key) and (known := self.ledger.find(key)) is not None:
+            return self._read(request, known, paid=False)
         with self._news:
             self._asking += 1
         try:
@@ -221,7 +209,7 @@ class LLM:
     def _attempt(self, request: Request, key: str, body: dict[str, Any], waits: int = 0) -> Answer:
         claim = self.ledger.claim(key, body, self._closed)
         if claim.response is not None:  # another thread or process asked the same meanwhile
-            return chat.read(request, claim.response, self.model, paid=False)
+            return self._read(request, claim, paid=False)
         sent = time.monotonic()
         try:
             response = self._connection.send(body)
@@ -239,10 +227,10 @@ class LLM:
         except BaseException:  # the server may have done the work and may bill it
             self.ledger.release(claim, lost=True)
             raise
-        self.ledger.settle(claim, response)
+        settled = self.ledger.settle(claim, response)
         self._limit.succeeded()
         try:
-            answer = chat.read(request, response, self.model, paid=True)
+            answer = self._read(request, settled, paid=True)
         except NoLogprobs as failure:
             advice = "it gives no logprobs: use --mode rating, or another server or model"
             raise Refused(Verdict(Remedy.DOUBT, str(failure), advice), claim) from failure
@@ -345,6 +333,10 @@ class LLM:
         After an error (or if the caller stops early) the client sends nothing more. Raises UserError if more than
         config.max_failed of the requests failed.
         """
+        if self.config.batch:
+            yield from self._ask_batch(list(requests), progress)
+            return
+        total = len(requests) if isinstance(requests, Sized) else None
         pending: collections.deque[concurrent.futures.Future[Answer | RequestFailed]] = collections.deque()
         asked = failed = 0
         reason = ""
@@ -359,8 +351,10 @@ class LLM:
                         pending.append(self._start(request))
                 if not pending:
                     break
-                answer = self._next(pending, progress)
+                answer = self._next(pending)
                 asked += 1
+                if progress is not None:
+                    progress.advance(note=self._note(None if total is None else total - asked))
                 if isinstance(answer, RequestFailed):
                     failed, reason = failed + 1, str(answer)
                 if asked >= _SHARE_FROM or (ended and not pending and asked > 1):
@@ -400,16 +394,49 @@ class LLM:
         threading.Thread(target=work, name="llm", daemon=True).start()
         return future
 
-    def _next(self, pending: "collections.deque[Any]", progress: Progress | None) -> Answer | RequestFailed:
+    def _next(self, pending: "collections.deque[Any]") -> Answer | RequestFailed:
         try:
-            answer = pending.popleft().result()
+            return pending.popleft().result()
         except Closed:
             if self._stopped is None:
                 raise
             raise self._stopped from None
-        if progress is not None:
-            progress.advance(note=f"{self._limit.value} in flight" if self._limit.maximum > 2 else "")
-        return answer
+
+    def _note(self, left: int | None) -> str:
+        """How much is in flight, what was paid in this run, and what it will come to if the `left` requests cost as much each."""
+        with self._lock:
+            paid = self._paid.copy()
+        notes = [f"{self._limit.value} in flight"] if self._limit.maximum > 2 else []
+        if paid["requests"]:
+            tokens, usd = paid["prompt_tokens"] + paid["completion_tokens"], paid["usd_billionths"] / 1e9
+            notes.append(f"{tokens:,} tokens" + (f", ${usd:,.2f}" if usd else ""))
+            if usd and left:
+                notes.append(f"about ${usd * (1 + left / paid['requests']):,.2f} in all")
+        return ", ".join(notes)
+
+    def _ask_batch(self, requests: list[Request], progress: Progress | None) -> Iterator[Answer | RequestFailed]:
+        """`ask_all` through the server's Batch API."""
+        keys = [self.key(request) for request in requests]
+        new = {
+            key: request.body(self.model)
+            for key, request in zip(keys, requests, strict=True)
+            if not self._is_known(request, key)
+        }
+        failures = self._batches.ask(new)
+        failed = 0
+        for asked, (key, request) in enumerate(zip(keys, requests, strict=True), 1):
+            try:
+                claim = self.ledger.find(key)
+                if claim is None:
+                    raise RequestFailed(failures.get(key, "not answered"))
+                answer: Answer | RequestFailed = self._read(request, claim, paid=key in new)
+            except RequestFailed as failure:
+                answer, failed = failure, failed + 1
+            if progress is not None:
+                progress.advance(note=self._note(len(requests) - asked))
+            if asked >= _SHARE_FROM or asked == len(requests) > 1:
+                self._check_share(failed, asked, str(answer))
+            yield answer
 
 
 def _backoff(times: int) -> float:

@@ -8,18 +8,21 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import pathlib
 import threading
 import urllib.parse
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from data_tools import llm_server
 from data_tools.chat import Refused, answer_in
-from data_tools.provider_errors import Remedy, Verdict, sort
+from data_tools.provider_errors import Remedy, Verdict, one_line, sort
 from phi1.errors import UserError
 
 if TYPE_CHECKING:
     import openai
 
+T = TypeVar("T")
 _LARGEST_BODY = 64 << 20  # bytes of an answer: what is longer is none
 
 
@@ -85,16 +88,38 @@ class Connection:
 
     def send(self, body: dict[str, Any]) -> dict[str, Any]:
         """One attempt. Raises Refused, or UserError where there is no server."""
+        sent = self.named(body)
+        try:
+            answer = answer_in(self.call(lambda client: _received(client, sent)))
+        except Refused as refused:
+            if refused.verdict.remedy is not Remedy.RENAME:
+                raise
+            if "max_tokens" in sent:  # this request's name, whatever other threads have changed meanwhile
+                self.rename()
+                return self.send(body)
+            raise Refused(dataclasses.replace(refused.verdict, remedy=Remedy.DOUBT)) from refused
+        self._answered = True
+        return answer
+
+    def named(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A request with its parameters called as the server calls them."""
+        return {self._max_tokens_name if key == "max_tokens" else key: value for key, value in body.items()}
+
+    def rename(self) -> None:
+        """From now on, max_tokens is called as OpenAI's reasoning models call it."""
+        self._max_tokens_name = "max_completion_tokens"
+
+    def call(self, ask: "Callable[[openai.AsyncOpenAI], Coroutine[Any, Any, T]]", *, slow: int = 1) -> T:
+        """What a coroutine gives that asks the server; slow: how many times the timeout it may take. Raises Refused, or
+        UserError where there is no server."""
         client = self._connect()
         import openai
 
-        name = self._max_tokens_name
-        sent = {name if key == "max_tokens" else key: value for key, value in body.items()}
-        call = asyncio.wait_for(_received(client, sent), self._timeout)
+        timeout = slow * self._timeout
         try:
-            data = asyncio.run_coroutine_threadsafe(call, self._loop).result()
+            return asyncio.run_coroutine_threadsafe(asyncio.wait_for(ask(client), timeout), self._loop).result()
         except (asyncio.TimeoutError, openai.APITimeoutError) as error:
-            reason = f"no whole answer within {self._timeout:g} s"
+            reason = f"no whole answer within {timeout:g} s"
             raise Refused(Verdict(Remedy.RETRY, reason, billed=True)) from error
         except openai.APIConnectionError as error:
             # By name: the client's HTTP library is httpx or httpx2, by its version.
@@ -111,16 +136,11 @@ class Connection:
             raise Refused(Verdict(Remedy.RETRY, f"connection lost ({error})", billed=True)) from error
         except openai.APIStatusError as error:
             headers = {key.lower(): value for key, value in error.response.headers.items()}
-            verdict = sort(error.status_code, headers, error.response.text)
-            if verdict.remedy is Remedy.RENAME:
-                if name == "max_tokens":  # this request's name, whatever other threads have changed meanwhile
-                    self._max_tokens_name = "max_completion_tokens"  # OpenAI's reasoning models call it so
-                    return self.send(body)
-                verdict = dataclasses.replace(verdict, remedy=Remedy.DOUBT)
-            raise Refused(verdict) from error
-        answer = answer_in(data)
-        self._answered = True
-        return answer
+            raise Refused(sort(error.status_code, headers, error.response.text)) from error
+        except (openai.APIError, ValueError, TypeError) as error:  # a body that is not what the client expects
+            raise Refused(
+                Verdict(Remedy.RETRY, f"an answer that cannot be read ({one_line(str(error))[:80]})")
+            ) from error
 
     def models(self) -> str:
         """What the server serves, in words."""
@@ -150,6 +170,17 @@ async def _received(client: "openai.AsyncOpenAI", sent: dict[str, Any]) -> bytes
         except Exception as error:  # of the HTTP library (httpx or httpx2), by its version
             raise _Cut(repr(error)) from error
     return bytes(data)
+
+
+async def fetched(client: "openai.AsyncOpenAI", file: str, path: pathlib.Path) -> None:
+    """A file of the server's, whole, at `path`."""
+    async with client.files.with_streaming_response.content(file) as raw:
+        try:
+            await raw.stream_to_file(path)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # of the HTTP library (httpx or httpx2), by its version
+            raise _Cut(repr(error)) from error
 
 
 async def _model_names(client: "openai.AsyncOpenAI") -> list[str]:

@@ -139,7 +139,7 @@ def describe(text: str) -> tuple[str, str]:
         return plain or "no message", plain.lower()
     if isinstance(value, list):  # Gemini
         value = value[0] if value else {}
-    error = value.get("error", value) if isinstance(value, dict) else value
+    error = (value.get("error") or value) if isinstance(value, dict) else value
     if not isinstance(error, dict):
         return one_line(str(error)), str(error).lower()
     message = next((error[name] for name in ("message", "detail", "error") if error.get(name)), error)

@@ -14,6 +14,7 @@ import dataclasses
 import html
 import json
 import re
+import textwrap
 import warnings
 from collections.abc import Iterator
 
@@ -21,6 +22,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 _DEF = re.compile(r"\b(?:async[ \t]+)?def[ \t]+\w+[ \t]*[(\[]")
 _FENCE = re.compile(r"^[ \t>*+\-\d.]*(?:`{3,}|~{3,})[ \t]*\{?\.?([\w+#-]*)", re.MULTILINE)
+_FENCE_LINE = re.compile(r"[ \t>]*(?:`{3,}|~{3,})[ \t]*[\w+#.{}-]*[ \t]*$")
 _QUOTES = re.compile(r'"""|' + "'''")
 _PYTHON = {"", "python", "py", "python3", "py3", "python2", "pycon", "ipython", "ipython3", "sage", "text", "txt"}
 _MARGIN = frozenset(" .:>#|")
@@ -61,6 +63,36 @@ def plain(content: str) -> str:
 def parse(code: str) -> ast.Module | None:
     """The tree of a text, None if it does not parse."""
     return _tried(code)[0]
+
+
+def parsed(code: str) -> tuple[ast.Module | None, str | None]:
+    """The tree, and None; or None, and why it does not parse, in one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return ast.parse(code), None
+        except SyntaxError as error:
+            return None, f"{error.msg} (line {error.lineno})"
+        except (ValueError, RecursionError, MemoryError) as error:
+            return None, " ".join(str(error).split())[:100] or type(error).__name__
+
+
+def programs(answer: str) -> list[str]:
+    """What may be the program in a language model's answer, the likeliest first: its fenced blocks, the longest first; what stands between the
+    first and the last fence, for a program with fences inside; the whole text, if it holds no fence.
+
+    What a model thinks before it answers (<think>) is left out.
+    """
+    text = plain(answer)
+    thought = text.rfind("</think>")
+    lines = text[thought + len("</think>") if thought >= 0 else 0 :].split("\n")
+    fences = [i for i, line in enumerate(lines) if _FENCE_LINE.match(line)]
+    if not fences:
+        return ["\n".join(lines)]
+    blocks = [lines[start + 1 : end] for start, end in zip(fences, [*fences[1:], len(lines)], strict=True)][::2]
+    blocks.sort(key=lambda block: -sum(map(len, block)))
+    whole = lines[fences[0] + 1 : fences[-1] if len(fences) > 1 else len(lines)]
+    return [textwrap.dedent("\n".join(block)) for block in [*blocks, *([whole] if whole not in blocks else [])]]
 
 
 def _tried(code: str) -> tuple[ast.Module | None, int | None]:

@@ -9,6 +9,8 @@ A source is written "kind:place":
     stack:PATH                        The Stack's parquet files: a file, a folder or a glob
     parquet:PATH?FIELD=COLUMN&…       other parquet files; a field (`tables.FIELDS`) that is not named is looked for by its usual
                                       columns, e.g. parquet:/data/edu/*.parquet?content=text
+    hf://datasets/…, s3://BUCKET/…    parquet and JSON lines there: a file, a folder or a pattern, with ?FIELD=COLUMN as above (`remote.py`)
+    stack-edu, cosmopedia-v2, …       a published data set by its name in `data_sets.DATA_SETS`, or NAME:PLACE for a copy of it
     stackoverflow:PATH/Posts.xml      the public dump: question and best answer as one document
 
 `plan(sources)` splits them into units (a list of files, a parquet row group, a part of the questions), each
@@ -26,10 +28,11 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data_tools import gold
+from data_tools import gold, remote
+from data_tools.data_sets import DATA_SETS, plan_data_set, read_data_set, unknown
 from data_tools.dataset import Counted, Failure
 from data_tools.stackoverflow import plan_posts, read_questions
-from data_tools.tables import LINES, TEXTS, plan_parquet, plan_stack, read_lines, read_row_group
+from data_tools.tables import LINES, TEXTS, plan_parquet, plan_stack, plan_url, read_lines, read_row_group
 from data_tools.units import ContentHashes, Raw, Unit, printable
 from phi1.errors import UserError
 from phi1.files import sha256_file, sha256_json
@@ -50,12 +53,14 @@ def plan(sources: Sequence[str], hashes: ContentHashes, *, any_license: bool = F
     units: list[Unit] = []
     for source in sources:
         kind, _, place = source.partition(":")
-        if kind not in _PLANNERS or (place == "") != (kind in ("stdlib", "gold")):
-            raise UserError(
-                f"--sources {source}: not a source; write stdlib, gold, pypi:NAME, folder:PATH, stack:PATH, parquet:PATH or "
-                "stackoverflow:PATH/Posts.xml"
-            )
-        units += _PLANNERS[kind](place, any_license, hashes)
+        if kind in DATA_SETS:
+            units += plan_data_set(kind, place, hashes)
+        elif remote.is_url(source):
+            units += plan_url(kind, place, hashes)
+        elif kind not in _PLANNERS or (place == "") != (kind in ("stdlib", "gold")):
+            raise unknown(source)
+        else:
+            units += _PLANNERS[kind](place, any_license, hashes)
     return units
 
 
@@ -63,6 +68,8 @@ def read(unit: Unit, spool: pathlib.Path, tag: str) -> Iterator[Raw | Failure | 
     """The documents of one unit, in a fixed order. spool: the folder that `spooled` filled for `tag`."""
     if unit.kind == "parquet":
         yield from read_row_group(unit)
+    elif unit.kind in DATA_SETS:
+        yield from read_data_set(unit)
     elif unit.kind == "lines":
         yield from read_lines(unit)
     elif unit.kind == "stackoverflow":

@@ -10,6 +10,7 @@ The offline teacher is a program (data_tools/teacher.py), named "offline-teacher
 import ast
 import dataclasses
 import doctest
+import functools
 import hashlib
 import io
 import json
@@ -24,6 +25,7 @@ from data_tools import prompts
 from data_tools.chat import Answer, RequestFailed
 from data_tools.dataset import Counted, Dataset, Failure, Produced, failed_shards, run_stage
 from data_tools.llm import LLM, LLMConfig, default_ledger
+from data_tools.python_text import parsed, programs
 from data_tools.similarity import words
 from phi1.errors import UserError
 
@@ -103,8 +105,17 @@ def run(config: Config) -> Dataset:
     redo = range(unanswered[0], shards) if unanswered else ()
     with LLM(config, *default_ledger(config, config.output)) as llm:
 
+        @functools.cache
+        def ask_everything() -> None:
+            for _ in llm.ask_all([seed.request for seed in _seeds(config, recipe, range(config.count))]):
+                pass
+
         def produce(_: Config, __: Sequence[Dataset], shard: int) -> Iterator[Produced]:
+            if config.batch:  # a batch takes what all shards ask; each then finds it in the ledger
+                ask_everything()
+            before = llm.used.copy()
             yield from _from_llm(config, recipe, llm, shard)
+            yield Counted(llm.used - before)
 
         return run_stage("synthesize", config, config.output, [], shards, produce,
                          schema(config.kind), extra={"recipe": recipe.hash}, redo=redo)  # fmt: skip
@@ -123,12 +134,13 @@ def _offline(config: Config, _: Sequence[Dataset], shard: int) -> Iterator[Produ
     yield Counted(counters)
 
 
-def _from_llm(config: Config, recipe: prompts.Recipe, llm: LLM, shard: int) -> Iterator[Produced]:
+def _seeds(config: Config, recipe: prompts.Recipe, numbers: Iterable[int]) -> list[prompts.Seed]:
     make = prompts.textbook if config.kind == "textbooks" else prompts.exercise
-    numbers = range(shard * _LLM_SHARD, min(config.count, (shard + 1) * _LLM_SHARD))
-    seeds = [
-        make(recipe, config.seed, i, max_tokens=config.max_tokens, temperature=config.temperature) for i in numbers
-    ]
+    return [make(recipe, config.seed, i, max_tokens=config.max_tokens, temperature=config.temperature) for i in numbers]
+
+
+def _from_llm(config: Config, recipe: prompts.Recipe, llm: LLM, shard: int) -> Iterator[Produced]:
+    seeds = _seeds(config, recipe, range(shard * _LLM_SHARD, min(config.count, (shard + 1) * _LLM_SHARD)))
     rows: list[tuple[prompts.Seed, dict[str, Any]]] = []
     for seed, answer in zip(seeds, llm.ask_all([seed.request for seed in seeds]), strict=True):
         try:
@@ -264,12 +276,10 @@ def read_exercise(text: str) -> dict[str, Any]:
 
     The prompt is the imports, the `def` line and the docstring; the test asserts the docstring's examples.
     """
-    blocks = [code for language, code in _BLOCK.findall(text) if language in ("", "python", "py")]
-    code = textwrap.dedent(blocks[0] if blocks else text).strip("\n") + "\n"
-    try:
-        module = ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise Unusable(f"not Python: {error}") from error
+    code = programs(text)[0].strip("\n") + "\n"
+    module, reason = parsed(code)
+    if module is None:
+        raise Unusable(f"not Python: {reason}")
     functions = [node for node in module.body if isinstance(node, ast.FunctionDef)]
     imports = [node for node in module.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     if not functions:

@@ -7,9 +7,10 @@ import json
 import math
 import pathlib
 import urllib.parse
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from data_tools import remote
 from data_tools.dataset import Counted, Failure
 from data_tools.units import ContentHashes, Raw, Unit, printable
 from phi1.errors import UserError
@@ -39,11 +40,16 @@ _BATCH_ROWS = 64  # at most: a dictionary-encoded cell inflates to any size what
 
 
 def plan_stack(place: str, any_license: bool, hashes: ContentHashes) -> list[Unit]:
-    return _plan_files("stack", place, (), hashes)
+    return plan_files("stack", place, (), hashes)
 
 
 def plan_parquet(place: str, any_license: bool, hashes: ContentHashes) -> list[Unit]:
-    path, _, query = place.partition("?")
+    return plan_files("parquet", place.partition("?")[0], _columns_in(f"parquet:{place}"), hashes)
+
+
+def _columns_in(source: str) -> tuple[tuple[str, str], ...]:
+    """The (field, column) pairs that stand behind a source's ?."""
+    query = source.partition("?")[2]
     try:
         pairs = urllib.parse.parse_qsl(query, strict_parsing=True) if query else []
     except ValueError:
@@ -51,42 +57,76 @@ def plan_parquet(place: str, any_license: bool, hashes: ContentHashes) -> list[U
     for field, _ in pairs:
         if field not in FIELDS:
             raise UserError(
-                f"--sources parquet:{place}: after ? stand FIELD=COLUMN pairs with & between; fields: {', '.join(FIELDS)}"
+                f"--sources {source}: after ? stand FIELD=COLUMN pairs with & between; fields: {', '.join(FIELDS)}"
             )
-    return _plan_files("parquet", path, tuple(sorted(pairs)), hashes)
+    return tuple(sorted(pairs))
 
 
-def _plan_files(kind: str, place: str, columns: tuple[tuple[str, str], ...], hashes: ContentHashes) -> list[Unit]:
+def plan_url(kind: str, place: str, hashes: ContentHashes) -> list[Unit]:
+    """Parquet and JSON lines at a URL, `kind`:`place`; columns as for parquet."""
+    url, columns = f"{kind}:{place.partition('?')[0]}", _columns_in(f"{kind}:{place}")
+    files = remote.find(url, (".parquet", *LINES))
+    units = _plan_tables(kind, url, [file for file in files if file.endswith(".parquet")], columns, hashes)
+    for file in files:
+        if file.endswith(LINES):
+            content = remote.content_of(file)
+            name = hashes.name(content, _name_of(file, url))
+            units.append(Unit("lines", "", name, f"{kind}:{name}", items=(file,), columns=columns, content=content))
+    return units
+
+
+def plan_files(
+    kind: str, place: str, columns: tuple[tuple[str, str], ...], hashes: ContentHashes,
+    needs: Sequence[Collection[str]] = (FIELDS["content"],), read_as: str = "parquet",
+) -> list[Unit]:  # fmt: skip
+    """The row groups of parquet files: a file, a folder or a pattern, on disk or at a URL. needs: of each of these, one must be a column.
+    read_as: the units' kind."""
+    if remote.is_url(place):
+        return _plan_tables(kind, place, remote.find(place, (".parquet",)), columns, hashes, needs, read_as)
+    path = pathlib.Path(place).expanduser()
+    found = sorted(path.rglob("*.parquet")) if path.is_dir() else map(pathlib.Path, sorted(glob.glob(str(path))))
+    files = [str(file) for file in found]
+    if not files:
+        raise UserError(f"--sources {kind}:{place}: no parquet file there")
+    return _plan_tables(kind, str(path), files, columns, hashes, needs, read_as)
+
+
+def _plan_tables(
+    kind: str, place: str, files: Sequence[str], columns: tuple[tuple[str, str], ...], hashes: ContentHashes,
+    needs: Sequence[Collection[str]] = (FIELDS["content"],), read_as: str = "parquet",
+) -> list[Unit]:  # fmt: skip
     import pyarrow
     import pyarrow.parquet
 
-    path = pathlib.Path(place).expanduser()
-    files = (
-        sorted(path.rglob("*.parquet")) if path.is_dir() else [pathlib.Path(f) for f in sorted(glob.glob(str(path)))]
-    )
-    if not files:
-        raise UserError(f"--sources {kind}:{place}: no parquet file there")
     units = []
     for file in files:
         try:
-            metadata = pyarrow.parquet.read_metadata(file)
+            with remote.opened(file) as opened:
+                metadata = pyarrow.parquet.read_metadata(opened)
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{file}: not a whole parquet file ({_one_line(error)}); fetch it again") from error
         names = metadata.schema.to_arrow_schema().names
         for field, column in columns:
             if column not in names:
                 raise UserError(f"{file}: has no column `{column}` ({field}); it has {', '.join(names)}")
-        if "content" not in _chosen(names, columns):
-            raise UserError(
-                f"{file}: has no column {' or '.join(f'`{name}`' for name in FIELDS['content'])}, but {', '.join(names)}; "
-                "say which holds the text: parquet:PATH?content=COLUMN"
-            )
+        for alternatives in needs if "content" not in dict(columns) else ():
+            if not set(alternatives) & set(names):
+                raise UserError(
+                    f"{file}: has no column {' or '.join(f'`{name}`' for name in alternatives)}, but {', '.join(names)}; "
+                    "say which holds the text: parquet:PATH?content=COLUMN"
+                )
         groups = metadata.num_row_groups
-        content = hashes.of(file)
-        name = hashes.name(content, printable(str(file.relative_to(path)) if path.is_dir() else file.name))
-        whole = Unit("parquet", str(file), name, f"{kind}:{name}", columns=columns, content=content)
+        content = remote.content_of(file) if remote.is_url(file) else hashes.of(pathlib.Path(file))
+        name = hashes.name(content, printable(_name_of(file, place)))
+        whole = Unit(read_as, file, name, f"{kind}:{name}", columns=columns, content=content)
         units += [dataclasses.replace(whole, part=(i, groups)) for i in range(groups)]
     return units
+
+
+def _name_of(file: str, place: str) -> str:
+    """A file's path from the folder at `place`, or its name alone if that is none."""
+    folder = place.rstrip("/") + "/"
+    return file.removeprefix(folder) if file.startswith(folder) else file.rpartition("/")[2]
 
 
 def _chosen(names: Collection[str], columns: tuple[tuple[str, str], ...]) -> dict[str, str]:
@@ -96,7 +136,7 @@ def _chosen(names: Collection[str], columns: tuple[tuple[str, str], ...]) -> dic
 
 
 def read_row_group(unit: Unit) -> Iterator[Raw | Failure | Counted]:
-    for number, row in enumerate(_rows_of_group(unit)):
+    for number, row in enumerate(rows_of_group(unit)):
         yield _raw(row, unit, f"row {number} of group {unit.part[0]}")
 
 
@@ -104,20 +144,26 @@ def _raw(row: Mapping[str, Any], unit: Unit, place: str) -> Raw:
     """A row of a table as a document. place: its path, if it names none."""
     columns = _chosen(row.keys(), unit.columns)
     values = {field: row.get(column) for field, column in columns.items()}
-    texts = {field: _text(values.get(field)) for field in ("path", "name", "lang", "origin", "head", "url")}
+    return document_of(values, unit.source, place, written=columns.get("content") == "text")
+
+
+def document_of(values: Mapping[str, Any], source: str, place: str, written: bool = False) -> Raw:
+    """The document that has these values of `FIELDS`. place: its path, if it names none. written: whether its content is prose where
+    nothing says what it is."""
+    texts = {field: text_of(values.get(field)) for field in ("path", "name", "lang", "origin", "head", "url")}
     stars, path = values.get("stars"), texts["path"]
     finite = isinstance(stars, int | float) and math.isfinite(stars) and abs(stars) < 2**63
     suffix = pathlib.PurePosixPath(path).suffix
     lang, prose = TEXTS.get(suffix, ("Python", False))
     if not suffix and not texts["lang"]:  # nothing says what it is; data sets call the column of written text so
-        prose = columns.get("content") == "text"
+        prose = written
         lang = "Text" if prose else lang
     permalink = "https://github.com/{name}/blob/{head}/{path}".format(**texts)
     return Raw(
         values.get("content"),
         path or place,
         texts["name"],
-        unit.source,
+        source,
         licenses_in(values.get("licenses")),
         texts["lang"] or lang,
         prose or texts["lang"].lower() in ("markdown", "text", "restructuredtext"),
@@ -129,26 +175,29 @@ def _raw(row: Mapping[str, Any], unit: Unit, place: str) -> Raw:
     )
 
 
-def _rows_of_group(unit: Unit) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet row group, a few in memory at a time. Texts are bytes; a cell that cannot be read is an
+def rows_of_group(unit: Unit, columns: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet row group, a few in memory at a time. columns: those to read, as far as they are there; none: what `FIELDS` names. Texts are bytes; a cell that cannot be read is an
     exception in its place."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(unit.place, pre_buffer=False, buffer_size=1 << 20) as file:
-            group = file.metadata.row_group(unit.part[0])
+        with (
+            remote.opened(unit.place) as opened,
+            pyarrow.parquet.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 20) as file,
+        ):
+            group, names = file.metadata.row_group(unit.part[0]), file.schema_arrow.names
             each = max(1, group.total_byte_size // max(1, group.num_rows))
             batches = file.iter_batches(
                 batch_size=max(1, min(_BATCH_ROWS, _BATCH_BYTES // each)),
                 row_groups=[unit.part[0]],
-                columns=sorted(set(_chosen(file.schema_arrow.names, unit.columns).values())),
+                columns=sorted(set(columns) & set(names) or set(_chosen(names, unit.columns).values())),
                 use_threads=False,
             )
             for batch in batches:
-                columns = {name: _cells(batch.column(name)) for name in batch.schema.names}
+                cells = {name: _cells(batch.column(name)) for name in batch.schema.names}
                 for i in range(batch.num_rows):
-                    yield {name: cells[i] for name, cells in columns.items()}
+                    yield {name: values[i] for name, values in cells.items()}
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(
             f"{unit.place}: row group {unit.part[0]} is corrupt ({_one_line(error)}); fetch it again"
@@ -180,7 +229,7 @@ def _cells(array: "pyarrow.Array") -> list[Any]:
     return cells
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
     """A cell that should hold a text."""
     if value is None or isinstance(value, Exception):
         return ""
@@ -198,7 +247,7 @@ def licenses_in(value: Any) -> tuple[str, ...]:
         return licenses_in(list(value.values()) if named is None else named)
     if isinstance(value, list | tuple):
         return tuple(dict.fromkeys(name for item in value for name in licenses_in(item)))
-    text = _text(value).strip()
+    text = text_of(value).strip()
     return (text,) if text else ()
 
 
@@ -206,10 +255,12 @@ def read_lines(unit: Unit) -> Iterator[Raw | Failure | Counted]:
     """Documents of a .jsonl or .jsonl.zst file."""
     import pyarrow
 
-    path = pathlib.Path(unit.place) / unit.items[0]
-    name = printable(unit.items[0])
+    item = unit.items[0]
+    path = item if remote.is_url(item) else str(pathlib.Path(unit.place) / item)
+    name = printable(item)
     try:
-        with pyarrow.input_stream(str(path), compression="zstd" if path.suffix == ".zst" else None) as stream:
+        compression = "zstd" if path.endswith(".zst") else None
+        with remote.opened(path) as opened, pyarrow.input_stream(opened, compression=compression) as stream:
             for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
                 if not line.strip():
                     continue

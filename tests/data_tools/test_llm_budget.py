@@ -112,6 +112,35 @@ def test_ctrl_c_ends_at_once_and_what_was_asked_stays_counted(server: FakeServer
     ledger.close()
 
 
+def test_a_ledger_from_before_there_were_batches_is_read(server: FakeServer, tmp_path: pathlib.Path) -> None:
+    with client(server, tmp_path) as llm:
+        llm.ask(request("known"))
+        llm.ledger._database.executescript(
+            "DROP INDEX batched; ALTER TABLE calls DROP COLUMN batch; DROP TABLE batches;"
+        )
+    with client(server, tmp_path) as llm:
+        assert not llm.ask(request("known")).paid and llm.ask(request("new")).paid
+        assert llm.ledger.spent()[0] == 22
+
+
+def test_a_call_is_not_given_up_while_its_timeout_runs(server: FakeServer, tmp_path: pathlib.Path) -> None:
+    with client(server, tmp_path, timeout=5000.0) as llm:
+        claim = llm.ledger.claim("key", {"max_tokens": 5}, threading.Event())
+        llm.ledger._database.execute("UPDATE calls SET started = started - 4000")
+        assert llm.ledger._in_flight() == {claim.id}
+
+
+def test_an_answer_that_comes_after_its_call_was_given_up_is_counted_and_spoils_nothing(tmp_path: pathlib.Path) -> None:
+    ledger = Ledger(tmp_path / "l.sqlite")
+    late = ledger.claim("key", {"max_tokens": 5}, threading.Event())
+    ledger._database.execute("UPDATE calls SET started = 0")
+    again = ledger.claim("key", {"max_tokens": 5}, threading.Event())
+    ledger.settle(late, {"usage": {"prompt_tokens": 3, "completion_tokens": 1}})
+    ledger.settle(again, {"usage": {"prompt_tokens": 3, "completion_tokens": 2}})
+    assert ledger.spent()[0] == 9 and (found := ledger.find("key")) is not None and found.completion_tokens == 2
+    ledger.close()
+
+
 def test_a_file_that_is_no_ledger_is_told(tmp_path: pathlib.Path) -> None:
     (tmp_path / "llm.sqlite").write_text("no database, but long enough to be looked at" * 100)
     with pytest.raises(UserError, match="not a ledger"):
@@ -175,3 +204,20 @@ def test_another_parent_folder_does_not_pay_again_and_has_its_own_budget(
     (tmp_path / "b" / "llm.sqlite").parent.mkdir()
     (tmp_path / "b" / "llm.sqlite").touch()
     assert default_ledger(config, tmp_path / "b" / "x") == (tmp_path / "b" / "llm.sqlite", "")
+
+
+def test_no_lookup_reads_the_whole_ledger(server: FakeServer, tmp_path: pathlib.Path) -> None:
+    # Without the index's own condition beside it, `state = 'done'` scanned all calls at every request.
+    with client(server, tmp_path) as llm:
+        asked: list[str] = []
+        llm.ledger._database.set_trace_callback(asked.append)
+        assert llm.ask(request("a")).paid and not llm.ask(request("a")).paid
+        llm.ledger.forget(llm.key(request("a")))
+        llm.ledger.begin_batch("token", {"key": {"max_tokens": 5}}, 1.0)
+        llm.ledger.open_batches({"key"})
+        llm.ledger.known(["key"])
+        assert set(llm.ledger.batch_calls("token")) == {"key"}
+        llm.ledger._database.set_trace_callback(None)
+        explained = [text for text in asked if text.split()[0] in ("SELECT", "UPDATE", "DELETE")]
+        plans = [str(llm.ledger._database.execute(f"EXPLAIN QUERY PLAN {text}").fetchall()) for text in explained]
+    assert len(plans) > 20 and not [plan for plan in plans if "SCAN calls'" in plan]
