@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import BlockShape, layer_norm, linear_cross_entropy, parallel_block
+from kernels import BlockShape, cache_rows, layer_norm, linear, linear_cross_entropy, parallel_block
 from kernels.autocast import cast_dtype
+from kernels.reference import CacheRows, KVCache
 from phi1.config import ModelConfig
 from phi1.errors import UserError
 
@@ -64,7 +65,7 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         positions: Tensor | None,
         cu_seqlens: Tensor | None,
-        kv_cache: tuple[Tensor, Tensor, int | Tensor] | None,
+        kv_cache: KVCache | None,
         dropout_seed: int,
     ) -> Tensor:
         dtype = x_btd.dtype
@@ -153,9 +154,12 @@ class Phi1(nn.Module):
         For calls under torch.autocast make it there too: keys and values then have autocast's dtype.
         """
         config = self.config
-        shape = (config.num_layers, batch, max_length, config.num_kv_heads, config.head_dim)
+        # In memory a head's keys lie one after another, row behind row: a step reads head by head.
+        shape = (config.num_layers, config.num_kv_heads, batch, max_length, config.head_dim)
         dtype = cast_dtype(self.compute_dtype or self.embedding.dtype, self.embedding.device)
-        keys, values = (torch.zeros(shape, dtype=dtype, device=self.embedding.device) for _ in range(2))
+        keys, values = (
+            torch.empty(shape, dtype=dtype, device=self.embedding.device).permute(0, 2, 3, 1, 4) for _ in range(2)
+        )
         return Cache(keys, values)
 
     def hidden_states(
@@ -184,11 +188,14 @@ class Phi1(nn.Module):
                 )
             elif cache is not None:
                 positions = torch.arange(seen, seen + time, device=tokens.device)
+        at: int | Tensor | CacheRows = seen
+        if cache is not None and cu_seqlens is not None and isinstance(seen, Tensor):
+            at = cache_rows(seen, cu_seqlens, batch * time, cache.keys.shape[2])
         x_btd = F.embedding(tokens, self.embedding)
         if self.compute_dtype is not None:
             x_btd = x_btd.to(self.compute_dtype)
         for layer, block in enumerate(self.blocks):
-            kv_cache = None if cache is None else (cache.keys[layer], cache.values[layer], seen)
+            kv_cache = None if cache is None else (cache.keys[layer], cache.values[layer], at)
             # A seed for every (call, layer), whether callers hash dropout_seed or count it up. No step of this sum leaves
             # int64: torch.compile keeps it as a symbol, so that a new seed is not a new graph.
             layer_seed = dropout_seed % (1 << 52) + (layer << 52)
@@ -200,7 +207,7 @@ class Phi1(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """lm_head: (…, hidden) -> (…, vocabulary), in the compute type."""
-        return F.linear(hidden, self.head_weight.to(hidden.dtype), self.head_bias.to(hidden.dtype))
+        return linear(hidden, self.head_weight.to(hidden.dtype), self.head_bias.to(hidden.dtype))
 
     def forward(
         self,
