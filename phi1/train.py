@@ -179,15 +179,16 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=False)
         losses = [0.0] * len(batches)  # summed over a micro-batch
-        for index, batch in enumerate(batches if counted else []):
-            self._stop_if_told()
-            # Gradients are exchanged in the last backward pass, averaged over processes: hence world.size.
-            with self.engine.exchanging(index + 1 == len(batches)):
-                loss = self.engine.network(
-                    batch.inputs, targets=batch.targets, cu_seqlens=batch.bounds, dropout_seed=batch.seed
-                )
-                self.scaler.scale(loss * (world.size / counted)).backward()
-            losses[index] = loss.item()  # waits for the device, so that a signal does not wait for the step
+        with self.engine.step():
+            for index, batch in enumerate(batches if counted else []):
+                self._stop_if_told()
+                # Gradients are exchanged in the last backward pass, averaged over processes: hence world.size.
+                with self.engine.exchanging(index + 1 == len(batches)):
+                    loss = self.engine.network(
+                        batch.inputs, targets=batch.targets, cu_seqlens=batch.bounds, dropout_seed=batch.seed
+                    )
+                    self.scaler.scale(loss * (world.size / counted)).backward()
+                losses[index] = loss.item()  # waits for the device, so that a signal does not wait for the step
         self.scaler.unscale_(self.optimizer)
         norm = self.engine.clip_gradient(config.optimizer.clip_norm)
         # Rank 0's norm for all: another kind of machine may round it otherwise.
