@@ -70,7 +70,14 @@ def train(config: TrainConfig) -> pathlib.Path:
                 return Trainer(run, signals).train()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
+                inside = (
+                    isinstance(error.filename, str) and config.train.run_folder in pathlib.Path(error.filename).parents
+                )
+                if not inside:
+                    raise
+                raise UserError(
+                    f"{error.filename}: {error.strerror}; mend that and run the same command again"
+                ) from error
             raise UserError(
                 f"no space left in {config.train.run_folder}: free space on that disk and run the same command again; "
                 "the checkpoints there are whole"
