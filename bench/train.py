@@ -1,9 +1,11 @@
-"""A training step, forward, backward and AdamW: ours against Hugging Face's PhiForCausalLM, eager and compiled.
+"""A training step: ours against Hugging Face's and plain torch's, eager and compiled.
 
     python bench/train.py --quick
 
-Same shapes, weights in the benchmark's dtype, `torch.optim.AdamW(fused=True)` for both; without dropout, and with phi-1's
-0.1 of attention and residual.
+"step": forward, backward and AdamW (`torch.optim.AdamW(fused=True)`) of our model and of Hugging Face's PhiForCausalLM with
+weights in the benchmark's dtype, without dropout and with phi-1's 0.1 of attention and residual.
+"loop": a step of a whole training loop in mixed precision, with that dropout: phi1's Trainer, Hugging Face's, and nanoGPT's
+loop in plain torch (bench/loops.py).
 """
 
 import sys
@@ -17,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
-from bench import suite
+from bench import loops, suite
 from bench.harness import Candidate, Unavailable
 from bench.suite import Case, Shape
 from kernels import use_backend
@@ -68,17 +70,11 @@ def hugging_face(
     shape: Sequence[int], tokens: Tensor, dtype: torch.dtype, dropout: float, compiled: bool
 ) -> Callable[[], Any]:
     try:
-        from transformers import PhiConfig, PhiForCausalLM
+        from transformers import PhiForCausalLM
     except ImportError:
         raise Unavailable("the package transformers is not installed: pip install transformers") from None
-    _, seq, hidden, layers, vocabulary = shape
-    config = PhiConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-        num_attention_heads=hidden // HEAD_DIM, partial_rotary_factor=32 / HEAD_DIM, max_position_embeddings=seq,
-        resid_pdrop=dropout, embd_pdrop=0.0, attention_dropout=dropout, use_cache=False, attn_implementation="sdpa",
-    )  # fmt: skip
     with tokens.device:
-        model = PhiForCausalLM(config)
+        model = PhiForCausalLM(loops.phi_config(model_config(shape, dropout)))
     model = model.to(dtype).train()
     run = torch.compile(model, dynamic=False) if compiled else model
     return step_of(model, lambda: run(input_ids=tokens, labels=tokens).loss)
@@ -86,6 +82,18 @@ def hugging_face(
 
 def _make(of: Callable[[Any], Callable[[], Any]], option: Any, _: str) -> Callable[[], Any]:
     return of(option)
+
+
+def _loop(
+    of: Callable[..., Callable[[], Any]],
+    config: ModelConfig,
+    batch: int,
+    device: str,
+    dtype: str,
+    compiled: bool,
+    _: str,
+) -> Callable[[], Any]:
+    return of(config, batch, device, dtype, compiled=compiled)
 
 
 def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
@@ -112,6 +120,21 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
             Candidate("Hugging Face compiled", False, partial(_make, theirs, True)),
         ]
         yield Case(f"dropout {dropout}" if dropout else "", {"step": flops}, candidates)
+    config = model_config(shape, 0.1)
+    loop_candidates = [
+        Candidate(
+            f"{name}{', compiled' * compiled}",
+            name == "phi1 Trainer",
+            partial(_loop, of, config, batch, device, dtype, compiled),
+        )
+        for name, of in (
+            ("phi1 Trainer", loops.phi1),
+            ("Hugging Face Trainer", loops.hugging_face),
+            ("nanoGPT's loop", loops.nanogpt),
+        )
+        for compiled in (False, True)
+    ]
+    yield Case("dropout 0.1", {"loop": loops.MICRO_BATCHES * flops}, loop_candidates)
 
 
 def check(shape: Shape) -> str | None:

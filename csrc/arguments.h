@@ -127,4 +127,13 @@ struct AddProductArgs {
   DType dtype;       // of 16 bits
 };
 
+// y = x W^T for a few rows of x, sums in float32; on the CPU.
+struct ProductArgs {
+  const void* x;       // (rows, width), rows x_stride apart
+  const void* weight;  // (columns, width), rows weight_stride apart
+  void* y;             // (rows, columns)
+  int64_t rows, columns, width, x_stride, weight_stride;
+  DType dtype;  // of all three
+};
+
 }  // namespace phi1

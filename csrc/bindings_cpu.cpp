@@ -109,6 +109,17 @@ void bind_cpu(py::module_& m) {
     isa.table->add_product(args, threads);
   });
 
+  // sizes: rows, columns, width, strides of x's and of weight's rows.
+  isa.def("product", [](const cpu::Isa& isa, Memory x, Memory weight, Memory y, std::array<int64_t, 5> sizes, int dtype,
+                        int threads) {
+    py::gil_scoped_release release;
+    ProductArgs args = {};
+    args.x = address(x), args.weight = address(weight), args.y = address(y);
+    std::tie(args.rows, args.columns, args.width, args.x_stride, args.weight_stride) = std::tuple_cat(sizes);
+    args.dtype = static_cast<DType>(dtype);
+    isa.table->product(args, threads);
+  });
+
   isa.def("residual_keep", [](const cpu::Isa& isa, Memory keep, int64_t rows, int64_t columns, uint32_t threshold,
                               uint64_t seed, int threads) {
     py::gil_scoped_release release;

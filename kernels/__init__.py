@@ -7,7 +7,8 @@
 
 from kernels import cpu, cuda, triton  # noqa: F401  (each registers its kernels)
 from kernels.attention import flash_attention
-from kernels.block import parallel_block
+from kernels.block import cache_rows, parallel_block
+from kernels.linear import linear
 from kernels.loss import linear_cross_entropy
 from kernels.measured import BACKENDS
 from kernels.norm import layer_norm
@@ -24,8 +25,10 @@ __all__ = [
     "BlockShape",
     "apply_rotary",
     "backends",
+    "cache_rows",
     "flash_attention",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "parallel_block",
     "use_backend",

@@ -12,13 +12,13 @@ The op is here; what it checks in block_checks.py, its two routes in composed_bl
 import torch
 from torch import Tensor
 
-from kernels import composed_block  # noqa: F401  (registers `reference` and `torch`)
+from kernels import composed_block, reference  # noqa: F401  (composed_block registers `reference` and `torch`)
 from kernels.autocast import cast_inputs
-from kernels.block_checks import check_block
+from kernels.block_checks import check_block, check_rows
 from kernels.checks import seed_bits
 from kernels.fused_block import FusedBlock
 from kernels.measured import size_class
-from kernels.reference import BlockShape, KVCache
+from kernels.reference import BlockShape, CacheRows, KVCache
 from kernels.registry import choose, differentiated, forced_backend, in_graph
 
 
@@ -56,8 +56,8 @@ def parallel_block(
     dropout_seed: masks are `kernels.reference.attention_keep` and `residual_keep` of it. 64 bits.
     kv_cache: (k, v, length): this call's keys and values are written at [length, length + seq), then attention
         runs over the first length + seq. With cu_seqlens document i goes on in row i, and length is int32 (documents,),
-        the tokens that each row holds; a document may be empty. k and v have x's dtype and device. For inference: such a
-        call records no gradient, on any backend, whatever requires one.
+        the tokens that each row holds, or what `cache_rows` made of them; a document may be empty. k and v have x's dtype
+        and device. For inference: such a call records no gradient, on any backend, whatever requires one.
     Under torch.autocast x and the six parameters are cast to its dtype (kernels/autocast.py), which y then has.
     Returns y (batch, seq, hidden).
 
@@ -76,10 +76,13 @@ def parallel_block(
     queries, seen = seq, seq
     if kv_cache is not None:
         keys, values, length = kv_cache
-        if not isinstance(length, Tensor):
+        if not isinstance(length, Tensor | CacheRows):
             seen = length + seq
         elif cu_seqlens is not None:  # how long each document is only the run knows
             queries, seen = -(-batch * seq // (cu_seqlens.shape[0] - 1)), keys.shape[1]
+            if isinstance(length, Tensor):
+                length = reference.cache_rows(length, cu_seqlens, batch * seq, seen)
+                kv_cache = keys, values, length
     name = choose(
         "parallel_block", x.device, backend,
         dtype=x.dtype, head_dim=shape.head_dim, size=size_class(queries, seen),
@@ -95,8 +98,19 @@ def parallel_block(
     options = (cos, sin, positions, cu_seqlens, seq, *shape.values, dropout_seed, name)
     if kv_cache is not None:
         with torch.no_grad():
-            each = (0, length) if isinstance(length, Tensor) else (length, None)
+            each = (0, length[:4]) if isinstance(length, CacheRows) else (length, [])
             y = torch.ops.phi1.parallel_block_cached(rows, *parameters, keys, values, *each, *options)
     else:
         y = FusedBlock.apply(rows, *parameters, differentiated(rows, *parameters), *options)[0]
     return y.view(batch, seq, hidden)
+
+
+def cache_rows(lengths: Tensor, cu_seqlens: Tensor, tokens: int, capacity: int) -> CacheRows:
+    """Where the documents of a call go on in the rows of a cache, for `kv_cache`: once for all layers of a model.
+
+    lengths: int32 (documents,), the tokens that each row holds. cu_seqlens: int32 (documents + 1,), the offsets of the new
+    tokens, `tokens` in all. capacity: the tokens that a row has room for.
+    Raises ValueError for arguments that do not fit.
+    """
+    check_rows("the cache", lengths, cu_seqlens, capacity)
+    return reference.cache_rows(lengths, cu_seqlens, tokens, capacity)

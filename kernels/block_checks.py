@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels.attention import check_documents
 from kernels.checks import check_device, check_dtype, check_int32, check_like, check_not_captured, check_shape
-from kernels.reference import BlockShape, KVCache
+from kernels.reference import BlockShape, CacheRows, KVCache
 from kernels.rotary import check_table
 
 
@@ -52,9 +52,13 @@ def check_block(
         check_documents(cu_seqlens, cu_seqlens, x)
     if kv_cache is not None:
         keys, values, length = kv_cache
-        if isinstance(length, Tensor) != (cu_seqlens is not None):
+        if isinstance(length, Tensor | CacheRows) != (cu_seqlens is not None):
             raise ValueError(
                 "kv_cache[2]: must be a number, or with cu_seqlens an int32 tensor of a number for each document"
+            )
+        if isinstance(length, CacheRows) and length.row.shape[0] != batch * seq:
+            raise ValueError(
+                f"kv_cache[2] is of {length.row.shape[0]} tokens, x of {batch * seq}: make another by cache_rows"
             )
         for name, cache in (("kv_cache[0]", keys), ("kv_cache[1]", values)):
             _check_cache(name, cache, length, x, cu_seqlens, shape)
@@ -63,7 +67,7 @@ def check_block(
 
 
 def _check_cache(
-    name: str, cache: Tensor, length: int | Tensor, x: Tensor, cu_seqlens: Tensor | None, shape: BlockShape
+    name: str, cache: Tensor, length: int | Tensor | CacheRows, x: Tensor, cu_seqlens: Tensor | None, shape: BlockShape
 ) -> None:
     """Raises ValueError unless x's tokens fit into `cache` (keys or values): backends write there without another look."""
     batch, seq, _ = x.shape
@@ -75,8 +79,15 @@ def _check_cache(
             f"{name}.shape = {tuple(cache.shape)}: must be ({batch} or more, capacity, {heads[0]}, {heads[1]})"
         )
     check_like(name, cache, "x", x)
+    if isinstance(length, CacheRows):
+        if length.capacity != cache.shape[1]:
+            raise ValueError(
+                f"{name}.shape[1] = {cache.shape[1]}, kv_cache[2].capacity = {length.capacity}: must be equal"
+            )
+        return
     if isinstance(length, Tensor):
-        _check_documents_fit(name, cache, length, cu_seqlens)
+        assert cu_seqlens is not None
+        check_rows(name, length, cu_seqlens, cache.shape[1])
         return
     if length < 0:
         raise ValueError(f"kv_cache[2] = {length}: must be the number of tokens so far")
@@ -86,16 +97,15 @@ def _check_cache(
         )
 
 
-def _check_documents_fit(name: str, cache: Tensor, lengths: Tensor, cu_seqlens: Tensor | None) -> None:
+def check_rows(name: str, lengths: Tensor, cu_seqlens: Tensor, capacity: int) -> None:
     """Raises ValueError unless each document fits behind its row's tokens. On a GPU only shapes are looked at."""
-    assert cu_seqlens is not None
     check_shape("kv_cache[2]", lengths, (cu_seqlens.shape[0] - 1,), "(documents,)")
     check_int32("kv_cache[2]", lengths)
     check_device("kv_cache[2]", lengths, "cu_seqlens", cu_seqlens)
     if lengths.device.type != "cpu" or torch.compiler.is_compiling():
         return
     for row, (length, new) in enumerate(zip(lengths.tolist(), cu_seqlens.diff().tolist(), strict=True)):
-        if length < 0 or length + new > cache.shape[1]:
+        if length < 0 or length + new > capacity:
             raise ValueError(
-                f"{name} holds {length} of {cache.shape[1]} tokens in row {row}: {new} more do not fit; make a longer cache"
+                f"{name} holds {length} of {capacity} tokens in row {row}: {new} more do not fit; make a longer cache"
             )

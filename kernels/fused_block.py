@@ -106,7 +106,7 @@ def block_forward(
     q, k, v = layout.qkv(z, documents)
     cu_q = cu_k = cu_seqlens
     if kv_cache is not None:
-        k, v, cu_q, cu_k = reference.extend(kv_cache, k, v, cu_seqlens)
+        k, v, cu_q, cu_k = reference.extend(kv_cache, k, v)
     attention, lse = pieces.attention_forward(
         q, k, v, cu_q, cu_k, True, shape.head_dim**-0.5, shape.attention_dropout, dropout_seed,
         out=layout.attention(g, documents),
@@ -166,7 +166,7 @@ torch.library.define(
 torch.library.define(
     "phi1::parallel_block_cached",
     "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor w_in, Tensor b_in, Tensor w_out, Tensor b_out,"
-    f" Tensor(a!) keys, Tensor(b!) values, SymInt length, Tensor? lengths, {_OPTIONS}) -> Tensor",
+    f" Tensor(a!) keys, Tensor(b!) values, SymInt length, Tensor[] rows, {_OPTIONS}) -> Tensor",
 )
 
 
@@ -209,15 +209,20 @@ def _forward_fake(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grad
 
 @torch.library.impl("phi1::parallel_block_cached", ("cpu", "cuda"))
 @without_autocast
-def _cached(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, keys, values, length, lengths, *options):  # type: ignore[no-untyped-def]
+def _cached(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, keys, values, length, rows, *options):  # type: ignore[no-untyped-def]
     arguments = _arguments(x, w_in, *options)
     parameters = (norm_weight, norm_bias, w_in, b_in, w_out, b_out)
     forward = implementation("parallel_block", options[-1]).forward
-    return forward(x, *parameters, *arguments, kv_cache=(keys, values, length if lengths is None else lengths))[0]
+    return forward(
+        x,
+        *parameters,
+        *arguments,
+        kv_cache=(keys, values, reference.CacheRows(*rows, keys.shape[1]) if rows else length),
+    )[0]
 
 
 @torch.library.register_fake("phi1::parallel_block_cached")
-def _cached_fake(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, keys, values, length, lengths, *options):  # type: ignore[no-untyped-def]
+def _cached_fake(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, keys, values, length, rows, *options):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape)
 
 

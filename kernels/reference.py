@@ -346,35 +346,57 @@ class Steps(NamedTuple):
     """(y, dropout) -> y's shape"""
 
 
-KVCache = tuple[Tensor, Tensor, int | Tensor]
+class CacheRows(NamedTuple):
+    """Where documents go on in a cache, document i in row i, and what they see then; `kernels.cache_rows` makes it."""
+
+    row: Tensor
+    """(tokens,) int64, like `place`: where each new token's key and value belong."""
+    place: Tensor
+    cu_seqlens_q: Tensor
+    """int32 (2 documents + 1,), like the keys': documents of the rows one behind the other, in which the room behind each
+    row's tokens is a document of its own, without queries."""
+    cu_seqlens_k: Tensor
+    capacity: int
+    """Tokens that a row of the cache has room for."""
+
+
+KVCache = tuple[Tensor, Tensor, int | Tensor | CacheRows]
 """Keys and values (batch or more, capacity, kv_heads, head_dim) of the tokens so far, and how many there are: a number,
-or with documents int32 (documents,), a row of the cache for each."""
+or with documents int32 (documents,), a row of the cache for each, or what `kernels.cache_rows` made of those."""
 
 
-def extend(
-    kv_cache: KVCache, k: Tensor, v: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def cache_rows(lengths: Tensor, cu_seqlens: Tensor, tokens: int, capacity: int) -> CacheRows:
+    """Of `tokens` tokens, document i behind the lengths[i] that row i holds. See `kernels.cache_rows`."""
+    device, documents, new = lengths.device, lengths.shape[0], cu_seqlens.diff()
+    row = torch.arange(documents, device=device).repeat_interleave(new, output_size=tokens)
+    place = torch.arange(tokens, device=device) + (lengths - cu_seqlens[:-1])[row]
+    starts = capacity * torch.arange(documents, device=device)
+    ends = torch.stack([starts + lengths + new, starts + capacity], dim=1).flatten()
+    cu_q, cu_k = (torch.nn.functional.pad(x, (1, 0)).int() for x in (cu_seqlens[1:].repeat_interleave(2), ends))
+    return CacheRows(row, place, cu_q, cu_k, capacity)
+
+
+def extend(kv_cache: KVCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Writes new keys and values behind those that the cache holds; returns all that are to be seen, and the documents of
     queries and of keys.
 
-    k, v: (batch, seq, kv_heads, head_dim); with documents (1, tokens, kv_heads, head_dim), document i for row i.
-    With documents the rows are folded into one sequence, (1, documents * capacity, kv_heads, head_dim), in which the room
-    behind each row's tokens is a document of its own, without queries.
+    k, v: (batch, seq, kv_heads, head_dim); with documents (1, tokens, kv_heads, head_dim), and the rows are returned
+    folded into one sequence, (1, documents * capacity, kv_heads, head_dim).
     """
-    keys, values, length = kv_cache
-    if cu_seqlens is None or not isinstance(length, Tensor):
-        rows, until = k.shape[0], length + k.shape[1]
-        keys[:rows, length:until], values[:rows, length:until] = k, v
-        return keys[:rows, :until], values[:rows, :until], None, None
-    rows, tokens, capacity = cu_seqlens.shape[0] - 1, k.shape[1], keys.shape[1]
-    new = cu_seqlens.diff()
-    row = torch.arange(rows, device=k.device).repeat_interleave(new, output_size=tokens)
-    place = torch.arange(tokens, device=k.device) + (length - cu_seqlens[:-1])[row]
-    keys[row, place], values[row, place] = k[0], v[0]
-    starts = capacity * torch.arange(rows, device=k.device)
-    ends = torch.stack([starts + length + new, starts + capacity], dim=1).flatten()
-    cu_q, cu_k = (torch.nn.functional.pad(x, (1, 0)).int() for x in (cu_seqlens[1:].repeat_interleave(2), ends))
-    return keys[:rows].flatten(0, 1)[None], values[:rows].flatten(0, 1)[None], cu_q, cu_k
+    keys, values, at = kv_cache
+    if isinstance(at, CacheRows):
+        keys[at.row, at.place], values[at.row, at.place] = k[0], v[0]
+        documents = at.cu_seqlens_q.shape[0] // 2
+        return (
+            keys[:documents].flatten(0, 1)[None],
+            values[:documents].flatten(0, 1)[None],
+            at.cu_seqlens_q,
+            at.cu_seqlens_k,
+        )
+    assert not isinstance(at, Tensor)  # parallel_block has made rows of it
+    rows, until = k.shape[0], at + k.shape[1]
+    keys[:rows, at:until], values[:rows, at:until] = k, v
+    return keys[:rows, :until], values[:rows, :until], None, None
 
 
 def parallel_block(
@@ -392,7 +414,7 @@ def parallel_block(
         q, k, v = (part.reshape(1, batch * seq, -1, shape.head_dim) for part in (q, k, v))
     cu_q = cu_k = cu_seqlens
     if kv_cache is not None:
-        k, v, cu_q, cu_k = extend(kv_cache, k, v, cu_seqlens)
+        k, v, cu_q, cu_k = extend(kv_cache, k, v)
     attention = steps.attention(q, k, v, cu_q, cu_k, Dropout(shape.attention_dropout, dropout_seed))
     attention = attention.reshape(batch, seq, shape.attention_width)
     y = steps.linear(torch.cat([attention, steps.activations[shape.activation](u)], dim=-1), w_out, b_out)

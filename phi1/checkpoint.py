@@ -317,6 +317,11 @@ def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
                 f"no space left while writing the checkpoint {folder}: free space on that disk and run the same "
                 "command again; earlier checkpoints are whole"
             ) from error
+        if code:  # read-only by now, a limit on the size of files, a disk that fails, …
+            raise UserError(
+                f"the checkpoint {folder} cannot be written ({os.strerror(code)}): mend that and run the same command again; "
+                "earlier checkpoints are whole"
+            ) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -199,6 +199,8 @@ class LoopConfig:
         _require("train", self, 1, "steps", "sequences_per_step", "micro_batch", "log_every", "evaluate_every",
                  "evaluation_sequences", "checkpoint_every", "keep_last")  # fmt: skip
         _require("train", self, 0, "seed", "keep_every", "checkpoint_minutes", "profile")
+        if self.seed >= 1 << 63:
+            raise UserError(f"train.seed = {self.seed}: must be below 2**63")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,6 +52,14 @@ class Engine:
         """The model's forward pass, whose gradients are averaged over the processes."""
 
     @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around the micro-batches of a step: weights are cast to the computation's type once. FSDP2 casts in each pass:
+        a process its shard of a block, before it is gathered for that pass alone."""
+        cast = not self.sharded and self._model.compute_dtype not in (None, torch.float32)
+        with self._model.cast_once() if cast else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
     def exchanging(self, exchange: bool) -> Iterator[None]:
         """Within the block a backward pass adds gradients up here, and only if `exchange` over the processes too."""
         if isinstance(self.network, DistributedDataParallel):

@@ -222,7 +222,9 @@ def _sample(logits: "Tensor", temperature: float, top_p: float, uniform: "Tensor
     A row's token does not depend on the other rows.
     """
     # float64: the sum over 50,000 probabilities is then as exact as the uniform numbers.
-    probability = (logits.double() / temperature).softmax(-1)
+    logits = logits.double()
+    # Divided by a temperature near 0 the greatest itself would be infinite.
+    probability = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p == 1:
         cumulative = probability.cumsum(-1)
         return _pick(cumulative, cumulative[:, -1:], uniform)

@@ -43,7 +43,8 @@ class Metrics:
     last one that was cut off. Other lines that are no record are left out too, and said; the file that had them is kept.
 
     A step's line has its loss (left out if it is not finite), lr, grad_norm, counted_tokens, tokens, seconds, of these
-    data_seconds waiting for data, memory (`peak_memory`), and mfu where the device's peak is known, all as rank 0 has them; where
+    data_seconds waiting for data, checkpoint_seconds that training stood still before it for a checkpoint if there was one, memory
+    (`peak_memory`), and mfu where the device's peak is known, all as rank 0 has them; where
     several sets are mixed "sequences/NAME", how many each gave; after trouble (phi1/trouble.py) also "trouble", in words,
     "sequences", the indices that `Mixture.batch` takes, and "skipped" if the step changed nothing. A validation loss has a
     line of its own, under the name that `validation_loss` gives.

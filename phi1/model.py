@@ -7,14 +7,17 @@
 Shape suffixes: b batch, t time, d hidden, v vocabulary.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import BlockShape, layer_norm, linear_cross_entropy, parallel_block
+from kernels import BlockShape, cache_rows, layer_norm, linear, linear_cross_entropy, parallel_block
 from kernels.autocast import cast_dtype
+from kernels.reference import CacheRows, KVCache
 from phi1.config import ModelConfig
 from phi1.errors import UserError
 
@@ -57,6 +60,21 @@ class Block(nn.Module):
         self.w_out = nn.Parameter(torch.empty(config.hidden_size, width_out))
         self.b_attention = nn.Parameter(torch.empty(config.hidden_size))
         self.b_mlp = nn.Parameter(torch.empty(config.hidden_size))
+        self.cast: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+        """What `weights` gave, while `Phi1.cast_once` keeps it."""
+
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """norm_weight, norm_bias, w_in, b_in, w_out and b_out of `parallel_block`, for an input of that type."""
+        # Cast before they are added, as in a model whose parameters have that type, or whose weights FSDP2 gathers in it.
+        low = cast_dtype(dtype, self.w_in.device)
+        return (
+            self.norm_weight.to(dtype),
+            self.norm_bias.to(dtype),
+            self.w_in.to(dtype),
+            self.b_in.to(dtype),
+            self.w_out.to(dtype),
+            self.b_attention.to(low) + self.b_mlp.to(low),
+        )
 
     def forward(
         self,
@@ -64,20 +82,12 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         positions: Tensor | None,
         cu_seqlens: Tensor | None,
-        kv_cache: tuple[Tensor, Tensor, int | Tensor] | None,
+        kv_cache: KVCache | None,
         dropout_seed: int,
     ) -> Tensor:
-        dtype = x_btd.dtype
-        # Cast before they are added, as in a model whose parameters have that type, or whose weights FSDP2 gathers in it.
-        low = cast_dtype(dtype, x_btd.device)
         return parallel_block(
             x_btd,
-            self.norm_weight.to(dtype),
-            self.norm_bias.to(dtype),
-            self.w_in.to(dtype),
-            self.b_in.to(dtype),
-            self.w_out.to(dtype),
-            self.b_attention.to(low) + self.b_mlp.to(low),
+            *(self.cast or self.weights(x_btd.dtype)),
             *rotary,
             self.training_shape if self.training else self.shape,
             positions=positions,
@@ -113,6 +123,7 @@ class Phi1(nn.Module):
         self.norm_bias = nn.Parameter(torch.empty(config.hidden_size))
         self.head_weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.head_bias = nn.Parameter(torch.empty(config.vocab_size))
+        self._cast: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         self.register_load_state_dict_post_hook(_after_load)
         self._fill_rotary()
         self.reset_parameters()
@@ -147,15 +158,44 @@ class Phi1(nn.Module):
             else:
                 nn.init.zeros_(parameter)
 
+    @contextlib.contextmanager
+    def cast_once(self) -> Iterator[None]:
+        """Within the block all forward passes share one copy of the weights in compute_dtype, made at its beginning.
+
+        For micro-batches of one step: parameters must not change meanwhile. Each pass may have a backward pass of its own,
+        whose gradients go through the copies to the parameters as if it had made them. The embedding is not copied: its
+        rows are cast as they are looked up.
+        """
+        assert self.compute_dtype is not None
+        blocks = [block for block in self.blocks if isinstance(block, Block)]  # all of them, as far as mypy can see
+        for block in blocks:
+            block.cast = block.weights(self.compute_dtype)
+        self._cast = self._norm(self.compute_dtype), self._head(self.compute_dtype)
+        try:
+            yield
+        finally:
+            self._cast = None
+            for block in blocks:
+                block.cast = None
+
+    def _norm(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self._cast[0] if self._cast else (self.norm_weight.to(dtype), self.norm_bias.to(dtype))
+
+    def _head(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self._cast[1] if self._cast else (self.head_weight.to(dtype), self.head_bias.to(dtype))
+
     def new_cache(self, batch: int, max_length: int) -> Cache:
         """An empty cache for `batch` sequences of up to max_length tokens, in the compute type.
 
         For calls under torch.autocast make it there too: keys and values then have autocast's dtype.
         """
         config = self.config
-        shape = (config.num_layers, batch, max_length, config.num_kv_heads, config.head_dim)
+        # In memory a head's keys lie one after another, row behind row: a step reads head by head.
+        shape = (config.num_layers, config.num_kv_heads, batch, max_length, config.head_dim)
         dtype = cast_dtype(self.compute_dtype or self.embedding.dtype, self.embedding.device)
-        keys, values = (torch.zeros(shape, dtype=dtype, device=self.embedding.device) for _ in range(2))
+        keys, values = (
+            torch.empty(shape, dtype=dtype, device=self.embedding.device).permute(0, 2, 3, 1, 4) for _ in range(2)
+        )
         return Cache(keys, values)
 
     def hidden_states(
@@ -184,23 +224,25 @@ class Phi1(nn.Module):
                 )
             elif cache is not None:
                 positions = torch.arange(seen, seen + time, device=tokens.device)
+        at: int | Tensor | CacheRows = seen
+        if cache is not None and cu_seqlens is not None and isinstance(seen, Tensor):
+            at = cache_rows(seen, cu_seqlens, batch * time, cache.keys.shape[2])
         x_btd = F.embedding(tokens, self.embedding)
         if self.compute_dtype is not None:
             x_btd = x_btd.to(self.compute_dtype)
         for layer, block in enumerate(self.blocks):
-            kv_cache = None if cache is None else (cache.keys[layer], cache.values[layer], seen)
+            kv_cache = None if cache is None else (cache.keys[layer], cache.values[layer], at)
             # A seed for every (call, layer), whether callers hash dropout_seed or count it up. No step of this sum leaves
             # int64: torch.compile keeps it as a symbol, so that a new seed is not a new graph.
             layer_seed = dropout_seed % (1 << 52) + (layer << 52)
             x_btd = block(x_btd, (self.rotary_cos, self.rotary_sin), positions, cu_seqlens, kv_cache, layer_seed)
         if cache is not None:
             cache.length = seen + (time if cu_seqlens is None else cu_seqlens.diff())
-        dtype = x_btd.dtype
-        return layer_norm(x_btd, self.norm_weight.to(dtype), self.norm_bias.to(dtype), config.layer_norm_eps)
+        return layer_norm(x_btd, *self._norm(x_btd.dtype), config.layer_norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """lm_head: (…, hidden) -> (…, vocabulary), in the compute type."""
-        return F.linear(hidden, self.head_weight.to(hidden.dtype), self.head_bias.to(hidden.dtype))
+        return linear(hidden, *self._head(hidden.dtype))
 
     def forward(
         self,
@@ -234,8 +276,7 @@ class Phi1(nn.Module):
             )
             if targets is None:
                 return self.logits(hidden)
-            weight, bias = self.head_weight.to(hidden.dtype), self.head_bias.to(hidden.dtype)
-            return linear_cross_entropy(hidden, weight, bias, targets, reduction="sum")
+            return linear_cross_entropy(hidden, *self._head(hidden.dtype), targets, reduction="sum")
 
 
 def _after_load(model: Phi1, _: object) -> None:

@@ -164,6 +164,7 @@ def work(config: TrainConfig, gpus: int) -> list[Work]:
     traffic = (
         3 * size * (layers * (2 * hidden + qkv + 2 * inner + width) * tokens + micro_batches * count["block matrices"])
     )
+    casts = micro_batches if _sharded(config, gpus) else 1
     by_muon, muon = 0, []
     if config.optimizer.algorithm == "muon":
         by_muon = count["block matrices"]
@@ -179,8 +180,8 @@ def work(config: TrainConfig, gpus: int) -> list[Work]:
         Work("LayerNorm, rotary, GELU, dropout, residual", 0, layers * size * between * tokens),
         # Logits are written, turned into their gradient, and read by two products; sums of the weight's size per chunk.
         Work("lm_head and loss", 6 * count["lm_head"] * tokens, 5 * size * model.vocab_size * tokens + 8 * count["lm_head"] * chunks),
-        # float32 weights to the computation's type, and gradients back and added up.
-        Work("casts of weights", 0, 0 if size == 4 else 16 * (total - count["embedding"]) * micro_batches),
+        # float32 weights to the computation's type, and gradients of each micro-batch back and added up.
+        Work("casts of weights", 0, 0 if size == 4 else (6 * casts + 10 * micro_batches) * (total - count["embedding"])),
         Work("clipping and AdamW", 0, (12 + 4 + 28) * _held(config, gpus) - 28 * by_muon),
         *muon,
     ]  # fmt: skip

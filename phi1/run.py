@@ -264,7 +264,7 @@ def _claimed(run_folder: pathlib.Path, world: World) -> Iterator[None]:
         try:
             run_folder.mkdir(parents=True, exist_ok=True)
             lock.append(open(run_folder / ".lock", "w"))  # noqa: SIM115, closed below
-        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        except OSError as error:  # forbidden, read-only, a file in the way, a file system that is none, …
             raise UserError(
                 f"{run_folder}: cannot be written ({error.strerror}); choose another --run-folder"
             ) from error

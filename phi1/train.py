@@ -70,7 +70,14 @@ def train(config: TrainConfig) -> pathlib.Path:
                 return Trainer(run, signals).train()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
+                inside = (
+                    isinstance(error.filename, str) and config.train.run_folder in pathlib.Path(error.filename).parents
+                )
+                if not inside:
+                    raise
+                raise UserError(
+                    f"{error.filename}: {error.strerror}; mend that and run the same command again"
+                ) from error
             raise UserError(
                 f"no space left in {config.train.run_folder}: free space on that disk and run the same command again; "
                 "the checkpoints there are whole"
@@ -120,6 +127,7 @@ class Trainer:
         self.tokens_seen = facts["tokens"] if run.resumed else 0
         self.trouble = Trouble(config.train.spikes == "skip", facts.get("trouble"))
         self.saved, self.saved_at = self.step, time.monotonic()
+        self.waits: list[float] = []  # of each checkpoint the seconds that training stood still for it
         self.writer = Background()  # rank 0's, of the checkpoint that was taken last
         self.metrics: Metrics | None = None  # rank 0's, once training begins
         self.kernels = self._choose_kernels()
@@ -137,6 +145,7 @@ class Trainer:
             stack.enter_context(self.signals.held())
             profiled = settings.profile if world.rank == 0 else 0
             traced_step = stack.enter_context(traced(self.opened.folder, self.step, profiled, world.say))
+            began = time.monotonic()
             try:
                 while True:
                     for name in self._validations_due():
@@ -144,12 +153,15 @@ class Trainer:
                     if self._checkpoint_due():
                         self._save()
                     if self.step == settings.steps:
+                        self._say_waits(time.monotonic() - began)
                         world.first(self.writer.wait)
                         return checkpoint.resolve(self.opened.folder)
                     started = time.monotonic()
                     facts = self.update()
                     traced_step()
                     facts |= {"tokens": self.tokens_seen, "seconds": time.monotonic() - started}
+                    if self.waits and self.saved == self.step - 1:
+                        facts |= {"checkpoint_seconds": self.waits[-1]}
                     facts |= {"memory": peak_memory(world.device)} | progress.mfu(1, facts["seconds"])
                     self._record(**facts)
                     progress.add(self.step, facts)
@@ -179,15 +191,16 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=False)
         losses = [0.0] * len(batches)  # summed over a micro-batch
-        for index, batch in enumerate(batches if counted else []):
-            self._stop_if_told()
-            # Gradients are exchanged in the last backward pass, averaged over processes: hence world.size.
-            with self.engine.exchanging(index + 1 == len(batches)):
-                loss = self.engine.network(
-                    batch.inputs, targets=batch.targets, cu_seqlens=batch.bounds, dropout_seed=batch.seed
-                )
-                self.scaler.scale(loss * (world.size / counted)).backward()
-            losses[index] = loss.item()  # waits for the device, so that a signal does not wait for the step
+        with self.engine.step():
+            for index, batch in enumerate(batches if counted else []):
+                self._stop_if_told()
+                # Gradients are exchanged in the last backward pass, averaged over processes: hence world.size.
+                with self.engine.exchanging(index + 1 == len(batches)):
+                    loss = self.engine.network(
+                        batch.inputs, targets=batch.targets, cu_seqlens=batch.bounds, dropout_seed=batch.seed
+                    )
+                    self.scaler.scale(loss * (world.size / counted)).backward()
+                losses[index] = loss.item()  # waits for the device, so that a signal does not wait for the step
         self.scaler.unscale_(self.optimizer)
         norm = self.engine.clip_gradient(config.optimizer.clip_norm)
         # Rank 0's norm for all: another kind of machine may round it otherwise.
@@ -287,7 +300,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Takes a checkpoint of the step that was done last, and has it written while training goes on."""
-        world, opened, tokenizer = self.world, self.opened, self.data.tokenizer
+        world, opened, tokenizer, began = self.world, self.opened, self.data.tokenizer, time.monotonic()
         world.first(self.writer.wait)
         if self.metrics is not None:
             self.metrics.sync()
@@ -316,6 +329,14 @@ class Trainer:
 
         world.first(begin)
         self.saved, self.saved_at = step, time.monotonic()
+        self.waits.append(self.saved_at - began)
+
+    def _say_waits(self, seconds: float) -> None:
+        """Says how long of the training's `seconds` checkpoints took; the last one's writing is not over."""
+        self.world.say(
+            f"{len(self.waits)} checkpoint{'s' * (len(self.waits) != 1)} kept training waiting for {sum(self.waits):.3g} s, "
+            f"{sum(self.waits) / seconds:.2%} of its time"
+        )
 
     def _open_metrics(self, stack: contextlib.ExitStack) -> dict[str, int]:
         """Opens them on rank 0; returns the last step of each validation loss."""

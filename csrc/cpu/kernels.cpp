@@ -40,12 +40,13 @@ namespace {
 #include "cpu/layer_norm.inl"
 //
 #include "cpu/block.inl"
+#include "cpu/product.inl"
 
 }  // namespace
 
 extern const Kernels table;
 const Kernels table = {rotary,      attention_forward, attention_backward, layer_norm_forward, layer_norm_backward,
                        after_in,    after_in_backward, residual,           residual_backward,  cross_entropy,
-                       add_product, residual_keep,     exp2_array};
+                       add_product, product,           residual_keep,      exp2_array};
 
 }  // namespace phi1::cpu::PHI1_ISA

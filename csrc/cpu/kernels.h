@@ -19,6 +19,7 @@ struct Kernels {
   void (*residual_backward)(const ResidualArgs&, int threads);
   void (*cross_entropy)(const CrossEntropyArgs&, int threads);
   void (*add_product)(const AddProductArgs&, int threads);
+  void (*product)(const ProductArgs&, int threads);
   void (*residual_keep)(uint8_t* keep, int64_t rows, int64_t columns, uint32_t threshold, uint64_t seed, int threads);
   // 2^x as the attention kernels compute it; short_form: where the result is rounded to bf16.
   void (*exp2)(const float* in, float* out, int64_t count, bool short_form);

@@ -254,6 +254,34 @@ double add_product_error(DType dtype) {
   return 0;
 }
 
+// Rows of x from one to as many as fit, columns that come out even with no register block, a width of several pieces.
+// INFINITY if a row's numbers depend on how many rows there are.
+template <typename T>
+double product_error(DType dtype) {
+  const int64_t most = kMostRows, columns = 23, width = 2 * kPiece + 5, x_stride = width + 3, weight_stride = width + 2;
+  const Buffer<T> x((most - 1) * x_stride + width), weight((columns - 1) * weight_stride + width);
+  Errors compare;
+  std::vector<double> whole;
+  for (int64_t rows = most; rows > 0; --rows) {
+    const Buffer<T> y(rows * columns);
+    phi1::ProductArgs args = {x.get(), weight.get(), y.get(), rows, columns, width, x_stride, weight_stride, dtype};
+    product(args, 2);
+    const std::vector<double> found = y.copy();
+    if (rows == most) whole = found;
+    if (!std::equal(found.begin(), found.end(), whole.begin())) return INFINITY;
+    for (int64_t r = 0; r < rows && rows == most; ++r)
+      for (int64_t c = 0; c < columns; ++c) {
+        double sum = 0, size = 0;
+        for (int64_t k = 0; k < width; ++k) {
+          const double term = x[r * x_stride + k] * weight[c * weight_stride + k];
+          sum += term, size += term * term;
+        }
+        compare(found[size_t(r * columns + c)] / std::sqrt(size), sum / std::sqrt(size));  // of order one
+      }
+  }
+  return compare.worst;
+}
+
 template <typename T>
 bool all(DType dtype, double tolerance) {
   const std::pair<const char*, std::function<double()>> kernels[] = {
@@ -265,6 +293,7 @@ bool all(DType dtype, double tolerance) {
       {"residual", [&] { return residual_error<T>(dtype, 0); }},
       {"residual with dropout", [&] { return residual_error<T>(dtype, 51); }},
       {"add_product", [&] { return dtype == DType::f32 ? 0 : add_product_error<T>(dtype); }},
+      {"product", [&] { return product_error<T>(dtype); }},
       {"cross_entropy", [&] { return cross_entropy_error<T>(dtype, 0, false); }},
       {"cross_entropy with z-loss", [&] { return cross_entropy_error<T>(dtype, 0.01f, false); }},
       {"cross_entropy of padded columns", [&] { return cross_entropy_error<T>(dtype, 0, true); }},

@@ -214,6 +214,15 @@ MUTATIONS = [
         "split((vuint)sum, args.high + i, args.low + i, n);",
     ),
     ("add_product.inl", "std::memcpy(low, &lower, size_t(n)", "std::memcpy(low, &lower, size_t(n) / 2"),
+    ("product.inl", "smaller(n, args.columns - 1)", "smaller(n, args.columns - 2)"),
+    ("product.inl", "row(first + j) + k;", "row(first + j);"),
+    ("product.inl", "x + b * kRows * x_stride + k;", "x + b * kRows * x_stride;"),
+    ("product.inl", "sums + b * kRows * kVecs;", "sums + b * kRows;"),
+    ("product.inl", "vload(w[j] + k, n)", "vload(w[0] + k, n)"),
+    ("product.inl", "c[r][j] = sums[r * kVecs + j];", "c[r][j] = vfloat{};"),
+    ("product.inl", "for (int i = 1; i < kLanes; ++i) part[0] += part[i];", ""),
+    ("product.inl", "r * args.x_stride + k", "r * args.width + k"),
+    ("product.inl", "smaller(kLanes, args.rows - r)", "smaller(kLanes - 1, args.rows - r)"),
     ("cross_entropy.inl", "keep_lanes((1u << n) - 1, e)", "e"),
     ("cross_entropy.inl", "row.total *= __builtin_expf(row.top - above);", ""),
     ("cross_entropy.inl", "if (target == args.ignore_index) continue;", ""),
@@ -245,6 +254,7 @@ BLOCK_FILES = (
     "block.inl",
     "dropout.inl",
     "cross_entropy.inl",
+    "product.inl",
 )
 
 

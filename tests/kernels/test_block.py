@@ -10,7 +10,7 @@ from cpu_isa import CPU_BACKENDS
 from error_rule import bound, check, error
 from torch import Tensor
 
-from kernels import BackendError, BlockShape, layer_norm, parallel_block, reference
+from kernels import BackendError, BlockShape, cache_rows, layer_norm, parallel_block, reference
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, ROTARY = 4, 2, 32, 48, 80, 16
 SHAPE = BlockShape(HEADS, KV_HEADS, HEAD_DIM)
@@ -226,7 +226,8 @@ def test_packed_cache_equals_the_whole_sequences(name):
         positions = torch.cat([torch.arange(seen[row], seen[row] + n) for row, n in enumerate(new)])
         cu = torch.tensor([0, *new]).cumsum(0).int()
         x = torch.cat(parts)[None]
-        y = run([x, *inputs[1:]], positions=positions[None], cu_seqlens=cu, kv_cache=(*cache, seen), backend=name)
+        at = cache_rows(seen, cu, sum(new), 12) if new[0] else seen  # made once for all layers, or in the call
+        y = run([x, *inputs[1:]], positions=positions[None], cu_seqlens=cu, kv_cache=(*cache, at), backend=name)
         for row, part in enumerate(y[0].split(list(new))):
             got[row].append(part)
         seen += torch.tensor(new)
@@ -276,6 +277,21 @@ def _changed(index: int, value: Tensor) -> list[Tensor]:
 
 _CU, _SEEN = torch.tensor([0, 8, 22], dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
 _CACHE = tuple(torch.zeros(2, 16, KV_HEADS, HEAD_DIM) for _ in range(2))
+_TWO = torch.tensor([0, 1, 2], dtype=torch.int32)
+
+
+def _rows(capacity: int) -> reference.CacheRows:
+    """Of one token behind each row's."""
+    return cache_rows(_SEEN, _TWO, 2, capacity)
+
+
+def test_rows_of_a_cache_are_checked() -> None:
+    with pytest.raises(
+        ValueError, match="the cache holds 3 of 3 tokens in row 1: 1 more do not fit; make a longer cache"
+    ):
+        cache_rows(_SEEN, _TWO, 2, 3)
+    with pytest.raises(ValueError, match=r"kv_cache\[2\].shape = \(2,\): must be \(1,\)"):
+        cache_rows(_SEEN, _TWO[:2], 1, 16)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +313,10 @@ _CACHE = tuple(torch.zeros(2, 16, KV_HEADS, HEAD_DIM) for _ in range(2))
         (make(), {"kv_cache": (*_CACHE, _SEEN.long()), "cu_seqlens": _CU}, r"kv_cache\[2\].dtype = torch.int64"),
         (make(), {"kv_cache": (*_CACHE, _SEEN[:1]), "cu_seqlens": _CU}, r"kv_cache\[2\].shape = \(1,\): must be \(2,\)"),
         (make(), {"kv_cache": (*_CACHE, _SEEN), "cu_seqlens": _CU}, r"kv_cache\[0\] holds 3 of 16 tokens in row 1: 14 more do"),
+        (make(), {"kv_cache": (*_CACHE, _rows(16)), "cu_seqlens": _CU}, r"kv_cache\[2\] is of 2 tokens, x of 22: make another"),
+        (_changed(0, torch.zeros(1, 2, HIDDEN)), {"kv_cache": (*_CACHE, _rows(9)), "cu_seqlens": _TWO},
+         r"kv_cache\[0\].shape\[1\] = 16, kv_cache\[2\].capacity = 9: must be equal"),
+        (make(), {"kv_cache": (*_CACHE, _rows(16))}, r"kv_cache\[2\]: must be a number, or with cu_seqlens"),
         (make(), {"kv_cache": (*_CACHE, -_SEEN), "cu_seqlens": _CU}, r"kv_cache\[0\] holds -3 of 16 tokens in row 1"),
     ],
 )  # fmt: skip

@@ -1,11 +1,13 @@
 """Checkpoints: whole or absent, checked when read, the right ones kept."""
 
+import contextlib
 import dataclasses
 import errno
 import itertools
 import json
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 
@@ -262,11 +264,25 @@ def fail_safetensors(monkeypatch):
     monkeypatch.setattr(safetensors.torch, "save_file", full)
 
 
-@pytest.mark.parametrize("fail", [fail_fsync, fail_safetensors])
-def test_a_full_disk_keeps_the_checkpoint_before(folder, model, tokenizer, monkeypatch, fail):
-    with monkeypatch.context() as patch:
-        fail(patch)
-        with pytest.raises(UserError, match=r"no space left while writing"):
+def limit_files(stack):
+    """As `ulimit -f` does; the signal that comes with it Python ignores."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("fail", "why"),
+    [
+        (fail_fsync, "no space left while writing"),
+        (fail_safetensors, "no space left while writing"),
+        (limit_files, r"step-000009 cannot be written \(File too large\): mend that"),
+    ],
+)
+def test_a_write_that_fails_keeps_the_checkpoint_before(folder, model, tokenizer, monkeypatch, fail, why):
+    with contextlib.ExitStack() as stack, monkeypatch.context() as patch:
+        fail(stack if fail is limit_files else patch)
+        with pytest.raises(UserError, match=why):
             checkpoint.write_model(folder.parent / "step-000009", model, tokenizer, {"step": 9})
     assert [path.name for path in folder.parent.iterdir()] == ["step-000003"]
     checkpoint.load_model(folder.parent)

@@ -150,6 +150,12 @@ def test_a_token_of_no_probability_is_never_drawn() -> None:
     assert _sample(logits, 1.0, 1.0, uniform).tolist() == [0, 2, 2]
 
 
+def test_a_temperature_near_zero_is_greedy() -> None:
+    logits = torch.tensor([[3.0, 40.0, -7.0], [1.0, -2.0, 0.5]])
+    uniform = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert _sample(logits, 1e-320, 1.0, uniform).tolist() == [1, 0] == _sample(logits, 1e-320, 0.9, uniform).tolist()
+
+
 @pytest.mark.parametrize(
     ("text", "stop", "expected"),
     [

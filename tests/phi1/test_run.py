@@ -3,6 +3,7 @@
 import builtins
 import collections
 import os
+import pathlib
 import shutil
 import threading
 
@@ -154,9 +155,12 @@ def test_a_run_folder_has_one_training(config, monkeypatch):
 
 def test_a_run_folder_that_cannot_be(config, tmp_path):
     (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+    for folder in (tmp_path / "file", tmp_path / "file" / "run", pathlib.Path("/proc/file")):
         with pytest.raises(UserError, match=r"file.*: cannot be written \(.*\); choose another --run-folder"):
             train(change(config, run_folder=folder))
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"run/metrics.jsonl: Is a directory; mend that and run the same command again"):
+        train(change(config, run_folder=tmp_path / "run"))
 
 
 def test_a_full_disk_is_noticed_before_training(config, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """The trainer: gradients, schedule, failing, what it says."""
 
+import contextlib
 import errno
 import gzip
 import json
@@ -8,14 +9,17 @@ import os
 import sys
 import threading
 import types
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import DROPOUT, TINY, change, content, losses, records, trainer_of, write, write_recipe
 
 import kernels
 from phi1 import checkpoint
 from phi1.cli import main
+from phi1.engine import Engine
 from phi1.errors import UserError
 from phi1.metrics import Metrics
 from phi1.tokenizer import train_tokenizer
@@ -30,6 +34,32 @@ def gradients(config, **changes):
     with trainer_of(config) as trainer:
         facts = trainer.update()
     return torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()]), facts
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of each tensor, by its address."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten._to_copy.default and args[0].dtype != kwargs.get("dtype"):
+            self.of[args[0].data_ptr()] += 1
+        return op(*args, **kwargs or {})
+
+
+def test_weights_are_cast_once_a_step(config, monkeypatch):
+    """Of 4 micro-batches; gradients and loss have the bits that they have with casts in each."""
+    config, found = change(config, precision="bf16", **TINY | {"sequences_per_step": 8}, **DROPOUT), []
+    for times in (1, 4):
+        with trainer_of(config) as trainer, Casts() as casts:
+            loss = trainer.update()["loss"]
+        weights = [weight for name, weight in trainer.model.named_parameters() if name != "embedding"]  # its rows are
+        assert {casts.of[weight.data_ptr()] for weight in weights} == {times}
+        found.append(torch.cat([torch.tensor([loss]), *(p.grad.flatten() for p in trainer.model.parameters())]))
+        monkeypatch.setattr(Engine, "step", lambda self: contextlib.nullcontext())
+    assert torch.equal(*found)
 
 
 def test_loss_falls_and_everything_is_written(config, tokens, capsys):
