@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-_OFFLINE_SHARD = 2000  # rows: about ten seconds of one core
+_OFFLINE_SHARD = 2000  # rows: about six seconds of one core
 _LLM_SHARD = 50  # requests: what a crash of the process loses is in the ledger anyway
 _NO_ANSWER = "no answer"
 _TIMEOUT = 5.0  # seconds for a solution and its examples
@@ -91,9 +91,11 @@ def run(config: Config) -> Dataset:
     if config.teacher == "offline":
         if config.kind != "exercises":
             raise UserError("--teacher offline writes exercises only; textbooks need --teacher llm")
+        from data_tools import families
+
         shards = -(-config.count // _OFFLINE_SHARD)
         return run_stage("synthesize", config, config.output, [], shards, _offline, schema("exercises"),
-                         workers=config.workers)  # fmt: skip
+                         workers=config.workers, extra={"families": families.HASH})  # fmt: skip
     if config.split != "train":
         raise UserError(f"--split {config.split}: only the offline teacher has held-out exercises")
     recipe = prompts.load(config.recipe)
