@@ -33,7 +33,7 @@ SOURCE = "offline-teacher"
 Split = Literal["train", "held-out"]
 HELD_OUT_SHARE = 0.2
 """Share of names, of constants and of pairs that only held-out exercises may use."""
-SHARES = {"single": 0.35, "pair": 0.4, "guarded": 0.25}
+SHARES = {"single": 0.22, "pair": 0.55, "guarded": 0.23}
 """Of exercises with one step, with two, and with an early return before a step."""
 BATCH = 256
 """Exercises per sandboxed child."""

@@ -5,26 +5,24 @@ from collections.abc import Callable, Sequence
 
 from data_tools.families import KINDS, Family
 
-_IMPERATIVE = {
-    1: ("{A}.", "{A}.", "Given {arg}, {a}."),
-    2: ("{A}, then {b}.", "{A}. Then {b}.", "Given {arg}, {a}, then {b}.", "First {a}, then {b}."),
-}
-_DESCRIPTIVE = {1: ("{As}.",), 2: ("{As}, then {bs}.", "{As} and then {bs}.")}
-_QUESTION = {
-    1: ("What do you get if you {a}?", "Can you {a}?"),
-    2: ("What do you get if you {a}, then {b}?", "Can you {a} and then {b}?"),
-}
-# a: the guard, b: what is done otherwise.
-_GUARDED = ("{B}, but {a}.", "{B}. But {a}.", "{A}, otherwise {b}.", "{Bs}, but {as}.", "{A}. Otherwise {b}.")
+# A step's clauses are a and b, "keep the numbers"; A is "Keep the numbers", as "keeps the numbers", As "Keeps the numbers".
+_ONE = {"{A}.": 6, "Given {arg}, {a}.": 4, "{As}.": 5, "What do you get if you {a}?": 2, "Can you {a}?": 2}
+_TWO = {
+    "{A}, then {b}.": 3, "{A}. Then {b}.": 3, "Given {arg}, {a}, then {b}.": 3, "First {a}, then {b}.": 3,
+    "{As}, then {bs}.": 2, "{As} and then {bs}.": 2, "What do you get if you {a}, then {b}?": 1, "Can you {a} and then {b}?": 1,
+}  # fmt: skip
+# a: the early return, b: what is done otherwise.
+_GUARDED = {
+    "{B}, but {a}.": 3, "{B}. But {a}.": 3, "{A}, otherwise {b}.": 3, "{A}. Otherwise {b}.": 3, "{Bs}, but {as}.": 3,
+    "Given {arg}, {b}, but {a}.": 2, "Can you {b}, but {a}?": 1,
+}  # fmt: skip
+"""Sentences, and how often each is drawn, relatively."""
 
 
 def description(rng: random.Random, steps: Sequence[Family], clauses: Sequence[str], argument: str) -> str:
     """A sentence or two that say what to do; clauses: a step's each, beginning with a verb."""
-    if steps[0].forms[0].guards:
-        frame = rng.choice(_GUARDED)
-    else:
-        moods = (_IMPERATIVE, _IMPERATIVE, _IMPERATIVE, _DESCRIPTIVE, _QUESTION)
-        frame = rng.choice(rng.choice(moods)[len(steps)])
+    frames = _GUARDED if steps[0].forms[0].guards else _ONE if len(steps) == 1 else _TWO
+    frame = rng.choices(list(frames), list(frames.values()))[0]
     first, last = clauses[0], clauses[-1]
     fields = {"a": first, "b": last, "as": third_person(first), "bs": third_person(last), "arg": argument}
     return frame.format(**fields, **{key.capitalize(): _capital(fields[key]) for key in ("a", "b", "as", "bs")})
