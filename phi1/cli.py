@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data classify": ("data_tools.classify", "train a random forest to predict the annotation from the embedding"),
     "data filter": ("data_tools.filter", "keep the documents that the forest rates high enough"),
     "data synthesize": ("data_tools.synthesize", "write textbooks and exercises, with an LLM or the offline teacher"),
+    "data diversity": ("data_tools.diversity", "measure how different the texts of a dataset are from each other"),
     "data decontaminate": ("data_tools.decontaminate", "drop what is too close to HumanEval"),
     "data tokenizer": ("data_tools.tokenizer", "train a small tokenizer for a small model"),
     "data tokenize": ("data_tools.tokenize", "turn documents into token shards"),
