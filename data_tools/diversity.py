@@ -247,6 +247,7 @@ def vendi(masked: Sequence[Sequence[str]]) -> float:
             places += [columns.setdefault(gram, len(columns)) for gram in ngrams(tokens, n)]
         ends.append(len(places))
     matrix = scipy.sparse.csr_array(([1.0] * len(places), places, ends), shape=(len(masked), len(columns)))
+    matrix.sum_duplicates()  # counts: the product takes the square of a column's entries
     return score((matrix @ matrix.T).toarray())
 
 
