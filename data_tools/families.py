@@ -1,192 +1,127 @@
-"""The offline teacher's table of exercise families: what one step does, in words and in Python.
+"""The offline teacher's table of exercise families, `curriculum/*.toml`: what one step does, in words and in Python.
 
-A family takes a value of one kind and gives a value of another; two families compose where the kinds
-meet. Its phrase states every constant that its code needs. In the code, {v} is the value worked on and
-{a}, {b} are constants. `setup` lines, where a family has them, run before `expression` is evaluated.
+A family takes a value of one kind and gives one of another; two compose where the kinds meet. A table in the files:
+
+    [keep_above]                                           # its name
+    step = "ints -> ints"                                  # the kinds
+    verb = "keep"                                          # for names of functions
+    say = ["keep the numbers greater than {a}", …]         # clauses that begin with a verb and state every constant
+    constants = ["number"]                                 # domains of {a} and {b}: `teacher.draw_constant`
+    sees = "negative"                                      # what inputs must hold: `exercise_inputs.SEES`
+    code = ["return [x for x in {v} if x > {a}]", …]       # bodies that do the same; {v}: the value, {f}: the function
+
+A guard's code is an early return and goes on: `if not {v}:\n    return {a}`. It stands before a step, and its second
+kind is what the whole function gives.
 """
 
 import dataclasses
+import functools
+import hashlib
+import pathlib
+import re
+import sys
+from collections.abc import Mapping
 
-KINDS = ("ints", "int", "text", "words", "table", "bool")
-"""list[int], int, str, list[str], dict[str, int], bool (which no family takes)."""
+CURRICULUM = pathlib.Path(__file__).resolve().parent / "curriculum"
+KINDS = {
+    "ints": ("list[int]", "a list of integers"),
+    "int": ("int", "an integer"),
+    "text": ("str", "a string"),
+    "words": ("list[str]", "a list of strings"),
+    "table": ("dict[str, int]", "a dict from strings to integers"),
+    "grid": ("list[list[int]]", "a list of lists of integers"),
+    "bool": ("bool", "True or False"),
+}
+"""Kinds of values: as an annotation, and in words. No family takes a bool."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One body of a family. Its lines hold {v}, {a}, {b} and {f}."""
+
+    lines: tuple[str, ...]
+
+    def fill(self, fields: Mapping[str, str]) -> list[str]:
+        """The lines with the fields' code."""
+        return [re.sub(r"\{([vabf])\}", lambda match: fields[match[1]], line) for line in self.lines]
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """Words of its code, all names among them."""
+        return frozenset(re.findall(r"\w+", "\n".join(self.lines)))
+
+    @functools.cached_property
+    def guards(self) -> bool:
+        """Whether it may go on after its last line."""
+        return not self.lines[-1].startswith("return ")
+
+    @functools.cached_property
+    def begins(self) -> bool:
+        """Whether another step may follow: a guard, or a body whose one value is returned in the last line."""
+        returns = sum(line.lstrip().startswith("return ") for line in self.lines)
+        return (self.guards or returns == 1) and not self.recursive
+
+    @functools.cached_property
+    def recursive(self) -> bool:
+        """Whether it calls the whole function again, so that it can be no part of a longer one."""
+        return any("{f}" in line for line in self.lines)
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One step. `constants` names the domain of {a} and of {b}: see `teacher.draw_constant`."""
+    """One step (see the module)."""
 
     name: str
     takes: str
     gives: str
     verb: str
     phrases: tuple[str, ...]
-    expression: str
+    forms: tuple[Form, ...]
     constants: tuple[str, ...] = ()
-    setup: tuple[str, ...] = ()
+    sees: str = ""
+
+    @functools.cached_property
+    def weight(self) -> float:
+        """How often it is drawn, relatively: one over the lines of its shortest body."""
+        return 1 / min(len(form.lines) for form in self.forms)
 
 
-def _family(
-    name: str, kinds: str, verb: str, phrases: str, expression: str, constants: str = "", setup: str = ""
-) -> Family:
-    takes, gives = kinds.split(" -> ")
-    return Family(
-        name, takes, gives, verb, tuple(phrases.split(" | ")), expression, tuple(constants.split()),
-        tuple(setup.splitlines()),
-    )  # fmt: skip
+def _load() -> tuple[dict[str, Family], str]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    families: dict[str, Family] = {}
+    digest = hashlib.sha256()
+    for path in sorted(CURRICULUM.glob("*.toml")):
+        content = path.read_bytes()
+        digest.update(content)
+        for name, entry in tomllib.loads(content.decode()).items():
+            if name in families:
+                raise ValueError(f"{path}: a family {name} is in another file already")
+            takes, gives = entry["step"].split(" -> ")
+            forms = tuple(Form(tuple(code.strip("\n").splitlines())) for code in entry["code"])
+            families[name] = Family(
+                name,
+                takes,
+                gives,
+                entry.get("verb", ""),
+                tuple(entry["say"]),
+                forms,
+                tuple(entry.get("constants", ())),
+                entry.get("sees", ""),
+            )
+    return families, digest.hexdigest()
+
+
+BY_NAME, HASH = _load()
+FAMILIES: tuple[Family, ...] = tuple(family for family in BY_NAME.values() if not family.forms[0].guards)
+GUARDS: tuple[Family, ...] = tuple(family for family in BY_NAME.values() if family.forms[0].guards)
 
 
 def _split(words: str) -> tuple[str, ...]:
     return tuple(words.split())
 
-
-FAMILIES: tuple[Family, ...] = (
-    # Lists of integers: filters
-    _family("keep_above", "ints -> ints", "keep",
-            "keep the numbers greater than {a} | drop the numbers that are not greater than {a}",
-            "[x for x in {v} if x > {a}]", "number"),
-    _family("keep_below", "ints -> ints", "keep",
-            "keep the numbers less than {a} | drop the numbers that are not less than {a}",
-            "[x for x in {v} if x < {a}]", "number"),
-    _family("drop_equal", "ints -> ints", "remove",
-            "remove every {a} | leave out the numbers equal to {a}",
-            "[x for x in {v} if x != {a}]", "number"),
-    _family("keep_even", "ints -> ints", "pick",
-            "keep the even numbers | drop the odd numbers", "[x for x in {v} if x % 2 == 0]"),
-    # Lists of integers: maps
-    _family("add", "ints -> ints", "raise",
-            "add {a} to each number | increase each number by {a}", "[x + {a} for x in {v}]", "number"),
-    _family("multiply", "ints -> ints", "scale",
-            "multiply each number by {a} | scale each number by {a}", "[x * {a} for x in {v}]", "number"),
-    _family("square", "ints -> ints", "square",
-            "square each number | replace each number by its square", "[x * x for x in {v}]"),
-    _family("negate", "ints -> ints", "flip",
-            "negate each number | flip the sign of each number", "[-x for x in {v}]"),
-    _family("cap", "ints -> ints", "cap",
-            "cap each number at {a} | limit each number to at most {a}", "[min(x, {a}) for x in {v}]", "number"),
-    _family("replace_number", "ints -> ints", "swap",
-            "replace every {a} by {b} | change each {a} into {b}",
-            "[{b} if x == {a} else x for x in {v}]", "number number"),
-    # Lists of integers: order and shape
-    _family("sort", "ints -> ints", "sort",
-            "sort the numbers | put the numbers in increasing order", "sorted({v})"),
-    _family("reverse", "ints -> ints", "reverse",
-            "reverse the numbers | put the numbers in reverse order", "{v}[::-1]"),
-    _family("distinct", "ints -> ints", "clean",
-            "drop repeated numbers | keep the first of each distinct number", "list(dict.fromkeys({v}))"),
-    _family("first", "ints -> ints", "take",
-            "take the first {a} numbers | keep only the first {a} numbers", "{v}[:{a}]", "count"),
-    _family("last", "ints -> ints", "take",
-            "take the last {a} numbers | keep only the last {a} numbers", "{v}[-{a}:]", "count"),
-    _family("append", "ints -> ints", "extend",
-            "append {a} | add {a} at the end", "{v} + [{a}]", "number"),
-    _family("running_totals", "ints -> ints", "accumulate",
-            "take the running totals | replace each number by the sum so far", "totals", "",
-            "total = 0\ntotals = []\nfor x in {v}:\n    total += x\n    totals.append(total)"),
-    # Lists of integers: reductions
-    _family("total", "ints -> int", "sum",
-            "return the sum | add up the numbers", "sum({v})"),
-    _family("largest", "ints -> int", "find",
-            "return the largest number, or {a} if there is none | find the maximum, {a} if empty",
-            "max({v}, default={a})", "number"),
-    _family("count_above", "ints -> int", "count",
-            "count the numbers greater than {a} | return how many numbers are greater than {a}",
-            "sum(x > {a} for x in {v})", "number"),
-    _family("count_equal", "ints -> int", "count",
-            "count how often {a} occurs | return the number of times that {a} occurs",
-            "{v}.count({a})", "number"),
-    _family("how_many", "ints -> int", "count",
-            "return how many numbers there are | count the numbers", "len({v})"),
-    _family("product", "ints -> int", "multiply",
-            "return the product | multiply the numbers together", "product", "",
-            "product = 1\nfor x in {v}:\n    product *= x"),
-    _family("any_above", "ints -> bool", "check",
-            "check if any number is greater than {a} | return whether some number is greater than {a}",
-            "any(x > {a} for x in {v})", "number"),
-    _family("has", "ints -> bool", "check",
-            "check if {a} occurs | return whether {a} is among the numbers", "{a} in {v}", "number"),
-    _family("to_strings", "ints -> words", "show",
-            "turn each number into a string | convert the numbers to strings", "[str(x) for x in {v}]"),
-    # Integers
-    _family("increase", "int -> int", "increase",
-            "add {a} | increase it by {a}", "{v} + {a}", "number"),
-    _family("times", "int -> int", "multiply",
-            "multiply it by {a} | return it times {a}", "{v} * {a}", "number"),
-    _family("modulo", "int -> int", "reduce",
-            "take it modulo {a} | return its remainder modulo {a}", "{v} % {a}", "number"),
-    _family("at_most", "int -> int", "limit",
-            "limit it to at most {a} | return the smaller of it and {a}", "min({v}, {a})", "number"),
-    _family("exceeds", "int -> bool", "check",
-            "check if it is greater than {a} | return whether it is greater than {a}", "{v} > {a}", "number"),
-    _family("multiples", "int -> ints", "list",
-            "list its first {a} multiples | return its first {a} multiples",
-            "[{v} * x for x in range(1, {a} + 1)]", "count"),
-    # Strings
-    _family("upper", "text -> text", "shout",
-            "make it upper case | convert it to upper case", "{v}.upper()"),
-    _family("backwards", "text -> text", "reverse",
-            "reverse it | write it backwards", "{v}[::-1]"),
-    _family("prefix", "text -> text", "prefix",
-            "put {a} in front | add {a} at the start", "{a} + {v}", "word"),
-    _family("suffix", "text -> text", "suffix",
-            "append {a} | add {a} at the end", "{v} + {a}", "word"),
-    _family("erase", "text -> text", "erase",
-            "remove every {a} | erase each {a}", "{v}.replace({a}, '')", "word"),
-    _family("replace_text", "text -> text", "replace",
-            "replace every {a} by {b} | change each {a} into {b}", "{v}.replace({a}, {b})", "word word"),
-    _family("repeat", "text -> text", "repeat",
-            "repeat it {a} times | return {a} copies of it in a row", "{v} * {a}", "count"),
-    _family("head", "text -> text", "trim",
-            "take the first {a} characters | keep only the first {a} characters", "{v}[:{a}]", "count"),
-    _family("text_length", "text -> int", "measure",
-            "return its length | count its characters", "len({v})"),
-    _family("count_text", "text -> int", "count",
-            "count how often {a} occurs | return the number of times that {a} occurs", "{v}.count({a})", "word"),
-    _family("starts", "text -> bool", "check",
-            "check if it starts with {a} | return whether it begins with {a}", "{v}.startswith({a})", "word"),
-    _family("split_words", "text -> words", "split",
-            "split it into words | return its words as a list", "{v}.split()"),
-    # Lists of strings
-    _family("starting", "words -> words", "keep",
-            "keep the words that start with {a} | drop the words that do not start with {a}",
-            "[w for w in {v} if w.startswith({a})]", "word"),
-    _family("containing", "words -> words", "select",
-            "keep the words that contain {a} | select the words with {a} in them",
-            "[w for w in {v} if {a} in w]", "word"),
-    _family("without", "words -> words", "remove",
-            "remove the word {a} | leave out the words equal to {a}", "[w for w in {v} if w != {a}]", "word"),
-    _family("longer", "words -> words", "keep",
-            "keep the words longer than {a} characters | keep the words with more than {a} characters",
-            "[w for w in {v} if len(w) > {a}]", "count"),
-    _family("upper_each", "words -> words", "shout",
-            "make each word upper case | convert the words to upper case", "[w.upper() for w in {v}]"),
-    _family("suffix_each", "words -> words", "suffix",
-            "append {a} to each word | end each word with {a}", "[w + {a} for w in {v}]", "word"),
-    _family("sort_words", "words -> words", "sort",
-            "sort the words | put the words in alphabetical order", "sorted({v})"),
-    _family("join", "words -> text", "join",
-            "join the words with {a} | glue the words together with {a}", "{a}.join({v})", "word"),
-    _family("word_count", "words -> int", "count",
-            "return how many words there are | count the words", "len({v})"),
-    _family("lengths", "words -> ints", "measure",
-            "return the length of each word | list the lengths of the words", "[len(w) for w in {v}]"),
-    _family("length_table", "words -> table", "map",
-            "map each word to its length | make a dict from word to length", "{{w: len(w) for w in {v}}}"),
-    # Dicts
-    _family("table_above", "table -> table", "keep",
-            "keep the entries with values greater than {a} | drop entries whose value is not greater than {a}",
-            "{{k: n for k, n in {v}.items() if n > {a}}}", "number"),
-    _family("drop_key", "table -> table", "remove",
-            "remove the key {a} | leave out the entry {a}", "{{k: n for k, n in {v}.items() if k != {a}}}", "word"),
-    _family("values", "table -> ints", "list",
-            "return the values as a list | list the values", "list({v}.values())"),
-    _family("keys", "table -> words", "list",
-            "return the keys in order | list the sorted keys", "sorted({v})"),
-    _family("look_up", "table -> int", "get",
-            "return the value of {a}, or {b} if missing | look up {a}, with {b} if missing",
-            "{v}.get({a}, {b})", "word number"),
-)  # fmt: skip
-
-BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES}
 
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "ints": ("values", "numbers", "nums", "scores", "readings", "prices", "ages", "points"),
@@ -194,6 +129,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "text": ("text", "s", "string", "line", "name", "label", "title", "phrase"),
     "words": ("words", "names", "strings", "labels", "tags", "lines", "tokens", "items"),
     "table": ("table", "d", "mapping", "scores", "stock", "prices", "ages", "votes"),
+    "grid": ("grid", "matrix", "board", "sheet", "blocks", "groups"),
 }
 """Argument names by kind. They are shared by training and held-out exercises."""
 

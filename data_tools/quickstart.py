@@ -175,6 +175,7 @@ def steps(config: Config) -> list[Step]:
         decontaminated("exercises", embedder="minilm", embed_above=0.9),
         # The same rule for both splits, so that the held-out one asks for no family that training was denied.
         decontaminated("exercises-held-out", embedder="minilm", embed_above=0.9),
+        Step("diversity", "measure how different the exercises are", lambda: _measure(root / "exercises-clean")),
         Step("tokenizer", "train a tokenizer of 1,024 entries", lambda: tokenizer.run(small)),
         shards("pretrain", ["filtered-clean", "textbooks-clean"]),
         shards("finetune", ["exercises-clean", "llm-exercises-clean"]),
@@ -200,6 +201,15 @@ def steps(config: Config) -> list[Step]:
         ),
         Step("report", "write the report", lambda: report.run(report.Config(run=root))),
     ]
+
+
+def _measure(folder: pathlib.Path) -> None:
+    from data_tools import diversity
+
+    if diversity.read(folder):
+        print(f"diversity: already in {folder / diversity.FILE}", file=sys.stderr)
+        return
+    diversity.run(diversity.Config(input=folder))
 
 
 def _train(config: Config, name: str, data: str, init_from: str | None = None) -> None:

@@ -16,15 +16,17 @@ import io
 import json
 import pathlib
 import re
+import sys
 import textwrap
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_tools import prompts
 from data_tools.chat import Answer, RequestFailed
 from data_tools.dataset import Counted, Dataset, Failure, Produced, failed_shards, run_stage
 from data_tools.llm import LLM, LLMConfig, default_ledger
+from data_tools.novelty import Earlier
 from data_tools.python_text import parsed, programs
 from data_tools.similarity import words
 from phi1.errors import UserError
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-_OFFLINE_SHARD = 2000  # rows: about ten seconds of one core
+_OFFLINE_SHARD = 2000  # rows: about six seconds of one core
 _LLM_SHARD = 50  # requests: what a crash of the process loses is in the ledger anyway
 _NO_ANSWER = "no answer"
 _TIMEOUT = 5.0  # seconds for a solution and its examples
@@ -70,6 +72,13 @@ class Config(LLMConfig):
     temperature: float | None = 0.8
     """llm: sampling temperature; none: the server's own."""
 
+    adapt: bool = True
+    """llm: draw topics whose answers added nothing (unusable, or near twins of earlier rows) less often from then on."""
+
+    max_twins: float | None = None
+    """llm: stop asking when more than this share of the rows of 50 requests (at least 10 rows) are near twins of earlier ones
+    (data_tools/diversity.py); none: ask --count times."""
+
     workers: int = dataclasses.field(default=2, metadata={"no_effect": True})
     """Processes (offline), or programs run at a time (llm)."""
 
@@ -90,35 +99,54 @@ def run(config: Config) -> Dataset:
     """Makes the dataset."""
     if config.count < 1:
         raise UserError(f"--count {config.count}: must be at least 1")
+    if config.max_twins is not None and not 0 <= config.max_twins < 1:
+        raise UserError(f"--max-twins {config.max_twins}: must be from 0 to below 1")
     if config.teacher == "offline":
         if config.kind != "exercises":
             raise UserError("--teacher offline writes exercises only; textbooks need --teacher llm")
+        from data_tools import families
+
         shards = -(-config.count // _OFFLINE_SHARD)
         return run_stage("synthesize", config, config.output, [], shards, _offline, schema("exercises"),
-                         workers=config.workers)  # fmt: skip
+                         workers=config.workers, extra={"families": families.HASH})  # fmt: skip
     if config.split != "train":
         raise UserError(f"--split {config.split}: only the offline teacher has held-out exercises")
+    if config.batch and (config.adapt or config.max_twins is not None):
+        raise UserError(
+            "--batch asks everything beforehand, so no answer can change what is asked: add --no-adapt, and leave --max-twins out"
+        )
     recipe = prompts.load(config.recipe)
     shards = -(-config.count // _LLM_SHARD)
     unanswered = failed_shards(config.output, _NO_ANSWER) if config.retry_failed else []
     # What follows is made again too: a row may repeat one that is made now.
     redo = range(unanswered[0], shards) if unanswered else ()
+
+    def asked(shard: int, urn: list[str]) -> list[str]:
+        return [seed.topic for seed in _seeds(config, recipe, _numbers(config, shard), urn)]
+
+    earlier = Earlier(config.output, recipe.topics, asked if config.adapt else None)
     with LLM(config, *default_ledger(config, config.output)) as llm:
 
         @functools.cache
         def ask_everything() -> None:
-            for _ in llm.ask_all([seed.request for seed in _seeds(config, recipe, range(config.count))]):
+            for _ in llm.ask_all([seed.request for seed in _seeds(config, recipe, range(config.count), recipe.topics)]):
                 pass
 
         def produce(_: Config, __: Sequence[Dataset], shard: int) -> Iterator[Produced]:
             if config.batch:  # a batch takes what all shards ask; each then finds it in the ledger
                 ask_everything()
             before = llm.used.copy()
-            yield from _from_llm(config, recipe, llm, shard)
+            yield from _from_llm(config, recipe, llm, earlier, shard)
             yield Counted(llm.used - before)
 
-        return run_stage("synthesize", config, config.output, [], shards, produce,
+        made = run_stage("synthesize", config, config.output, [], shards, produce,
                          schema(config.kind), extra={"recipe": recipe.hash}, redo=redo)  # fmt: skip
+    if twins := made.counters.get("near_twins", 0):
+        print(f"synthesize: {twins:,} of {made.rows:,} rows are near twins of earlier ones", file=sys.stderr)
+    if left := made.counters.get("not_asked", 0):
+        print(f"synthesize: stopped after {config.count - left:,} of {config.count:,} requests, as of the rows of the last "
+              f"{_LLM_SHARD} more than --max-twins {config.max_twins:g} are near twins of earlier ones", file=sys.stderr)  # fmt: skip
+    return made
 
 
 def _offline(config: Config, _: Sequence[Dataset], shard: int) -> Iterator[Produced]:
@@ -134,13 +162,26 @@ def _offline(config: Config, _: Sequence[Dataset], shard: int) -> Iterator[Produ
     yield Counted(counters)
 
 
-def _seeds(config: Config, recipe: prompts.Recipe, numbers: Iterable[int]) -> list[prompts.Seed]:
+def _seeds(config: Config, recipe: prompts.Recipe, numbers: Iterable[int], topics: Sequence[str]) -> list[prompts.Seed]:
+    """The requests of these numbers, their topics drawn from `topics`."""
     make = prompts.textbook if config.kind == "textbooks" else prompts.exercise
-    return [make(recipe, config.seed, i, max_tokens=config.max_tokens, temperature=config.temperature) for i in numbers]
+    drawn = dataclasses.replace(recipe, topics=tuple(topics))
+    return [make(drawn, config.seed, i, max_tokens=config.max_tokens, temperature=config.temperature) for i in numbers]
 
 
-def _from_llm(config: Config, recipe: prompts.Recipe, llm: LLM, shard: int) -> Iterator[Produced]:
-    seeds = _seeds(config, recipe, range(shard * _LLM_SHARD, min(config.count, (shard + 1) * _LLM_SHARD)))
+def _numbers(config: Config, shard: int) -> range:
+    """Of a shard's requests."""
+    return range(shard * _LLM_SHARD, min(config.count, (shard + 1) * _LLM_SHARD))
+
+
+def _from_llm(config: Config, recipe: prompts.Recipe, llm: LLM, earlier: Earlier, shard: int) -> Iterator[Produced]:
+    numbers = _numbers(config, shard)
+    earlier.read_until(shard)
+    if config.max_twins is not None and earlier.largest_share > config.max_twins:
+        earlier.take(shard, [])
+        yield Counted({"not_asked": len(numbers)})
+        return
+    seeds = _seeds(config, recipe, numbers, earlier.urn(shard) if config.adapt else recipe.topics)
     rows: list[tuple[prompts.Seed, dict[str, Any]]] = []
     for seed, answer in zip(seeds, llm.ask_all([seed.request for seed in seeds]), strict=True):
         try:
@@ -154,44 +195,15 @@ def _from_llm(config: Config, recipe: prompts.Recipe, llm: LLM, shard: int) -> I
         rows, lost = run_exercises(rows, config.workers)
         for seed, reason in lost:
             yield from _lost(seed, reason)
-    first = _first_of_each(config.output, range(shard))
+    kept: list[dict[str, Any]] = []
     for seed, row in rows:
-        for form in (row["content"], masked(row["content"])):
-            if form in first:
-                yield from _lost(seed, f"duplicate: of request {first[form]}")
-                break
+        if (first := earlier.repeats(row["content"], row["seed"])) is not None:
+            yield from _lost(seed, f"duplicate: of request {first}")
         else:
-            first |= dict.fromkeys((row["content"], masked(row["content"])), row["seed"].rpartition("/")[2])
+            kept.append(row)
             yield row | {"hexsha": _sha1(row["content"])}
-
-
-def _first_of_each(output: pathlib.Path, shards: Iterable[int]) -> dict[str, str]:
-    """Content and masked content of the rows in these shards -> the number of the request that it answered."""
-    import pyarrow.parquet
-
-    first: dict[str, str] = {}
-    for shard in shards:  # of a dataset in the making: made one after another
-        table = pyarrow.parquet.read_table(output / f"{shard:05d}.parquet", columns=["content", "seed"])
-        for row in table.to_pylist():
-            first |= dict.fromkeys((row["content"], masked(row["content"])), row["seed"].rpartition("/")[2])
-    return first
-
-
-def masked(content: str) -> str:
-    """A text without what does not make it another one: case, blanks and punctuation, and, where it is one function, its
-    name and those of its arguments and variables."""
-    try:
-        module = ast.parse(content)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return " ".join(words(content))
-    names: dict[str, str] = {}
-    for node in ast.walk(module):
-        bound = node.name if isinstance(node, ast.FunctionDef) else node.arg if isinstance(node, ast.arg) else None
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            bound = node.id
-        if bound is not None:
-            names.setdefault(bound, f"name{len(names)}")
-    return " ".join(words(re.sub(r"[^\W\d]\w*", lambda match: names.get(match[0], match[0]), content)))
+    if twins := earlier.take(shard, kept):
+        yield Counted({"near_twins": twins})
 
 
 def _lost(seed: prompts.Seed, reason: str) -> Iterator[Produced]:

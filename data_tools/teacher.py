@@ -1,10 +1,14 @@
 """The offline teacher: composes exercises from a table of families. It is a program, not a language model.
 
-An exercise is one step or two (`families.FAMILIES`): a function to complete, whose docstring says what to
-do, states every constant and shows one to three examples; its solution; and a test on other inputs. Every
-solution is executed in a sandboxed child process: the examples' results come from that run, and a second
-child, with another hash seed, runs the finished text again and keeps the exercise only if its examples
-and its test hold. The test's inputs are chosen so that a solution with any one constant altered fails.
+An exercise is one step, two, or an early return and a step (`families.FAMILIES`, `families.GUARDS`): a function to
+complete, whose docstring says what to do, states every constant and shows one to three examples; its solution; and a
+test on other inputs. Every solution is executed in a sandboxed child process: the examples' results come from that run,
+and a second child, with another hash seed, runs the finished text again and keeps the exercise only if its examples and
+its test hold. The test's inputs are chosen so that a solution with any one constant altered fails, and one with another
+operator wherever any of the inputs that were tried tells the two apart.
+
+A family is drawn in inverse proportion to the lines of its shortest body, and so is one of its bodies: short ones often,
+long ones seldom, in both splits alike.
 
 Training and held-out exercises share families and argument names. They never share a function name, a
 constant or a two-step composition: a hash of the name, the constant or the pair decides which split may
@@ -14,34 +18,31 @@ use it, whatever the seed. `overlaps` counts what two sets of exercises share.
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-from data_tools.families import ADJECTIVES, ARGUMENTS, FAMILIES, NOUNS, Family
+from data_tools import mutants, wording
+from data_tools.exercise_inputs import LARGEST_COUNT, Inputs, word
+from data_tools.families import ADJECTIVES, ARGUMENTS, FAMILIES, GUARDS, NOUNS, Family, Form
 from phi1.evaluate.sandbox import Job, Server
 
 SOURCE = "offline-teacher"
 Split = Literal["train", "held-out"]
 HELD_OUT_SHARE = 0.2
 """Share of names, of constants and of pairs that only held-out exercises may use."""
-COMPOSED_SHARE = 0.5
-"""Share of exercises with two steps."""
+SHARES = {"single": 0.22, "pair": 0.55, "guarded": 0.23}
+"""Of exercises with one step, with two, and with an early return before a step."""
 BATCH = 256
 """Exercises per sandboxed child."""
 TIMEOUT = 120.0
 """Seconds for a child: some hundred times what it needs."""
 
-SINGLE_FRAMES = ("{A}.", "{A}.", "Given {arg}, {a}.")
-COMPOSED_FRAMES = ("{A}, then {b}.", "{A}. Then {b}.", "Given {arg}, {a}, then {b}.", "First {a}, then {b}.")
 EXAMPLE_COUNTS = (1,) * 16 + (2, 2, 2, 3)
 LONGEST_EXAMPLE = 32  # characters of an example's input, and of its result: keeps an exercise short
-LARGEST_COUNT = 12  # of items or characters, so that an example that reaches it stays short
 LONGEST_RESULT = 2000  # characters of a result in a test
-
-_PAIRS = [(first, second) for first in FAMILIES for second in FAMILIES
-          if first.gives == second.takes and first is not second]  # fmt: skip
 
 Constant = int | str
 
@@ -52,9 +53,54 @@ def held_out(kind: Literal["name", "constant", "pair"], key: str) -> bool:
     return int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32
 
 
-PAIRS: dict[Split, list[tuple[Family, Family]]] = {"train": [], "held-out": []}
-for _pair in _PAIRS:
-    PAIRS["held-out" if held_out("pair", f"{_pair[0].name}+{_pair[1].name}") else "train"].append(_pair)
+class _Weighted:
+    """Tuples of steps, drawn by the product of the families' weights."""
+
+    def __init__(self, choices: Iterable[tuple[Family, ...]]) -> None:
+        self.choices = list(choices)
+        weights = [_product(family.weight for family in steps) for steps in self.choices]
+        self._cumulative = list(itertools.accumulate(weights))
+
+    def draw(self, rng: random.Random) -> tuple[Family, ...]:
+        return rng.choices(self.choices, cum_weights=self._cumulative)[0]
+
+
+def _product(numbers: Iterable[float]) -> float:
+    product = 1.0
+    for number in numbers:
+        product *= number
+    return product
+
+
+def _of(split: Split, pairs: Iterable[tuple[Family, Family]]) -> _Weighted:
+    return _Weighted(
+        pair for pair in pairs if held_out("pair", f"{pair[0].name}+{pair[1].name}") == (split == "held-out")
+    )
+
+
+# What sees small integers only would take its time over large ones, as a first step may give.
+_SECOND = [family for family in FAMILIES if not family.forms[0].recursive and family.sees != "small"]
+_PAIRS = [
+    (first, second)
+    for first in FAMILIES
+    for second in _SECOND
+    if first.gives == second.takes and first is not second and any(form.begins for form in first.forms)
+]
+_GUARDED = [
+    (guard, family)
+    for guard in GUARDS
+    for family in _SECOND
+    if (guard.takes, guard.gives) == (family.takes, family.gives)
+]
+COMPOSITIONS: dict[Split, dict[str, _Weighted]] = {
+    split: {
+        "single": _Weighted((family,) for family in FAMILIES),
+        "pair": _of(split, _PAIRS),
+        "guarded": _of(split, _GUARDED),
+    }
+    for split in ("train", "held-out")
+}
+"""What each split may draw, by the keys of `SHARES`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +110,10 @@ class Draft:
     name: str
     argument: str
     steps: tuple[Family, ...]
+    forms: tuple[Form, ...]
     constants: tuple[tuple[Constant, ...], ...]
     description: str
+    style: tuple[str, bool] = ("plain", False)
 
     @property
     def composition(self) -> str:
@@ -76,13 +124,14 @@ class Draft:
         """The indented body, with other constants on request."""
         lines: list[str] = []
         value = self.argument
-        for step, values in zip(self.steps, constants or self.constants, strict=True):
-            fields = {"v": value} | {key: repr(c) for key, c in zip("ab", values, strict=False)}
-            lines += [line.format(**fields) for line in step.setup]
-            last = step is self.steps[-1]
-            lines.append(f"{'return' if last else 'result ='} {step.expression.format(**fields)}")
-            value = "result"
-        return "".join(f"    {line}\n" for line in lines)
+        for number, (form, values) in enumerate(zip(self.forms, constants or self.constants, strict=True)):
+            lines += form.fill({"v": value, "f": self.name} | dict(zip("ab", map(repr, values), strict=False)))
+            if number + 1 < len(self.forms) and not form.guards:
+                value = lines.pop().removeprefix("return ")
+                if not value.isidentifier() or value in self.forms[number + 1].names:
+                    lines.append(f"result = {value}")
+                    value = "result"
+        return "".join(f"    {line}\n" if line else "\n" for line in lines)
 
     def altered(self) -> Iterator[str]:
         """Bodies with one constant a little off: each must fail the exercise's test."""
@@ -93,18 +142,19 @@ class Draft:
                     row = (*values[:j], other, *values[j + 1 :])
                     yield self.solution((*self.constants[:i], row, *self.constants[i + 1 :]))
 
-    def prompt(self, examples: Iterable[tuple[str, str]]) -> str:
+    def prompt(self, examples: Sequence[tuple[str, str]]) -> str:
         """`def` line and docstring; examples: (input, result) as Python literals."""
-        shown = "".join(f"    >>> {self.name}({value})\n    {result}\n" for value, result in examples)
-        return f'def {self.name}({self.argument}):\n    """{self.description}\n\n{shown}    """\n'
+        kinds = self.steps[0].takes, self.steps[-1].gives
+        return wording.prompt(self.name, self.argument, kinds, self.description, self.style, examples)
+
+    def inputs(self, rng: random.Random) -> Inputs:
+        """What draws its arguments."""
+        sees = self.steps[0].sees or (self.steps[-1].sees if self.forms[0].guards else "")
+        return Inputs(self.steps[0].takes, sees, [c for values in self.constants for c in values], rng)
 
 
-def _misspelt(word: str) -> str:
-    return word[:-1] + ("e" if word[-1] != "e" else "a")
-
-
-def _word(rng: random.Random, syllables: int) -> str:
-    return "".join(rng.choice("bcdfgklmnprstvz") + rng.choice("aeiou") for _ in range(syllables))
+def _misspelt(text: str) -> str:
+    return text[:-1] + ("e" if text[-1] != "e" else "a")
 
 
 def draw_constant(domain: str, rng: random.Random, split: Split, above: int = 0) -> Constant:
@@ -113,7 +163,7 @@ def draw_constant(domain: str, rng: random.Random, split: Split, above: int = 0)
     while True:
         constant: Constant
         if domain == "word":
-            constant = _word(rng, rng.choice((1, 1, 2))) + rng.choice(("", *"nrstlmkd"))
+            constant = word(rng, rng.choice((1, 1, 2))) + rng.choice(("", *"nrstlmkd"))
         elif domain == "count":
             constant = rng.randint(3, LARGEST_COUNT)
         elif domain == "larger":
@@ -135,98 +185,66 @@ def _constants(step: Family, rng: random.Random, split: Split) -> tuple[Constant
 
 
 def _name(steps: Sequence[Family], rng: random.Random, split: Split) -> str:
+    verbs = list(dict.fromkeys(step.verb for step in steps if step.verb))  # a guard has none
     while True:
         adjective, noun = rng.choice(ADJECTIVES), rng.choice(NOUNS)
-        verbs = "_and_".join(dict.fromkeys(step.verb for step in steps))
-        name = rng.choice((f"{steps[0].verb}_{adjective}_{noun}", f"{verbs}_{noun}", f"{adjective}_{noun}",
-                           f"{noun}_to_{steps[-1].verb}"))  # fmt: skip
+        name = rng.choice(
+            (
+                f"{verbs[0]}_{adjective}_{noun}",
+                f"{'_and_'.join(verbs)}_{noun}",
+                f"{adjective}_{noun}",
+                f"{noun}_to_{verbs[-1]}",
+            )
+        )
         if held_out("name", name) == (split == "held-out"):
             return name
 
 
 def compose(rng: random.Random, split: Split) -> Draft:
     """Draws steps, constants, names and wording."""
-    steps: tuple[Family, ...]
-    steps = rng.choice(PAIRS[split]) if rng.random() < COMPOSED_SHARE else (rng.choice(FAMILIES),)
+    how = rng.choices(list(SHARES), list(SHARES.values()))[0]
+    return compose_steps(COMPOSITIONS[split][how].draw(rng), rng, split)
+
+
+def compose_steps(steps: tuple[Family, ...], rng: random.Random, split: Split) -> Draft:
+    """An exercise of these steps: draws bodies, constants, names and wording."""
+    forms = []
+    for step in steps:
+        usable = [form for form in step.forms if form.begins or step is steps[-1]]
+        forms.append(rng.choices(usable, [1 / len(form.lines) for form in usable])[0])
     argument = rng.choice(ARGUMENTS[steps[0].takes])
     constants = tuple(_constants(step, rng, split) for step in steps)
     # No backquotes around constants: before a constant should stand what stands before it in code (LOG.md).
-    clauses = [rng.choice(step.phrases).format(**{key: repr(c) for key, c in zip("ab", values, strict=False)})
-               for step, values in zip(steps, constants, strict=True)]  # fmt: skip
-    frame = rng.choice(SINGLE_FRAMES if len(steps) == 1 else COMPOSED_FRAMES)
-    first = clauses[0]
-    description = frame.format(A=first[0].upper() + first[1:], a=first, b=clauses[-1], arg=argument)
-    return Draft(_name(steps, rng, split), argument, steps, constants, description)
+    clauses = [
+        rng.choice(step.phrases).format(**dict(zip("ab", map(repr, values), strict=False)))
+        for step, values in zip(steps, constants, strict=True)
+    ]
+    what = wording.description(rng, steps, clauses, argument)
+    return Draft(_name(steps, rng, split), argument, steps, tuple(forms), constants, what, wording.layout(rng))
 
 
-def _integers(draft: Draft) -> list[int]:
-    return [c for values in draft.constants for c in values if isinstance(c, int)]
-
-
-def draw_input(draft: Draft, rng: random.Random, *, short: bool) -> Any:
-    """An argument for the function, near its constants; short ones are for the docstring."""
-    integers = _integers(draft)
-    words = [c for values in draft.constants for c in values if isinstance(c, str)]
-    counts = [c for c in integers if c <= LARGEST_COUNT]
-    longest = max(counts, default=6) + 3
-    reaching = bool(counts) and short and rng.random() < 0.5  # a short input, but longer than the count
-
-    def number() -> int:
-        if reaching:
-            return rng.randint(0, 9)
-        if integers and rng.random() < 0.6:
-            constant = rng.choice(integers)
-            return rng.choice((constant, constant - 1, constant + 1, constant * 2, constant * rng.randint(1, 4),
-                               constant + rng.randint(-9, 9), constant - rng.choice(integers)))  # fmt: skip
-        return rng.randint(0, 99) if rng.random() < 0.85 else rng.randint(-60, 600)
-
-    def word() -> str:
-        if counts and rng.random() < 0.5:  # about as long as the count
-            length = rng.choice(counts) + rng.randint(-1, 2)
-            return _word(rng, length // 2 + 1)[: max(1, length)]
-        plain = _word(rng, rng.randint(1, 2 if short else max(3, longest // 2 + 1)))
-        if words and rng.random() < 0.6:
-            constant = rng.choice(words)
-            return rng.choice((constant, constant + plain, plain + constant, plain + constant + _word(rng, 1)))
-        return plain + rng.choice(("", "", *"nst"))
-
-    size = rng.choice((2, 2, 3, 3, 4)) if short else rng.choice((0, 1, 3, 6, longest))
-    if reaching:
-        size = min(counts[0] + rng.randint(1, 2), 10)
-    takes = draft.steps[0].takes
-    if takes == "int":
-        return number()
-    if takes == "ints":
-        drawn = [number() for _ in range(size)]
-        return drawn if short or not drawn else drawn + rng.choices(drawn, k=2)
-    if takes == "table":
-        return {word(): number() for _ in range(min(size, 2) if short else size)}
-    if short:
-        size = min(size, rng.choice((1, 2))) if takes == "text" else min(size, 2 + (not words))
-    drawn_words = [word() for _ in range(size)]
-    if takes == "words":
-        return drawn_words if short or not drawn_words else drawn_words + rng.choices(drawn_words, k=2)
-    return " ".join(drawn_words)
-
-
-_RUN_BATCH = """
+_RUN_BATCH = (
+    f"LONGEST = {LONGEST_RESULT}"
+    + """
 import json
-def outputs(argument, body, values):
+def outputs(name, argument, body, values):
     space = {}
-    exec(compile("def f(" + argument + "):\\n" + body, "exercise", "exec"), space)
+    exec(compile("def " + name + "(" + argument + "):\\n" + body, "exercise", "exec"), space)
     results = []
     for value in values:
         try:
-            results.append(repr(space["f"](value)))
+            result = repr(space[name](value))
+            results.append(result if len(result) <= LONGEST else None)
         except Exception:
             results.append(None)
     return results
-def run(argument, bodies, inputs):
+def run(name, argument, bodies, inputs):
     values = [eval(value) for value in inputs]
-    results = [outputs(argument, body, values) for body in bodies]
+    results = [outputs(name, argument, body, values) for body in bodies]
     return results if [repr(value) for value in values] == inputs else "changes its input"
 print(json.dumps([run(*job) for job in JOBS]))
 """
+)
 
 _CHECK_BATCH = """
 import doctest, json
@@ -280,13 +298,16 @@ def _exercises(
     made: set[str] = set()
     for _ in range(attempts * (count // BATCH + 1)):
         drafts = [compose(rng, split) for _ in range(BATCH)]
-        shown = [[repr(draw_input(draft, rng, short=True)) for _ in range(8)] for draft in drafts]
-        tried = [[repr(draw_input(draft, rng, short=False)) for _ in range(16)] for draft in drafts]
-        jobs = [(draft.argument, [draft.solution(), *draft.altered()], short + long)
-                for draft, short, long in zip(drafts, shown, tried, strict=True)]  # fmt: skip
+        jobs = []
+        for draft in drafts:
+            inputs = draft.inputs(rng)
+            values = [repr(inputs.draw(short=short)) for short in (True,) * 8 + (False,) * 16]
+            solution, constants = draft.solution(), list(draft.altered())
+            operators = list(mutants.with_other_operators(solution, draft.argument))
+            jobs.append((draft.name, draft.argument, [solution, *constants, *operators], values))
         finished: list[dict[str, Any]] = []
         for draft, job, outputs in zip(drafts, jobs, _run_batch(first, _RUN_BATCH, jobs), strict=True):
-            row, reason = _finish(draft, job[2], outputs, rng, seed)
+            row, reason = _finish(draft, job[3], outputs, rng, seed)
             if row is None or row["prompt"] in made:
                 reason = reason or "repeated"
                 counters[f"dropped: {reason}"] = counters.get(f"dropped: {reason}", 0) + 1
@@ -336,13 +357,15 @@ def _finish(
         return None, "always the same result"
     # Greedy: for each altered solution, a test input that tells it from the right one.
     tests: list[int] = []
-    for wrong in altered:
+    constants = len(list(draft.altered()))  # the rest are operators, some of which make no difference
+    for number, wrong in enumerate(altered):
         if any(wrong[i] != right[i] for i in tests):
             continue
         telling = next((i for i in usable if wrong[i] != right[i]), None)
-        if telling is None:
+        if telling is not None:
+            tests.append(telling)
+        elif number < constants:
             return None, "a constant that no input shows"
-        tests.append(telling)
     tests += [i for i in reversed(usable) if i not in tests][: max(2, 5 - len(tests))]
     test = "def check(candidate):\n" + "".join(f"    assert candidate({inputs[i]}) == {right[i]}\n" for i in tests)
     row = {
@@ -350,7 +373,7 @@ def _finish(
         "solution": draft.solution(),
         "test": test,
         "entry_point": draft.name,
-        "family": draft.steps[0].name,
+        "family": draft.steps[-1].name if draft.forms[0].guards else draft.steps[0].name,
         "composition": draft.composition,
         "constants": [repr(c) for values in draft.constants for c in values],
         "seed": seed,

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data filter": ("data_tools.filter", "keep the documents that the forest rates high enough"),
     "data synthesize": ("data_tools.synthesize", "write textbooks and exercises, with an LLM or the offline teacher"),
     "data rewrite": ("data_tools.rewrite", "rewrite code with an LLM: compile, lint, style, self-contained"),
+    "data diversity": ("data_tools.diversity", "measure how different the texts of a dataset are from each other"),
     "data decontaminate": ("data_tools.decontaminate", "drop what is too close to HumanEval"),
     "data tokenizer": ("data_tools.tokenizer", "train a small tokenizer for a small model"),
     "data tokenize": ("data_tools.tokenize", "turn documents into token shards"),

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow
 
 from bench.decontaminate import renamed
-from data_tools import decontaminate, report
+from data_tools import decontaminate, diversity, report
 from data_tools.dataset import run_stage
 from phi1.evaluate import humaneval
 
@@ -68,3 +68,24 @@ def test_halves_of_characters_do_not_stop_the_page(tmp_path: pathlib.Path) -> No
     )
     page = report.run(report.Config(run=tmp_path)).read_text(encoding="utf-8")
     assert "ValueError: \\ud800" in page and "cut at stop strings" in page
+
+
+def test_diversity_is_drawn_where_it_was_measured(tmp_path: pathlib.Path) -> None:
+    """A curve for each dataset that has a measurement of what it holds now; no section without one."""
+    schema = pyarrow.schema([("content", pyarrow.string())])
+    for name, different in (("few", 3), ("many", 120)):
+        contents = [" ".join(f"w{i % different}x{k}" for k in range(12)) for i in range(120)]
+        rows = [{"content": content} for content in contents]
+        run_stage("made", Made(tuple(contents)), tmp_path / name, [], 1, lambda *_, rows=rows: rows, schema, quiet=True)
+    empty = report.run(report.Config(run=tmp_path)).read_text(encoding="utf-8")
+    assert '<section id="diversity">' not in empty
+    for name in ("few", "many"):
+        diversity.run(diversity.Config(input=tmp_path / name))
+    page = report.run(report.Config(run=tmp_path)).read_text(encoding="utf-8")
+    section = page[page.index('<section id="diversity">') :]
+    section = section[: section.index("</section>")]
+    assert section.count("<svg") == 3 and "Vendi score" in section and "near twins of earlier rows, %" in section
+    assert "97.5%" in section and "0.0%" in section and "<h3>few</h3>" in section and "<h3>many</h3>" in section
+    (tmp_path / "few" / diversity.FILE).write_bytes((tmp_path / "many" / diversity.FILE).read_bytes())
+    page = report.run(report.Config(run=tmp_path)).read_text(encoding="utf-8")
+    assert "<h3>few</h3><pre>        rows" not in page and "97.5%" not in page

@@ -10,7 +10,7 @@ from fake_openai import FakeServer, Reply, completion
 
 from data_tools import prompts, synthesize, teacher
 from data_tools.dataset import Dataset
-from data_tools.synthesize import Config, Unusable, loops, masked, read_exercise, read_textbook
+from data_tools.synthesize import Config, Unusable, loops, read_exercise, read_textbook
 from phi1.errors import UserError
 from phi1.evaluate import exercises
 
@@ -162,7 +162,7 @@ def test_equal_answers_make_one_row_over_all_shards(
         return completion(answers[seeds.index(body["seed"])])
 
     server.script = script
-    made = synthesize.run(config(tmp_path, server, "exercises", 7))
+    made = synthesize.run(config(tmp_path, server, "exercises", 7, adapt=False))
     assert [row["seed"] for row in made.read()] == ["0/0", "0/4"] and len(made.shards) == 2
     assert {f["key"]: f["reason"] for f in made.failures()} == {
         f"request {i}": "duplicate: of request 0" for i in (1, 2, 3, 5, 6)}  # fmt: skip
@@ -184,18 +184,75 @@ def test_what_was_not_answered_can_be_asked_again(
         return completion(SECTION.replace("shelf", f"shelf {number}") if number != 7 else "short")
 
     server.script = script
-    settings = config(tmp_path, server, "textbooks", 9)
+    settings = config(tmp_path, server, "textbooks", 9, adapt=False)
     first = synthesize.run(settings)
     assert first.rows == 7 and sorted(asked) == list(range(9))
     again = synthesize.run(dataclasses.replace(settings, retry_failed=True))
     assert again.rows == 8 and asked[9:] == [4] and [f["key"] for f in again.failures()] == ["request 7"]
 
 
-def test_masked_text_is_equal_for_what_only_looks_different() -> None:
-    code = "def f(xs):\n    total = 0\n    for x in xs:\n        total += x\n    return total\n"
-    assert masked(code) == masked(code.replace("total", "result").replace("xs", "values").replace("f(", "add("))
-    assert masked(code) != masked(code.replace("+=", "+= 2 *")) and masked(code) != masked(code.replace("0", "1"))
-    assert masked("A list. Keeps order") == masked("a list keeps  order!") != masked("a list keeps")
+def two_topics(folder: pathlib.Path) -> pathlib.Path:
+    """The recipe with the topics "dry" and "rich" alone."""
+    path = folder / "two.toml"
+    lists = dataclasses.asdict(RECIPE) | {"topics": ["dry", "rich"]}
+    path.write_text("".join(f"{name} = {json.dumps(list(values))}\n" for name, values in lists.items()))
+    return path
+
+
+def section(number: int) -> str:
+    """A section that is no near twin of another number's."""
+    return SECTION.replace("keeps", " ".join(f"w{number}x{i}" for i in range(60)))
+
+
+def test_topics_that_add_nothing_are_asked_less(
+    server: FakeServer, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers on one topic are all alike. A failure asked again later changes no other question: none is paid twice."""
+    monkeypatch.setattr(synthesize, "_LLM_SHARD", 20)
+    asked: list[str] = []
+    failing = [True]
+
+    def script(body: dict[str, Any], index: int) -> Reply:
+        topic = "dry" if "about dry" in body["messages"][-1]["content"] else "rich"
+        asked.append(topic)
+        if failing[0] and index == 25:
+            return 400, {}, {"error": {"message": "flagged", "code": "content_filter"}}
+        return completion(section(index) if topic == "rich" else SECTION.replace("shelf", f"shelf {index}"))
+
+    server.script = script
+    settings = config(tmp_path, server, "textbooks", 120, recipe=two_topics(tmp_path), concurrency=1)
+    made = synthesize.run(settings)
+    assert 4 <= asked[:20].count("dry") <= 16  # by lot
+    assert asked[40:].count("dry") < 0.35 * 80 and asked[40:].count("dry") > 0
+    dry = [row for row in made.read() if row["topic"] == "dry"]
+    assert made.counters["near_twins"] == len(dry) - 1
+    # The shards after the second are made again, from the same questions.
+    failing[0] = False
+    again = synthesize.run(dataclasses.replace(settings, retry_failed=True))
+    assert len(asked) == 121 and again.rows == made.rows + 1
+    # An equal run elsewhere, of other answers' numbers, asks the same first shard; without --adapt there is no urn.
+    plain = synthesize.run(dataclasses.replace(settings, output=tmp_path / "plain", adapt=False))
+    assert not (plain.folder / "topics.jsonl").exists()
+    assert plain.column("topic").count("dry") > len(dry) * 1.5
+
+
+def test_a_level_of_near_twins_stops_the_run(
+    server: FakeServer, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(synthesize, "_LLM_SHARD", 20)
+    server.script = lambda body, index: completion(
+        section(index) if index < 20 else SECTION.replace("shelf", f"shelf {index}")
+    )
+    settings = config(tmp_path, server, "textbooks", 100, max_twins=0.5, concurrency=1)
+    made = synthesize.run(settings)
+    assert len(server.bodies) == 40 and made.rows == 40 and made.counters["not_asked"] == 60
+    line = "stopped after 40 of 100 requests, as of the rows of the last 20 more than --max-twins 0.5 are near twins"
+    assert line in capsys.readouterr().err
+    assert synthesize.run(settings).hash == made.hash and len(server.bodies) == 40
+    through = synthesize.run(dataclasses.replace(settings, output=tmp_path / "all", max_twins=None))
+    assert through.rows == 100 and "not_asked" not in through.counters
+    with pytest.raises(UserError, match="--max-twins 1"):
+        synthesize.run(dataclasses.replace(settings, max_twins=1.0))
 
 
 def test_an_exercise_that_chance_decides_is_dropped() -> None:
@@ -272,6 +329,7 @@ def test_loops_spares_ordinary_text() -> None:
 
 def test_offline_exercises_in_two_splits(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthesize, "_OFFLINE_SHARD", 20)
+    monkeypatch.setattr(teacher, "BATCH", 32)
 
     def make(split: Any, folder: str, **options: Any) -> Dataset:
         return synthesize.run(Config(kind="exercises", teacher="offline", split=split, count=50, workers=1,

@@ -2,15 +2,16 @@
 
 import ast
 import collections
+import itertools
 import random
 import re
 from typing import Any
 
 import pytest
 
-from data_tools import teacher
-from data_tools.families import ARGUMENTS, BY_NAME, FAMILIES, KINDS
-from data_tools.teacher import Draft, held_out, overlaps, write_exercises
+from data_tools import mutants, teacher
+from data_tools.families import BY_NAME, FAMILIES, GUARDS, Family, Form
+from data_tools.teacher import Draft, Split, compose_steps, held_out, overlaps, write_exercises
 from phi1.evaluate.sandbox import Job, run_many
 
 
@@ -24,48 +25,96 @@ def held() -> list[dict[str, Any]]:
     return list(write_exercises(200, "test", "held-out", {}))
 
 
-def test_table_is_sound() -> None:
-    assert len(FAMILIES) >= 40 and len(BY_NAME) == len(FAMILIES)
+def kept_of(steps: list[tuple[Family, ...]], split: Split, monkeypatch: pytest.MonkeyPatch, wanted: int) -> set[str]:
+    """Writes exercises of these steps in turn until `wanted` families have been kept as the first step; their names."""
+    turns = itertools.cycle(steps)
+    kept: set[str] = set()
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "compose", lambda rng, split: compose_steps(next(turns), rng, split))
+        for row in write_exercises(20 * wanted, "families", split, {}):
+            kept.add(row["composition"].split("+")[0])
+            if len(kept) == wanted:
+                break
+    return kept
+
+
+@pytest.mark.parametrize("split", ["train", "held-out"])
+def test_every_family_is_kept_by_the_sandbox_in_both_splits(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = kept_of([(family,) for family in FAMILIES], split, monkeypatch, len(FAMILIES))
+    assert kept == {family.name for family in FAMILIES}
+    assert len(kept) >= 150
+
+
+def test_every_guard_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    pairs = {
+        guard: [pair for pair in teacher.COMPOSITIONS["train"]["guarded"].choices if pair[0] is guard]
+        for guard in GUARDS
+    }
+    turns = [rng.choice(pairs[guard]) for _ in range(12) for guard in GUARDS]
+    assert kept_of(turns, "train", monkeypatch, len(GUARDS)) == {guard.name for guard in GUARDS}
+
+
+def test_forms_of_a_family_do_the_same() -> None:
+    """Each body of each family, on the teacher's own inputs: equal results, and the input left as it was."""
+    rng = random.Random(3)
+    program = "import copy\nfailed = []\n"
     for family in FAMILIES:
-        assert family.takes in ARGUMENTS and family.gives in KINDS, family.name
-        letters = "ab"[: len(family.constants)]
-        code = "\n".join([*family.setup, family.expression])
-        for text in (*family.phrases, code):
-            assert {letter for letter in "ab" if f"{{{letter}}}" in text} == set(letters), (family.name, text)
-        for values in ARGUMENTS.values():  # an argument must not be hidden by a loop's variable
-            assert not set(values) & set(re.findall(r"for (\w+)(?:, (\w+))? in", code)), family.name
+        for _ in range(5 if len(family.forms) > 1 else 1):
+            draft = compose_steps((family,), rng, "train")
+            inputs = draft.inputs(rng)
+            calls = [repr(inputs.draw(short=i < 3)) for i in range(10)]
+            constants = dict(zip("ab", map(repr, draft.constants[0]), strict=False))
+            for i, form in enumerate(family.forms):
+                lines = form.fill({"v": "v", "f": f"f{i}"} | constants)
+                program += f"def f{i}(v):\n" + "".join(f"    {line}\n" for line in lines)
+            bodies = ", ".join(f"f{i}" for i in range(len(family.forms)))
+            program += f"""
+for value in [{", ".join(calls)}]:
+    before = copy.deepcopy(value)
+    results = {{repr(f(value)) for f in ({bodies},)}}
+    if len(results) > 1 or value != before:
+        failed.append(({family.name!r}, value, results))
+"""
+    (result,) = run_many([Job(program + "print(failed)\n")])
+    assert (result.status, result.output) == ("passed", "[]\n")
 
 
-def test_every_family_is_kept_by_the_sandbox_in_both_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    for split in ("train", "held-out"):
-        families = [family for family in FAMILIES for _ in range(10)]
-        random.Random(0).shuffle(families)
-        singles = iter(families)
-        with monkeypatch.context() as patch:
-            draft = teacher.compose
-
-            def one(rng: random.Random, split: Any, singles: Any = singles, draft: Any = draft) -> Draft:
-                family = next(singles, FAMILIES[0])
-                patched = draft(rng, split)
-                constants = (teacher._constants(family, rng, split),)
-                text = family.phrases[0].format(**{k: repr(c) for k, c in zip("ab", constants[0], strict=False)})
-                return Draft(patched.name, ARGUMENTS[family.takes][0], (family,), constants, text)
-
-            patch.setattr(teacher, "compose", one)
-            rows = list(write_exercises(780, "families", split, {}))
-        assert {row["composition"] for row in rows} == set(BY_NAME), set(BY_NAME) - {row["composition"] for row in rows}
+def test_the_whole_of_an_introduction_is_there() -> None:
+    forms = [ast.parse("def f(v):\n" + "".join(f"    {line}\n" for line in form.fill(
+        {"v": "v", "a": "'a'", "b": "'b'", "f": "f"}))) for family in FAMILIES for form in family.forms]  # fmt: skip
+    kinds = collections.Counter(kind for tree in forms for kind in {type(node) for node in ast.walk(tree)})
+    for kind in (
+        ast.If,
+        ast.While,
+        ast.For,
+        ast.AugAssign,
+        ast.DictComp,
+        ast.ListComp,
+        ast.ClassDef,
+        ast.Lambda,
+        ast.IfExp,
+    ):
+        assert kinds[kind] >= 2, kind
+    nested = [tree for tree in forms for loop in ast.walk(tree) if isinstance(loop, (ast.For, ast.While))
+              and any(isinstance(node, (ast.For, ast.While)) for part in loop.body for node in ast.walk(part))]  # fmt: skip
+    assert len(nested) >= 5
+    assert sum(form.recursive for family in FAMILIES for form in family.forms) >= 10
+    assert sum(len(form.lines) > 2 for family in FAMILIES for form in family.forms) >= 100
 
 
 def test_rows_are_whole_exercises(train: list[dict[str, Any]]) -> None:
     for row in train:
-        assert re.fullmatch(r'def \w+\(\w+\):\n    """.*\n    """\n', row["prompt"], re.DOTALL)
+        assert re.match(r'def \w+\(\w+(: [\w\[\], ]+)?\)( -> [\w\[\], ]+)?:\n    """', row["prompt"])
+        assert row["prompt"].endswith('    """\n')
         assert 1 <= row["prompt"].count("    >>> ") <= 3
-        assert all(line.startswith("    ") for line in row["solution"].splitlines()) and row["solution"].endswith("\n")
+        assert not re.search(r"[ \t]\n|\{", row["prompt"].split(">>>")[0])
+        assert all(not line or line.startswith("    ") for line in row["solution"].splitlines())
         tree = ast.parse(row["prompt"] + row["solution"]).body
         assert len(tree) == 1 and isinstance(tree[0], ast.FunctionDef) and tree[0].name == row["entry_point"]
         docstring = ast.get_docstring(tree[0])
         assert docstring is not None
-        described = docstring.split(">>>")[0]
+        described = re.sub(r">>> .*\n.*\n", "", docstring)
         for constant in row["constants"]:  # the words state what the code needs
             assert constant in described and constant in row["solution"]
         shown = re.findall(r">>> \w+\((.*)\)", row["prompt"])
@@ -73,6 +122,22 @@ def test_rows_are_whole_exercises(train: list[dict[str, Any]]) -> None:
         assert len(tested) >= 2 and not set(shown) & set(tested)
     compositions = collections.Counter("+" in row["composition"] for row in train)
     assert 0.4 < compositions[True] / len(train) < 0.85
+
+
+def test_wordings_and_layouts_vary(train: list[dict[str, Any]]) -> None:
+    prompts = [row["prompt"] for row in train]
+    for part in (
+        '"""Given ',
+        "?\n",
+        "\n    Args:\n",
+        "    :param ",
+        "Example:",
+        '"""\n    >>> ',
+        ") -> ",
+        "but ",
+        "s the ",
+    ):
+        assert sum(part in prompt for prompt in prompts) >= 2, part
 
 
 def test_the_test_notices_each_constant(train: list[dict[str, Any]]) -> None:
@@ -86,6 +151,15 @@ def test_the_test_notices_each_constant(train: list[dict[str, Any]]) -> None:
             jobs.append(Job(row["prompt"] + changed, row["test"], row["entry_point"]))
     assert len(jobs) > 100
     assert {result.status for result in run_many(jobs)} == {"failed"}
+
+
+def test_the_test_notices_operators(train: list[dict[str, Any]]) -> None:
+    """Mutation: `>` for `>=`, `+` for `-` and the like fail the test, but for the few that make no difference."""
+    wrong = [(row, body) for row in train[:200] for body in mutants.with_other_operators(row["solution"], "_")]
+    assert len(wrong) > 150
+    results = run_many([Job(row["prompt"] + body, row["test"], row["entry_point"]) for row, body in wrong])
+    passed = [body for (_, body), result in zip(wrong, results, strict=True) if result.status == "passed"]
+    assert len(passed) < 0.12 * len(wrong), "\n".join(passed)
 
 
 def test_solutions_pass_and_empty_bodies_fail(held: list[dict[str, Any]]) -> None:
@@ -102,22 +176,42 @@ def test_splits_share_nothing(train: list[dict[str, Any]], held: list[dict[str, 
     for row in held:
         assert held_out("name", row["entry_point"]) and all(held_out("constant", c) for c in row["constants"])
         assert "+" not in row["composition"] or held_out("pair", row["composition"])
-    every = {f"{a.name}+{b.name}" for pairs in teacher.PAIRS.values() for a, b in pairs}
-    assert len(every) > 500
-    assert 0.15 < len(teacher.PAIRS["held-out"]) / len(every) < 0.25
+    pairs = {
+        split: {steps for how in ("pair", "guarded") for steps in teacher.COMPOSITIONS[split][how].choices}
+        for split in ("train", "held-out")
+    }
+    assert not pairs["train"] & pairs["held-out"]
+    every = len(pairs["train"]) + len(pairs["held-out"])
+    assert every > 5000
+    assert 0.15 < len(pairs["held-out"]) / every < 0.25
 
 
-def test_a_seed_decides_everything() -> None:
+def test_both_splits_draw_families_alike() -> None:
+    """Held-out exercises are not the easy ones: mean lines of a solution, over 3,000 drafts of each."""
+
+    def lines(split: Split) -> float:
+        rng = random.Random(0)
+        return sum(teacher.compose(rng, split).solution().count("\n") for _ in range(3000)) / 3000
+
+    assert lines("held-out") == pytest.approx(lines("train"), rel=0.05)
+
+
+def test_a_seed_decides_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher, "BATCH", 64)
     first, again, other = (list(write_exercises(40, seed, "train", {})) for seed in ("a", "a", "b"))
     assert first == again
     assert not {row["prompt"] for row in first} & {row["prompt"] for row in other}
 
 
+def only(draft: Draft, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher, "compose", lambda rng, split: draft)
+
+
 def test_a_wrong_family_does_not_get_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second child runs the finished text: a result that another process does not repeat is dropped."""
-    family = teacher.Family("by_hash", "text", "ints", "hash", ("hash it",), "[hash({v})]")
-    draft = Draft("hash_it", "s", (family,), ((),), "Hash it.")
-    monkeypatch.setattr(teacher, "compose", lambda rng, split: draft)
+    form = Form(("return [hash({v})]",))
+    family = Family("by_hash", "text", "ints", "hash", ("hash it",), (form,))
+    only(Draft("hash_it", "s", (family,), (form,), ((),), "Hash it."), monkeypatch)
     counters: dict[str, int] = {}
     with pytest.raises(RuntimeError, match="short after"):
         list(write_exercises(5, "x", "train", counters, attempts=1))
@@ -127,7 +221,28 @@ def test_a_wrong_family_does_not_get_through(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_family_that_never_ends_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher, "TIMEOUT", 0.5)
-    family = teacher.Family("endless", "int", "int", "spin", ("spin",), "{v}", (), ("while True:", "    pass"))
-    monkeypatch.setattr(teacher, "compose", lambda rng, split: Draft("spin", "n", (family,), ((),), "Spin."))
+    form = Form(("while True:", "    pass", "return {v}"))
+    family = Family("endless", "int", "int", "spin", ("spin",), (form,))
+    only(Draft("spin", "n", (family,), (form,), ((),), "Spin."), monkeypatch)
     with pytest.raises(RuntimeError, match="timed_out"):
         list(write_exercises(5, "x", "train", {}))
+
+
+def test_a_value_is_named_after_what_gave_it() -> None:
+    """The variable that a first step returns goes on into the second, unless that one has a variable of the name."""
+    kept, totals, doubled = BY_NAME["take_until"], BY_NAME["running_totals"], BY_NAME["multiply"]
+    steps = {"take_until+running_totals": (kept, totals), "take_until+take_until": (kept, kept)}
+    steps |= {"multiply+running_totals": (doubled, totals)}
+    bodies = {}
+    for name, pair in steps.items():
+        draft = Draft(
+            "f", "v", pair, tuple(family.forms[0] for family in pair), tuple((5,) * len(f.constants) for f in pair), ""
+        )
+        bodies[name] = draft.solution()
+    assert (
+        "for x in kept:" in bodies["take_until+running_totals"] and "result" not in bodies["take_until+running_totals"]
+    )
+    assert (
+        "result = kept\n" in bodies["take_until+take_until"] and "for x in result:" in bodies["take_until+take_until"]
+    )
+    assert "result = [x * 5 for x in v]" in bodies["multiply+running_totals"]
