@@ -5,6 +5,7 @@
       00000.json …         that shard's rows, bytes, SHA-256, counters and failures (its receipt)
       stage.json           what is being made: stage, config, inputs (written first)
       manifest.json        the same plus all receipts (written last: its presence means "whole")
+      timing.jsonl         what it took: a line for each shard made and for each run (no part of what the dataset is)
 
 Shard i is a pure function of (config, inputs, i): it does not depend on the number of workers, and a
 stage run again goes on after the shards that have receipts. With another config or input, it refuses. What things are
@@ -12,18 +13,18 @@ made of is told by content: neither a path nor a time stamp nor a folder's name 
 """
 
 import collections
-import concurrent.futures
-import concurrent.futures.process
 import dataclasses
 import functools
 import json
-import multiprocessing
 import pathlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from data_tools.engine import HERE, Engine
+from data_tools.engine import run as run_tasks
 from data_tools.ledger import alive
+from data_tools.timing import Clock, Timing
 from phi1 import __version__
 from phi1.errors import UserError
 from phi1.files import atomic_write, sha256_file, sha256_json, write_json
@@ -160,7 +161,8 @@ def run_stage(
     produce: Callable[[Any, Sequence[Dataset], int], Iterable[Produced]],
     schema: "pyarrow.Schema",
     *,
-    workers: int = 1,
+    engine: Engine = HERE,
+    started: float | None = None,
     extra: Mapping[str, Any] | None = None,
     parts: Sequence[tuple[str, str]] = (),
     redo: Collection[int] = (),
@@ -170,8 +172,8 @@ def run_stage(
     """Makes (or finishes) the dataset `output`: shard i holds what `produce(config, inputs, i)` yields.
 
     stage: the stage's name. config: its dataclass (hashed by `config_dict`). inputs: datasets whose
-    hashes are recorded. schema: Arrow schema of the rows. workers: processes (1: this one; `produce` must
-    then be picklable). extra: JSON-able facts that go into the manifest (and count as config). parts: for each shard
+    hashes are recorded. schema: Arrow schema of the rows. engine: where and how many at a time (where not one
+    after the other here, `produce` must be picklable). started: `time.monotonic()` when the stage began, now if None. extra: JSON-able facts that go into the manifest (and count as config). parts: for each shard
     what it is made of, if that is no input: (name, hash of its content). redo: shards to make again though they are
     whole. max_failed: the share of what was read (counter "read", else rows and failures) that may fail.
 
@@ -199,10 +201,17 @@ def run_stage(
     progress, rows = Progress(stage, len(todo), "shards", quiet=quiet), 0
     if len(todo) < shards:
         _say(quiet, f"{stage}: going on after {shards - len(todo)} of {shards} shards")
+    if inputs and len(inputs[0].shards) == shards:  # the largest first, so that none is left alone at the end
+        todo.sort(key=lambda shard: -inputs[0].shards[shard]["bytes"])
     make = functools.partial(_make_shard, config, inputs, produce, schema, output, tuple(parts))
-    for receipt in _receipts(todo, workers, make):
-        rows += receipt["rows"]
-        progress.advance(note=f"{rows:,} rows")
+    with Timing(output, engine, started) as timing:
+        try:
+            for made in run_tasks(engine, make, todo, output):
+                rows += made["rows"]
+                timing.shard(**made)
+                progress.advance(note=f"{rows:,} rows")
+        finally:
+            sweep(output)  # what workers that were stopped left
     progress.close()
     receipts = [json.loads((output / f"{shard:05d}.json").read_text(encoding="utf-8")) for shard in range(shards)]
     counters: dict[str, int] = {"rows": 0, "failures": 0}
@@ -297,28 +306,6 @@ def _flat(identity: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _receipts(todo: list[int], workers: int, make: Callable[[int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    if workers <= 1 or len(todo) <= 1:
-        for shard in todo:
-            yield make(shard)
-        return
-    context = multiprocessing.get_context("spawn")  # the parent may hold threads (torch, tokenizers)
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(todo)), mp_context=context) as pool:
-        futures = [pool.submit(make, shard) for shard in todo]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                yield future.result()
-        except concurrent.futures.process.BrokenProcessPool as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise UserError(
-                "a worker process died (killed, or out of memory); what was finished is kept: run the same command "
-                "again to go on, with fewer --workers if memory was short"
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 def _make_shard(
     config: Any,
     inputs: Sequence[Dataset],
@@ -328,9 +315,11 @@ def _make_shard(
     parts: Sequence[tuple[str, str]],
     shard: int,
 ) -> dict[str, Any]:
+    """Makes a shard and its receipt; returns what `Timing.shard` keeps."""
     import pyarrow
     import pyarrow.parquet
 
+    clock = Clock()
     rows: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
     counters: dict[str, int] = {}
@@ -363,7 +352,7 @@ def _make_shard(
     if parts:
         receipt["made_of"] = parts[shard][1]
     write_json(path.with_suffix(".json"), receipt)
-    return receipt
+    return {"shard": shard, "rows": count} | clock.read()
 
 
 def _printable(text: str) -> str:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from data_tools import prompts
 from data_tools.chat import Answer, RequestFailed
 from data_tools.dataset import Counted, Dataset, Failure, Produced, failed_shards, run_stage
+from data_tools.engine import Engine
 from data_tools.llm import LLM, LLMConfig, default_ledger
 from data_tools.similarity import words
 from phi1.errors import UserError
@@ -93,7 +94,7 @@ def run(config: Config) -> Dataset:
             raise UserError("--teacher offline writes exercises only; textbooks need --teacher llm")
         shards = -(-config.count // _OFFLINE_SHARD)
         return run_stage("synthesize", config, config.output, [], shards, _offline, schema("exercises"),
-                         workers=config.workers)  # fmt: skip
+                         engine=Engine(workers=config.workers))  # fmt: skip
     if config.split != "train":
         raise UserError(f"--split {config.split}: only the offline teacher has held-out exercises")
     recipe = prompts.load(config.recipe)
