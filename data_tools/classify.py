@@ -125,6 +125,11 @@ def load_forest(folder: pathlib.Path) -> "RandomForestClassifier":
 
 
 @functools.lru_cache(maxsize=1)
+def _loaded(path: pathlib.Path, digest: str) -> "RandomForestClassifier":
+    """The forest whose file has this SHA-256, loaded once in a process."""
+    return _load(path)
+
+
 def _load(path: pathlib.Path) -> "RandomForestClassifier":
     import skops.io
 
@@ -167,10 +172,10 @@ def scored(forest: pathlib.Path, embeddings: Dataset, folder: pathlib.Path, engi
     )
 
 
-def _probabilities(forest: pathlib.Path, _: Scoring, inputs: Sequence[Dataset], shard: int) -> Iterator[Produced]:
+def _probabilities(forest: pathlib.Path, config: Scoring, inputs: Sequence[Dataset], shard: int) -> Iterator[Produced]:
     vectors = matrix(inputs[0], shard)
     keys = inputs[0].table(shard, ["hexsha"]).column("hexsha").to_pylist()
-    values = _load(forest).predict_proba(vectors)[:, 1].tolist() if len(vectors) else []
+    values = _loaded(forest, config.forest).predict_proba(vectors)[:, 1].tolist() if len(vectors) else []
     for key, value in zip(keys, values, strict=True):
         yield {"hexsha": key, "quality": value}
 

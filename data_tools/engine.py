@@ -151,12 +151,13 @@ class _Rank:
     shards: list[int]
     folder: str
     path: list[str]
+    place: str
 
     def __call__(self, data: object, rank: int, world_size: int) -> None:
         result = _result(pathlib.Path(self.folder), shard := self.shards[rank])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(self.path)}
         command = [sys.executable, "-m", "data_tools.engine", self.folder, str(shard)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) as process:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, cwd=self.place) as process:
             code = process.wait()
         if not result.exists():
             how = f"killed by signal {-code}, or out of memory" if code < 0 else f"exit status {code}"
@@ -177,7 +178,7 @@ def _on_cluster(engine: Engine, task: Task, shards: Sequence[int], folder: pathl
     with atomic_write(folder / "task.pickle") as file:
         pickle.dump(task, file)
     launch = {"ray": _ray, "slurm": _slurm}[engine.engine]
-    rank = _Rank(list(shards), str(folder), [os.path.abspath(entry) for entry in sys.path])
+    rank = _Rank(list(shards), str(folder), [os.path.abspath(entry) for entry in sys.path], os.getcwd())
     waiting = collections.deque(shards)
     errors: list[str] = []
     launched: concurrent.futures.Future[None] = concurrent.futures.Future()
