@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from data_tools.dataset import Counted, Failure
-from data_tools.units import ContentHashes, Raw, Unit, printable
+from data_tools.units import ContentHashes, Raw, Unit, printable, suffix
 from phi1.errors import UserError
 
 if TYPE_CHECKING:
@@ -107,9 +107,9 @@ def _raw(row: Mapping[str, Any], unit: Unit, place: str) -> Raw:
     texts = {field: _text(values.get(field)) for field in ("path", "name", "lang", "origin", "head", "url")}
     stars, path = values.get("stars"), texts["path"]
     finite = isinstance(stars, int | float) and math.isfinite(stars) and abs(stars) < 2**63
-    suffix = pathlib.PurePosixPath(path).suffix
-    lang, prose = TEXTS.get(suffix, ("Python", False))
-    if not suffix and not texts["lang"]:  # nothing says what it is; data sets call the column of written text so
+    ending = suffix(path)
+    lang, prose = TEXTS.get(ending, ("Python", False))
+    if not ending and not texts["lang"]:  # nothing says what it is; data sets call the column of written text so
         prose = columns.get("content") == "text"
         lang = "Text" if prose else lang
     permalink = "https://github.com/{name}/blob/{head}/{path}".format(**texts)
