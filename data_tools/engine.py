@@ -33,6 +33,8 @@ from phi1.files import atomic_write, write_json
 
 Task = Callable[[int], dict[str, Any]]
 _AGAIN = "what was finished is kept: run the same command again to go on"
+START_SECONDS = 10.0
+"""Work that is shorter is done by one process."""
 _POLL_SECONDS = 0.2  # between two looks at what a cluster has finished
 
 
@@ -70,6 +72,14 @@ class Engine:
 
 HERE = Engine(workers=1)
 """One shard after the other, in this process: for stages that one model or one server binds."""
+
+
+def worth(engine: Engine, seconds: float) -> Engine:
+    """`engine`, or HERE where it would start processes here for work that takes about so many seconds, and so not gain any.
+
+    A worker that needs PyTorch or scikit-learn takes 2 to 5 s to start; two workers save half of the work.
+    """
+    return HERE if engine.engine == "local" and seconds < START_SECONDS else engine
 
 
 def run(engine: Engine, task: Task, shards: Sequence[int], folder: pathlib.Path) -> Iterator[dict[str, Any]]:

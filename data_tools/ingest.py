@@ -318,12 +318,12 @@ def _select(keys: Dataset, limit: int | None, file: pathlib.Path) -> str:
     """
     import numpy as np
 
-    halves = np.dtype([("high", ">u8"), ("low", ">u8")])
+    halves = np.dtype([("high", np.uint64), ("low", np.uint64)])
     parts = [np.zeros(0, halves)]
     for shard in range(len(keys.shards)):
         column = keys.table(shard).column("hexsha").to_pylist()
-        whole = np.frombuffer(bytes.fromhex("".join(column)), dtype=[*halves.descr, ("rest", "V4")])
-        parts.append(np.ascontiguousarray(whole[["high", "low"]]).astype(halves))
+        whole = np.frombuffer(bytes.fromhex("".join(column)), dtype=[("high", ">u8"), ("low", ">u8"), ("rest", "V4")])
+        parts.append(whole[["high", "low"]].astype(halves))
     hashes = np.concatenate(parts)
     starts = np.cumsum([0, *map(len, parts[1:])])
     order = np.lexsort((hashes["low"], hashes["high"]))  # stable: of equal ones the first stays first
@@ -341,7 +341,7 @@ def _select(keys: Dataset, limit: int | None, file: pathlib.Path) -> str:
     unique = ranked[~same]
     if limit is None or limit >= len(unique):
         return "g"
-    return unique[limit - 1].tobytes().hex() if limit > 0 else ""
+    return f"{unique[limit - 1]['high']:016x}{unique[limit - 1]['low']:016x}" if limit > 0 else ""
 
 
 def _documents(

@@ -167,15 +167,16 @@ def _cells(array: "pyarrow.Array") -> list[Any]:
         array = array.dictionary_decode()
     if types.is_string(array.type) or types.is_large_string(array.type) or types.is_string_view(array.type):
         array = array.cast(pyarrow.large_binary())  # whether it is UTF-8 is looked at cell by cell
+    unreadable = (ValueError, OverflowError, pyarrow.ArrowException)  # a text inside of a list, a date out of range
+    try:
+        return array.to_pylist()
+    except unreadable:
+        pass  # which cell it is
     cells: list[Any] = []
     for cell in array:
         try:
             cells.append(cell.as_py())
-        except (
-            ValueError,
-            OverflowError,
-            pyarrow.ArrowException,
-        ) as error:  # a text inside of a list, a date out of range
+        except unreadable as error:
             cells.append(error)
     return cells
 

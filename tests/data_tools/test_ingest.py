@@ -34,7 +34,7 @@ def folder_of(root: pathlib.Path, files: Mapping[str, str | bytes]) -> str:
 
 def run(tmp_path: pathlib.Path, *sources: str, **options: Any) -> Dataset:
     output = tmp_path / options.pop("name", "documents")
-    return ingest.run(Config(output=output, sources=sources, **options))
+    return ingest.run(Config(output=output, sources=sources, **{"workers": 1} | options))
 
 
 def test_an_installed_package_with_source_and_licence(tmp_path: pathlib.Path) -> None:
