@@ -113,6 +113,15 @@ class Dataset:
             self._verified.add(shard)
         return path
 
+    @property
+    def schema(self) -> "pyarrow.Schema":
+        """The columns, as the first shard has them. UserError if there is none."""
+        import pyarrow.parquet
+
+        if not self.shards:
+            raise UserError(f"{self.folder}: has no shard; run the stage that writes it again")
+        return pyarrow.parquet.read_schema(self._verify(0))
+
     def table(self, shard: int, columns: Sequence[str] | None = None) -> "pyarrow.Table":
         """Shard `shard` as an Arrow table."""
         import pyarrow.parquet
@@ -201,7 +210,9 @@ def run_stage(
     progress, rows = Progress(stage, len(todo), "shards", quiet=quiet), 0
     if len(todo) < shards:
         _say(quiet, f"{stage}: going on after {shards - len(todo)} of {shards} shards")
-    if inputs and len(inputs[0].shards) == shards:  # the largest first, so that none is left alone at the end
+    if (
+        engine.workers > 1 and inputs and len(inputs[0].shards) == shards
+    ):  # the largest first, so that none is left alone at the end
         todo.sort(key=lambda shard: -inputs[0].shards[shard]["bytes"])
     make = functools.partial(_make_shard, config, inputs, produce, schema, output, tuple(parts))
     with Timing(output, engine, started) as timing:

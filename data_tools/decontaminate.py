@@ -108,9 +108,7 @@ def run(config: Config) -> Dataset:
     if not config.serialisations:
         raise UserError("--serialisations: name at least one of preorder, brackets, sorted")
     rows = Dataset(config.input)
-    if not rows.shards:
-        raise UserError(f"{config.input}: holds no rows")
-    schema = rows.table(0).schema
+    schema = rows.schema
     if not {"hexsha", "content"} <= set(schema.names):
         raise UserError(f"{config.input}: needs the columns hexsha and content, has {', '.join(schema.names)}")
     with contextlib.ExitStack() as stack:

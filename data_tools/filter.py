@@ -86,7 +86,7 @@ def run(config: Config) -> Dataset:
         [documents, embeddings],
         len(documents.shards),
         functools.partial(_kept, scores, threshold),
-        documents.table(0).schema.append(pa.field("quality", pa.float64())),
+        documents.schema.append(pa.field("quality", pa.float64())),
         engine=config,
         started=started,
         extra={"forest": sha256_file(file), "applied_threshold": float(threshold)},

@@ -269,6 +269,7 @@ def test_forest_files_that_are_cut_strange_or_absent_are_told(config: Config) ->
         load_forest(folder)
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_filter_keeps_the_best_with_their_quality(config: Config, documents: Dataset) -> None:
     folder = classify.run(config)
     kept = filter.run(
