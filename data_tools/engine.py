@@ -38,7 +38,7 @@ START_SECONDS = 10.0
 _POLL_SECONDS = 0.2  # between two looks at what a cluster has finished
 
 
-def _cores() -> int:
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -46,7 +46,7 @@ def _cores() -> int:
 class Engine:
     """Options of all stages that work shard by shard. None of them changes a byte of the result."""
 
-    workers: int = dataclasses.field(default_factory=_cores, metadata={"no_effect": True})
+    workers: int = dataclasses.field(default_factory=cores, metadata={"no_effect": True})
     """Shards made at a time; by default one for each core of this machine."""
 
     engine: Literal["local", "ray", "slurm"] = dataclasses.field(default="local", metadata={"no_effect": True})

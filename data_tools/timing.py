@@ -69,6 +69,12 @@ class Took:
     wall: float
     workers: int
 
+    def together_with(self, other: "Took") -> "Took":
+        """Both as one, for a stage of two passes over the same work."""
+        return dataclasses.replace(
+            self, busy=self.busy + other.busy, cpu=self.cpu + other.cpu, wall=self.wall + other.wall
+        )
+
 
 def read(folder: pathlib.Path) -> Took | None:
     """What is known of a dataset's time; None if nothing is. A shard that was made again counts as it was last."""

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data synthesize": ("data_tools.synthesize", "write textbooks and exercises, with an LLM or the offline teacher"),
     "data decontaminate": ("data_tools.decontaminate", "drop what is too close to HumanEval"),
     "data tokenizer": ("data_tools.tokenizer", "train a small tokenizer for a small model"),
+    "data plan": ("data_tools.plan", "what phi-1's data will take: tokens, hours, money, by the pace of stages run here"),
     "data tokenize": ("data_tools.tokenize", "turn documents into token shards"),
     "train": ("phi1.recipe", "pretrain or finetune from a recipe (or: torchrun -m phi1 train)"),
     "plan": ("phi1.plan", "what a recipe will take: memory, work and days on given GPUs"),
