@@ -11,6 +11,7 @@ With --own the targets are the run's own sizes: what it says then should be what
 """
 
 import dataclasses
+import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -106,19 +107,15 @@ def measured(folder: pathlib.Path) -> list[Made]:
 
     Raises UserError if there is none.
     """
-    found = {path.parent: path.stat().st_mtime_ns for path in sorted(folder.rglob(MANIFEST))}
-    datasets: dict[pathlib.Path, Dataset] = {}
-    for place in found:
-        if (place / timing.FILE).exists():
-            datasets[place] = _open(place)
+    datasets = _datasets(folder, timed=True)
     if not datasets:
         raise UserError(
             f"--run {folder}: no finished dataset there that says what it took; run the stages on a sample first"
         )
     by_hash = {_hash(dataset): dataset for dataset in datasets.values()}
     result = []
-    for place in sorted(datasets, key=lambda place: found[place]):
-        dataset, took = datasets[place], timing.read(place)
+    for place, dataset in datasets.items():
+        took = timing.read(place)
         stage = dataset.manifest["stage"]
         if took is None or stage in _LEFT_OUT:
             continue
@@ -136,7 +133,9 @@ def funnel(folder: pathlib.Path) -> list[dict[str, Any]]:
     A token folder has its true tokens.
     """
     datasets = {
-        path.parent: _open(path.parent) for path in sorted(folder.rglob(MANIFEST)) if path.parent.name != "keys"
+        place: dataset
+        for place, dataset in _datasets(folder, timed=False).items()
+        if dataset.manifest["stage"] not in (*_LEFT_OUT, "score")
     }
     by_hash = {_hash(dataset): dataset for dataset in datasets.values()}
     names = {_hash(dataset): str(place.relative_to(folder)) for place, dataset in datasets.items()}
@@ -160,13 +159,19 @@ def funnel(folder: pathlib.Path) -> list[dict[str, Any]]:
     return steps
 
 
-def _open(place: pathlib.Path) -> Dataset:
-    try:
-        dataset = Dataset(place)
-        dataset.manifest["stage"], [entry["hash"] for entry in dataset.manifest["inputs"]]
-        return dataset
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{place / MANIFEST}: not a manifest of a stage ({error!r}); leave that folder out") from error
+def _datasets(folder: pathlib.Path, *, timed: bool) -> dict[pathlib.Path, Dataset]:
+    """The finished datasets and token folders below a folder, in the order in which they were finished. timed: those that say what they took.
+
+    Training runs and checkpoints have a manifest of their own, which names no stage.
+    """
+    found = {}
+    for path in sorted(folder.rglob(MANIFEST), key=lambda path: (path.stat().st_mtime_ns, path)):
+        if timed and not (path.parent / timing.FILE).exists():
+            continue
+        manifest = json.loads(path.read_bytes())
+        if isinstance(manifest, dict) and {"stage", "inputs", "shards"} <= manifest.keys():
+            found[path.parent] = Dataset(path.parent)
+    return found
 
 
 def _hash(dataset: Dataset) -> str:
