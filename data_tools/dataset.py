@@ -5,7 +5,7 @@
       00000.json …         that shard's rows, bytes, SHA-256, counters and failures (its receipt)
       stage.json           what is being made: stage, config, inputs (written first)
       manifest.json        the same plus all receipts (written last: its presence means "whole")
-      timing.jsonl         what it took: a line for each shard made and for each run (no part of what the dataset is)
+      timing.log           what it took: a line for each shard made and for each run (no part of what the dataset is)
 
 Shard i is a pure function of (config, inputs, i): it does not depend on the number of workers, and a
 stage run again goes on after the shards that have receipts. With another config or input, it refuses. What things are
@@ -72,6 +72,8 @@ class Dataset:
         try:
             self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             self.shards: list[dict[str, Any]] = self.manifest["shards"]
+            str(self.manifest["stage"]), [entry["hash"] for entry in self.manifest["inputs"]]
+            [shard["sha256"] for shard in self.shards]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}: not a dataset manifest ({error}); delete the folder and run the stage again"
@@ -105,7 +107,7 @@ class Dataset:
         """The path of a shard, its hash checked the first time."""
         path = self.folder / f"{shard:05d}.parquet"
         if shard not in self._verified:
-            if not path.exists() or sha256_file(path) != self.shards[shard]["sha256"]:
+            if not path.is_file() or sha256_file(path) != self.shards[shard]["sha256"]:
                 raise UserError(
                     f"{path}: corrupt shard (missing, or its SHA-256 is not the manifest's); "
                     f"delete {path.with_suffix('.json')} and {self.folder / MANIFEST}, and run the stage again"
@@ -224,7 +226,7 @@ def run_stage(
         finally:
             sweep(output)  # what workers that were stopped left
     progress.close()
-    receipts = [json.loads((output / f"{shard:05d}.json").read_text(encoding="utf-8")) for shard in range(shards)]
+    receipts = [_receipt(output / f"{shard:05d}.json") for shard in range(shards)]
     counters: dict[str, int] = {"rows": 0, "failures": 0}
     for receipt in receipts:
         counters["rows"] += receipt["rows"]
@@ -241,11 +243,20 @@ def run_stage(
 def _claim(output: pathlib.Path, identity: dict[str, Any]) -> None:
     """Writes what is to be made, or checks that it is what was begun. Refuses only if something was made."""
     path = output / STAGE
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    before: dict[str, Any] | None = None
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            old = _flat(before)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: does not say what is made there, in a way that this version reads ({type(error).__name__}: "
+                f"{error}); choose another folder, or delete this one"
+            ) from error
     if before == identity:
         return
     if before is not None and any(output.glob("[0-9]*.parquet")):
-        old, new = _flat(before), _flat(identity)
+        new = _flat(identity)
         differing = sorted(key for key in old | new if old.get(key) != new.get(key))
         if differing:
             told = ", ".join(f"{key}: {_short(old.get(key))} there, {_short(new.get(key))} asked" for key in differing)
@@ -261,11 +272,22 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}…"
 
 
+def _receipt(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        receipt = json.loads(path.read_text(encoding="utf-8"))
+        receipt["rows"], receipt["failures"], receipt["counters"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a shard's receipt ({type(error).__name__}: {error}); delete it, and run the stage again"
+        ) from error
+    return receipt
+
+
 def _check_parts(output: pathlib.Path, parts: Sequence[tuple[str, str]]) -> None:
     """Refuses to go on if a whole shard was made of something else than what is there now."""
     for shard, (name, content) in enumerate(parts):
         path = output / f"{shard:05d}.json"
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")).get("made_of") != content:
+        if path.exists() and _receipt(path).get("made_of") != content:
             raise UserError(
                 f"{output}: shard {shard} was made when {name} held something else; bring that back, choose another "
                 "folder, or delete this one"
@@ -294,7 +316,7 @@ def _check_share(
 
 def failed_shards(output: pathlib.Path, reason: str = "") -> list[int]:
     """The whole shards of `output` with a failure whose reason starts with `reason`."""
-    receipts = {int(path.stem): json.loads(path.read_text(encoding="utf-8")) for path in output.glob("[0-9]*.json")}
+    receipts = {int(path.stem): _receipt(path) for path in output.glob("[0-9]*.json")}
     return sorted(
         shard
         for shard, receipt in receipts.items()

@@ -2,7 +2,7 @@
 
     phi1 data plan --run runs/quickstart
 
-Every finished dataset below --run says how long it took (timing.jsonl) and how much it was made of. A stage's pace is work over
+Every finished dataset below --run says how long it took (timing.log) and how much it was made of. A stage's pace is work over
 time, where its work is documents (embed, score), rows that were asked for (synthesize), or bytes of text (the others). The time
 of a target is what its start takes, measured too, and its work at that pace over the workers. Default targets are the
 paper's (section 2): 35 million files of 35 billion tokens filtered to 6 billion, 1 billion of textbooks, 180 million of exercises.
@@ -168,7 +168,10 @@ def _datasets(folder: pathlib.Path, *, timed: bool) -> dict[pathlib.Path, Datase
     for path in sorted(folder.rglob(MANIFEST), key=lambda path: (path.stat().st_mtime_ns, path)):
         if timed and not (path.parent / timing.FILE).exists():
             continue
-        manifest = json.loads(path.read_bytes())
+        try:
+            manifest = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{path}: no JSON ({error}); leave that folder out, or run its stage again") from error
         if isinstance(manifest, dict) and {"stage", "inputs", "shards"} <= manifest.keys():
             found[path.parent] = Dataset(path.parent)
     return found

@@ -1,4 +1,4 @@
-"""What a stage took, in `timing.jsonl` beside its dataset: no part of what the dataset is, and never hashed.
+"""What a stage took, in `timing.log` beside its dataset: no part of what the dataset is, and never hashed.
 
 {"shard": 3, "rows": 812, "seconds": 1.93, "cpu_seconds": 1.88}                  a shard that was made
 {"run": 2, "seconds": 4.1, "workers": 2, "engine": "local", "cores": 2}          a run of the stage, which made 2 shards
@@ -13,7 +13,8 @@ from typing import Any
 
 from data_tools.engine import Engine
 
-FILE = "timing.jsonl"
+FILE = "timing.log"
+"""JSON lines; not named .jsonl, so that no folder of datasets has a source in it."""
 
 
 class Clock:
@@ -88,9 +89,11 @@ def read(folder: pathlib.Path) -> Took | None:
             facts = json.loads(line)
         except ValueError:  # cut off by a kill
             continue
-        if "run" in facts:
+        if not isinstance(facts, dict):
+            continue
+        if {"run", "seconds", "workers"} <= facts.keys():
             runs.append(facts)
-        else:
+        elif {"shard", "rows", "seconds", "cpu_seconds"} <= facts.keys():
             shards[facts["shard"]] = facts
     if not shards:
         return None

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -130,6 +131,26 @@ def test_what_is_no_dataset_is_told(tmp_path: pathlib.Path) -> None:
         Dataset(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"stage": "count"}', '{"stage": "count", "inputs": 3, "shards": [], "config": {}}']
+)
+@pytest.mark.parametrize("name", ["manifest.json", "stage.json", "00002.json"])
+def test_files_of_another_version_or_cut_are_told(name: str, text: str, tmp_path: pathlib.Path) -> None:
+    make(tmp_path / "d")
+    (tmp_path / "d" / "manifest.json").unlink(missing_ok=name != "manifest.json")
+    (tmp_path / "d" / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{re.escape(name)}: .*(delete|another folder)"):
+        make(tmp_path / "d")
+
+
+def test_a_shard_that_is_a_folder_is_told(tmp_path: pathlib.Path) -> None:
+    dataset = make(tmp_path / "d")
+    (tmp_path / "d" / "00001.parquet").unlink()
+    (tmp_path / "d" / "00001.parquet").mkdir()
+    with pytest.raises(UserError, match=r"00001\.parquet: corrupt shard"):
+        list(dataset.read())
+
+
 def test_a_full_disk_is_told_and_the_stage_stays_resumable(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +233,16 @@ def test_failures_with_any_name_are_kept_and_too_many_stop(tmp_path: pathlib.Pat
 def test_no_row_at_all_warns(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_stage("none", Config(), tmp_path / "d", [], 1, lambda *_: iter([Failure("a", "b")]), SCHEMA, quiet=True)
     assert "no row was made" in capsys.readouterr().err
+
+
+def test_a_file_size_limit_is_one_line(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "code.py").write_text("".join(f"value_{i} = {i * 7919 % 10007}\n" for i in range(3000)))
+    command = f"{sys.executable} -m phi1.cli data ingest --sources folder:{tmp_path} --output {tmp_path}/out"
+    done = subprocess.run(["bash", "-c", f"ulimit -f 8; {command}"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no space left while writing" in done.stderr and "Traceback" not in done.stderr
+    assert subprocess.run(command.split(), capture_output=True).returncode == 0
+    file = subprocess.run([*command.split()[:-1], str(tmp_path / "code.py")], capture_output=True, text=True)
+    assert file.returncode == 2 and file.stderr == f"phi1: error: {tmp_path}/code.py: File exists\n"
 
 
 @pytest.mark.parametrize("command", ["ingest", "annotate", "embed", "classify", "filter"])
