@@ -12,6 +12,7 @@ import io
 import json
 import pathlib
 import sys
+import time
 import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_tools.dataset import MANIFEST, Dataset, Produced, config_dict, run_stage, sweep
 from data_tools.engine import Engine, worth
+from data_tools.timing import Clock, Timing
 from phi1 import __version__
 from phi1.errors import UserError
 from phi1.files import atomic_write, sha256_file, sha256_json, write_json
@@ -72,6 +74,7 @@ def run(config: Config) -> pathlib.Path:
     Raises UserError if the datasets do not belong together, hold too little to learn from, or the folder holds a
     forest made of something else.
     """
+    started = time.monotonic()
     annotations, embeddings = Dataset(config.annotations), Dataset(config.embeddings)
     documents = [[entry["hash"] for entry in dataset.manifest["inputs"]] for dataset in (annotations, embeddings)]
     if documents[0] != documents[1]:
@@ -102,7 +105,10 @@ def run(config: Config) -> pathlib.Path:
         print(f"classify: already in {config.output}", file=sys.stderr)
         return config.output
     sweep(config.output)
-    metrics = _train(config, annotations, embeddings, corpus)
+    clock = Clock()
+    with Timing(config.output, config, started) as timing:
+        metrics = _train(config, annotations, embeddings, corpus)
+        timing.shard(shard=0, rows=metrics["train_rows"], **clock.read())
     write_json(path, {"made_of": made_of, "code_version": __version__} | metrics)  # last: it says "whole"
     print(describe(metrics), file=sys.stderr)
     return config.output

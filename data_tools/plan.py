@@ -7,7 +7,8 @@ time, where its work is documents (embed, score), rows that were asked for (synt
 of a target is what its start takes, measured too, and its work at that pace over the workers. Default targets are the
 paper's (section 2): 35 million files of 35 billion tokens filtered to 6 billion, 1 billion of textbooks, 180 million of exercises.
 
-With --own the targets are the run's own sizes: what it says then should be what the run took.
+Core hours are of the CPU's time, hours of the clock's, under the load that the machine had. With --own the targets are the run's own
+sizes, each dataset at its own pace: what it says then should be what the run took.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_tools import timing
+from data_tools.classify import METRICS
 from data_tools.dataset import MANIFEST, Dataset
 from data_tools.engine import cores
 from data_tools.timing import Took
@@ -123,6 +125,9 @@ def measured(folder: pathlib.Path) -> list[Made]:
             took = took.together_with(keys)
         sources = [by_hash[entry["hash"]] for entry in dataset.manifest["inputs"] if entry["hash"] in by_hash]
         result.append(Made(place, stage, _kind(dataset, by_hash), _work(stage, dataset, sources), took))
+    for path in sorted(folder.rglob(METRICS)):
+        if (learned := timing.read(path.parent)) is not None:
+            result.append(Made(path.parent, "classify", "", learned.rows, learned))
     return result
 
 
@@ -236,36 +241,44 @@ def text_bytes(dataset: Dataset) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """How fast a stage is: busy seconds for a unit of work, seconds to start, and on how much that was measured."""
+    """How fast a stage is: seconds for a unit of work, by the clock and of the CPU; seconds to start; on how much that was measured."""
 
     seconds: float
+    cpu: float
     start: float
     work: float
 
 
 def pace(made: Sequence[Made], stage: str, kind: str) -> Pace | None:
     """The pace of a stage on a kind of text, over all of its datasets; None if it was not run."""
-    ran = [each for each in made if each.stage == stage and each.kind == kind and each.work and each.took.busy]
+    ran = [each for each in made if each.stage == stage and each.kind == kind and each.work and each.took.cpu]
     if not ran:
         return None
     work = sum(each.work for each in ran)
-    return Pace(sum(each.took.busy for each in ran) / work, max(each.start for each in ran), work)
+    busy, cpu = (sum(getattr(each.took, name) for each in ran) for name in ("busy", "cpu"))
+    return Pace(busy / work, cpu / work, max(each.start for each in ran), work)
 
 
 def own(made: Sequence[Made]) -> list[str]:
     """The plan for a run's own sizes beside what it took, dataset by dataset."""
     lines = [f"{'dataset':<28} {'stage':<14} {'work':>14} {'planned':>10} {'took':>10}"]
     total = [0.0, 0.0]
+    places = {each.folder for each in made}
     for each in made:
-        rate = pace(made, each.stage, each.kind)
-        if rate is None:
+        if (
+            each.folder.parent in places or not each.work
+        ):  # a part of that one, as a forest's scores are; or nothing to do
             continue
-        planned = each.start + rate.seconds * each.work / each.took.workers
+        planned = each.start + each.took.busy / each.took.workers
         total = [total[0] + planned, total[1] + each.took.wall]
         lines.append(
             f"{each.folder.name:<28} {each.stage:<14} {each.work:>14,.0f} {planned:>8,.1f} s {each.took.wall:>8,.1f} s"
         )
     return [*lines, f"{'':<28} {'':<14} {'':>14} {total[0]:>8,.1f} s {total[1]:>8,.1f} s"]
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def describe(config: Config, made: Sequence[Made]) -> list[str]:
@@ -296,12 +309,11 @@ def describe(config: Config, made: Sequence[Made]) -> list[str]:
             unknown += 1
             lines.append(f"{head} {'?':>12} {'?':>10} {'':>12}   not run in {config.run}")
             continue
-        busy = rate.seconds * amount
-        wall = rate.start + busy / config.workers
+        wall = rate.start + rate.seconds * amount / config.workers
         hours += wall / 3600
         unit = _UNITS.get(stage, "bytes")
         lines.append(
-            f"{head} {busy / 3600:>12,.1f} {wall / 3600:>10,.1f} {'':>12}   {rate.work:,.0f} {unit}, {1 / rate.seconds:,.0f} a core second"
+            f"{head} {rate.cpu * amount / 3600:>12,.1f} {wall / 3600:>10,.1f} {'':>12}   {rate.work:,.0f} {unit}, {_count(1 / rate.cpu)} a core second"
         )
     asked, usd = 0.0, 0.0
     for kind, requests, prompt, answer, price in (
