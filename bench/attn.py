@@ -1,4 +1,4 @@
-"""Attention: our backends against PyTorch's, FlexAttention and flash_attn, on the same inputs in one run.
+"""Attention: our backends against PyTorch's, FlexAttention, flash_attn and zentorch, on the same inputs in one run.
 
     python bench/attn.py --quick
 
@@ -139,6 +139,27 @@ def flash_attn_4(device: str, causal: bool, dropout: float) -> Attention:
     return run
 
 
+def zentorch(device: str, causal: bool, dropout: float, shape: Sequence[int]) -> Attention:
+    """AMD's plug-in for PyTorch on its CPUs: the attention that its compiler puts where a model calls SDPA."""
+    if device != "cpu":
+        raise Unavailable("it takes CPU tensors only")
+    try:
+        import zentorch  # noqa: F401 (registers torch.ops.zentorch)
+    except ImportError as error:
+        raise Unavailable(f"zentorch cannot be imported ({error})") from error
+    if shape[2] != shape[4]:
+        raise Unavailable("it takes as many kv_heads as heads")
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.requires_grad:
+            raise Unavailable("it has no backward")
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out: Tensor = torch.ops.zentorch.zentorch_sdpa(q, k, v, dropout, causal)[0]
+        return out.transpose(1, 2)
+
+    return run
+
+
 def peers(device: str, causal: bool, dropout: float, shape: Shape) -> dict[str, Callable[[], Attention]]:
     """By name, what makes each. shape: with kv_heads."""
     kernels: dict[str, SDPBackend | None] = {"SDPA": None, "SDPA math": SDPBackend.MATH}
@@ -157,6 +178,7 @@ def peers(device: str, causal: bool, dropout: float, shape: Shape) -> dict[str, 
     found["flash_attn 2"] = partial(flash_attn_2, device, causal, dropout)
     found["flash_attn 3"] = partial(flash_attn_3, device, causal, dropout)
     found["flash_attn 4"] = partial(flash_attn_4, device, causal, dropout)
+    found["zentorch"] = partial(zentorch, device, causal, dropout, shape)
     return found
 
 

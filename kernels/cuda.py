@@ -4,7 +4,6 @@ The functions take the module that launches: kernels._native on a GPU; the tests
 (csrc/emulator), which runs the same kernels on CPU tensors.
 """
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -18,10 +17,6 @@ from kernels.checks import check_offsets
 from kernels.fused_block import Dropout, Layout, Pieces, vendor_product
 from kernels.machine import Machine
 from kernels.registry import missing_here, register
-
-
-def _device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _stream(x: Tensor) -> int:
@@ -38,7 +33,7 @@ def rotary(
         return q_out, k_out
     cos, sin = cos.contiguous(), sin.contiguous()
     positions = None if positions is None else positions.contiguous()
-    with _device(q):
+    with native.on_device(q):
         module.rotary_cuda(*native.rotary_arguments(q, k, q_out, k_out, cos, sin, positions, inverse), _stream(q))
     return q_out, k_out
 
@@ -113,7 +108,7 @@ def attention_forward(
         cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
         result.zero_(), lse.fill_(-math.inf)  # rows that no document holds
     if q.numel():
-        with _device(q):
+        with native.on_device(q):
             module.attention_forward_cuda(
                 *native.attention_arguments(q, k, v, result, lse, cu_q, cu_k, causal, scale, *dropout),
                 _stream(q),
@@ -139,7 +134,7 @@ def attention_backward(
             grad.zero_()  # rows that no document holds
     row_stats = torch.empty((*lse.shape, 2), dtype=torch.float32, device=q.device)
     if q.numel():
-        with _device(q):
+        with native.on_device(q):
             module.attention_backward_cuda(
                 (grad_out, *grads),
                 row_stats,
@@ -165,7 +160,7 @@ def layer_norm_forward(module: Any, x: Tensor, weight: Tensor, bias: Tensor, eps
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     stats = torch.empty((rows.shape[0], 2), dtype=torch.float32, device=x.device)
     if x.numel():
-        with _device(x):
+        with native.on_device(x):
             module.layer_norm_forward_cuda(
                 rows, weight, bias, y, stats,
                 (*rows.shape, rows.stride(0)), eps, native.DTYPE_CODES[x.dtype], _stream(x),
@@ -189,7 +184,7 @@ def layer_norm_backward(
     chunks = min(NORM_CHUNKS, max(rows.shape[0], 1))
     partial = torch.empty((chunks, 2, weight.numel()), dtype=torch.float32, device=x.device)
     if x.numel():
-        with _device(x):
+        with native.on_device(x):
             module.layer_norm_backward_cuda(
                 grad, rows, weight, stats, residual, grad_x, grad_weight, grad_bias, partial, chunks,
                 (*rows.shape, rows.stride(0)), native.DTYPE_CODES[x.dtype], _stream(x),
@@ -240,7 +235,7 @@ def _dense_layout(layout: Layout) -> Layout:
 def project_in(module: Any, n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
     """See `Pieces.project_in`."""
     z, b_in = vendor_product(n, w_in), _dense(b_in)
-    with _device(z):
+    with native.on_device(z):
         module.after_in_cuda(*_after_in_arguments(z, b_in, activated, layout))
     return z
 
@@ -251,7 +246,7 @@ def project_in_backward(
     """See `Pieces.project_in_backward`."""
     b_in = _dense(b_in)
     grad_bias, partial = torch.empty_like(b_in), _partial_sums(z)
-    with _device(z):
+    with native.on_device(z):
         module.after_in_backward_cuda(
             grad_z, grad_bias, partial, partial.shape[0],
             *_after_in_arguments(z, b_in, activated, layout),
@@ -262,7 +257,7 @@ def project_in_backward(
 def project_out(module: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
     """See `Pieces.project_out`."""
     y, b_out, x = vendor_product(g, w_out), _dense(b_out), _dense(x)
-    with _device(y):
+    with native.on_device(y):
         module.residual_cuda(
             y, b_out, x, tuple(y.shape), native.dropout_arguments(dropout), native.DTYPE_CODES[y.dtype], _stream(y),
         )  # fmt: skip
@@ -275,7 +270,7 @@ def project_out_backward(module: Any, grad_y: Tensor, dropout: Dropout) -> tuple
     threshold, *rest = native.dropout_arguments(dropout)
     grad_h = grad_y if threshold == 0 else torch.empty_like(grad_y)
     grad_bias, partial = grad_y.new_empty(grad_y.shape[1]), _partial_sums(grad_y)
-    with _device(grad_y):
+    with native.on_device(grad_y):
         module.residual_backward_cuda(
             grad_y, grad_h, grad_bias, partial, partial.shape[0],
             tuple(grad_y.shape), (threshold, *rest), native.DTYPE_CODES[grad_y.dtype], _stream(grad_y),
@@ -300,7 +295,7 @@ def cross_entropy(
     """See `kernels.chunked_loss.Pieces.cross_entropy`; bitwise reproducible."""
     bias, stats = _dense(bias), loss.new_empty((logits.shape[0], 2))
     parts = 0 if bias_sums is None else bias_sums.shape[0]
-    with _device(logits):
+    with native.on_device(logits):
         module.cross_entropy_cuda(
             logits, bias, targets, loss, bias_sums, stats, parts, (*logits.shape, ignore_index), z_loss,
             native.DTYPE_CODES[logits.dtype], _stream(logits),

@@ -4,6 +4,7 @@ A binding takes tensors, never addresses, so that what a kernel reads and writes
 the argument list too.
 """
 
+import contextlib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,11 @@ ISAS: list[Any] = [] if MISSING is not None else _native.isas()
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ACTIVATION_CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to x's GPU; on a CPU (an emulator, Triton's interpreter) there is nothing to choose."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def refuses_dtype(*, dtype: torch.dtype, **_: object) -> str | None:

@@ -5,239 +5,71 @@
 The shape is batch x tokens x hidden x heads x head_dim x inner x columns of a model; `phi1 tune` reads it from a model's
 name or a recipe. Of each op, size, dtype and work all versions that run here and PyTorch's own take turns, one call each a
 round, so that a slow spell of the machine falls on all of them. Memory and time are bounded: sequences are at most 544
-tokens on a CPU, and what the time does not suffice for stays unmeasured, so that the fixed order decides it.
+tokens on a CPU, and what the time does not suffice for stays unmeasured, so that the fixed order decides it. On a GPU the
+first half of the time is for compiling (kernels/first_calls.py).
 """
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import fcntl
-import functools
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import torch
-from torch import Tensor
 
-from kernels import measured, reference, registry
-from kernels.attention import flash_attention
-from kernels.block import parallel_block
-from kernels.loss import linear_cross_entropy
+from kernels import first_calls, measured, registry
 from kernels.machine import Machine
-from kernels.measured import Cell, Row, size_class
-from kernels.norm import layer_norm
-from kernels.rotary import apply_rotary
+from kernels.measured import Cell, Row
+from kernels.tune_works import Shape, Work, candidates, failure, timer, works
 
 SECONDS = {"cpu": 60.0, "cuda": 90.0}
 """At most so long a measurement takes, by type of device."""
-_LONGEST = {"cpu": 544, "cuda": 4096}
-_SHORT, _FEW = 256, 1
-_LOSS_ROWS = {"cpu": 544, "cuda": 4096}
+_FIRST_CALLS = 0.5
+"""Share of it for compiling on a GPU."""
 
 
 class TuneError(ValueError):
     """What was measured cannot be kept."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Of a model, and of what it is given."""
-
-    batch: int
-    tokens: int
-    hidden: int
-    heads: int
-    head_dim: int
-    inner: int
-    columns: int
-    kv_heads: int = 0
-    """0: as many as heads."""
-    rotary_dim: int = 0
-    """0: half of head_dim, as in phi-1."""
-
-    def __str__(self) -> str:
-        return "x".join(str(getattr(self, field.name)) for field in dataclasses.fields(self)[:7])
-
-    @classmethod
-    def parse(cls, text: str) -> "Shape":
-        """ "2x1024x512x8x64x2048x51200". Raises ValueError if it is none."""
-        parts = text.split("x")
-        if len(parts) != 7 or not all(part.isdigit() and int(part) > 0 for part in parts):
-            raise ValueError(f"shape = {text!r}: must be batch x tokens x hidden x heads x head_dim x inner x columns, seven positive whole numbers joined by 'x'")  # fmt: skip
-        return cls(*map(int, parts))
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """One cell's measurement."""
-
-    cell: Cell
-    options: dict[str, Any]
-    """What else a version's `refuses` looks at."""
-    flops: float
-    """Of a call, about: those that take least come first, so that most are measured whatever the time suffices for."""
-    make: Callable[[], tuple[Callable[..., Any], list[Tensor]]]
-    """Makes (the op, which takes `backend=`; the tensors that it differentiates, first of its arguments)."""
-
-
-def works(of: Machine, device: torch.device, shape: Shape, dtypes: Sequence[torch.dtype]) -> list[Work]:
-    """All cells that a model of this shape meets, the cheapest first."""
-    long = min(shape.tokens, _LONGEST[of.device])
-    kv_heads, rotary_dim = shape.kv_heads or shape.heads, shape.rotary_dim or shape.head_dim // 2
-    batch = shape.batch if of.device == "cuda" else 1  # a CPU's threads are busy with one
-    groups = kv_heads if of.device == "cuda" else min(kv_heads, 2 * torch.get_num_threads())  # and with so many heads
-    query_heads = groups * (shape.heads // kv_heads)
-    found: list[Work] = []
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(size, dtype=torch.float32, device=device) * 0.1
-
-    def add(
-        op: str, dtype: torch.dtype, head_dim: int | None, queries: int, keys: int, make: Any, flops: float, **options: Any
-    ) -> None:  # fmt: skip
-        size = size_class(queries, keys)
-        for work in ("training", "forward") if size != "few" else ("forward",):
-            cell = Cell(op, of.kind, dtype, head_dim, size, work)
-            if all(other.cell != cell for other in found):
-                cost = flops * (3 if work == "training" else 1)
-                found.append(
-                    Work(cell, {"dtype": dtype, **options}, cost, functools.partial(make, dtype, queries, keys))
-                )
-
-    def attention(dtype: torch.dtype, queries: int, keys: int) -> tuple[Callable[..., Any], list[Tensor]]:
-        sizes = [(batch, queries, query_heads), (batch, keys, groups), (batch, keys, groups)]
-        return flash_attention, [random(*size, shape.head_dim).to(dtype) for size in sizes]
-
-    def block(dtype: torch.dtype, queries: int, keys: int) -> tuple[Callable[..., Any], list[Tensor]]:
-        width, hidden = shape.heads * shape.head_dim, shape.hidden
-        rows = width + 2 * kv_heads * shape.head_dim + shape.inner
-        sizes = [(batch, queries, hidden), (hidden,), (hidden,), (rows, hidden), (rows,), (hidden, width + shape.inner), (hidden,)]  # fmt: skip
-        tables = reference.rotary_table(keys, rotary_dim, device=device)
-        block_shape = reference.BlockShape(shape.heads, kv_heads, shape.head_dim)
-        more: dict[str, Any] = {}
-        if queries < keys:
-            cache = [random(batch, keys, kv_heads, shape.head_dim).to(dtype) for _ in range(2)]
-            more = {
-                "kv_cache": (*cache, keys - queries),
-                "positions": torch.arange(keys - queries, keys, device=device),
-            }
-
-        def run(*tensors: Any, backend: str) -> Tensor:
-            op: Any = parallel_block  # a checker does not count the tensors
-            return op(*tensors, *tables, block_shape, **more, backend=backend)
-
-        return run, [random(*size).to(dtype) for size in sizes]
-
-    def loss(dtype: torch.dtype, rows: int, _: int) -> tuple[Callable[..., Any], list[Tensor]]:
-        targets = torch.randint(shape.columns, (rows,), device=device)
-        sizes = [(rows, shape.hidden), (shape.columns, shape.hidden), (shape.columns,)]
-        tensors = [random(*size).to(dtype) for size in sizes]
-
-        def run(hidden: Tensor, weight: Tensor, bias: Tensor, *, backend: str) -> Tensor:
-            return linear_cross_entropy(hidden, weight, bias, targets, backend=backend)
-
-        return run, tensors
-
-    def norm(dtype: torch.dtype, rows: int, _: int) -> tuple[Callable[..., Any], list[Tensor]]:
-        return layer_norm, [
-            random(*size).to(dtype) for size in ((rows, shape.hidden), (shape.hidden,), (shape.hidden,))
-        ]
-
-    def rotary(dtype: torch.dtype, tokens: int, _: int) -> tuple[Callable[..., Any], list[Tensor]]:
-        cos, sin = reference.rotary_table(tokens, rotary_dim, device=device)
-        q, k = (random(1, tokens, heads, shape.head_dim).to(dtype) for heads in (shape.heads, kv_heads))
-
-        def run(q: Tensor, k: Tensor, *, backend: str) -> tuple[Tensor, Tensor]:
-            return apply_rotary(q, k, cos, sin, backend=backend)
-
-        return run, [q, k]
-
-    sizes = [(long, long), (_FEW, long), (min(_SHORT, long), min(_SHORT, long))]
-    block_options = {"hidden": shape.hidden, "inner": shape.inner, "rotary_dim": rotary_dim}
-    for dtype in dtypes:
-        for queries, keys in sizes:
-            scores = 4.0 * batch * queries * keys * shape.head_dim
-            products = 2.0 * batch * queries * shape.hidden * (5 * shape.heads * shape.head_dim + 2 * shape.inner)
-            add("flash_attention", dtype, shape.head_dim, queries, keys, attention, scores * query_heads)
-            whole = products + scores * shape.heads
-            add("parallel_block", dtype, shape.head_dim, queries, keys, block, whole, **block_options)
-        rows = _LOSS_ROWS[of.device]
-        logits = 2.0 * rows * shape.hidden * shape.columns
-        add("linear_cross_entropy", dtype, None, rows, rows, loss, logits, columns=shape.columns)
-        for rows in (batch * long, _FEW, min(_SHORT, long)):
-            add("layer_norm", dtype, None, rows, rows, norm, 10.0 * rows * shape.hidden)
-            add("apply_rotary", dtype, None, rows, rows, rotary, 6.0 * rows * shape.hidden)
-    return sorted(found, key=lambda work: work.flops)
-
-
-def candidates(of: Machine, work: Work) -> list[str]:
-    """The versions of the work's op that can serve it on the machine, all but `reference`."""
-    options = {**work.options, **({} if work.cell.head_dim is None else {"head_dim": work.cell.head_dim})}
-    found = [v for v in registry.versions() if v != "reference" and registry.serves(work.cell.op, v, of, options)]
-    if work.cell.dtype != torch.bfloat16:  # where these run the code of avx512, once is enough
-        found = [v for v in found if v not in ("cpu/avx512_bf16", "cpu/amx_bf16") or "cpu/avx512" not in found]
-    # Without vector instructions everything is slower by far than PyTorch's ops: it would use up the time.
-    return [v for v in found if v != "cpu/portable"] if len(found) > 2 else found
-
-
-def _timer(work: Work, version: str, device: torch.device, op: Callable[..., Any], inputs: list[Tensor]) -> Callable[[], float]:  # fmt: skip
-    """Gives the seconds of one call of a version."""
-    training = work.cell.work == "training"
-    tensors = [x.detach().requires_grad_(training) for x in inputs]
-
-    def call() -> None:
-        with torch.set_grad_enabled(training):
-            out = op(*tensors, backend=version)
-            if training:
-                outs = [x for x in (out if isinstance(out, tuple) else (out,))]
-                torch.autograd.grad(outs, tensors, [torch.ones_like(x) for x in outs])
-
-    def seconds() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    return seconds
-
-
-def measure(of: Machine, work: Work, device: torch.device, seconds: float) -> Row | None:
+def measure(
+    of: Machine, work: Work, device: torch.device, seconds: float, known: Mapping[str, str] = MappingProxyType({})
+) -> Row | None:
     """The cell's row, from rounds of at least a call each; None if no two versions could be measured.
 
-    A version that raises counts as slow and is named in the row.
+    A version that raises counts as slow and is named in the row. known: versions that are not called, and why.
     """
     op, inputs = work.make()
     timers: dict[str, Callable[[], float]] = {}
     times: dict[str, list[float]] = {}
-    failed: dict[str, str] = {}
+    failed = dict(known)
     started = time.perf_counter()
     for version in candidates(of, work):
-        timer = _timer(work, version, device, op, inputs)
+        if version in known:
+            continue
+        call = timer(work, version, device, op, inputs)
         try:
-            first = timer()  # compiles, fills caches
+            first = call()  # compiles, fills caches
             # A call that takes this much of the time is, on a CPU, what it seems.
-            times[version] = [first if device.type == "cpu" and first > 0.2 * seconds else timer()]
+            times[version] = [first if device.type == "cpu" and first > 0.2 * seconds else call()]
         except Exception as error:  # a compiler's, a driver's: anything may come, and none may stop the rest
-            failed[version] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+            failed[version] = failure(error)
         else:
-            timers[version] = timer
+            timers[version] = call
     called = True
     while called and time.perf_counter() - started < seconds:
         called, best = False, min(map(min, times.values()))
-        for version, timer in timers.items():
+        for version, call in timers.items():
             found = times[version]
             # From the third call on those that are far behind take no more of the time.
             if (len(found) < 3 or min(found) < 4 * best) and time.perf_counter() - started + min(found) < seconds:
-                found.append(timer())
+                found.append(call())
                 called = True
     if len(times) + len(failed) < 2 or not times:
         return None
@@ -272,13 +104,19 @@ def tune(
         todo = works(of, device, shape, dtypes)
         rows: dict[Cell, Row] = {}
         ends = time.monotonic() + seconds
+        failed: dict[first_calls.Call, str] = {}
+        if of.device == "cuda":
+            groups = first_calls.calls(of, todo)
+            say(f"compiling: first calls of {len(groups)} versions of ops, in processes of their own")
+            failed = first_calls.run(shape, device, dtypes, groups.values(), seconds * _FIRST_CALLS)
         try:
             for i, work in enumerate(todo):
                 left = ends - time.monotonic()
                 if left <= 0:
                     say(f"time is over: {len(todo) - i} of {len(todo)} kinds of calls stay unmeasured")
                     break
-                row = measure(of, work, device, left / (len(todo) - i) * 0.7)
+                known = {version: why for (index, version), why in failed.items() if index == i}
+                row = measure(of, work, device, left / (len(todo) - i) * 0.7, known)
                 if row is not None:
                     rows[work.cell] = row
                     say(f"[{i + 1}/{len(todo)}] {work.cell.name}: {_in_words(row)}")

@@ -18,7 +18,7 @@ from phi1.recipe import load_recipe
 if TYPE_CHECKING:  # torch and the kernels take seconds to import, which --help need not
     import torch
 
-    from kernels.tune import Shape
+    from kernels.tune_works import Shape
     from phi1.distributed import World
 
 
@@ -50,7 +50,7 @@ def run(config: Config) -> pathlib.Path:
 
 def shape_of(model: ModelConfig, batch: int, tokens: int) -> "Shape":
     """What `kernels.tune` measures for a model."""
-    from kernels.tune import Shape
+    from kernels.tune_works import Shape
 
     return Shape(
         batch, tokens, model.hidden_size, model.num_heads, model.head_dim, model.intermediate_size, model.vocab_size,
@@ -59,7 +59,7 @@ def shape_of(model: ModelConfig, batch: int, tokens: int) -> "Shape":
 
 
 def _shape(config: Config) -> "Shape":
-    from kernels.tune import Shape
+    from kernels.tune_works import Shape
 
     if config.shape is not None:
         try:

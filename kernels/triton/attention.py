@@ -14,13 +14,13 @@ import triton
 from torch import Tensor
 
 from kernels.checks import check_offsets
-from kernels.native import positive_scale, rows_contiguous
+from kernels.native import on_device, positive_scale, rows_contiguous
 from kernels.reference import dropout_scale, dropout_threshold
 from kernels.triton import descriptors
 from kernels.triton.attention_backward import dkv_kernel, dq_kernel
 from kernels.triton.attention_forward import forward_kernel
 from kernels.triton.attention_tuning import tuned
-from kernels.triton.numeric import on_device, seed_words
+from kernels.triton.numeric import seed_words
 
 _forward, _dq, _dkv = tuned(forward_kernel, "forward"), tuned(dq_kernel, "dq"), tuned(dkv_kernel, "dkv")
 
@@ -74,7 +74,7 @@ def attention_forward(
     lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     if cu_seqlens_q is not None:
         result.zero_(), lse.fill_(-math.inf)  # rows that no document holds
-    with on_device(q.device):
+    with on_device(q):
         _forward[_grid(q, cu_seqlens_q, "BLOCK_M")](
             q, k, v, result, lse, *_offsets(cu_seqlens_q, cu_seqlens_k, q, k),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *result.stride()[:3],
@@ -100,7 +100,7 @@ def attention_backward(
     cu = _offsets(cu_seqlens_q, cu_seqlens_k, q, k)
     common = _common((q, k, v, grad_out), cu_seqlens_q, causal, scale, dropout_p, dropout_seed, by_descriptors)
     strides = [stride for x in (grad_out, q, k, v) for stride in x.stride()[:3]]
-    with on_device(q.device):
+    with on_device(q):
         _dq[_grid(q, cu_seqlens_q, "BLOCK_M")](
             grad_out, q, k, v, out, lse, dq, delta, *cu, *strides, *out.stride()[:3], *dq.stride()[:3], *common
         )

@@ -108,7 +108,7 @@ def candidates(
 
 
 def tuned(function, kernel: str):
-    """Times the candidates at the first call of each kind and keeps the winner on disk, beside Triton's other files."""
+    """`trial.tuned` among the kernel's candidates of a call."""
     every = [(tile, False) for tile in [FLOAT32_TILE, *itertools.chain(*TILES[kernel].values())]]
     every += [(tile, True) for tile in itertools.chain(*DESCRIPTOR_TILES[kernel].values())]
     configs = {
@@ -127,10 +127,5 @@ def tuned(function, kernel: str):
         )
         return [configs[candidate] for candidate in candidates(kernel, *call)]
 
-    return triton.autotune(
-        list(configs.values()),
-        key=["HEAD_DIM", "CAUSAL", "DROPOUT", "DOCUMENTS", "DESCRIPTORS", "length_class"],
-        prune_configs_by={"early_config_prune": prune},
-        cache_results=True,
-        do_bench=trial.bench,
-    )(descriptors.head_rows(**ROWS)(function))
+    key = ["HEAD_DIM", "CAUSAL", "DROPOUT", "DOCUMENTS", "DESCRIPTORS", "length_class"]
+    return trial.tuned(list(configs.values()), key, prune)(descriptors.head_rows(**ROWS)(function))

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from kernels.fused_block import Dropout, Layout, vendor_product
+from kernels.native import on_device
 from kernels.reference import dropout_scale, dropout_threshold
 from kernels.triton import INTERPRETED, descriptors, trial
 from kernels.triton.block_elementwise import (
@@ -22,7 +23,7 @@ from kernels.triton.block_elementwise import (
 )
 from kernels.triton.block_product import BLOCK_HALVES, project_in_kernel, project_out_kernel
 from kernels.triton.column_sums import CHUNK_ROWS, column_sums, partial_sums
-from kernels.triton.numeric import on_device, seed_words
+from kernels.triton.numeric import seed_words
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of the products. bench/triton_aot.py compiles each for sm_80 and sm_90, those
 # with descriptors for sm_90; one that spills registers on either is left out.
@@ -58,14 +59,7 @@ def _prune(configs: list[triton.Config], named: dict[str, Any], **options: Any) 
 
 
 def _tuned(function, key: list[str], specialized: bool):
-    """Times the candidates at the first call of each kind and keeps the winner on disk, beside Triton's other files."""
-    return triton.autotune(
-        candidates(specialized),
-        key=[*key, "row_class", "DESCRIPTORS"],
-        prune_configs_by={"early_config_prune": _prune},
-        cache_results=True,
-        do_bench=trial.bench,
-    )(function)
+    return trial.tuned(candidates(specialized), [*key, "row_class", "DESCRIPTORS"], _prune)(function)
 
 
 _project_in_kernel = _tuned(project_in_kernel, ["hidden", "width"], specialized=False)
@@ -115,7 +109,7 @@ def project_in(n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout:
     tokens, width = z.shape
     tables, sizes, constants = _in_arguments(layout, width, activated)
     rows, block = ELEMENTWISE_TILE
-    with on_device(n.device):
+    with on_device(n):
         after_in_kernel[(_region_tiles(layout, block), triton.cdiv(tokens, rows))](
             z, b_in, activated, *tables, tokens, *sizes, **constants, ROWS=rows, BLOCK=block
         )
@@ -130,7 +124,7 @@ def project_in_whole(n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, l
     by_descriptors = constants["HALF"] in BLOCK_HALVES and descriptors.allowed(n, w_in)
     if by_descriptors:
         descriptors.provide_scratch()
-    with on_device(n.device):
+    with on_device(n):
         _project_in_kernel[
             lambda meta: _programs(n, triton.cdiv(tokens, meta["BLOCK_M"]) * _region_tiles(layout, meta["BLOCK_N"]))
         ](
@@ -146,7 +140,7 @@ def project_in_backward(grad_z: Tensor, z: Tensor, b_in: Tensor, activated: Tens
     tables, sizes, constants = _in_arguments(layout, width, activated)
     rows, block = ELEMENTWISE_TILE
     partial = partial_sums(tokens, width, z.device)
-    with on_device(z.device):
+    with on_device(z):
         after_in_backward_kernel[(_region_tiles(layout, block), partial.shape[0])](
             grad_z, z, b_in.contiguous(), activated, partial, *tables, tokens, *sizes, **constants,
             CHUNK=CHUNK_ROWS, ROWS=rows, BLOCK=block,
@@ -164,7 +158,7 @@ def project_out(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dro
     tokens, columns = y.shape
     arguments = _dropout_arguments(dropout)
     rows, block = ELEMENTWISE_TILE
-    with on_device(g.device):
+    with on_device(g):
         after_out_kernel[(triton.cdiv(tokens, rows), triton.cdiv(columns, block))](
             y, b_out, x, tokens, columns, *arguments, DROPOUT=arguments[1] > 0, ROWS=rows, BLOCK=block
         )
@@ -178,7 +172,7 @@ def residual_factor(like: Tensor, seed: int, p: float) -> Tensor:
     tokens = like.numel() // columns
     arguments = _dropout_arguments(Dropout(p, seed))
     rows, block = ELEMENTWISE_TILE
-    with on_device(like.device):
+    with on_device(like):
         residual_factor_kernel[(triton.cdiv(tokens, rows), triton.cdiv(columns, block))](
             factor, tokens, columns, *arguments, ROWS=rows, BLOCK=block
         )
@@ -193,7 +187,7 @@ def project_out_whole(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropou
     by_descriptors = descriptors.allowed(g, w_out)
     if by_descriptors:
         descriptors.provide_scratch()
-    with on_device(g.device):
+    with on_device(g):
         _project_out_kernel[
             lambda meta: _programs(g, triton.cdiv(tokens, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"]))
         ](
@@ -210,7 +204,7 @@ def project_out_backward(grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Tens
     grad_h = torch.empty_like(grad_y) if arguments[1] > 0 else grad_y
     rows, block = ELEMENTWISE_TILE
     partial = partial_sums(tokens, columns, grad_y.device)
-    with on_device(grad_y.device):
+    with on_device(grad_y):
         after_out_backward_kernel[(partial.shape[0], triton.cdiv(columns, block))](
             grad_y, grad_h, partial, tokens, columns, *arguments,
             DROPOUT=arguments[1] > 0, CHUNK=CHUNK_ROWS, ROWS=rows, BLOCK=block,

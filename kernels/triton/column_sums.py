@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.native import on_device
 from kernels.triton import INTERPRETED
-from kernels.triton.numeric import on_device, round_to
+from kernels.triton.numeric import round_to
 
 CHUNK_ROWS = 32
 """Rows that one program sums before `column_sums` adds the chunks up. Fixed, so that sums do not depend on the machine;
@@ -35,7 +36,7 @@ def column_sums_kernel(
 def column_sums(x: Tensor, out: Tensor, add: bool = False) -> Tensor:
     """out (columns,) = the sums over the rows of x (rows, columns), in float32; add: plus what out held."""
     (rows, columns), (block_rows, block_columns) = x.shape, BLOCK
-    with on_device(x.device):
+    with on_device(x):
         column_sums_kernel[(triton.cdiv(columns, block_columns),)](
             x, out, rows, columns, x.stride(0), ADD=add, BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns
         )

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.native import on_device
 from kernels.triton import INTERPRETED
 from kernels.triton.column_sums import column_sums
-from kernels.triton.numeric import LOG2E, on_device, round_to
+from kernels.triton.numeric import LOG2E, round_to
 
 LOSS_TILE = {"BLOCK": 4096 if not INTERPRETED else 16384, "num_warps": 8}
 
@@ -64,7 +65,7 @@ def cross_entropy(
 ) -> None:
     """See `kernels.chunked_loss.Pieces.cross_entropy`; a target that is no column makes the loss NaN."""
     rows, columns = logits.shape
-    with on_device(logits.device):
+    with on_device(logits):
         cross_entropy_kernel[(rows,)](
             logits, bias, targets, loss, columns, ignore_index, z_loss, GRADS=bias_sums is not None, **LOSS_TILE
         )

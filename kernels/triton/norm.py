@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.native import rows_contiguous
+from kernels.native import on_device, rows_contiguous
 from kernels.triton import INTERPRETED
 from kernels.triton.column_sums import CHUNK_ROWS, column_sums, partial_sums
-from kernels.triton.numeric import on_device, round_to
+from kernels.triton.numeric import round_to
 
 MOST_COLUMNS = 8192
 """Twice that would spill registers in the backward kernel (bench/triton_aot.py): 328 bytes a thread on sm_80."""
@@ -94,7 +94,7 @@ def layer_norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> t
     stats = torch.empty((rows.shape[0], 2), dtype=torch.float32, device=x.device)
     options = launch_options(hidden)
     if x.numel():
-        with on_device(x.device):
+        with on_device(x):
             layer_norm_forward_kernel[(triton.cdiv(rows.shape[0], options["ROWS"]),)](
                 rows, weight.contiguous(), bias.contiguous(), y, stats, *rows.shape, rows.stride(0), eps, **options
             )
@@ -111,7 +111,7 @@ def layer_norm_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = partial_sums(rows.shape[0], 2 * hidden, x.device)
     if x.numel():
-        with on_device(x.device):
+        with on_device(x):
             layer_norm_backward_kernel[(partial.shape[0],)](
                 grad, rows, weight, stats.contiguous(), grad if residual is None else residual, dx, partial,
                 *rows.shape, rows.stride(0), RESIDUAL=residual is not None, CHUNK=CHUNK_ROWS, **launch_options(hidden),

@@ -1,6 +1,5 @@
 """What Triton kernels share: products, rounding, activations, the dropout mask, and how they are launched."""
 
-import torch
 import triton
 import triton.language as tl
 from triton.language.random import philox_impl
@@ -142,11 +141,6 @@ def int32(word: int) -> int:
     """The int32 with the same bits as the low 32 bits of word."""
     word &= 0xFFFFFFFF
     return word - (1 << 32) if word >= 1 << 31 else word
-
-
-def on_device(device: torch.device):
-    """Launches go to this device; on a CPU (the interpreter) there is nothing to choose."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
 
 
 def seed_words(seed: int) -> tuple[int, int]:

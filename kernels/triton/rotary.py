@@ -4,12 +4,11 @@ A program turns all heads of one token of q or k: a (heads, half) tile of pairs,
 not rotated. Memory bound: each element is read and written once.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.native import rows_contiguous
+from kernels.native import on_device, rows_contiguous
 from kernels.triton.numeric import round_to
 
 
@@ -76,7 +75,7 @@ def rotary(
     if batch * seq == 0:
         return q_out, k_out
     positions = None if positions is None else positions.contiguous()
-    with torch.cuda.device(q.device) if q.is_cuda else torch.no_grad():
+    with on_device(q):
         rotary_kernel[(batch * seq, 2)](
             q, k, q_out, k_out, cos, sin, q if positions is None else positions,
             *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3],

@@ -1,6 +1,7 @@
 """The benchmarks run as scripts, at tiny shapes, and say what they must: these tests say nothing about speed."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -83,6 +84,25 @@ def test_script_measures_ours_and_peers(script, shape, works, peers, unit, tmp_p
         assert {"FlexAttention", "phi1 triton/descriptors", "phi1 triton/pointers"} <= set(reasons)
         few = {row["case"].split()[2]: row for row in rows if "after a cache" in row["case"]}
         assert set(few) == {"1", "4", "16"} and {row["size"] for row in few.values()} == {"few"}
+
+
+def test_zentorch_says_where_it_cannot_be_measured():
+    """What it computes was compared by hand (LOG.md): it is no package of ours."""
+    heads = (1, 32, 4, 64, 4)
+    with pytest.raises(harness.Unavailable, match="CPU tensors only"):
+        attn.zentorch("cuda", True, 0.0, heads)
+    if importlib.util.find_spec("zentorch") is None:
+        with pytest.raises(harness.Unavailable, match="cannot be imported"):
+            attn.zentorch("cpu", True, 0.0, heads)
+        return
+    with pytest.raises(harness.Unavailable, match="as many kv_heads as heads"):
+        attn.zentorch("cpu", True, 0.0, (1, 32, 4, 64, 2))
+    q = torch.randn(1, 32, 4, 64)
+    torch.testing.assert_close(
+        attn.zentorch("cpu", True, 0.0, heads)(q, q, q), attn.sdpa(None, True, 0.0, heads)(q, q, q)
+    )
+    with pytest.raises(harness.Unavailable, match="no backward"):
+        attn.zentorch("cpu", True, 0.0, heads)(q.requires_grad_(), q, q)
 
 
 def test_the_peers_of_the_block_compute_the_same():

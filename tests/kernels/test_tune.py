@@ -12,9 +12,9 @@ import time
 import pytest
 import torch
 
-from kernels import machine, measured, registry, tune
+from kernels import machine, measured, registry, tune, tune_works
 from kernels.measured import Cell
-from kernels.tune import Shape
+from kernels.tune_works import Shape
 
 CPU = torch.device("cpu")
 HERE = machine.cpu()
@@ -59,7 +59,7 @@ def test_every_work_runs_on_every_candidate():
         versions = tune.candidates(HERE, work)
         assert "torch" in versions and "reference" not in versions
         for version in [version for version in versions if not version.startswith("triton")]:
-            assert tune._timer(work, version, CPU, op, inputs)() > 0, (work.cell, version)
+            assert tune_works.timer(work, version, CPU, op, inputs)() > 0, (work.cell, version)
 
 
 def test_the_choice_follows_what_was_measured(monkeypatch):

@@ -9,7 +9,8 @@ from training import change, content, losses
 import kernels.tune
 from kernels import registry
 from kernels.measured import Cell, Row
-from kernels.tune import Shape, TuneError
+from kernels.tune import TuneError
+from kernels.tune_works import Shape
 from phi1 import checkpoint, tune
 from phi1.config import PRESETS
 from phi1.errors import UserError
