@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_tools import decontaminate, python_text, similarity
+from data_tools import decontaminate, embed, python_text, similarity
 from data_tools.decontaminate import RATES, Benchmark, Config, entry
 from phi1.evaluate.humaneval import Problem
 
@@ -285,7 +285,7 @@ def embedded(problems: Sequence[str], clean: Sequence[str], embedder: str) -> di
     import numpy
 
     config = Config(input=Path(), output=Path(), problems=tuple(problems), embedder=embedder)
-    benchmark = Benchmark(config, exercises=False)
+    benchmark = Benchmark(config, exercises=False, embedder=embed.resolve(embedder))
     tasks = benchmark._benchmark_vectors
     found: dict[str, Any] = {}
     for kind in (

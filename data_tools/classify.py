@@ -1,25 +1,29 @@
 """Train a random forest to predict the annotation from the embedding (the paper's section 2.1).
 
 Writes forest.skops (no pickle), metrics.json and threshold.svg: the share of all embedded documents that each
-threshold keeps. The metrics are of documents that the forest has not seen, with bootstrap intervals, beside what
+threshold keeps; and scores, a dataset of the forest's probability of each of them, which the filter reads. The metrics are of documents that the forest has not seen, with bootstrap intervals, beside what
 always guessing the more frequent class would score. Documents of one repository are all learned from or all tested on: else
 a forest that knows the repositories by their style would pass for one that knows quality.
 """
 
 import dataclasses
+import functools
 import io
 import json
 import pathlib
 import sys
+import time
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from data_tools.dataset import Dataset, config_dict, sweep
+from data_tools.dataset import MANIFEST, Dataset, Produced, config_dict, run_stage, sweep
+from data_tools.engine import Engine, worth
+from data_tools.timing import Clock, Timing
 from phi1 import __version__
 from phi1.errors import UserError
-from phi1.files import atomic_write, check_identity, sha256_json, write_json
+from phi1.files import atomic_write, check_identity, sha256_file, sha256_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,13 +32,15 @@ if TYPE_CHECKING:
 FOREST = "forest.skops"
 METRICS = "metrics.json"
 PLOT = "threshold.svg"
+SCORES = "scores"
 _TRUSTED = frozenset({"sklearn.tree._tree.Tree"})  # what a forest holds besides skops' own safe types
 _BOOTSTRAP = 1000
 _BINS = 100
+_SECONDS_A_SCORE = 0.3e-3  # 500 trees on one core
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Engine):
     """Options of `phi1 data classify`."""
 
     annotations: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
@@ -61,9 +67,6 @@ class Config:
     seed: int = 0
     """Of the split, the forest and the bootstrap."""
 
-    workers: int = dataclasses.field(default=2, metadata={"no_effect": True})
-    """Threads."""
-
 
 def run(config: Config) -> pathlib.Path:
     """Trains and measures; returns the output folder.
@@ -71,6 +74,7 @@ def run(config: Config) -> pathlib.Path:
     Raises UserError if the datasets do not belong together, hold too little to learn from, or the folder holds a
     forest made of something else.
     """
+    started = time.monotonic()
     annotations, embeddings = Dataset(config.annotations), Dataset(config.embeddings)
     documents = [[entry["hash"] for entry in dataset.manifest["inputs"]] for dataset in (annotations, embeddings)]
     if documents[0] != documents[1]:
@@ -97,7 +101,10 @@ def run(config: Config) -> pathlib.Path:
         print(f"classify: already in {config.output}", file=sys.stderr)
         return config.output
     sweep(config.output)
-    metrics = _train(config, annotations, embeddings, corpus)
+    clock = Clock()
+    with Timing(config.output, config, started) as timing:
+        metrics = _train(config, annotations, embeddings, corpus)
+        timing.shard(shard=0, rows=metrics["train_rows"], **clock.read())
     write_json(path, {"made_of": made_of, "code_version": __version__} | metrics)  # last: it says "whole"
     print(describe(metrics), file=sys.stderr)
     return config.output
@@ -115,11 +122,20 @@ def load_forest(folder: pathlib.Path) -> "RandomForestClassifier":
 
     Raises UserError if it is absent, corrupt, of another scikit-learn, or holds a type that a forest does not.
     """
+    if not (folder / FOREST).exists() or not (folder / METRICS).exists():
+        raise UserError(f"{folder}: no forest there ({FOREST}, {METRICS}); run `phi1 data classify` first (again)")
+    return _load(folder / FOREST)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(path: pathlib.Path, digest: str) -> "RandomForestClassifier":
+    """The forest whose file has this SHA-256, loaded once in a process."""
+    return _load(path)
+
+
+def _load(path: pathlib.Path) -> "RandomForestClassifier":
     import skops.io
 
-    path = folder / FOREST
-    if not path.exists() or not (folder / METRICS).exists():
-        raise UserError(f"{folder}: no forest there ({FOREST}, {METRICS}); run `phi1 data classify` first (again)")
     try:
         strange = set(skops.io.get_untrusted_types(file=path)) - _TRUSTED
         if strange:
@@ -131,17 +147,55 @@ def load_forest(folder: pathlib.Path) -> "RandomForestClassifier":
         raise
     except Exception as error:  # a broken zip, JSON, array or version: each has its own type
         raise UserError(
-            f"{path}: cannot be loaded ({type(error).__name__}: {str(error)[:200]}); delete {folder} and run "
+            f"{path}: cannot be loaded ({type(error).__name__}: {str(error)[:200]}); delete {path.parent} and run "
             "`phi1 data classify` again"
         ) from error
 
 
-def probabilities(forest: "RandomForestClassifier", embeddings: Dataset, shard: int) -> "np.ndarray[Any, Any]":
-    """(rows of the shard,) float64: the forest's probability of label 1, in the shard's order."""
-    import numpy as np
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """What scores are made with: the SHA-256 of the forest's file."""
 
-    vectors = matrix(embeddings, shard)
-    return forest.predict_proba(vectors)[:, 1] if len(vectors) else np.zeros(0)
+    forest: str
+
+
+def scored(forest: pathlib.Path, embeddings: Dataset, folder: pathlib.Path, engine: Engine) -> Dataset:
+    """Makes the dataset `folder`: hexsha, and quality, the probability of label 1 by the forest in the file `forest`."""
+    import pyarrow as pa
+
+    return run_stage(
+        "score",
+        Scoring(sha256_file(forest)),
+        folder,
+        [embeddings],
+        len(embeddings.shards),
+        functools.partial(_probabilities, forest),
+        pa.schema([("hexsha", pa.string()), ("quality", pa.float64())]),
+        engine=worth(engine, _SECONDS_A_SCORE * embeddings.rows),
+    )
+
+
+def _probabilities(forest: pathlib.Path, config: Scoring, inputs: Sequence[Dataset], shard: int) -> Iterator[Produced]:
+    vectors = matrix(inputs[0], shard)
+    keys = inputs[0].table(shard, ["hexsha"]).column("hexsha").to_pylist()
+    values = _loaded(forest, config.forest).predict_proba(vectors)[:, 1].tolist() if len(vectors) else []
+    for key, value in zip(keys, values, strict=True):
+        yield {"hexsha": key, "quality": value}
+
+
+def scores_of(folder: pathlib.Path, embeddings: Dataset) -> Dataset | None:
+    """The scores that classify left of these embeddings, if it was them that it scored."""
+    path = folder / SCORES
+    if not (path / MANIFEST).exists():
+        return None
+    scores = Dataset(path)
+    made_of = scores.manifest["config"].get("forest"), [entry["hash"] for entry in scores.manifest["inputs"]]
+    return scores if made_of == (sha256_file(folder / FOREST), [embeddings.hash]) else None
+
+
+def qualities(scores: Dataset, shard: int) -> "np.ndarray[Any, Any]":
+    """(rows of the shard,) float64: the forest's probability of label 1, in the shard's order."""
+    return scores.table(shard, ["quality"]).column("quality").to_numpy()
 
 
 def matrix(embeddings: Dataset, shard: int) -> "np.ndarray[Any, Any]":
@@ -218,9 +272,10 @@ def _train(config: Config, annotations: Dataset, embeddings: Dataset, corpus: Da
     with atomic_write(config.output / FOREST) as file:
         file.write(_canonical(skops.io.dumps(forest)))
     histogram = np.zeros(_BINS + 1, dtype=np.int64)
-    for shard in range(len(corpus.shards)):
+    scores = scored(config.output / FOREST, corpus, config.output / SCORES, config)
+    for shard in range(len(scores.shards)):
         # Rounded as printed, so that a threshold means the same here and in the filter up to half a bin.
-        bins = np.floor(probabilities(forest, corpus, shard) * _BINS + 1e-9).astype(np.int64)
+        bins = np.floor(qualities(scores, shard) * _BINS + 1e-9).astype(np.int64)
         histogram += np.bincount(bins, minlength=_BINS + 1)
     kept = histogram[::-1].cumsum()[::-1]
     curve = [{"threshold": i / _BINS, "kept": int(kept[i])} for i in range(_BINS + 1)]

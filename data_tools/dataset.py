@@ -5,6 +5,7 @@
       00000.json …         that shard's rows, bytes, SHA-256, counters and failures (its receipt)
       stage.json           what is being made: stage, config, inputs (written first)
       manifest.json        the same plus all receipts (written last: its presence means "whole")
+      timing.log           what it took: a line for each shard made and for each run (no part of what the dataset is)
 
 Shard i is a pure function of (config, inputs, i): it does not depend on the number of workers, and a
 stage run again goes on after the shards that have receipts. With another config or input, it refuses. What things are
@@ -12,18 +13,18 @@ made of is told by content: neither a path nor a time stamp nor a folder's name 
 """
 
 import collections
-import concurrent.futures
-import concurrent.futures.process
 import dataclasses
 import functools
 import json
-import multiprocessing
 import pathlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from data_tools.engine import HERE, Engine
+from data_tools.engine import run as run_tasks
 from data_tools.ledger import alive
+from data_tools.timing import Clock, Timing
 from phi1 import __version__
 from phi1.errors import UserError
 from phi1.files import atomic_write, check_identity, sha256_file, sha256_json, write_json
@@ -71,6 +72,8 @@ class Dataset:
         try:
             self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             self.shards: list[dict[str, Any]] = self.manifest["shards"]
+            str(self.manifest["stage"]), [entry["hash"] for entry in self.manifest["inputs"]]
+            [shard["sha256"] for shard in self.shards]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}: not a dataset manifest ({error}); delete the folder and run the stage again"
@@ -104,13 +107,22 @@ class Dataset:
         """The path of a shard, its hash checked the first time."""
         path = self.folder / f"{shard:05d}.parquet"
         if shard not in self._verified:
-            if not path.exists() or sha256_file(path) != self.shards[shard]["sha256"]:
+            if not path.is_file() or sha256_file(path) != self.shards[shard]["sha256"]:
                 raise UserError(
                     f"{path}: corrupt shard (missing, or its SHA-256 is not the manifest's); "
                     f"delete {path.with_suffix('.json')} and {self.folder / MANIFEST}, and run the stage again"
                 )
             self._verified.add(shard)
         return path
+
+    @property
+    def schema(self) -> "pyarrow.Schema":
+        """The columns, as the first shard has them. UserError if there is none."""
+        import pyarrow.parquet
+
+        if not self.shards:
+            raise UserError(f"{self.folder}: has no shard; run the stage that writes it again")
+        return pyarrow.parquet.read_schema(self._verify(0))
 
     def table(self, shard: int, columns: Sequence[str] | None = None) -> "pyarrow.Table":
         """Shard `shard` as an Arrow table."""
@@ -160,7 +172,8 @@ def run_stage(
     produce: Callable[[Any, Sequence[Dataset], int], Iterable[Produced]],
     schema: "pyarrow.Schema",
     *,
-    workers: int = 1,
+    engine: Engine = HERE,
+    started: float | None = None,
     extra: Mapping[str, Any] | None = None,
     parts: Sequence[tuple[str, str]] = (),
     redo: Collection[int] = (),
@@ -170,8 +183,8 @@ def run_stage(
     """Makes (or finishes) the dataset `output`: shard i holds what `produce(config, inputs, i)` yields.
 
     stage: the stage's name. config: its dataclass (hashed by `config_dict`). inputs: datasets whose
-    hashes are recorded. schema: Arrow schema of the rows. workers: processes (1: this one; `produce` must
-    then be picklable). extra: JSON-able facts that go into the manifest (and count as config). parts: for each shard
+    hashes are recorded. schema: Arrow schema of the rows. engine: where and how many at a time (where not one
+    after the other here, `produce` must be picklable). started: `time.monotonic()` when the stage began, now if None. extra: JSON-able facts that go into the manifest (and count as config). parts: for each shard
     what it is made of, if that is no input: (name, hash of its content). redo: shards to make again though they are
     whole. max_failed: the share of what was read (counter "read", else rows and failures) that may fail.
 
@@ -199,12 +212,21 @@ def run_stage(
     progress, rows = Progress(stage, len(todo), "shards", quiet=quiet), 0
     if len(todo) < shards:
         _say(quiet, f"{stage}: going on after {shards - len(todo)} of {shards} shards")
+    if (
+        engine.workers > 1 and inputs and len(inputs[0].shards) == shards
+    ):  # the largest first, so that none is left alone at the end
+        todo.sort(key=lambda shard: -inputs[0].shards[shard]["bytes"])
     make = functools.partial(_make_shard, config, inputs, produce, schema, output, tuple(parts))
-    for receipt in _receipts(todo, workers, make):
-        rows += receipt["rows"]
-        progress.advance(note=f"{rows:,} rows")
+    with Timing(output, engine, started) as timing:
+        try:
+            for made in run_tasks(engine, make, todo, output):
+                rows += made["rows"]
+                timing.shard(**made)
+                progress.advance(note=f"{rows:,} rows")
+        finally:
+            sweep(output)  # what workers that were stopped left
     progress.close()
-    receipts = [json.loads((output / f"{shard:05d}.json").read_text(encoding="utf-8")) for shard in range(shards)]
+    receipts = [_receipt(output / f"{shard:05d}.json") for shard in range(shards)]
     counters: dict[str, int] = {"rows": 0, "failures": 0}
     for receipt in receipts:
         counters["rows"] += receipt["rows"]
@@ -221,7 +243,16 @@ def run_stage(
 def _claim(output: pathlib.Path, identity: dict[str, Any]) -> None:
     """Writes what is to be made, or checks that it is what was begun. Refuses only if something was made."""
     path = output / STAGE
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    before: dict[str, Any] | None = None
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            _facts(before)  # a manifest that lacks its facts is none
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: does not say what is made there, in a way that this version reads ({type(error).__name__}: "
+                f"{error}); choose another folder, or delete this one"
+            ) from error
     if before == identity:
         return
     if before is not None and any(output.glob("[0-9]*.parquet")):
@@ -229,11 +260,22 @@ def _claim(output: pathlib.Path, identity: dict[str, Any]) -> None:
     write_json(path, identity)
 
 
+def _receipt(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        receipt = json.loads(path.read_text(encoding="utf-8"))
+        receipt["rows"], receipt["failures"], receipt["counters"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a shard's receipt ({type(error).__name__}: {error}); delete it, and run the stage again"
+        ) from error
+    return receipt
+
+
 def _check_parts(output: pathlib.Path, parts: Sequence[tuple[str, str]]) -> None:
     """Refuses to go on if a whole shard was made of something else than what is there now."""
     for shard, (name, content) in enumerate(parts):
         path = output / f"{shard:05d}.json"
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")).get("made_of") != content:
+        if path.exists() and _receipt(path).get("made_of") != content:
             raise UserError(
                 f"{output}: shard {shard} was made when {name} held something else; bring that back, choose another "
                 "folder, or delete this one"
@@ -262,7 +304,7 @@ def _check_share(
 
 def failed_shards(output: pathlib.Path, reason: str = "") -> list[int]:
     """The whole shards of `output` with a failure whose reason starts with `reason`."""
-    receipts = {int(path.stem): json.loads(path.read_text(encoding="utf-8")) for path in output.glob("[0-9]*.json")}
+    receipts = {int(path.stem): _receipt(path) for path in output.glob("[0-9]*.json")}
     return sorted(
         shard
         for shard, receipt in receipts.items()
@@ -274,7 +316,7 @@ def sweep(folder: pathlib.Path) -> None:
     """Removes what writers that were killed left in a folder: NAME.tmp-PID of processes that are no more."""
     for path in folder.glob("*.tmp-*"):
         number = path.name.rpartition("-")[2]
-        if number.isdigit() and not alive(int(number)):
+        if number.isdigit() and not (alive(int(number)) and not _ended(int(number))):
             path.unlink(missing_ok=True)
 
 
@@ -282,26 +324,12 @@ def _facts(identity: dict[str, Any]) -> dict[str, Any]:
     return identity | {"inputs": [entry["hash"] for entry in identity["inputs"]]}  # an input may have been renamed
 
 
-def _receipts(todo: list[int], workers: int, make: Callable[[int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    if workers <= 1 or len(todo) <= 1:
-        for shard in todo:
-            yield make(shard)
-        return
-    context = multiprocessing.get_context("spawn")  # the parent may hold threads (torch, tokenizers)
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(todo)), mp_context=context) as pool:
-        futures = [pool.submit(make, shard) for shard in todo]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                yield future.result()
-        except concurrent.futures.process.BrokenProcessPool as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise UserError(
-                "a worker process died (killed, or out of memory); what was finished is kept: run the same command "
-                "again to go on, with fewer --workers if memory was short"
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def _ended(pid: int) -> bool:
+    """Whether a process is dead but still has its number, as in a container whose first process reaps nobody."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
+    except OSError:  # no such process, or no Linux
+        return False
 
 
 def _make_shard(
@@ -313,9 +341,11 @@ def _make_shard(
     parts: Sequence[tuple[str, str]],
     shard: int,
 ) -> dict[str, Any]:
+    """Makes a shard and its receipt; returns what `Timing.shard` keeps."""
     import pyarrow
     import pyarrow.parquet
 
+    clock = Clock()
     rows: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
     counters: dict[str, int] = {}
@@ -348,7 +378,7 @@ def _make_shard(
     if parts:
         receipt["made_of"] = parts[shard][1]
     write_json(path.with_suffix(".json"), receipt)
-    return receipt
+    return {"shard": shard, "rows": count} | clock.read()
 
 
 def _printable(text: str) -> str:

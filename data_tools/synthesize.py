@@ -19,16 +19,16 @@ import re
 import sys
 import textwrap
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_tools import prompts
 from data_tools.chat import Answer, RequestFailed
 from data_tools.dataset import Counted, Dataset, Failure, Produced, failed_shards, run_stage
+from data_tools.engine import Engine
 from data_tools.llm import LLM, LLMConfig, default_ledger
 from data_tools.novelty import Earlier
 from data_tools.python_text import parsed, programs
-from data_tools.similarity import words
 from phi1.errors import UserError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def run(config: Config) -> Dataset:
 
         shards = -(-config.count // _OFFLINE_SHARD)
         return run_stage("synthesize", config, config.output, [], shards, _offline, schema("exercises"),
-                         workers=config.workers, extra={"families": families.HASH})  # fmt: skip
+                         engine=Engine(workers=config.workers), extra={"families": families.HASH})  # fmt: skip
     if config.split != "train":
         raise UserError(f"--split {config.split}: only the offline teacher has held-out exercises")
     if config.batch and (config.adapt or config.max_twins is not None):

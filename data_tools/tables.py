@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_tools import remote
 from data_tools.dataset import Counted, Failure
-from data_tools.units import ContentHashes, Raw, Unit, printable
+from data_tools.units import ContentHashes, Raw, Unit, printable, suffix
 from phi1.errors import UserError
 
 if TYPE_CHECKING:
@@ -153,9 +153,9 @@ def document_of(values: Mapping[str, Any], source: str, place: str, written: boo
     texts = {field: text_of(values.get(field)) for field in ("path", "name", "lang", "origin", "head", "url")}
     stars, path = values.get("stars"), texts["path"]
     finite = isinstance(stars, int | float) and math.isfinite(stars) and abs(stars) < 2**63
-    suffix = pathlib.PurePosixPath(path).suffix
-    lang, prose = TEXTS.get(suffix, ("Python", False))
-    if not suffix and not texts["lang"]:  # nothing says what it is; data sets call the column of written text so
+    ending = suffix(path)
+    lang, prose = TEXTS.get(ending, ("Python", False))
+    if not ending and not texts["lang"]:  # nothing says what it is; data sets call the column of written text so
         prose = written
         lang = "Text" if prose else lang
     permalink = "https://github.com/{name}/blob/{head}/{path}".format(**texts)
@@ -216,15 +216,16 @@ def _cells(array: "pyarrow.Array") -> list[Any]:
         array = array.dictionary_decode()
     if types.is_string(array.type) or types.is_large_string(array.type) or types.is_string_view(array.type):
         array = array.cast(pyarrow.large_binary())  # whether it is UTF-8 is looked at cell by cell
+    unreadable = (ValueError, OverflowError, pyarrow.ArrowException)  # a text inside of a list, a date out of range
+    try:
+        return array.to_pylist()
+    except unreadable:
+        pass  # which cell it is
     cells: list[Any] = []
     for cell in array:
         try:
             cells.append(cell.as_py())
-        except (
-            ValueError,
-            OverflowError,
-            pyarrow.ArrowException,
-        ) as error:  # a text inside of a list, a date out of range
+        except unreadable as error:
             cells.append(error)
     return cells
 

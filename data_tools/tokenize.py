@@ -17,9 +17,13 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from data_tools.dataset import Dataset, sweep
+from data_tools.engine import Engine, worth
+from data_tools.engine import run as run_tasks
 from data_tools.fim import Fim
+from data_tools.timing import Clock, Timing
 from phi1.errors import UserError
 from phi1.progress import Progress
 from phi1.tokenizer import Tokenizer, codegen_tokenizer
@@ -29,10 +33,11 @@ from phi1.tokens import TokenDataset, TokenWriter
 # take up to some hundred bytes a character, leave room for.
 _BATCH = 256
 _BATCH_CHARACTERS = 2 << 20
+_SECONDS_A_BYTE = 2.5e-6  # of a parquet file, on one core
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Engine):
     inputs: list[pathlib.Path]
     """Dataset folders, read in this order."""
     output: pathlib.Path
@@ -51,6 +56,7 @@ class Config:
     """Of which documents are rearranged, and where they are cut."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("fim_rate", "fim_spm_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} = {getattr(self, name)}: must be from 0 to 1")
@@ -60,6 +66,7 @@ class Config:
 
 def run(config: Config) -> TokenDataset:
     """Writes (or finishes) the token shards; returns those to train on."""
+    started = time.monotonic()
     if not config.inputs:
         raise UserError("--inputs is empty: name at least one dataset folder")
     tokenizer = codegen_tokenizer() if config.tokenizer == "codegen" else Tokenizer.load(config.tokenizer)
@@ -94,23 +101,25 @@ def run(config: Config) -> TokenDataset:
     todo = [number for number in range(len(jobs)) if not all(writer.has(number) for writer in writers.values())]
     if len(todo) < len(jobs):
         print(f"tokenize: going on after {len(jobs) - len(todo)} of {len(jobs)} shards", file=sys.stderr)
-    rows = sum(jobs[number][0].shards[jobs[number][1]]["rows"] for number in todo)
-    reader = _Reader(tokenizer, Progress("tokenize", rows, "documents"))
-    for number in todo:
-        dataset, shard = jobs[number]
-        for held_out, writer in writers.items():
-            texts = enumerate(_texts(dataset, shard, columns[dataset.folder]))
-            mine = ((row, text) for row, text in texts if _held_out(text, fraction) == held_out)
-            arrange = fim if fim and not held_out else None
-            # A document's place is the number of its shard among the inputs', and its row there.
-            parts = (arrange.arrange(text[0], number, row) if arrange and text[0] else text for row, text in mine)
-            writer.write(number, reader.documents(parts, prompts=dataset.folder in exercises))
-    reader.progress.close()
+    receipts = [dataset.shards[shard] for dataset, shard in jobs]
+    progress = Progress("tokenize", sum(receipts[number]["rows"] for number in todo), "documents")
+    task = _Task(jobs, writers, columns, exercises, fraction, fim)
+    engine = worth(config, _SECONDS_A_BYTE * sum(receipts[number]["bytes"] for number in todo))
+    if engine.workers > 1:  # the largest first, so that none is left alone at the end
+        todo.sort(key=lambda number: -receipts[number]["bytes"])
+    tokens = empty = rearranged = 0
+    with Timing(config.output, engine, started) as timing:
+        for made in run_tasks(engine, task, todo, config.output):
+            empty, rearranged = empty + made.pop("empty"), rearranged + made.pop("rearranged")
+            tokens += made["tokens"]
+            timing.shard(**made)
+            progress.advance(receipts[made["shard"]]["rows"], f"{tokens:,} tokens")
+    progress.close()
     results = {held_out: writer.finish(len(jobs)) for held_out, writer in writers.items()}
-    if reader.empty:
-        print(f"tokenize: {reader.empty:,} empty documents were left out", file=sys.stderr)
+    if empty:
+        print(f"tokenize: {empty:,} empty documents were left out", file=sys.stderr)
     if fim:
-        print(f"tokenize: {reader.rearranged:,} documents were rearranged to fill in the middle", file=sys.stderr)
+        print(f"tokenize: {rearranged:,} documents were rearranged to fill in the middle", file=sys.stderr)
     for result in results.values():
         print(
             f"tokenize: {result.tokens:,} tokens in {result.documents:,} documents in {result.folder}", file=sys.stderr
@@ -125,13 +134,39 @@ _Text = tuple[str, ...]
 _Parts = tuple[str | int, ...]
 
 
-class _Reader:
-    """Tokenizes texts, and counts what went by."""
+@dataclasses.dataclass
+class _Task:
+    """Makes a token shard of a dataset's shard: of jobs[number], for each writer."""
 
-    def __init__(self, tokenizer: Tokenizer, progress: Progress) -> None:
-        self.tokenizer, self.progress = tokenizer, progress
-        self.tokens = self.empty = self.rearranged = 0
-        self._started = time.monotonic()
+    jobs: list[tuple[Dataset, int]]
+    writers: dict[bool, TokenWriter]
+    columns: dict[pathlib.Path, list[str]]
+    exercises: list[pathlib.Path]
+    fraction: float
+    fim: Fim | None
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        clock, rows, tokens = Clock(), 0, 0
+        dataset, shard = self.jobs[number]
+        reader = _Reader(self.writers[False].tokenizer)
+        for held_out, writer in self.writers.items():
+            texts = enumerate(_texts(dataset, shard, self.columns[dataset.folder]))
+            mine = ((row, text) for row, text in texts if _held_out(text, self.fraction) == held_out)
+            arrange = self.fim if self.fim and not held_out else None
+            # A document's place is the number of its shard among the inputs', and its row there.
+            parts = (arrange.arrange(text[0], number, row) if arrange and text[0] else text for row, text in mine)
+            receipt = writer.write(number, reader.documents(parts, prompts=dataset.folder in self.exercises))
+            rows, tokens = rows + receipt["documents"], tokens + receipt["tokens"]
+        facts = {"shard": number, "rows": rows, "tokens": tokens}
+        return facts | clock.read() | {"empty": reader.empty, "rearranged": reader.rearranged}
+
+
+class _Reader:
+    """Tokenizes texts, and counts those that are empty or rearranged."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.empty = self.rearranged = 0
 
     def documents(self, texts: Iterable[_Parts], *, prompts: bool) -> Iterator[tuple[list[int], list[int] | None]]:
         """(ids, loss mask or None) of each text that is not empty. prompts: the first part of a text is a prompt."""
@@ -141,16 +176,15 @@ class _Reader:
             encoded = iter(self.tokenizer.encode_batch(to_encode))
             for text in batch:
                 parts = [[part] if isinstance(part, int) else next(encoded) for part in text]
-                body = list(itertools.chain(*parts[prompts:]))
+                body = parts[0] if len(parts) == 1 else list(itertools.chain(*parts[prompts:]))
                 if not body:
                     self.empty += 1
                     continue
-                ids = [*parts[0], *body] if prompts else body
-                self.tokens += len(ids)
                 self.rearranged += isinstance(text[0], int)
-                yield ids, [0] * len(parts[0]) + [1] * len(body) if prompts else None
-            rate = self.tokens / max(time.monotonic() - self._started, 1e-9)
-            self.progress.advance(len(batch), f"{self.tokens:,} tokens, {rate:,.0f} tokens/s")
+                if prompts:
+                    yield [*parts[0], *body], [0] * len(parts[0]) + [1] * len(body)
+                else:
+                    yield body, None
 
 
 def _texts(dataset: Dataset, shard: int, columns: Sequence[str]) -> Iterator[_Text]:
@@ -174,9 +208,7 @@ def _batches(texts: Iterable[_Parts]) -> Iterator[list[_Parts]]:
 
 def _columns(dataset: Dataset) -> list[str]:
     """The columns that hold a dataset's text."""
-    if not dataset.shards:
-        raise UserError(f"{dataset.folder}: has no shard; run the stage that writes it again")
-    names = dataset.table(0).column_names
+    names = dataset.schema.names
     for columns in (["prompt", "solution"], ["content"]):
         if set(columns) <= set(names):
             return columns

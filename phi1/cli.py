@@ -24,6 +24,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data diversity": ("data_tools.diversity", "measure how different the texts of a dataset are from each other"),
     "data decontaminate": ("data_tools.decontaminate", "drop what is too close to HumanEval"),
     "data tokenizer": ("data_tools.tokenizer", "train a small tokenizer for a small model"),
+    "data plan": (
+        "data_tools.plan",
+        "what phi-1's data will take: tokens, hours, money, by the pace of stages run here",
+    ),
     "data tokenize": ("data_tools.tokenize", "turn documents into token shards"),
     "train": ("phi1.recipe", "pretrain or finetune from a recipe (or: torchrun -m phi1 train)"),
     "plan": ("phi1.plan", "what a recipe will take: memory, work and days on given GPUs"),
@@ -97,6 +101,12 @@ def _run(arguments: Sequence[str] | None) -> int:
         if not isinstance(error, (UserError, *_kernels_error())):
             raise
         print(f"phi1: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or error.filename is None:
+            raise
+        # A folder where a file should be, a disk that is read-only or fails: what the system says, and of which file.
+        print(f"phi1: error: {os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print("\nphi1: interrupted; what was finished is kept, run the same command again to go on", file=sys.stderr)

@@ -18,7 +18,7 @@ def atomic_write(path: pathlib.Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
     The data goes to `<name>.tmp-<pid>` in the same folder, is fsynced, and takes `path`'s name
     when the block ends without an exception; otherwise the temporary file is removed and what
-    stood at `path` stays. A full disk becomes a `UserError` that names the folder.
+    stood at `path` stays. A full disk, quota or file size limit becomes a `UserError` that names the folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
@@ -30,7 +30,7 @@ def atomic_write(path: pathlib.Path, mode: str = "wb") -> Iterator[IO[Any]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
                 f"no space left while writing {path}: free space on that disk (or choose another "
                 "folder) and run the same command again; what was finished is kept"

@@ -11,6 +11,7 @@ import json
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
@@ -58,6 +59,9 @@ class Tokenizer:
         self._backend = backend
         self.eot_id: int = eot_id
         """The id of <|endoftext|>."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _read, (self._backend.to_str(),)  # the library's own pickle forgets how special tokens are read
 
     @staticmethod
     def load(path: pathlib.Path | str) -> "Tokenizer":
@@ -124,6 +128,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, <|endoftext|> spelt out; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=False)
+
+
+def _read(text: str) -> Tokenizer:
+    """The tokenizer that a tokenizer.json's text describes."""
+    return Tokenizer(tokenizers.Tokenizer.from_str(text))
 
 
 def _checked(text: str) -> str:

@@ -111,9 +111,10 @@ class TokenWriter:
         path = self.folder / f"{shard:05d}.bin"
         count = tokens = 0
         masks: list[np.ndarray] = []
+        end = np.array([self.tokenizer.eot_id], dtype="<u2").tobytes()
         with atomic_write(path) as file:
             for ids, mask in documents:
-                file.write(np.asarray([*ids, self.tokenizer.eot_id], dtype="<u2").tobytes())
+                file.write(np.asarray(ids, dtype="<u2").tobytes() + end)
                 count, tokens = count + 1, tokens + len(ids) + 1
                 if self.masked:
                     assert mask is None or len(mask) == len(ids)

@@ -2,6 +2,7 @@
 
 import hashlib
 import pathlib
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))  # helper modules beside 
 
 from fake_openai import FakeServer
 
-from data_tools import ingest
+from data_tools import dataset, engine, ingest, tokenize
 from data_tools.dataset import Dataset, run_stage
 
 
@@ -20,6 +21,26 @@ from data_tools.dataset import Dataset, run_stage
 def own_ledger(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's own ledger of LLM requests is not the tests'."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "user-data"))
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Shards of a stage that has an engine are made by a copy of its task, as another process gets it. There must be such a stage."""
+    moved: list[int] = []
+
+    def run(
+        on: engine.Engine, task: engine.Task, shards: Sequence[int], folder: pathlib.Path
+    ) -> Iterator[dict[str, Any]]:
+        if on is not engine.HERE:
+            task = pickle.loads(pickle.dumps(task))
+            moved.extend(shards)
+        yield from map(task, shards)
+
+    monkeypatch.setattr(engine, "START_SECONDS", 0.0)
+    monkeypatch.setattr(dataset, "run_tasks", run)
+    monkeypatch.setattr(tokenize, "run_tasks", run)
+    yield
+    assert moved
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ import dataclasses
 import os
 import pathlib
 import signal
+import sys
+import time
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
@@ -33,3 +35,38 @@ def die(config: Config, inputs: Sequence[Dataset], shard: int) -> Iterator[Produ
     if shard == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     yield from produce(config, inputs, shard)
+
+
+def wait(config: Config, inputs: Sequence[Dataset], shard: int) -> Iterator[Produced]:
+    """The same in its rows; from shard 1 on it says which process it is, and goes on once the file `gate` in that folder is there."""
+    place = pathlib.Path(os.environ["COUNTING"])
+    if shard:
+        (place / f"{os.getpid()}.worker").touch()
+        while not (place / "gate").exists():
+            time.sleep(0.01)
+    yield from produce(config, inputs, shard)
+
+
+if __name__ == "__main__":
+    # counting.py FUNCTION FOLDER ENGINE WORKERS SHARDS: as a stage's command does it, in a process that can be killed
+    import counting
+
+    from data_tools.dataset import run_stage
+    from data_tools.engine import Engine
+    from phi1.errors import UserError
+
+    function, folder, engine, workers, shards = sys.argv[1:]
+    options = Engine(workers=int(workers), engine=engine, slurm_partition="test", task_memory=0.2)  # type: ignore[arg-type]
+    try:
+        run_stage(
+            "count",
+            counting.Config(),
+            pathlib.Path(folder),
+            [],
+            int(shards),
+            getattr(counting, function),
+            SCHEMA,
+            engine=options,
+        )
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -117,8 +117,8 @@ def test_the_same_seed_gives_the_same_bytes(config: Config) -> None:
     for name in ("forest.skops", "metrics.json", "threshold.svg"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
     shard = Dataset(config.embeddings)
-    expected = classify.probabilities(load_forest(one), shard, 0)
-    np.testing.assert_array_equal(expected, classify.probabilities(load_forest(other), shard, 0))
+    expected = load_forest(one).predict_proba(classify.matrix(shard, 0))[:, 1]
+    np.testing.assert_array_equal(expected, classify.qualities(Dataset(one / classify.SCORES), 0))
     seeded = classify.run(dataclasses.replace(config, output=config.output.with_name("seeded"), seed=1))
     measured = [json.loads((folder / "metrics.json").read_text())["test"] for folder in (one, seeded)]
     assert measured[0] != measured[1]
@@ -269,6 +269,7 @@ def test_forest_files_that_are_cut_strange_or_absent_are_told(config: Config) ->
         load_forest(folder)
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_filter_keeps_the_best_with_their_quality(config: Config, documents: Dataset) -> None:
     folder = classify.run(config)
     kept = filter.run(

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,9 @@ import pytest
 from counting import SCHEMA, Config, die, produce
 
 from data_tools import dataset as dataset_module
+from data_tools import timing
 from data_tools.dataset import Dataset, Failure, Produced, config_dict, run_stage
+from data_tools.engine import Engine
 from phi1.errors import UserError
 
 
@@ -24,7 +27,7 @@ def make(folder: pathlib.Path, config: Config | None = None, **options: Any) -> 
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != timing.FILE}
 
 
 def test_rows_counters_failures_and_receipts(tmp_path: pathlib.Path) -> None:
@@ -38,8 +41,9 @@ def test_rows_counters_failures_and_receipts(tmp_path: pathlib.Path) -> None:
 
 def test_workers_do_not_change_a_byte(tmp_path: pathlib.Path) -> None:
     make(tmp_path / "one")
-    make(tmp_path / "two", Config(workers=2), workers=2)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    for workers in (2, 3):
+        make(tmp_path / str(workers), Config(workers=workers), engine=Engine(workers=workers))
+        assert contents(tmp_path / "one") == contents(tmp_path / str(workers))
     assert len(contents(tmp_path / "one")) == 4 * 2 + 2
 
 
@@ -127,6 +131,26 @@ def test_what_is_no_dataset_is_told(tmp_path: pathlib.Path) -> None:
         Dataset(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"stage": "count"}', '{"stage": "count", "inputs": 3, "shards": [], "config": {}}']
+)
+@pytest.mark.parametrize("name", ["manifest.json", "stage.json", "00002.json"])
+def test_files_of_another_version_or_cut_are_told(name: str, text: str, tmp_path: pathlib.Path) -> None:
+    make(tmp_path / "d")
+    (tmp_path / "d" / "manifest.json").unlink(missing_ok=name != "manifest.json")
+    (tmp_path / "d" / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{re.escape(name)}: .*(delete|another folder)"):
+        make(tmp_path / "d")
+
+
+def test_a_shard_that_is_a_folder_is_told(tmp_path: pathlib.Path) -> None:
+    dataset = make(tmp_path / "d")
+    (tmp_path / "d" / "00001.parquet").unlink()
+    (tmp_path / "d" / "00001.parquet").mkdir()
+    with pytest.raises(UserError, match=r"00001\.parquet: corrupt shard"):
+        list(dataset.read())
+
+
 def test_a_full_disk_is_told_and_the_stage_stays_resumable(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,7 +165,7 @@ def test_a_full_disk_is_told_and_the_stage_stays_resumable(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"no space left while writing .*00001\.parquet.*run the same command again"):
         make(tmp_path / "d")
-    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["00000.json", "00000.parquet", "stage.json"]
+    assert sorted(contents(tmp_path / "d")) == ["00000.json", "00000.parquet", "stage.json"]
     monkeypatch.setattr(os, "fsync", fsync)
     assert make(tmp_path / "d").rows == 12
 
@@ -157,10 +181,13 @@ def test_what_a_killed_writer_left_goes_and_a_living_ones_stays(tmp_path: pathli
 
 
 def test_a_dead_worker_is_one_clear_line_and_the_stage_goes_on(tmp_path: pathlib.Path) -> None:
-    config = Config(workers=2)
+    engine = Engine(workers=2)
     with pytest.raises(UserError, match=r"a worker process died .*run the same command again to go on"):
-        run_stage("count", config, tmp_path / "d", [], 4, die, SCHEMA, workers=2, quiet=True)
-    assert make(tmp_path / "d").rows == 12
+        run_stage("count", Config(), tmp_path / "d", [], 4, die, SCHEMA, engine=engine, quiet=True)
+    assert not list((tmp_path / "d").glob("*.tmp-*"))
+    make(tmp_path / "d")
+    make(tmp_path / "whole")
+    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
 
 
 def test_a_large_shard_is_written_and_read_in_parts(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +233,16 @@ def test_failures_with_any_name_are_kept_and_too_many_stop(tmp_path: pathlib.Pat
 def test_no_row_at_all_warns(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_stage("none", Config(), tmp_path / "d", [], 1, lambda *_: iter([Failure("a", "b")]), SCHEMA, quiet=True)
     assert "no row was made" in capsys.readouterr().err
+
+
+def test_a_file_size_limit_is_one_line(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "code.py").write_text("".join(f"value_{i} = {i * 7919 % 10007}\n" for i in range(3000)))
+    command = f"{sys.executable} -m phi1.cli data ingest --sources folder:{tmp_path} --output {tmp_path}/out"
+    done = subprocess.run(["bash", "-c", f"ulimit -f 8; {command}"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no space left while writing" in done.stderr and "Traceback" not in done.stderr
+    assert subprocess.run(command.split(), capture_output=True).returncode == 0
+    file = subprocess.run([*command.split()[:-1], str(tmp_path / "code.py")], capture_output=True, text=True)
+    assert file.returncode == 2 and file.stderr == f"phi1: error: {tmp_path}/code.py: File exists\n"
 
 
 @pytest.mark.parametrize("command", ["ingest", "annotate", "embed", "classify", "filter"])

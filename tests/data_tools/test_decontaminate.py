@@ -229,6 +229,7 @@ def test_a_looser_rate_removes_what_a_stricter_one_keeps(tmp_path: pathlib.Path)
     assert looser.rows == 0
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_embedding_finds_a_copy_that_the_other_tests_miss(tmp_path: pathlib.Path) -> None:
     # Reworded, and restructured so that its tree differs.
     reworded = (SEPARATE.prompt + SEPARATE.solution).replace("Your goal is to separate", "The aim is to split").replace(

@@ -91,6 +91,7 @@ def test_an_empty_text_has_an_embedding(codegen: pathlib.Path) -> None:
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1.0)
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_the_stage_keeps_keys_and_refuses_another_model(make_documents: Make, codegen: pathlib.Path) -> None:
     documents = make_documents(TEXTS, shards=2)
     config = Config(input=documents.folder, output=documents.folder.parent / "emb", model="minilm", max_tokens=32)

@@ -18,7 +18,7 @@ import pytest
 from data_tools import ingest, readers, tables
 from data_tools.dataset import Dataset
 from data_tools.ingest import Config
-from data_tools.units import ContentHashes
+from data_tools.units import ContentHashes, suffix
 from phi1.errors import UserError
 
 CODE = "def add(a, b):\n    return a + b\n"
@@ -34,7 +34,38 @@ def folder_of(root: pathlib.Path, files: Mapping[str, str | bytes]) -> str:
 
 def run(tmp_path: pathlib.Path, *sources: str, **options: Any) -> Dataset:
     output = tmp_path / options.pop("name", "documents")
-    return ingest.run(Config(output=output, sources=sources, **options))
+    return ingest.run(Config(output=output, sources=sources, **{"workers": 1} | options))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\n",
+        "\n\n",
+        "a",
+        "a\n",
+        "\na",
+        "ab\n\nc\n",
+        "ab\ncdef",
+        "a\x0cb\n",
+        "a\x1eb",
+        "a\u2028bcd\né",
+        "é\n",
+        "x" * 99 + "\ny",
+    ],
+)
+def test_lines_and_letters_are_what_str_says(text: str) -> None:
+    lines = text.splitlines()
+    assert ingest.lines_of(text, text.encode()) == (len(lines), max(map(len, lines), default=0))
+    assert ingest.alphanumeric(text + "_1Z²", (text + "_1Z²").encode()) == sum(map(str.isalnum, text + "_1Z²"))
+
+
+@pytest.mark.parametrize(
+    "path", ["a.py", "a", ".bashrc", "b/.a.txt", "a.", "x.tar.gz", "a.b/c", "", "b.py/"[:-1], "..py"]
+)
+def test_a_suffix_is_what_pathlib_says(path: str) -> None:
+    assert suffix(path).rstrip(".") == pathlib.PurePosixPath(path).suffix.rstrip(".")  # "a.": "." since Python 3.14
 
 
 def test_an_installed_package_with_source_and_licence(tmp_path: pathlib.Path) -> None:

@@ -85,6 +85,7 @@ def split(tokens, eot_id):
     return documents
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_documents_come_back_in_order(config, tokenizer, capsys):
     dataset = run(config)
     texts = [text for shard in range(3) for text in TEXTS[shard::3] if text]
