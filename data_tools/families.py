@@ -9,6 +9,7 @@ A family takes a value of one kind and gives one of another; two compose where t
     constants = ["number"]                                 # domains of {a} and {b}: `teacher.draw_constant`
     sees = "negative"                                      # what inputs must hold: `exercise_inputs.SEES`
     code = ["return [x for x in {v} if x > {a}]", …]       # bodies that do the same; {v}: the value, {f}: the function
+    first = true                                           # of the first course too: `teacher.COURSES`
 
 A guard's code is an early return and goes on: `if not {v}:\n    return {a}`. It stands before a step, and its second
 kind is what the whole function gives.
@@ -79,6 +80,7 @@ class Family:
     forms: tuple[Form, ...]
     constants: tuple[str, ...] = ()
     sees: str = ""
+    first: bool = False
 
     @functools.cached_property
     def weight(self) -> float:
@@ -110,6 +112,7 @@ def _load() -> tuple[dict[str, Family], str]:
                 forms,
                 tuple(entry.get("constants", ())),
                 entry.get("sees", ""),
+                entry.get("first", False),
             )
     return families, digest.hexdigest()
 

@@ -110,7 +110,9 @@ def steps(config: Config) -> list[Step]:
         return Step(f"{name}-tokens", f"tokenize for {name}", lambda: tokenize.run(settings))
 
     def offline(name: str, split: Literal["train", "held-out"], number: int) -> Step:
-        settings = synthesize.Config(kind="exercises", teacher="offline", split=split, count=number, output=root / name)
+        settings = synthesize.Config(
+            kind="exercises", teacher="offline", split=split, course="first", count=number, output=root / name
+        )
         return Step(
             name,
             f"synthesize {number:,} exercises with the offline teacher ({split})",

@@ -63,6 +63,10 @@ class Config(LLMConfig):
     split: Literal["train", "held-out"] = "train"
     """offline: the two splits share no function name, constant or two-step composition."""
 
+    course: Literal["first", "whole"] = "whole"
+    """offline: first: 55 families of a line or a loop, half of the exercises with one step, in one layout: what a model of a few
+    million parameters learns in minutes. whole: all 300, early returns, several layouts."""
+
     seed: int = 0
     """Seed of all random choices."""
 
@@ -154,8 +158,8 @@ def _offline(config: Config, _: Sequence[Dataset], shard: int) -> Iterator[Produ
 
     count = min(_OFFLINE_SHARD, config.count - shard * _OFFLINE_SHARD)
     counters: dict[str, int] = {}
-    sampling = json.dumps({"split": config.split, "seed": config.seed, "shard": shard})
-    for row in teacher.write_exercises(count, f"{config.seed}/{shard}", config.split, counters):
+    sampling = json.dumps({"split": config.split, "course": config.course, "seed": config.seed, "shard": shard})
+    for row in teacher.write_exercises(count, f"{config.seed}/{shard}", config.split, counters, course=config.course):
         content = row["prompt"] + row["solution"]
         yield row | {"hexsha": _sha1(content), "content": content, "source": teacher.SOURCE, "model": teacher.SOURCE,
                      "sampling": sampling}  # fmt: skip

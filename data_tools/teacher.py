@@ -8,7 +8,7 @@ its test hold. The test's inputs are chosen so that a solution with any one cons
 operator wherever any of the inputs that were tried tells the two apart.
 
 A family is drawn in inverse proportion to the lines of its shortest body, and so is one of its bodies: short ones often,
-long ones seldom, in both splits alike.
+long ones seldom, in both splits alike. The first course (`COURSES`) is a part of it for a model of a few million parameters.
 
 Training and held-out exercises share families and argument names. They never share a function name, a
 constant or a two-step composition: a hash of the name, the constant or the pair decides which split may
@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import json
 import random
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -31,10 +32,26 @@ from phi1.evaluate.sandbox import Job, Server
 
 SOURCE = "offline-teacher"
 Split = Literal["train", "held-out"]
+CourseName = Literal["first", "whole"]
 HELD_OUT_SHARE = 0.2
 """Share of names, of constants and of pairs that only held-out exercises may use."""
-SHARES = {"single": 0.22, "pair": 0.55, "guarded": 0.23}
-"""Of exercises with one step, with two, and with an early return before a step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """What exercises are drawn from."""
+
+    shares: dict[str, float]
+    """Of exercises with one step ("single"), with two ("pair"), and with an early return before a step ("guarded")."""
+    families: tuple[Family, ...]
+    plain: bool
+    """Each family's first body only, in the imperative, in one layout."""
+
+
+COURSES: dict[CourseName, Course] = {
+    "first": Course({"single": 0.5, "pair": 0.5}, tuple(family for family in FAMILIES if family.first), plain=True),
+    "whole": Course({"single": 0.22, "pair": 0.55, "guarded": 0.23}, FAMILIES, plain=False),
+}
 BATCH = 256
 """Exercises per sandboxed child."""
 TIMEOUT = 120.0
@@ -78,29 +95,32 @@ def _of(split: Split, pairs: Iterable[tuple[Family, Family]]) -> _Weighted:
     )
 
 
-# What sees small integers only would take its time over large ones, as a first step may give.
-_SECOND = [family for family in FAMILIES if not family.forms[0].recursive and family.sees != "small"]
-_PAIRS = [
-    (first, second)
-    for first in FAMILIES
-    for second in _SECOND
-    if first.gives == second.takes and first is not second and any(form.begins for form in first.forms)
-]
-_GUARDED = [
-    (guard, family)
-    for guard in GUARDS
-    for family in _SECOND
-    if (guard.takes, guard.gives) == (family.takes, family.gives)
-]
-COMPOSITIONS: dict[Split, dict[str, _Weighted]] = {
-    split: {
-        "single": _Weighted((family,) for family in FAMILIES),
-        "pair": _of(split, _PAIRS),
-        "guarded": _of(split, _GUARDED),
+def _compositions(course: Course, split: Split) -> dict[str, _Weighted]:
+    """What a split of a course may draw, by the keys of its shares."""
+    # What sees small integers only would take its time over large ones, as a first step may give.
+    second = [family for family in course.families if not family.forms[0].recursive and family.sees != "small"]
+    pairs = [
+        (before, after)
+        for before in course.families
+        for after in second
+        if before.gives == after.takes and before is not after and any(form.begins for form in before.forms)
+    ]
+    guarded = [
+        (guard, family)
+        for guard in GUARDS
+        for family in second
+        if (guard.takes, guard.gives) == (family.takes, family.gives)
+    ]
+    return {
+        "single": _Weighted((family,) for family in course.families),
+        "pair": _of(split, pairs),
+        "guarded": _of(split, guarded),
     }
-    for split in ("train", "held-out")
+
+
+COMPOSITIONS: dict[tuple[CourseName, Split], dict[str, _Weighted]] = {
+    (name, split): _compositions(course, split) for name, course in COURSES.items() for split in typing.get_args(Split)
 }
-"""What each split may draw, by the keys of `SHARES`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,17 +220,18 @@ def _name(steps: Sequence[Family], rng: random.Random, split: Split) -> str:
             return name
 
 
-def compose(rng: random.Random, split: Split) -> Draft:
+def compose(rng: random.Random, split: Split, course: CourseName = "whole") -> Draft:
     """Draws steps, constants, names and wording."""
-    how = rng.choices(list(SHARES), list(SHARES.values()))[0]
-    return compose_steps(COMPOSITIONS[split][how].draw(rng), rng, split)
+    shares = COURSES[course].shares
+    how = rng.choices(list(shares), list(shares.values()))[0]
+    return compose_steps(COMPOSITIONS[course, split][how].draw(rng), rng, split, plain=COURSES[course].plain)
 
 
-def compose_steps(steps: tuple[Family, ...], rng: random.Random, split: Split) -> Draft:
-    """An exercise of these steps: draws bodies, constants, names and wording."""
+def compose_steps(steps: tuple[Family, ...], rng: random.Random, split: Split, *, plain: bool = False) -> Draft:
+    """An exercise of these steps: draws bodies, constants, names and wording. plain: see `Course`."""
     forms = []
     for step in steps:
-        usable = [form for form in step.forms if form.begins or step is steps[-1]]
+        usable = [form for form in step.forms if form.begins or step is steps[-1]][: 1 if plain else None]
         forms.append(rng.choices(usable, [1 / len(form.lines) for form in usable])[0])
     argument = rng.choice(ARGUMENTS[steps[0].takes])
     constants = tuple(_constants(step, rng, split) for step in steps)
@@ -219,8 +240,9 @@ def compose_steps(steps: tuple[Family, ...], rng: random.Random, split: Split) -
         rng.choice(step.phrases).format(**dict(zip("ab", map(repr, values), strict=False)))
         for step, values in zip(steps, constants, strict=True)
     ]
-    what = wording.description(rng, steps, clauses, argument)
-    return Draft(_name(steps, rng, split), argument, steps, tuple(forms), constants, what, wording.layout(rng))
+    what = wording.description(rng, steps, clauses, argument, imperative=plain)
+    layout = wording.PLAIN if plain else wording.layout(rng)
+    return Draft(_name(steps, rng, split), argument, steps, tuple(forms), constants, what, layout)
 
 
 _RUN_BATCH = (
@@ -280,24 +302,31 @@ def _run_batch(server: Server, program: str, jobs: Sequence[Any]) -> list[Any]:
 
 
 def write_exercises(
-    count: int, seed: str, split: Split, counters: dict[str, int], *, attempts: int = 12
+    count: int, seed: str, split: Split, counters: dict[str, int], *, course: CourseName = "whole", attempts: int = 12
 ) -> Iterator[dict[str, Any]]:
-    """Yields exactly `count` exercises, a pure function of (count, seed, split).
+    """Yields exactly `count` exercises, a pure function of (count, seed, split, course).
 
     Rows have `prompt, solution, test, entry_point, family, composition, constants, seed`. Drafts that were
     not kept are added to `counters` under the reason.
     """
     with contextlib.closing(Server()) as first, contextlib.closing(Server()) as second:
-        yield from _exercises(count, seed, split, counters, attempts, first, second)
+        yield from _exercises(count, seed, split, counters, course, attempts, first, second)
 
 
 def _exercises(
-    count: int, seed: str, split: Split, counters: dict[str, int], attempts: int, first: Server, second: Server
+    count: int,
+    seed: str,
+    split: Split,
+    counters: dict[str, int],
+    course: CourseName,
+    attempts: int,
+    first: Server,
+    second: Server,
 ) -> Iterator[dict[str, Any]]:
     rng = random.Random(f"{seed}/{split}")
     made: set[str] = set()
     for _ in range(attempts * (count // BATCH + 1)):
-        drafts = [compose(rng, split) for _ in range(BATCH)]
+        drafts = [compose(rng, split, course) for _ in range(BATCH)]
         jobs = []
         for draft in drafts:
             inputs = draft.inputs(rng)

@@ -19,9 +19,17 @@ _GUARDED = {
 """Sentences, and how often each is drawn, relatively."""
 
 
-def description(rng: random.Random, steps: Sequence[Family], clauses: Sequence[str], argument: str) -> str:
-    """A sentence or two that say what to do; clauses: a step's each, beginning with a verb."""
+PLAIN = ("plain", False)
+"""The layout of a first course: no section, and no types."""
+
+
+def description(
+    rng: random.Random, steps: Sequence[Family], clauses: Sequence[str], argument: str, *, imperative: bool = False
+) -> str:
+    """A sentence or two that say what to do; clauses: a step's each, beginning with a verb. imperative: in that mood only."""
     frames = _GUARDED if steps[0].forms[0].guards else _ONE if len(steps) == 1 else _TWO
+    if imperative:
+        frames = {frame: weight for frame, weight in frames.items() if "s}" not in frame and "?" not in frame}
     frame = rng.choices(list(frames), list(frames.values()))[0]
     first, last = clauses[0], clauses[-1]
     fields = {"a": first, "b": last, "as": third_person(first), "bs": third_person(last), "arg": argument}

@@ -48,7 +48,7 @@ def test_every_family_is_kept_by_the_sandbox_in_both_splits(split: Split, monkey
 def test_every_guard_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
     pairs = {
-        guard: [pair for pair in teacher.COMPOSITIONS["train"]["guarded"].choices if pair[0] is guard]
+        guard: [pair for pair in teacher.COMPOSITIONS["whole", "train"]["guarded"].choices if pair[0] is guard]
         for guard in GUARDS
     }
     turns = [rng.choice(pairs[guard]) for _ in range(12) for guard in GUARDS]
@@ -177,7 +177,7 @@ def test_splits_share_nothing(train: list[dict[str, Any]], held: list[dict[str, 
         assert held_out("name", row["entry_point"]) and all(held_out("constant", c) for c in row["constants"])
         assert "+" not in row["composition"] or held_out("pair", row["composition"])
     pairs = {
-        split: {steps for how in ("pair", "guarded") for steps in teacher.COMPOSITIONS[split][how].choices}
+        split: {steps for how in ("pair", "guarded") for steps in teacher.COMPOSITIONS["whole", split][how].choices}
         for split in ("train", "held-out")
     }
     assert not pairs["train"] & pairs["held-out"]
