@@ -1,5 +1,6 @@
 """The Batch API: whatever the server does and wherever the client is killed, nothing is submitted twice and the budget holds."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -122,7 +123,9 @@ def test_all_shards_of_a_synthesis_are_one_batch(
         batch=True,
         max_failed=1.0,
     )
-    made = synthesize.run(config)
+    with pytest.raises(UserError, match="asks everything beforehand"):
+        synthesize.run(config)
+    made = synthesize.run(dataclasses.replace(config, adapt=False))
     # What failed is not asked again by its shard.
     assert len(made.shards) == 5 and [len(sent) for sent in batches.sent] == [9]
     assert 0 < made.counters["requests"] == len(batches.billed) < 9 == made.counters["failures"]

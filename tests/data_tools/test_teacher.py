@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data_tools import mutants, teacher
+from data_tools import mutants, teacher, wording
 from data_tools.families import BY_NAME, FAMILIES, GUARDS, Family, Form
 from data_tools.teacher import Draft, Split, compose_steps, held_out, overlaps, write_exercises
 from phi1.evaluate.sandbox import Job, run_many
@@ -246,3 +246,22 @@ def test_a_value_is_named_after_what_gave_it() -> None:
         "result = kept\n" in bodies["take_until+take_until"] and "for x in result:" in bodies["take_until+take_until"]
     )
     assert "result = [x * 5 for x in v]" in bodies["multiply+running_totals"]
+
+
+def test_the_first_course_is_a_part_of_the_whole():
+    first = teacher.COURSES["first"]
+    assert len(first.families) >= 50 and set(first.families) < set(teacher.FAMILIES)
+    for split in ("train", "held-out"):
+        found = teacher.COMPOSITIONS["first", split]["pair"].choices
+        assert len(found) > 100 and set(found) <= set(teacher.COMPOSITIONS["whole", split]["pair"].choices)
+        rng = random.Random(0)
+        drafts = [teacher.compose(rng, split, "first") for _ in range(300)]
+        assert 100 < sum(len(draft.steps) == 2 for draft in drafts) < 200
+        assert all(draft.style == wording.PLAIN and "?" not in draft.description for draft in drafts)
+        assert all(
+            form is step.forms[0] for draft in drafts for form, step in zip(draft.forms, draft.steps, strict=True)
+        )
+    rows = list(teacher.write_exercises(20, "0", "held-out", {}, course="first"))
+    assert {name for row in rows for name in row["composition"].split("+")} <= {
+        family.name for family in first.families
+    }
