@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import chunked_loss, fused_block, native, reference
+from kernels import chunked_loss, fused_block, machine, native, reference
 from kernels.checks import check_offsets
 from kernels.fused_block import Dropout, Layout, Pieces, vendor_product
 from kernels.registry import register
@@ -108,16 +108,22 @@ def layer_norm_backward(
     return grads
 
 
-def product(isa: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T for x (rows, width) and weight (columns, width), on whichever is faster: csrc/cpu/product.inl or the vendor's.
+PRODUCT_KINDS = frozenset({"AuthenticAMD family 25, avx2"})
+"""Kinds of machines on which `product_of_few` was measured faster than the vendor's: 1.2 to 2.1 times MKL's speed in float32 with
+16 rows, 1.6 to 4.6 with 4 (0.8 to 0.96 with one); in bf16, for which AVX2 has no instructions, 3.3 to 4.7 with 16
+(Zen 3, one thread, busy machine). Elsewhere nothing was measured: with AVX-512 or AMX the vendor's kernels are others."""
 
-    2 to 16 rows are ours: 1.2 to 2.1 times MKL's speed in float32 with 16 rows, 1.6 to 4.6 with 4, 0.8 to 0.96 with one;
-    in bf16, for which AVX2 has no instructions, 3.3 to 4.7 with 16 (Zen 3, one thread, busy machine). Of 16 bits with
-    AVX-512 the vendor has kernels that ours were not measured against.
-    """
+
+def product(isa: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T for x (rows, width) and weight (columns, width), by `product_of_few` where that is faster, else by the vendor's."""
     few = 2 <= x.shape[0] <= 16 and x.stride(1) == weight.stride(1) == 1
-    if not few or isa.name == "portable" or (isa.name != "avx2" and x.dtype != torch.float32):
-        return vendor_product(x, weight)
+    if few and isa.name == "avx2" and machine.cpu().kind in PRODUCT_KINDS:
+        return product_of_few(isa, x, weight)
+    return vendor_product(x, weight)
+
+
+def product_of_few(isa: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T for x of 1 to 16 rows, all rows contiguous: csrc/cpu/product.inl."""
     y = x.new_empty((x.shape[0], weight.shape[0]))
     sizes = (*y.shape, x.shape[1], x.stride(0), weight.stride(0))
     isa.product(x, weight, y, sizes, native.DTYPE_CODES[x.dtype], torch.get_num_threads())

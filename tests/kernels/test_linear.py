@@ -1,5 +1,7 @@
 """`kernels.linear`, and the CPU's product of a few rows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from cpu_isa import ISAS
 from error_rule import check
 from torch import Tensor
 
-from kernels import cpu, linear, native, use_backend
+from kernels import cpu, linear, machine, native, use_backend
 
 pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -22,15 +24,30 @@ def make(rows: int, width: int, columns: int, dtype: torch.dtype = torch.float32
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_product_of_a_few_rows(isa: str, dtype: torch.dtype) -> None:
     kernels = next(found for found in native.ISAS if found.name == isa)
-    for rows, width, columns in ((1, 7, 5), (2, 1, 1), (3, 513, 7), (16, 1100, 30), (17, 64, 8)):
+    for rows, width, columns in ((1, 7, 5), (2, 1, 1), (3, 513, 7), (16, 1100, 30)):
         x, weight, _ = make(rows, width, columns, dtype)
-        truth = x.double() @ weight.double().T
-        check(f"{rows} rows", cpu.product(kernels, x, weight), x @ weight.T, truth, dtype)
-        wide = torch.randn(rows, 2 * width).to(dtype)  # rows apart, and columns apart
-        for part in (wide[:, :width], wide[:, ::2]):
-            check(
-                "strided", cpu.product(kernels, part, weight), part @ weight.T, part.double() @ weight.double().T, dtype
-            )
+        apart = torch.randn(rows, 2 * width).to(dtype)[:, :width]
+        for left in (x, apart):
+            truth = left.double() @ weight.double().T
+            check(f"{rows} rows", cpu.product_of_few(kernels, left, weight), left @ weight.T, truth, dtype)
+
+
+def test_the_product_is_ours_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours: list[int] = []
+    monkeypatch.setattr(cpu, "product_of_few", lambda isa, x, weight: ours.append(x.shape[0]) or x @ weight.T)
+    isa = {name: SimpleNamespace(name=name) for name in ("avx2", "avx512", "portable")}
+    (measured,) = cpu.PRODUCT_KINDS
+    for kind, name, expected in (
+        (measured, "avx2", [2, 16]), (measured, "portable", []), ("GenuineIntel family 6, amx_bf16", "avx2", []),
+        ("AuthenticAMD family 25, avx512_bf16", "avx512", []),
+    ):  # fmt: skip
+        monkeypatch.setattr(machine, "cpu", lambda kind=kind: machine.Machine("cpu", kind, "a CPU"))
+        ours.clear()
+        for rows in (1, 2, 16, 17):
+            x, weight, _ = make(rows, 7, 5)
+            torch.testing.assert_close(cpu.product(isa[name], x, weight), x @ weight.T)
+            assert torch.equal(cpu.product(isa[name], x.T.contiguous().T, weight), F.linear(x.T.contiguous().T, weight))
+        assert ours == expected, (kind, name)
 
 
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
