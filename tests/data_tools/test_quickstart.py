@@ -141,7 +141,7 @@ def test_the_report_in_a_browser(finished: pathlib.Path, tmp_path: pathlib.Path)
              "--enable-logging=stderr"]  # fmt: skip
     url = (finished / "report.html").as_uri()
     dom = subprocess.run([browser, *flags, "--dump-dom", url], capture_output=True, text=True)
-    assert dom.stdout.count("<section") == 8
+    assert dom.stdout.count("<section") == 9
     assert dom.stdout.count("<svg") >= 2  # the filter's threshold and the losses
     assert ":CONSOLE(" not in dom.stderr, dom.stderr  # no error, nothing that could not be loaded
     picture = tmp_path / "report.png"

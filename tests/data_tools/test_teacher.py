@@ -30,7 +30,7 @@ def kept_of(steps: list[tuple[Family, ...]], split: Split, monkeypatch: pytest.M
     turns = itertools.cycle(steps)
     kept: set[str] = set()
     with monkeypatch.context() as patch:
-        patch.setattr(teacher, "compose", lambda rng, split: compose_steps(next(turns), rng, split))
+        patch.setattr(teacher, "compose", lambda rng, split, course: compose_steps(next(turns), rng, split))
         for row in write_exercises(20 * wanted, "families", split, {}):
             kept.add(row["composition"].split("+")[0])
             if len(kept) == wanted:
@@ -204,7 +204,7 @@ def test_a_seed_decides_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def only(draft: Draft, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher, "compose", lambda rng, split: draft)
+    monkeypatch.setattr(teacher, "compose", lambda rng, split, course: draft)
 
 
 def test_a_wrong_family_does_not_get_through(monkeypatch: pytest.MonkeyPatch) -> None:
