@@ -124,13 +124,17 @@ class Batches:
                 verdict = refused.verdict
                 if verdict.remedy not in (Remedy.WAIT, Remedy.RETRY):
                     raise self._refusal(verdict, what) from refused
-                pause = verdict.after or wait
-                if time.monotonic() - since + pause > self._patience:
-                    raise self._error(
-                        f"{what}: {verdict.reason}, for longer than --patience {self._patience:g} s"
-                    ) from refused
-            self._pause(pause)
-            wait = min(2 * wait, _BACKOFF[1])
+                wait = self._pause_before_retry(refused, what, since, wait)
+
+    def _pause_before_retry(self, refused: Refused, what: str, since: float, wait: float) -> float:
+        """Waits `wait` seconds, or as long as the server says, and returns how long to wait the next time. since: when it was asked first."""
+        pause = refused.verdict.after or wait
+        if time.monotonic() - since + pause > self._patience:
+            raise self._error(
+                f"{what}: {refused.verdict.reason}, for longer than --patience {self._patience:g} s"
+            ) from refused
+        self._pause(pause)
+        return min(2 * wait, _BACKOFF[1])
 
     def _refusal(self, verdict: Verdict, what: str) -> UserError:
         known = verdict.remedy is Remedy.STOP or "HTTP 401" in verdict.reason or "HTTP 403" in verdict.reason
@@ -210,13 +214,7 @@ class Batches:
                     self._drop(token)
                     raise self._refusal(verdict, "creating a batch") from refused
                 sent = True
-                pause = verdict.after or wait
-                if time.monotonic() - since + pause > self._patience:
-                    raise self._error(
-                        f"creating a batch: {verdict.reason}, for longer than --patience {self._patience:g} s"
-                    ) from refused
-            self._pause(pause)
-            wait = min(2 * wait, _BACKOFF[1])
+                wait = self._pause_before_retry(refused, "creating a batch", since, wait)
         self._ledger.batch_is(token, found.id)
         watch.say(
             f"{found.id}: {len(keys):,} requests submitted; Ctrl-C is safe: the same command goes on waiting for them"

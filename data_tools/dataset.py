@@ -316,20 +316,12 @@ def sweep(folder: pathlib.Path) -> None:
     """Removes what writers that were killed left in a folder: NAME.tmp-PID of processes that are no more."""
     for path in folder.glob("*.tmp-*"):
         number = path.name.rpartition("-")[2]
-        if number.isdigit() and not (alive(int(number)) and not _ended(int(number))):
+        if number.isdigit() and not alive(int(number)):
             path.unlink(missing_ok=True)
 
 
 def _facts(identity: dict[str, Any]) -> dict[str, Any]:
     return identity | {"inputs": [entry["hash"] for entry in identity["inputs"]]}  # an input may have been renamed
-
-
-def _ended(pid: int) -> bool:
-    """Whether a process is dead but still has its number, as in a container whose first process reaps nobody."""
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
-    except OSError:  # no such process, or no Linux
-        return False
 
 
 def _make_shard(

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -247,7 +248,7 @@ def _ray(engine: Engine, rank: _Rank, folder: pathlib.Path) -> None:
     from datatrove.executor import RayPipelineExecutor
 
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="ERROR")
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
     RayPipelineExecutor(**_options(rank, folder, engine), mem_per_cpu_gb=engine.task_memory).run()
 
 

@@ -20,8 +20,9 @@ import functools
 import hashlib
 import pathlib
 import re
-import sys
 from collections.abc import Mapping
+
+from phi1.files import read_toml
 
 CURRICULUM = pathlib.Path(__file__).resolve().parent / "curriculum"
 KINDS = {
@@ -89,16 +90,11 @@ class Family:
 
 
 def _load() -> tuple[dict[str, Family], str]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     families: dict[str, Family] = {}
     digest = hashlib.sha256()
     for path in sorted(CURRICULUM.glob("*.toml")):
-        content = path.read_bytes()
-        digest.update(content)
-        for name, entry in tomllib.loads(content.decode()).items():
+        digest.update(path.read_bytes())
+        for name, entry in read_toml(path).items():
             if name in families:
                 raise ValueError(f"{path}: a family {name} is in another file already")
             takes, gives = entry["step"].split(" -> ")

@@ -426,11 +426,16 @@ def _loaded(response: str | None) -> dict[str, Any]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this machine lives."""
+    """Whether a process of this machine lives. A dead one that still has its number, as in a container whose first process
+    reaps nobody, does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return True
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except OSError:  # it ended just now, or this is no Linux
+        return pathlib.Path(f"/proc/{pid}").exists() or not pathlib.Path("/proc/self").exists()
+    return state != "Z"

@@ -4,10 +4,10 @@ tokens."""
 import dataclasses
 import pathlib
 import re
-import sys
 from typing import Any
 
 from phi1.errors import UserError
+from phi1.files import read_toml
 
 PRICES = pathlib.Path(__file__).resolve().parent.parent / "recipes" / "prices.toml"
 _DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{4})$")  # gpt-4o-2024-08-06, gpt-4-0613
@@ -25,13 +25,8 @@ class Price:
 def price_of(server: str, model: str, path: pathlib.Path = PRICES) -> Price:
     """The price of a model (or of the model of which it is a dated version) at a server (`chat.canonical_url`). Raises
     UserError for a file that cannot be read or holds no prices."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-
     try:
-        servers = tomllib.loads(path.read_text(encoding="utf-8"))
+        servers = read_toml(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--prices {path}: cannot be read ({error}); {PRICES} is one") from error
     about = servers.get(server, {})

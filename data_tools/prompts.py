@@ -10,11 +10,10 @@ import functools
 import json
 import pathlib
 import random
-import sys
 
 from data_tools.chat import Request
 from phi1.errors import UserError
-from phi1.files import sha256_json
+from phi1.files import read_toml, sha256_json
 
 RECIPE = pathlib.Path(__file__).resolve().parent.parent / "recipes" / "synthesize.toml"
 
@@ -41,13 +40,8 @@ class Recipe:
 
 def load(path: pathlib.Path) -> Recipe:
     """Reads a recipe. Raises UserError if the file is absent or is none."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-
     try:
-        lists = tomllib.loads(path.read_text(encoding="utf-8"))
+        lists = read_toml(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--recipe {path}: cannot be read ({error}); {RECIPE} is one") from error
     names = [field.name for field in dataclasses.fields(Recipe)]

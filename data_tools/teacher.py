@@ -241,8 +241,9 @@ def compose_steps(steps: tuple[Family, ...], rng: random.Random, split: Split, *
         for step, values in zip(steps, constants, strict=True)
     ]
     what = wording.description(rng, steps, clauses, argument, imperative=plain)
+    name = _name(steps, rng, split)
     layout = wording.PLAIN if plain else wording.layout(rng)
-    return Draft(_name(steps, rng, split), argument, steps, tuple(forms), constants, what, layout)
+    return Draft(name, argument, steps, tuple(forms), constants, what, layout)
 
 
 _RUN_BATCH = (

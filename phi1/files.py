@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
@@ -122,3 +123,13 @@ def set_aside(path: pathlib.Path) -> pathlib.Path:
     while os.path.lexists(aside := path.with_name(f"{path.name}.damaged{f'-{number}' if number > 1 else ''}")):
         number += 1
     return path.rename(aside)
+
+
+def read_toml(path: pathlib.Path) -> dict[str, Any]:
+    """What a TOML file holds. Raises OSError if it cannot be read, ValueError if it is none."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    return tomllib.loads(path.read_text(encoding="utf-8"))

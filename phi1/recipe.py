@@ -11,7 +11,6 @@ the folder that the command is run in.
 import dataclasses
 import difflib
 import pathlib
-import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -19,20 +18,16 @@ from typing import Any
 
 from phi1.config import PRESETS, ModelConfig, TrainConfig
 from phi1.errors import UserError
+from phi1.files import read_toml
 
 
 def load_recipe(path: pathlib.Path) -> TrainConfig:
     """Reads a recipe. UserError names the file, the key and what would be right."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-
     if not path.is_file():
         raise UserError(f"{path}: no such recipe; {_recipes()}")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tables = read_toml(path)
+    except ValueError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
 
     fields = {field.name: field.type for field in dataclasses.fields(TrainConfig)}

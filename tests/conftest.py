@@ -1,4 +1,4 @@
-"""Shared by all tests: helper modules in tests/kernels and tests/csrc/emulator can be imported by name; Triton runs without a GPU; Ctrl-C works."""
+"""Shared by all tests: helper modules in tests/kernels, tests/csrc/emulator and tests/servers can be imported by name; Triton runs without a GPU; Ctrl-C works."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ import torch
 
 # A shell starts background jobs with SIGINT ignored, and children inherit that: tests that send it would wait in vain.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-for folder in ("kernels", "csrc/emulator"):
+for folder in ("kernels", "csrc/emulator", "servers"):
     sys.path.insert(0, str(pathlib.Path(__file__).parent / folder))
 # What `phi1 tune` measured for this user is not what the tests expect of the choice.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="phi1-tests-")

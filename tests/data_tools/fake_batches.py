@@ -3,13 +3,15 @@
 import collections
 import email.parser
 import email.policy
-import http.server
 import json
 import threading
 import time
 import urllib.parse
 from collections.abc import Callable
 from typing import Any
+
+import local_http
+from local_http import LocalServer
 
 Line = dict[str, Any]
 
@@ -35,7 +37,7 @@ def chat(text: str, prompt: int = 10, generated: int = 1, logprobs: dict[str, fl
     return completion(text, logprobs=logprobs, prompt=prompt, generated=generated)[2]
 
 
-class FakeBatches:
+class FakeBatches(LocalServer):
     """A batch is worked off in `steps` looks. Its lines are `script(custom_id, body, number of the batch)`, None for no line; its end is
     `ends(number)`. `hook(what, number of its kind)` runs before each reply ("upload", "create", "look", "list", "content"), after what was asked is done; it
     returns None, "cut" (the connection breaks), or an HTTP status. `refuse(what, number)` the same, before anything is done."""
@@ -59,7 +61,7 @@ class FakeBatches:
         self._lock = threading.Lock()
         fake = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class Handler(local_http.Handler):
             def do_GET(self) -> None:
                 url = urllib.parse.urlsplit(self.path)
                 parts = url.path.removeprefix("/v1/").split("/")
@@ -100,25 +102,12 @@ class FakeBatches:
                     reply = {"error": {"message": f"HTTP {status}", "code": None}}
                 data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
                 try:
-                    self.send_response(status)
-                    self.send_header("Content-Type", "application/json")
-                    self.send_header("Content-Length", str(len(data)))
-                    self.end_headers()
-                    self.wfile.write(data)
+                    self.send(status, data)
                 except (BrokenPipeError, ConnectionResetError):
                     return  # the client was killed
 
-            def log_message(self, *_: Any) -> None:
-                return
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.serve(Handler)
+        self.base_url = self.root + "/v1"
 
     def _upload(self, kind: str, data: bytes) -> dict[str, Any]:
         message = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(

@@ -1,11 +1,13 @@
 """A scripted OpenAI-compatible server on 127.0.0.1, for the tests of what speaks the protocol."""
 
-import http.server
 import json
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
+
+import local_http
+from local_http import LocalServer
 
 Reply = tuple[int, dict[str, str], Any]
 """HTTP status, headers, and the body: JSON-able, text as it is, or a function of the handler that writes what it likes."""
@@ -35,7 +37,7 @@ def completion(text: str, *, logprobs: dict[str, float] | None = None, prompt: i
     )
 
 
-class FakeServer:
+class FakeServer(LocalServer):
     """Answers with `script(body, index of the request)`; records bodies, headers, times and the most in flight."""
 
     def __init__(self) -> None:
@@ -47,7 +49,7 @@ class FakeServer:
         self._lock = threading.Lock()
         fake = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class Handler(local_http.Handler):
             def do_GET(self) -> None:
                 self._reply((200, {}, {"object": "list", "data": [{"id": "fake-1", "object": "model"}]}))
 
@@ -74,26 +76,11 @@ class FakeServer:
                     body(self)
                     return
                 data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "text/html" if isinstance(body, str) else "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                for key, value in headers.items():
-                    self.send_header(key, value)
-                self.end_headers()
                 try:
-                    self.wfile.write(data)
+                    self.send(status, data, ({"Content-Type": "text/html"} if isinstance(body, str) else {}) | headers)
                 except BrokenPipeError:
                     assert fake.hung_up_expected, "the client hung up"
 
-            def log_message(self, *_: Any) -> None:
-                return
-
         self.hung_up_expected = False
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.serve(Handler)
+        self.base_url = self.root + "/v1"

@@ -2,16 +2,17 @@
 
 import collections
 import hashlib
-import http.server
 import json
-import threading
 import urllib.parse
 from collections.abc import Callable, Mapping
 from typing import Any
 from xml.sax.saxutils import escape
 
+import local_http
+from local_http import LocalServer
 
-class ObjectServer:
+
+class ObjectServer(LocalServer):
     """`objects`: "bucket/key" -> bytes. `hub`: "owner/name" -> path -> bytes, of data sets. `refuse(path)`: None, or (status, code) with which a
     request is refused. `asked`: (method, path) of all requests; `signed`: how many carried credentials."""
 
@@ -23,7 +24,7 @@ class ObjectServer:
         self.signed = 0
         store = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class Handler(local_http.Handler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
@@ -33,7 +34,7 @@ class ObjectServer:
                 store.signed += "Authorization" in self.headers
                 if (refused := store.refuse(path)) is not None:
                     status, code = refused
-                    self._send(
+                    self.send(
                         status,
                         f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode(),
                         {"X-Error-Code": code},
@@ -41,7 +42,7 @@ class ObjectServer:
                 elif path.startswith(("/api/", "/datasets/")):
                     self._hub(path)
                 elif "list-type" in query:
-                    self._send(200, store._listing(path.strip("/"), query), {"Content-Type": "application/xml"})
+                    self.send(200, store._listing(path.strip("/"), query), {"Content-Type": "application/xml"})
                 else:
                     self._object(store.objects.get(path.strip("/")))
 
@@ -50,7 +51,7 @@ class ObjectServer:
             def do_POST(self) -> None:  # a hub's paths-info
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 if (refused := store.refuse(self.path)) is not None:
-                    self._send(refused[0], b"", {"X-Error-Code": refused[1]})
+                    self.send(refused[0], b"", {"X-Error-Code": refused[1]})
                     return
                 name = "/".join(self.path.split("/")[3:5])
                 wanted = (
@@ -65,7 +66,7 @@ class ObjectServer:
                 if parts[0] == "api" and parts[1] == "datasets":
                     name = "/".join(parts[2:4])
                     if name not in store.hub:
-                        self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+                        self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
                     elif len(parts) > 4 and parts[4] == "tree":
                         self._json(store._tree(name, "/".join(parts[6:])))
                     else:
@@ -73,11 +74,11 @@ class ObjectServer:
                 elif parts[0] == "datasets" and parts[3] == "resolve":
                     self._object(store.hub.get("/".join(parts[1:3]), {}).get("/".join(parts[5:])))
                 else:
-                    self._send(404, b"{}", {})
+                    self.send(404, b"{}", {})
 
             def _object(self, data: bytes | None) -> None:
                 if data is None:
-                    self._send(
+                    self.send(
                         404,
                         b"<Error><Code>NoSuchKey</Code><Message>no such key</Message></Error>",
                         {"X-Error-Code": "EntryNotFound"},
@@ -93,31 +94,13 @@ class ObjectServer:
                     start, end = int(first), min(int(last) if last else len(data), len(data) - 1)
                     headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
                     status, data = 206, data[start : end + 1]
-                self._send(status, data, headers)
+                self.send(status, data, headers)
 
             def _json(self, value: Any) -> None:
-                self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+                self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-            def _send(self, status: int, data: bytes, headers: Mapping[str, str]) -> None:
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                for key, value in headers.items():
-                    self.send_header(key, value)
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(data)
-
-            def log_message(self, *_: Any) -> None:
-                return
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.serve(Handler)
+        self.url = self.root
 
     def _listing(self, bucket: str, query: Mapping[str, str]) -> bytes:
         prefix = query.get("prefix", "")

@@ -2,9 +2,12 @@
 
 import concurrent.futures
 import contextlib
+import os
 import pathlib
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -17,6 +20,7 @@ from data_tools import llm as llm_module
 from data_tools import llm_connection
 from data_tools.adaptive import AdaptiveLimit
 from data_tools.chat import Answer, RequestFailed
+from data_tools.ledger import alive
 from data_tools.llm import LLM, LLMConfig
 from phi1.errors import UserError
 
@@ -417,3 +421,12 @@ def test_servers_that_want_max_completion_tokens_get_it_and_no_request_is_lost(
             answer.text for answer in llm.ask_all(request(str(i)) for i in range(9)) if isinstance(answer, Answer)
         ] == ["yes"] * 9
     assert server.bodies[-1]["max_completion_tokens"] == 5
+
+
+def test_a_process_that_ended_but_was_not_reaped_does_not_live() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert alive(process.pid)
+        process.stdin.close()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert pathlib.Path(f"/proc/{process.pid}").exists() and not alive(process.pid)
+    assert not alive(process.pid)

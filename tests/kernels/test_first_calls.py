@@ -11,26 +11,26 @@ from kernels.tune_works import Shape
 
 CPU = torch.device("cpu")
 SHAPE = Shape(1, 32, 32, 1, 32, 64, 64)
-TODO = tune_works.works(machine.cpu(), CPU, SHAPE, [torch.float32])
+WORKS = tune_works.works(machine.cpu(), CPU, SHAPE, [torch.float32])
 
 
 def of_norm():
     """(its group of calls, that group's version)."""
-    groups = first_calls.calls(machine.cpu(), TODO)
+    groups = first_calls.calls(machine.cpu(), WORKS)
     return next((group, version) for (op, version), group in groups.items() if op == "layer_norm")
 
 
 def test_every_version_but_pytorchs_is_called_of_every_work():
-    groups = first_calls.calls(machine.cpu(), TODO)
+    groups = first_calls.calls(machine.cpu(), WORKS)
     assert all(version != "torch" for _, version in groups)
     assert {call for group in groups.values() for call in group} == {
         (i, version)
-        for i, work in enumerate(TODO)
+        for i, work in enumerate(WORKS)
         for version in tune_works.candidates(machine.cpu(), work)
         if version != "torch"
     }
     for (op, version), group in groups.items():
-        assert {TODO[i].cell.op for i, _ in group} == {op} and {found for _, found in group} == {version}
+        assert {WORKS[i].cell.op for i, _ in group} == {op} and {found for _, found in group} == {version}
 
 
 def test_what_fails_and_what_ends_its_process_are_named_and_the_rest_goes_on(tmp_path, monkeypatch):
@@ -42,7 +42,7 @@ if "kernels.first_calls" in sys.orig_argv:
     from kernels import norm, registry
     made = registry._IMPLEMENTATIONS["layer_norm"]["{version}"]
     def forward(x, *rest):
-        if x.shape[0] == {TODO[group[0][0]].make()[1][0].shape[0]}:
+        if x.shape[0] == {WORKS[group[0][0]].make()[1][0].shape[0]}:
             raise RuntimeError("no such kernel\\nand a page of it")
         print("illegal memory access", file=sys.stderr, flush=True)
         os.abort()

@@ -35,8 +35,8 @@ def of_op(op):
     return [work for work in tune.works(HERE, CPU, SHAPE, [torch.float32]) if work.cell.op == op]
 
 
-def run(lines, **options):
-    return tune.tune(SHAPE, CPU, [torch.float32], say=lines.append, **options)
+def run(lines, seconds=6.0):
+    return tune.tune(SHAPE, CPU, [torch.float32], say=lines.append, seconds=seconds)
 
 
 def test_the_works_are_the_cells_that_a_model_meets():

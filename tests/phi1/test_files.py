@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from phi1.errors import UserError
-from phi1.files import atomic_write, claim, sha256_file, sha256_json, write_json
+from phi1.files import atomic_write, claim, read_toml, sha256_file, sha256_json, write_json
 
 
 def test_a_failed_write_leaves_what_stood_there(tmp_path: pathlib.Path) -> None:
@@ -72,3 +72,15 @@ def test_a_folder_is_claimed_once(tmp_path: pathlib.Path) -> None:
         path.write_text(broken)
         with pytest.raises(UserError, match="not what was written there"):
             claim(path, identity, "rows")
+
+
+def test_toml_is_read_or_is_one_of_two_errors(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.toml"
+    with pytest.raises(OSError, match="No such file"):
+        read_toml(path)
+    for content in (b"a = ", b"a = '\xff'"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"document|utf-8"):
+            read_toml(path)
+    path.write_text("[a]\nb = 1\n")
+    assert read_toml(path) == {"a": {"b": 1}}

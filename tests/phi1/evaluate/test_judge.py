@@ -167,6 +167,6 @@ def test_errors_name_the_way_out(server: Server) -> None:
     server.reply = lambda request: (404, "no such model")
     with pytest.raises(UserError, match=r"refuses model 'fake' \(404"):
         judge.grade(PROBLEMS, COMPLETIONS, judge.server_ask(server.url, "fake"))
-    url = server.url.replace(str(server.http.server_port), "9")
+    url = server.url.replace(str(server.port), "9")
     with pytest.raises(UserError, match=r"no server answers there.*--judge-url"):
         judge.grade(PROBLEMS[:1], COMPLETIONS[:1], judge.server_ask(url, "fake"))

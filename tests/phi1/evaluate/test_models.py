@@ -97,7 +97,7 @@ def test_servers_that_nothing_can_be_asked_of(server: Server) -> None:
         server.reply = lambda request, status=status: (status, "no")  # type: ignore[misc]
         with pytest.raises(UserError, match=message):
             models.load_server(server.url, "fake", SAMPLING, chat=True, workers=1, timeout=5).complete(["x"], 0)
-    url = server.url.replace(str(server.http.server_port), "9")
+    url = server.url.replace(str(server.port), "9")
     with pytest.raises(UserError, match=r"no server answers there.*--model-url"):
         models.load_server(url, "fake", SAMPLING, chat=True, workers=1, timeout=30).complete(["x"], 0)
 
