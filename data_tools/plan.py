@@ -22,6 +22,7 @@ from data_tools import timing
 from data_tools.classify import METRICS
 from data_tools.dataset import MANIFEST, Dataset
 from data_tools.engine import cores
+from data_tools.prices import PRICES, price_of
 from data_tools.timing import Took
 from phi1.errors import UserError
 
@@ -62,10 +63,16 @@ class Config:
     """Tokens of a document that an annotator is shown."""
     kept: float = 1.0
     """Share of what the model writes that passes the checks."""
-    usd_per_million: tuple[float, float] = (0.5, 1.5)
-    """Price of prompts and of answers, for textbooks and exercises (GPT-3.5 Turbo's)."""
-    usd_per_million_annotator: tuple[float, float] = (30.0, 60.0)
-    """The same for annotations (GPT-4's)."""
+    model: str = "gpt-3.5-turbo"
+    """Who writes textbooks and exercises, by its name in --prices."""
+    annotator: str = "gpt-4"
+    """Who labels documents."""
+    server: str = "https://api.openai.com/v1"
+    """Whose prices."""
+    prices: pathlib.Path = PRICES
+    """TOML file of prices."""
+    batch: bool = False
+    """Ask by the server's Batch API, at its price."""
     requests_per_second: float = 5.0
     """Answers that the server gives, all in flight together: 50 of 10 s each."""
 
@@ -147,14 +154,15 @@ def funnel(folder: pathlib.Path) -> list[dict[str, Any]]:
     steps = []
     for dataset in _in_order(by_hash):
         counters = dataset.manifest.get("counters", {})
-        size = text_bytes(dataset)
+        rows = dataset.manifest.get("documents", counters.get("rows", 0))
+        size = text_bytes(dataset) if rows else 0  # a column without rows has bytes of its own
         steps.append(
             {
                 "name": names[_hash(dataset)],
                 "stage": dataset.manifest["stage"],
                 "kind": _kind(dataset, by_hash),
                 "inputs": [names[entry["hash"]] for entry in dataset.manifest["inputs"] if entry["hash"] in names],
-                "rows": dataset.manifest.get("documents", counters.get("rows", 0)),
+                "rows": rows,
                 "failures": counters.get("failures", 0),
                 "bytes": size,
                 "tokens": dataset.manifest.get("tokens", round(size / BYTES_PER_TOKEN)),
@@ -281,6 +289,17 @@ def _count(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _usd_per_token(config: Config, model: str) -> tuple[float, float]:
+    """Of a prompt and of an answer. UserError for a model without a price."""
+    price = price_of(config.server, model, config.prices)
+    if price.usd_per_token is None:
+        raise UserError(
+            f"--prices {config.prices}: has no price of {model} at {config.server}; add a line, or name another model"
+        )
+    share = price.batch if config.batch else 1.0
+    return price.usd_per_token[0] * share, price.usd_per_token[1] * share
+
+
 def describe(config: Config, made: Sequence[Made]) -> list[str]:
     """The plan for a target."""
     size = BYTES_PER_TOKEN
@@ -316,12 +335,13 @@ def describe(config: Config, made: Sequence[Made]) -> list[str]:
             f"{head} {rate.cpu * amount / 3600:>12,.1f} {wall / 3600:>10,.1f} {'':>12}   {rate.work:,.0f} {unit}, {_count(1 / rate.cpu)} a core second"
         )
     asked, usd = 0.0, 0.0
-    for kind, requests, prompt, answer, price in (
-        ("labels", config.annotations, config.prompt_length + config.excerpt_length, 5, config.usd_per_million_annotator),
-        ("textbooks", textbooks, config.prompt_length, config.textbook_length, config.usd_per_million),
-        ("exercises", exercises, config.prompt_length, config.exercise_length, config.usd_per_million),
-    ):  # fmt: skip
-        cost = requests * (prompt * price[0] + answer * price[1]) / 1e6
+    for kind, requests, prompt, answer, model in (
+        ("labels", config.annotations, config.prompt_length + config.excerpt_length, 5, config.annotator),
+        ("textbooks", textbooks, config.prompt_length, config.textbook_length, config.model),
+        ("exercises", exercises, config.prompt_length, config.exercise_length, config.model),
+    ):
+        price = _usd_per_token(config, model)
+        cost = requests * (prompt * price[0] + answer * price[1])
         asked, usd = asked + requests / config.requests_per_second / 3600, usd + cost
         lines.append(
             f"{'ask a model':<14} {kind:<10} {requests * (prompt + answer):>16,.0f} {'':>12} "

@@ -13,7 +13,7 @@ import pathlib
 import re
 from typing import Any
 
-from data_tools import classify, decontaminate, diversity
+from data_tools import classify, decontaminate, diversity, plan
 from data_tools.dataset import MANIFEST, Dataset, sweep
 from phi1 import __version__
 from phi1.errors import UserError
@@ -148,6 +148,9 @@ def _plot(lines: dict[str, tuple[list[float], list[float]]], x: str, y: str, *, 
     return _svg(figure)
 
 
+_KIND_COLOURS = {"code": "#4c78a8", "textbooks": "#54a24b", "exercises": "#f58518"}
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
@@ -197,13 +200,35 @@ def _pipeline(folder: pathlib.Path, datasets: list[Dataset]) -> str:
     if not rows:
         return ""
     head = ["dataset", "stage", "made from", "rows kept", "failed", "counted on the way", "time"]
-    text = _table(head, rows, frozenset({3, 4, 6}))
+    text = _funnel(plan.funnel(folder)) + _table(head, rows, frozenset({3, 4, 6}))
     tokens = [json.loads(path.read_text(encoding="utf-8")) | {"folder": path.parent.name}
               for path in sorted(folder.glob("*/manifest.json")) if not _is_rows(path)]  # fmt: skip
     shards = [[t["folder"], t["tokens"], t["documents"]] for t in tokens if "tokens" in t and "documents" in t]
     if shards:
         text += "<h3>Token shards</h3>" + _table(["folder", "tokens", "documents"], shards, frozenset({1, 2}))
     return text
+
+
+def _funnel(steps: list[dict[str, Any]]) -> str:
+    """Rows and tokens of each dataset as bars, in the order of the pipeline."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 0.6 + 0.22 * len(steps)))
+    names = [step["name"] for step in steps]
+    titles = {"rows": "rows", "tokens": "tokens (of text about one for 3.2 bytes)"}
+    for axes, what in zip(figure.subplots(1, 2, sharey=True), titles, strict=True):
+        values = [step[what] for step in steps]
+        bars = axes.barh(
+            names, values, height=0.7, color=[_KIND_COLOURS.get(step["kind"], "#999999") for step in steps]
+        )
+        axes.bar_label(bars, [f"{value:,}" for value in values], padding=2, fontsize=7)
+        axes.set_xscale("symlog")
+        axes.set_xlim(0, 30 * max(1, *values))
+        axes.set_title(titles[what], fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].invert_yaxis()
+    return _svg(figure)
 
 
 def _filter(folder: pathlib.Path) -> str:

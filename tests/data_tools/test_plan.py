@@ -1,5 +1,6 @@
 """The plan for phi-1's data: the paces of timed stages, by hand; a run's own sizes give what it took; the funnel."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -81,17 +82,21 @@ def test_what_was_not_run_is_not_guessed(made: pathlib.Path, capsys: pytest.Capt
 
 
 def test_money_is_requests_times_price(made: pathlib.Path) -> None:
-    config = Config(run=made, textbook_tokens=1e9, textbook_length=500, prompt_length=100, kept=0.5,
-                    usd_per_million=(1.0, 2.0), requests_per_second=100)  # fmt: skip
-    line = next(
-        line for line in plan.describe(config, plan.measured(made)) if re.match(r"ask a model +textbooks", line)
-    )
-    tokens, hours, usd = (float(cell.replace(",", "")) for cell in line.split()[4:7])
-    assert (tokens, hours, usd) == (
-        4e6 * 600,
-        pytest.approx(4e6 / 100 / 3600, abs=0.05),
-        4e6 * (100 * 1 + 500 * 2) / 1e6,
-    )
+    prices = made / "prices.toml"
+    prices.write_text('["https://api.openai.com/v1"]\nbatch = 0.25\nmodels = { writer = [1, 2], "gpt-4" = [9, 9] }\n')
+    config = Config(run=made, textbook_tokens=1e9, textbook_length=500, prompt_length=100, kept=0.5, model="writer",
+                    prices=prices, requests_per_second=100)  # fmt: skip
+    for batch, share in ((False, 1), (True, 0.25)):
+        lines = plan.describe(dataclasses.replace(config, batch=batch), plan.measured(made))
+        line = next(line for line in lines if re.match(r"ask a model +textbooks", line))
+        tokens, hours, usd = (float(cell.replace(",", "")) for cell in line.split()[4:7])
+        assert (tokens, hours, usd) == (
+            4e6 * 600,
+            pytest.approx(4e6 / 100 / 3600, abs=0.05),
+            share * 4e6 * (100 * 1 + 500 * 2) / 1e6,
+        )
+    with pytest.raises(UserError, match="has no price of nobody at https://"):
+        plan.describe(dataclasses.replace(config, model="nobody"), plan.measured(made))
 
 
 def test_own_sizes_give_what_the_run_took(made: pathlib.Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow
 
 from bench.decontaminate import renamed
-from data_tools import decontaminate, diversity, report
-from data_tools.dataset import run_stage
+from data_tools import decontaminate, diversity, ingest, plan, report
+from data_tools.dataset import Dataset, run_stage
 from phi1.evaluate import humaneval
 
 PROBLEMS = humaneval.load()
@@ -89,3 +89,18 @@ def test_diversity_is_drawn_where_it_was_measured(tmp_path: pathlib.Path) -> Non
     (tmp_path / "few" / diversity.FILE).write_bytes((tmp_path / "many" / diversity.FILE).read_bytes())
     page = report.run(report.Config(run=tmp_path)).read_text(encoding="utf-8")
     assert "<h3>few</h3><pre>        rows" not in page and "97.5%" not in page
+
+
+def test_the_funnel_shows_rows_and_tokens_of_each_dataset(tmp_path: pathlib.Path) -> None:
+    rows = [{"hexsha": str(i), "content": f"x = {i}" * 40, "source": "s", "kind": "code"} for i in range(7)]
+    run_stage("ingest", ingest.Config(output=tmp_path / "first"), tmp_path / "first", [], 1,
+              lambda *_: iter(rows), ingest.schema(), quiet=True)  # fmt: skip
+    run_stage("filter", ingest.Config(output=tmp_path / "second"), tmp_path / "second", [Dataset(tmp_path / "first")], 1,
+              lambda *_: iter(rows[:3]), ingest.schema(), quiet=True)  # fmt: skip
+    page = report.run(report.Config(run=tmp_path)).read_text(encoding="utf-8")
+    picture = page[page.index("<svg") : page.index("</svg>")]
+    steps = plan.funnel(tmp_path)
+    shown = [
+        f"<!-- {text} -->" for step in steps for text in (step["name"], f"{step['rows']:,}", f"{step['tokens']:,}")
+    ]
+    assert [step["rows"] for step in steps] == [7, 3] and all(text in picture for text in shown)
