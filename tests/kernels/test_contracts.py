@@ -345,8 +345,6 @@ AROUND = {
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
 def test_defaults_of_pytorch_change_nothing(backend: str, call: Call, around: str) -> None:
-    if backend == "triton":
-        pytest.skip("minutes in Triton's interpreter; its module is in the test of the syntax below")
     results = []
     for context in (contextlib.nullcontext, AROUND[around]):
         tensors = call.tensors(DTYPE)

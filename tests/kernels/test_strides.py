@@ -16,7 +16,6 @@ WRITTEN = ("out", "keys", "values")
 DTYPE = torch.bfloat16
 INTERPRETED = ("triton", "cuda")
 """Slow here, and one layout goes their way as well as another: their kernels take strides or copies, and are given tensors."""
-HANDED_ON = ("positions", "cos", "cu", "weight", "targets")
 needs_native = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
 
 
@@ -59,8 +58,6 @@ BOUND = 2**-4
 
 @pytest.mark.parametrize(("call", "name"), NAMES, ids=[f"{call.name}-{name}" for call, name in NAMES])
 def test_a_tensor_that_is_not_contiguous_gives_the_same(backend: str, call: Call, name: str) -> None:
-    if backend == "triton" and (name not in HANDED_ON or call.op == "parallel_block"):
-        pytest.skip("seconds in Triton's interpreter, which is given the tensors themselves")
     kinds = list(layouts(name, call.tensors(DTYPE)[name]))
     for layout, view in kinds[-1:] if backend in INTERPRETED else kinds:
         error = greatest_error(call, name, backend, view.clone(memory_format=torch.contiguous_format), view)
