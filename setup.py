@@ -29,13 +29,19 @@ class CMakeBuild(build_ext):
         if shutil.which(os.environ.get("CXX", "c++")) is None:
             raise SystemExit("no C++ compiler (c++): install one, e.g. `apt-get install g++`, or set CXX")
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPHI1_CUDA={cuda}",
             f"-DPHI1_CUDA_ARCHS={os.environ.get('PHI1_CUDA_ARCHS', '80;90a')}",
-        ]  # fmt: skip
+        ]
         # pip's isolated build environment has a new path each time: a cached one would be gone.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         subprocess.run(configure, check=True)

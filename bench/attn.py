@@ -207,9 +207,17 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
         flops = 4 * batch * seq**2 * heads * head_dim / (2 if causal else 1)
         ours = partial(flash_attention, causal=causal, dropout_p=dropout, dropout_seed=1)
         candidates = suite.op_candidates(
-            "flash_attention", device, ours, peers(device, causal, dropout, (*shape[:4], kv_heads)), inputs, grad,
-            head_dim=head_dim, size=size_class(seq), dropout_p=dropout, return_lse=False,
-        )  # fmt: skip
+            "flash_attention",
+            device,
+            ours,
+            peers(device, causal, dropout, (*shape[:4], kv_heads)),
+            inputs,
+            grad,
+            head_dim=head_dim,
+            size=size_class(seq),
+            dropout_p=dropout,
+            return_lse=False,
+        )
         name = ("causal" if causal else "full") + (f" dropout {dropout}" if dropout else "")
         yield Case(name, {"forward": flops, "backward": 2.5 * flops, "both": 3.5 * flops}, candidates, size_class(seq))
     for queries in (1, 4, 16) if seq > 16 else ():
@@ -232,7 +240,8 @@ SUITE = suite.Suite(
     description=__doc__ or "",
     form=FORM,
     formula=FORMULA,
-    # phi-1: 32 heads of 64, phi-1-small: 16 heads of 64; 16k tokens on a GPU whatever the length, as in FlashAttention's benchmark.
+    # phi-1: 32 heads of 64, phi-1-small: 16 heads of 64; 16k tokens on a GPU whatever the length, as in
+    # FlashAttention's benchmark.
     shapes={
         "cuda": [(16384 // s, s, h, 64) for h in (32, 16) for s in (512, 1024, 2048, 4096, 8192, 16384)],
         "cpu": [(1, 512, 32, 64), (1, 1024, 32, 64), (1, 2048, 16, 64)],

@@ -41,7 +41,14 @@ def make_parameters(shape: Sequence[int], dtype: torch.dtype, device: str) -> li
     """norm_weight, norm_bias, w_in, b_in, w_out, b_out of `kernels.parallel_block`."""
     _, _, hidden, heads, head_dim, inner = shape
     attention = heads * head_dim
-    sizes = [(hidden,), (hidden,), (3 * attention + inner, hidden), (3 * attention + inner,), (hidden, attention + inner), (hidden,)]  # fmt: skip
+    sizes = [
+        (hidden,),
+        (hidden,),
+        (3 * attention + inner, hidden),
+        (3 * attention + inner,),
+        (hidden, attention + inner),
+        (hidden,),
+    ]
     return [(0.02 * torch.randn(size, device=device)).to(dtype).requires_grad_() for size in sizes]
 
 
@@ -80,10 +87,15 @@ def hugging_face(shape: Sequence[int], parameters: Sequence[Tensor]) -> tuple[La
     if heads * head_dim != hidden:
         raise Unavailable(f"heads * head_dim = {heads * head_dim}: PhiDecoderLayer takes hidden, {hidden}")
     config = PhiConfig(
-        hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_hidden_layers=1,
-        partial_rotary_factor=rotary_dim(head_dim) / head_dim, attention_dropout=0.0, resid_pdrop=0.0,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_hidden_layers=1,
+        partial_rotary_factor=rotary_dim(head_dim) / head_dim,
+        attention_dropout=0.0,
+        resid_pdrop=0.0,
         attn_implementation="sdpa",
-    )  # fmt: skip
+    )
     norm_weight, norm_bias, w_in, b_in, w_out, b_out = (p.detach() for p in parameters)
     layer = PhiDecoderLayer(config, 0).to(w_in.dtype).to(w_in.device)
     attention, mlp = layer.self_attn, layer.mlp

@@ -2,10 +2,10 @@
 
     python bench/choose.py bench/results/*.json
 
-Give it the results of all machines: the table is written anew. Where several cases fall into one cell (op, kind of machine,
-dtype, head_dim, size, work), a version's speed is that of the case in which it does worst against PyTorch's op, of the
-cases that all of the cell's versions were measured in: what comes before PyTorch's op was slower in none of them. Peers
-that are no version of ours do not count.
+Give it the results of all machines: the table is written anew. Where several cases fall into one cell (op, kind of
+machine, dtype, head_dim, size, work), a version's speed is that of the case in which it does worst against PyTorch's
+op, of the cases that all of the cell's versions were measured in: what comes before PyTorch's op was slower in none of
+them. Peers that are no version of ours do not count.
 """
 
 import argparse

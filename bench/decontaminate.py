@@ -2,10 +2,11 @@
 
     python bench/decontaminate.py --quick            # HumanEval; --problems mbpp.jsonl for another benchmark
 
-Every task is planted once per kind of change: the solution with new names, other constants, reordered statements, inside a
-quotation, beside a shell's block, … Recall is the share that is removed at each τ (`--ast-rate`). Beside it stand two
-bodies of code that were not made from the benchmark: functions of installed packages, and the offline teacher's exercises
-where they are asked for. Precision at τ is planted rows removed over all rows removed, of as many planted as clean rows.
+Every task is planted once per kind of change: the solution with new names, other constants, reordered statements,
+inside a quotation, beside a shell's block, … Recall is the share that is removed at each τ (`--ast-rate`). Beside it
+stand two bodies of code that were not made from the benchmark: functions of installed packages, and the offline
+teacher's exercises where they are asked for. Precision at τ is planted rows removed over all rows removed, of as many
+planted as clean rows.
 
 The speed is that of the paper's exercises: 879,500 functions against the benchmark's, after parsing them.
 """
@@ -24,8 +25,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_tools import decontaminate, embed, python_text, similarity
-from data_tools.decontaminate import RATES, Benchmark, Config, entry
+from data_tools import embed, python_text, similarity
+from data_tools.decontaminate import RATES, Benchmark, Config
+from data_tools.tasks import entry, load
 from phi1.evaluate.humaneval import Problem
 
 EXERCISES = 879_500
@@ -103,7 +105,9 @@ def _start(function: ast.FunctionDef) -> int:
 
 
 def reordered(problem: Problem) -> str | None:
-    """The first two statements of the first body that has two before its last, the other way round; None if there is none."""
+    """The first two statements of the first body that has two before its last, the other way round; None if there is
+    none.
+    """
     function = _renamed(problem)
     for node in ast.walk(function):
         body = getattr(node, "body", None)
@@ -164,25 +168,41 @@ CHANGES: dict[str, Callable[[Problem], str | None]] = {
     "CRLF": lambda p: renamed(p).replace("\n", "\r\n"),
     "fenced by ```": lambda p: _in_text(_fenced(renamed(p))),
     "fenced by ~~~": lambda p: _in_text(_fenced(renamed(p), "~~~~")),
-    "second block is shell": lambda p: _in_text(_fenced(renamed(p)) + "\nRun it:\n\n" + _fenced("$ python it.py | less\n", language="sh")),
+    "second block is shell": lambda p: _in_text(
+        _fenced(renamed(p)) + "\nRun it:\n\n" + _fenced("$ python it.py | less\n", language="sh")
+    ),
     "second block is Python 2": lambda p: _in_text(_fenced(renamed(p)) + "\n" + _fenced("print 'done'\n")),
     "indented block": lambda p: _in_text(_indented(renamed(p))),
     "block in a list": lambda p: _in_text("1. See:\n\n   ```\n" + _indented(renamed(p), "   ") + "   ```\n"),
     "block in a quotation": lambda p: _in_text(_indented(_fenced(renamed(p)), "> ")),
     "fence left open": lambda p: "So:\n\n```python\n" + renamed(p),
     "reST": lambda p: _in_text(".. code-block:: python\n\n" + _indented(renamed(p))),
-    "HTML": lambda p: "<p>So:</p><pre><code>" + renamed(p).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") + "</code></pre>\n",
+    "HTML": lambda p: (
+        "<p>So:</p><pre><code>"
+        + renamed(p).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        + "</code></pre>\n"
+    ),
     "interpreter's prompts": lambda p: _in_text(">>> " + _indented(renamed(p), "... ")[4:]),
-    "in a docstring": lambda p: f"class Notes:\n    '''Keep.\n\n{_indented(renamed(p)).replace(chr(39) * 3, '')}    '''\n",
+    "in a docstring": lambda p: (
+        f"class Notes:\n    '''Keep.\n\n{_indented(renamed(p)).replace(chr(39) * 3, '')}    '''\n"
+    ),
     "commented out": lambda p: "import os\n" + _indented(renamed(p), "# ") + "x = 1\n",
-    "notebook": lambda p: json.dumps({"cells": [{"cell_type": "code", "source": renamed(p).splitlines(keepends=True)}]}),
-    "JSON lines": lambda p: "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(("prose", renamed(p)))),
-    "numbered lines": lambda p: _in_text("".join(f"{n:>4}  {line}\n" for n, line in enumerate(renamed(p).rstrip().split("\n"), 98))),
+    "notebook": lambda p: json.dumps(
+        {"cells": [{"cell_type": "code", "source": renamed(p).splitlines(keepends=True)}]}
+    ),
+    "JSON lines": lambda p: "".join(
+        json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(("prose", renamed(p)))
+    ),
+    "numbered lines": lambda p: _in_text(
+        "".join(f"{n:>4}  {line}\n" for n, line in enumerate(renamed(p).rstrip().split("\n"), 98))
+    ),
     "a diff": lambda p: "@@ -0,0 +1 @@\n" + _indented(renamed(p), "+"),
-    "a method": lambda p: "class Zz:\n" + _indented(renamed(p)).replace("(", "(self, ", 1).replace("(self, )", "(self)"),
+    "a method": lambda p: (
+        "class Zz:\n" + _indented(renamed(p)).replace("(", "(self, ", 1).replace("(self, )", "(self)")
+    ),
     "tabs": lambda p: renamed(p).replace("    ", "\t"),
     "cut off": lambda p: renamed(p).rstrip("\n") + " + (\n",
-}  # fmt: skip
+}
 
 
 # ---------------------------------------------------------------- recall and precision
@@ -226,19 +246,32 @@ def functions(packages: Sequence[str] = PACKAGES) -> Iterator[tuple[str, str]]:
 
 def table(problems: Sequence[str], clean: Sequence[str], serialisations: Sequence[Any]) -> dict[str, Any]:
     """Recall at each τ by kind of change; clean rows that go at each τ; precision."""
-    config = Config(input=Path(), output=Path(), problems=tuple(problems), ast_rate=min(RATES), embedder="none",
-                    serialisations=tuple(serialisations))  # fmt: skip
+    config = Config(
+        input=Path(),
+        output=Path(),
+        problems=tuple(problems),
+        ast_rate=min(RATES),
+        embedder="none",
+        serialisations=tuple(serialisations),
+    )
     benchmark = Benchmark(config, exercises=False)
     sets = planted(benchmark.problems)
     rows: list[dict[str, Any]] = []
     for kind, texts in sets.items():
         found = verdicts(benchmark, texts)
-        rows.append({
-            "change": kind, "planted": len(texts), "ngram": sum(grams for grams, _, _ in found),
-            "unchecked": sum(unread for _, _, unread in found),
-            "ast": {f"{rate:.2f}": sum(best >= rate - 1e-9 for _, best, _ in found) for rate in RATES},
-            "removed": {f"{rate:.2f}": sum(grams or unread or best >= rate - 1e-9 for grams, best, unread in found) for rate in RATES},
-        })  # fmt: skip
+        rows.append(
+            {
+                "change": kind,
+                "planted": len(texts),
+                "ngram": sum(grams for grams, _, _ in found),
+                "unchecked": sum(unread for _, _, unread in found),
+                "ast": {f"{rate:.2f}": sum(best >= rate - 1e-9 for _, best, _ in found) for rate in RATES},
+                "removed": {
+                    f"{rate:.2f}": sum(grams or unread or best >= rate - 1e-9 for grams, best, unread in found)
+                    for rate in RATES
+                },
+            }
+        )
     about = verdicts(benchmark, clean)
     taken = {
         f"{rate:.2f}": sum(grams or unread or best >= rate - 1e-9 for grams, best, unread in about) for rate in RATES
@@ -250,9 +283,16 @@ def table(problems: Sequence[str], clean: Sequence[str], serialisations: Sequenc
             wrong = taken[rate] / max(1, len(clean))
             row["precision"][rate] = right / (right + wrong) if right + wrong else None
     small = benchmark.facts["small_tasks"]
-    return {"tasks": len(benchmark.problems), "small_tasks": small, "own_twins": benchmark.facts["own_twins"], "rows": rows,
-            "clean": len(clean), "clean_removed": taken, "clean_ngram": sum(grams for grams, _, _ in about),
-            "clean_unchecked": sum(unread for _, _, unread in about)}  # fmt: skip
+    return {
+        "tasks": len(benchmark.problems),
+        "small_tasks": small,
+        "own_twins": benchmark.facts["own_twins"],
+        "rows": rows,
+        "clean": len(clean),
+        "clean_removed": taken,
+        "clean_ngram": sum(grams for grams, _, _ in about),
+        "clean_unchecked": sum(unread for _, _, unread in about),
+    }
 
 
 def show(result: dict[str, Any]) -> str:
@@ -261,27 +301,33 @@ def show(result: dict[str, Any]) -> str:
     lines = [
         f"{result['tasks']} tasks, {result['small_tasks']} of them small; twins among its own at τ "
         + ", ".join(f"{tau}: {result['own_twins'][tau]}" for tau in taus),
-        f"{'':<28}{'planted':>8}{'13-gram':>9}" + "".join(f"{'τ ' + tau:>9}" for tau in taus) + f"{'unchecked':>11}  recall of all tests; precision",
-    ]  # fmt: skip
+        f"{'':<28}{'planted':>8}{'13-gram':>9}"
+        + "".join(f"{'τ ' + tau:>9}" for tau in taus)
+        + f"{'unchecked':>11}  recall of all tests; precision",
+    ]
     for row in result["rows"]:
         n = row["planted"]
         lines.append(
             f"{row['change']:<28}{n:>8}{100 * row['ngram'] / n:>8.1f}%"
-            + "".join(f"{100 * row['ast'][tau] / n:>8.1f}%" for tau in taus) + f"{row['unchecked']:>11}  "
-            + " ".join(f"{100 * row['removed'][tau] / n:.1f}" for tau in taus) + "; "
+            + "".join(f"{100 * row['ast'][tau] / n:>8.1f}%" for tau in taus)
+            + f"{row['unchecked']:>11}  "
+            + " ".join(f"{100 * row['removed'][tau] / n:.1f}" for tau in taus)
+            + "; "
             + " ".join(f"{100 * row['precision'][tau]:.1f}" for tau in taus)
-        )  # fmt: skip
+        )
     n = max(1, result["clean"])
     lines.append(
         f"{'clean functions':<28}{n:>8}{100 * result['clean_ngram'] / n:>8.1f}%"
-        + "".join(f"{100 * result['clean_removed'][tau] / n:>8.1f}%" for tau in taus) + f"{result['clean_unchecked']:>11}"
-    )  # fmt: skip
+        + "".join(f"{100 * result['clean_removed'][tau] / n:>8.1f}%" for tau in taus)
+        + f"{result['clean_unchecked']:>11}"
+    )
     return "\n".join(lines)
 
 
 def embedded(problems: Sequence[str], clean: Sequence[str], embedder: str) -> dict[str, Any]:
-    """Per kind of change that the trees do not see through, the share whose nearest task is its own, and that within the
-    default distance; of clean rows, those within it."""
+    """Per kind of change that the trees do not see through, the share whose nearest task is its own, and that within
+    the default distance; of clean rows, those within it.
+    """
     import numpy
 
     config = Config(input=Path(), output=Path(), problems=tuple(problems), embedder=embedder)
@@ -299,11 +345,17 @@ def embedded(problems: Sequence[str], clean: Sequence[str], embedder: str) -> di
         vectors = benchmark._embedded([text for _, text in pairs])
         distance = numpy.sqrt((2 - 2 * vectors @ tasks.T).clip(min=0))
         own = numpy.array([i for i, _ in pairs])
-        found[kind] = {"planted": len(pairs), "nearest is its own": float((distance.argmin(1) == own).mean()),
-                       "within": float((distance.min(1) <= config.embedding_distance).mean())}  # fmt: skip
+        found[kind] = {
+            "planted": len(pairs),
+            "nearest is its own": float((distance.argmin(1) == own).mean()),
+            "within": float((distance.min(1) <= config.embedding_distance).mean()),
+        }
     distance = numpy.sqrt((2 - 2 * benchmark._embedded(list(clean)) @ tasks.T).clip(min=0))
-    found["clean functions"] = {"planted": len(clean), "nearest is its own": None,
-                                "within": float((distance.min(1) <= config.embedding_distance).mean())}  # fmt: skip
+    found["clean functions"] = {
+        "planted": len(clean),
+        "nearest is its own": None,
+        "within": float((distance.min(1) <= config.embedding_distance).mean()),
+    }
     return {"embedder": benchmark.facts["embedding_model"], "distance": config.embedding_distance, "rows": found}
 
 
@@ -319,7 +371,7 @@ def speed(problems: Sequence[str], trees: Sequence[str], count: int) -> dict[str
         tree = rng.choice(trees)
         at = rng.randrange(len(tree))
         many.add(tree[:at] + rng.choice(alphabet) + rng.choice(alphabet) + tree[at + 1 :])
-    tasks = [similarity.serialise(entry(problem)) for problem in decontaminate.load(problems)]
+    tasks = [similarity.serialise(entry(problem)) for problem in load(problems)]
     everything = sorted(many)
     rng.shuffle(everything)
     started = time.process_time()
@@ -370,8 +422,11 @@ def main() -> None:
             print(f"{kind:<28}{row['planted']:>8}{100 * row['within']:>8.1f}% within{own}")
         print()
     fast = speed(options.problems, [tree for _, tree in found], EXERCISES // 10 if options.quick else EXERCISES)
-    print(f"{fast['trees']:,} different trees against {fast['tasks']}: {fast['seconds']:.1f} s of CPU time ({fast['near']:,} pairs at {min(RATES)}); "
-          f"{parse['functions']:,} functions found and serialised in {parse['seconds']:.1f} s")  # fmt: skip
+    print(
+        f"{fast['trees']:,} different trees against {fast['tasks']}: {fast['seconds']:.1f} s of CPU time "
+        f"({fast['near']:,} pairs at {min(RATES)}); "
+        f"{parse['functions']:,} functions found and serialised in {parse['seconds']:.1f} s"
+    )
     if options.output:
         from bench.harness import environment
 

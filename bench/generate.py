@@ -2,9 +2,9 @@
 
     python bench/generate.py --quick
 
-The model is phi-1's architecture with random weights, exported for transformers, which runs it with `sdpa` and its dynamic
-cache; unequal prompts, between a quarter and the whole of the length, it gets padded on the left. Both write as many new
-tokens for each prompt; <|endoftext|> is never chosen. Where the greedy tokens are not the same the run fails.
+The model is phi-1's architecture with random weights, exported for transformers, which runs it with `sdpa` and its
+dynamic cache; unequal prompts, between a quarter and the whole of the length, it gets padded on the left. Both write as
+many new tokens for each prompt; <|endoftext|> is never chosen. Where the greedy tokens are not the same the run fails.
 """
 
 import sys
@@ -38,10 +38,20 @@ def made(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Phi1, Tokenizer
     heads = hidden // HEAD_DIM
     torch.manual_seed(0)
     with torch.device(device):
-        model = Phi1(ModelConfig(
-            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_layers=layers, num_heads=heads,
-            num_kv_heads=heads, head_dim=HEAD_DIM, rotary_dim=32, max_positions=prompt + new, initializer_range=0.1,
-        )).eval()  # fmt: skip
+        model = Phi1(
+            ModelConfig(
+                vocab_size=vocabulary,
+                hidden_size=hidden,
+                intermediate_size=4 * hidden,
+                num_layers=layers,
+                num_heads=heads,
+                num_kv_heads=heads,
+                head_dim=HEAD_DIM,
+                rotary_dim=32,
+                max_positions=prompt + new,
+                initializer_range=0.1,
+            )
+        ).eval()
     with torch.no_grad():  # nothing else than text is chosen, and no end of it
         model.head_bias[tokenizer.vocab_size :] = -1e4
         model.head_bias[tokenizer.eot_id] = -1e4

@@ -1,12 +1,14 @@
 """What the gold set's labels are worth, and what is worth something by them.
 
-    python bench/gold.py                                          # how the labels agree with themselves; what the package alone tells
-    python bench/gold.py --annotations runs/gold/annotated-llm    # another annotator's scores of the same snippets
-    python bench/gold.py --embeddings runs/gold/embedded          # classifiers on embeddings, cross-validated
-    python bench/gold.py --embeddings runs/gold/embedded --forest runs/gold/forest        # a forest on the held-out packages
+    python bench/gold.py                                          # how the labels agree with themselves; what the
+    package alone tells python bench/gold.py --annotations runs/gold/annotated-llm    # another annotator's scores of
+    the same snippets python bench/gold.py --embeddings runs/gold/embedded          # classifiers on embeddings,
+    cross-validated python bench/gold.py --embeddings runs/gold/embedded --forest runs/gold/forest        # a forest on
+    the held-out packages
 
-Positive is a label of at least 5. Cross-validation sees no held-out snippet and keeps packages whole; it is what settings are chosen by.
-Held-out snippets are looked at with --forest only, and with --annotations, where nothing was learned from labels.
+Positive is a label of at least 5. Cross-validation sees no held-out snippet and keeps packages whole; it is what
+settings are chosen by. Held-out snippets are looked at with --forest only, and with --annotations, where nothing was
+learned from labels.
 """
 
 import argparse
@@ -60,7 +62,9 @@ def by_package_alone(labels: Array, packages: Array) -> float:
 
 
 def within_packages(labels: Array, scores: Array, packages: Array) -> float:
-    """Share of the pairs of a positive and another snippet of the same package that are in the right order (a tie: half)."""
+    """Share of the pairs of a positive and another snippet of the same package that are in the right order (a tie:
+    half).
+    """
     right = pairs = 0.0
     for package in np.unique(packages):
         positive, other = (scores[(packages == package) & (labels == side)] for side in (1, 0))
@@ -71,7 +75,9 @@ def within_packages(labels: Array, scores: Array, packages: Array) -> float:
 
 
 def auc(labels: Array, scores: Array) -> float:
-    """Area under the ROC curve, from ranks, without scikit-learn's checks of its input, which thousands of resamples wait for."""
+    """Area under the ROC curve, from ranks, without scikit-learn's checks of its input, which thousands of resamples
+    wait for.
+    """
     positive = int(labels.sum())
     ranks = rankdata(scores)[labels == 1].sum()
     return float((ranks - positive * (positive + 1) / 2) / (positive * (len(labels) - positive)))
@@ -91,7 +97,9 @@ def interval(labels: Array, scores: Array, groups: Array, seed: int = 0, resampl
 
 
 def calibration(labels: Array, probabilities: Array, bins: int = 5) -> dict[str, float]:
-    """Brier score, that of the share of positives as a constant, and the expected calibration error over bins of equal count."""
+    """Brier score, that of the share of positives as a constant, and the expected calibration error over bins of equal
+    count.
+    """
     order = np.array_split(np.argsort(probabilities, kind="stable"), bins)
     error = sum(len(part) * abs(probabilities[part].mean() - labels[part].mean()) for part in order) / len(labels)
     return {
@@ -149,9 +157,12 @@ def _annotator(folder: Path) -> None:
         rank = spearmanr([s.label for s, kept in zip(snippets, rows, strict=True) if kept], scores[rows]).statistic
         low, high = interval(y[rows], scores[rows], np.arange(rows.sum()))
         low_p, high_p = interval(y[rows], scores[rows], packages[rows])
-        print(f"{folder.name}, {name} ({rows.sum()} snippets, {y[rows].sum()} positive): AUC {auc(y[rows], scores[rows]):.3f} "
-              f"({low:.3f}–{high:.3f}; resampling packages {low_p:.3f}–{high_p:.3f}), within packages {within_packages(y[rows], scores[rows], packages[rows]):.3f}, "
-              f"Spearman with the labels {rank:.3f}")  # fmt: skip
+        print(
+            f"{folder.name}, {name} ({rows.sum()} snippets, {y[rows].sum()} positive): AUC "
+            f"{auc(y[rows], scores[rows]):.3f} "
+            f"({low:.3f}–{high:.3f}; resampling packages {low_p:.3f}–{high_p:.3f}), within packages "
+            f"{within_packages(y[rows], scores[rows], packages[rows]):.3f}, Spearman with the labels {rank:.3f}"
+        )
     scaled = LogisticRegression().fit(scores[~held, None], y[~held]).predict_proba(scores[held, None])[:, 1]
     print("  held out, score scaled to a probability by the others:", _show(calibration(y[held], scaled)))
 
@@ -163,7 +174,8 @@ def _embedded(folder: Path) -> None:
     for name, fit in CLASSIFIERS.items():
         mean, spread = crossed(fit, x[~held], y[~held], packages[~held])
         print(
-            f"{folder.name}, {name}: AUC {mean:.3f} ± {spread:.3f} over 3 splits of {(~held).sum()} snippets by packages"
+            f"{folder.name}, {name}: AUC {mean:.3f} ± {spread:.3f} over 3 splits of {(~held).sum()} snippets by "
+            f"packages"
         )
 
 
@@ -175,9 +187,13 @@ def _forest(folder: Path, embeddings: Path) -> None:
     labels = [s.label for s in snippets if s.held_out]
     low, high = interval(y, predicted, np.arange(len(y)))
     low_p, high_p = interval(y, predicted, packages)
-    print(f"{folder.name}, held out ({len(y)} snippets of {len(set(packages))} packages, {y.sum()} positive): AUC {auc(y, predicted):.3f} "
-          f"({low:.3f}–{high:.3f}; resampling packages {low_p:.3f}–{high_p:.3f}), within packages {within_packages(y, predicted, packages):.3f}, "
-          f"Spearman with the labels {spearmanr(labels, predicted).statistic:.3f}")  # fmt: skip
+    print(
+        f"{folder.name}, held out ({len(y)} snippets of {len(set(packages))} packages, {y.sum()} positive): AUC "
+        f"{auc(y, predicted):.3f} "
+        f"({low:.3f}–{high:.3f}; resampling packages {low_p:.3f}–{high_p:.3f}), within packages "
+        f"{within_packages(y, predicted, packages):.3f}, "
+        f"Spearman with the labels {spearmanr(labels, predicted).statistic:.3f}"
+    )
     print("  its probability:", _show(calibration(y, predicted)))
 
 
@@ -198,8 +214,10 @@ def main() -> None:
     options = parser.parse_args()
     snippets = gold.load()
     y, packages, held = _arrays(snippets)
-    print(f"{len(snippets)} snippets of {len(set(packages))} packages, {y.sum()} of label {POSITIVE} or more; held out: {held.sum()} of "
-          f"{len(set(packages[held]))} packages, {y[held].sum()} positive")  # fmt: skip
+    print(
+        f"{len(snippets)} snippets of {len(set(packages))} packages, {y.sum()} of label {POSITIVE} or more; held out: "
+        f"{held.sum()} of {len(set(packages[held]))} packages, {y[held].sum()} positive"
+    )
     counts = np.bincount([s.label for s in snippets], minlength=11)
     print("labels:", ", ".join(f"{label}: {count}" for label, count in enumerate(counts)))
     print("labelled twice:", _show(agreement(snippets)))

@@ -27,7 +27,7 @@ from kernels import (
     linear_cross_entropy,
     parallel_block,
     reference,
-)  # fmt: skip
+)
 
 
 class Probe:
@@ -84,9 +84,15 @@ def elementwise(probe: Probe) -> None:
     y = layer_norm(x, weight, bias, backend=probe.backend)
     works: dict[str, tuple[int, Callable[[], Any]]] = {
         "rotary": (4 * tokens * width * 2, lambda: apply_rotary(q, k, cos, sin, backend=probe.backend)),
-        "layer_norm": (2 * tokens * width * 2, lambda: layer_norm(x.detach(), weight.detach(), bias.detach(), backend=probe.backend)),
-        "layer_norm backward": (3 * tokens * width * 2, lambda: torch.autograd.grad(y, (x, weight, bias), y.detach(), retain_graph=True)),
-    }  # fmt: skip
+        "layer_norm": (
+            2 * tokens * width * 2,
+            lambda: layer_norm(x.detach(), weight.detach(), bias.detach(), backend=probe.backend),
+        ),
+        "layer_norm backward": (
+            3 * tokens * width * 2,
+            lambda: torch.autograd.grad(y, (x, weight, bias), y.detach(), retain_graph=True),
+        ),
+    }
     for name, (moved, call) in works.items():
         on_device = sum(time for _, time, _ in probe.device_time(call)) * 1e-6
         seconds = probe.median(call)
@@ -111,7 +117,11 @@ def loss_chunks(probe: Probe) -> None:
     for chunk in dict.fromkeys((default // columns, 1024, 8192, 16384)):
         chunked_loss._CHUNK_LOGITS[probe.device] = chunk * columns
         seconds = probe.median(step, 5)
-        print(f"RATE loss, {chunk} rows a chunk: {seconds * 1e3:.2f} ms, {6 * rows * width * columns / seconds / 1e12:.0f} TFLOP/s", flush=True)  # fmt: skip
+        print(
+            f"RATE loss, {chunk} rows a chunk: {seconds * 1e3:.2f} ms, "
+            f"{6 * rows * width * columns / seconds / 1e12:.0f} TFLOP/s",
+            flush=True,
+        )
         if chunk == default // columns:
             for name, time, count in probe.device_time(step):
                 print(f"  {time / 1e3:8.2f} ms {count:4d} x {name[:110]}")
@@ -145,7 +155,8 @@ def layer(probe: Probe) -> None:
 
         found = probe.device_time(step, 20)
         print(
-            f"RATE layer, dropout {p}: {probe.median(step) * 1e3:.2f} ms, {sum(t for _, t, _ in found) / 1e3:.2f} on the device"
+            f"RATE layer, dropout {p}: {probe.median(step) * 1e3:.2f} ms, {sum(t for _, t, _ in found) / 1e3:.2f} on "
+            f"the device"
         )
         for name, time, count in found:
             print(f"  {time:8.0f} us {count:3d} x {name[:120]}")
@@ -196,8 +207,13 @@ def triton(probe: Probe) -> None:
 
 
 PROGRAMS = {
-    "attention": attention, "elementwise": elementwise, "loss-chunks": loss_chunks, "layer": layer, "calls": calls, "triton": triton,
-}  # fmt: skip
+    "attention": attention,
+    "elementwise": elementwise,
+    "loss-chunks": loss_chunks,
+    "layer": layer,
+    "calls": calls,
+    "triton": triton,
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

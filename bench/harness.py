@@ -152,7 +152,8 @@ class _Clock:
 
 
 def _process_peak(call: Callable[[], Any]) -> int | None:
-    """Most bytes of memory that the process gained during the call; None where the kernel does not count it (Linux does).
+    """Most bytes of memory that the process gained during the call; None where the kernel does not count it (Linux
+    does).
 
     Free memory that malloc kept is given back first, so that the call's own memory is counted.
     """
@@ -193,12 +194,20 @@ class Benchmark:
             print(self.notes[-1])
 
     def group(
-        self, case: str, work: str, amount: float, candidates: Sequence[Candidate], peak: float | None = None,
-        shape: tuple[int, ...] = (), dtype: str = "", size: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        case: str,
+        work: str,
+        amount: float,
+        candidates: Sequence[Candidate],
+        peak: float | None = None,
+        shape: tuple[int, ...] = (),
+        dtype: str = "",
+        size: str | None = None,
+    ) -> None:
         """Times the candidates in turns.
 
-        amount: work of one call, so that amount / seconds is the rate. peak: the rate of a matrix product. shape, dtype,
+        amount: work of one call, so that amount / seconds is the rate. peak: the rate of a matrix product. shape,
+            dtype,
         size: `Row`'s.
         """
         calls: list[tuple[Row, Callable[[], Any], list[float]]] = []
@@ -284,9 +293,13 @@ class Benchmark:
     def document(self) -> str:
         """Everything so far, as JSON."""
         facts = {
-            "benchmark": self.name, "unit": self.unit, "formula": self.formula, "environment": self.environment,
-            "notes": self.notes, "rows": [dataclasses.asdict(row) for row in self.rows],
-        }  # fmt: skip
+            "benchmark": self.name,
+            "unit": self.unit,
+            "formula": self.formula,
+            "environment": self.environment,
+            "notes": self.notes,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+        }
         return json.dumps(facts, indent=1) + "\n"
 
     @property

@@ -1,11 +1,12 @@
-"""Our attention in a transformers model, `attn_implementation="phi1"`, against `sdpa` and `eager`: prefill and training step.
+"""Our attention in a transformers model, `attn_implementation="phi1"`, against `sdpa` and `eager`: prefill and training
+step.
 
     python bench/huggingface.py --quick
 
-The model is a Llama of SmolLM2-135M's shape (30 layers, 9 heads of 64 on 3 key/value heads, vocabulary 49,152) with random
-weights; all three implementations run the same one. "prefill" makes the logits of the last token, as generation does;
-"step" is forward, backward and AdamW with attention dropout 0. "padded" cases have prompts between half and the whole of
-the sequence, padded on the left.
+The model is a Llama of SmolLM2-135M's shape (30 layers, 9 heads of 64 on 3 key/value heads, vocabulary 49,152) with
+random weights; all three implementations run the same one. "prefill" makes the logits of the last token, as generation
+does; "step" is forward, backward and AdamW with attention dropout 0. "padded" cases have prompts between half and the
+whole of the sequence, padded on the left.
 """
 
 import functools
@@ -25,8 +26,8 @@ from bench.suite import Case, Shape
 
 HIDDEN, HEADS, KV_HEADS, INNER, VOCABULARY = 576, 9, 3, 1536, 49152
 FORMULA = (
-    "FLOP per token = 2 x (weights of the layers) + 4 x layers x attention width x sequence / 2 (causal), three times that "
-    "and lm_head in a step; padding counts as tokens"
+    "FLOP per token = 2 x (weights of the layers) + 4 x layers x attention width x sequence / 2 (causal), three times "
+    "that and lm_head in a step; padding counts as tokens"
 )
 
 
@@ -41,10 +42,18 @@ def llama(shape: Sequence[int], device: str, dtype: torch.dtype) -> Any:
     register_attention()
     _, seq, layers = shape
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, max_position_embeddings=seq, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=seq,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
         use_cache=False,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     with torch.device(device):
         return transformers.LlamaForCausalLM(config).to(dtype)

@@ -1,8 +1,8 @@
 """Whole training loops for bench/train.py: phi1's Trainer, Hugging Face's, and nanoGPT's in plain torch.
 
 Each is a function that returns the call that does the loop's next optimizer step. All of them train the same shape with
-float32 weights, in the benchmark's dtype (autocast, or casts of the weights), with AdamW (fused), gradients clipped to 1, two
-micro-batches a step, and a constant learning rate.
+float32 weights, in the benchmark's dtype (autocast, or casts of the weights), with AdamW (fused), gradients clipped to
+1, two micro-batches a step, and a constant learning rate.
 """
 
 import contextlib
@@ -43,9 +43,15 @@ def phi1(shape: ModelConfig, batch: int, device: str, dtype: str, *, compiled: b
     writer.write(0, ((row, None) for row in ids))
     writer.finish(1)
     loop = LoopConfig(
-        folder / "run", steps=STEPS, sequences_per_step=MICRO_BATCHES * batch, micro_batch=batch, precision=dtype,  # type: ignore[arg-type]
-        device=device, compile=compiled, tune=False,
-    )  # fmt: skip
+        folder / "run",
+        steps=STEPS,
+        sequences_per_step=MICRO_BATCHES * batch,
+        micro_batch=batch,
+        precision=dtype,  # type: ignore[arg-type]
+        device=device,
+        compile=compiled,
+        tune=False,
+    )
     optimizer = OptimizerConfig(lr=LR, lr_floor=LR, warmup_steps=0)
     config = TrainConfig(shape, DataConfig(folder / "tokens", sequence_length=length), loop, optimizer)
     run = stack.enter_context(opened(config, stack.enter_context(World(device))))
@@ -59,7 +65,9 @@ def phi1(shape: ModelConfig, batch: int, device: str, dtype: str, *, compiled: b
 
 
 class _InTurn:
-    """Has a loop that runs in a thread of its own do one step a call: it calls `begin` before each step and `stepped` behind."""
+    """Has a loop that runs in a thread of its own do one step a call: it calls `begin` before each step and `stepped`
+    behind.
+    """
 
     def __init__(self, loop: Callable[["_InTurn"], Any]) -> None:
         self._go, self._done, self._ended = threading.Semaphore(0), threading.Semaphore(0), False
@@ -108,11 +116,24 @@ def hugging_face(shape: ModelConfig, batch: int, device: str, dtype: str, *, com
         model = transformers.PhiForCausalLM(config)
     folder = tempfile.TemporaryDirectory()
     arguments = transformers.TrainingArguments(
-        folder.name, max_steps=STEPS, per_device_train_batch_size=batch, gradient_accumulation_steps=MICRO_BATCHES,
-        bf16=dtype == "bf16", fp16=dtype == "fp16", use_cpu=device == "cpu", optim="adamw_torch_fused", learning_rate=LR,
-        lr_scheduler_type="constant", max_grad_norm=1.0, logging_strategy="no", save_strategy="no", report_to=[],
-        disable_tqdm=True, dataloader_pin_memory=False, torch_compile=compiled,
-    )  # fmt: skip
+        folder.name,
+        max_steps=STEPS,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=MICRO_BATCHES,
+        bf16=dtype == "bf16",
+        fp16=dtype == "fp16",
+        use_cpu=device == "cpu",
+        optim="adamw_torch_fused",
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        torch_compile=compiled,
+    )
 
     class Turns(transformers.TrainerCallback):
         def __init__(self, turn: _InTurn) -> None:
@@ -147,11 +168,19 @@ def phi_config(shape: ModelConfig) -> Any:
     import transformers
 
     return transformers.PhiConfig(
-        vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_heads, max_position_embeddings=shape.max_positions,
-        partial_rotary_factor=shape.rotary_dim / shape.head_dim, resid_pdrop=shape.residual_dropout, embd_pdrop=0.0,
-        attention_dropout=shape.attention_dropout, use_cache=False, attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        max_position_embeddings=shape.max_positions,
+        partial_rotary_factor=shape.rotary_dim / shape.head_dim,
+        resid_pdrop=shape.residual_dropout,
+        embd_pdrop=0.0,
+        attention_dropout=shape.attention_dropout,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
 
 
 class Plain(nn.Module):
@@ -207,8 +236,9 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def nanogpt(shape: ModelConfig, batch: int, device: str, dtype: str, *, compiled: bool) -> Callable[[], Any]:
-    """The loop of nanoGPT's train.py, written anew: autocast, accumulated micro-batches, the next batch drawn from a memory
-    map while the device computes, gradients freed behind each step. The network is `Plain`."""
+    """The loop of nanoGPT's train.py, written anew: autocast, accumulated micro-batches, the next batch drawn from a
+    memory map while the device computes, gradients freed behind each step. The network is `Plain`.
+    """
     with torch.device(device):
         model = Plain(shape).train()
     network: Any = torch.compile(model) if compiled else model

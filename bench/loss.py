@@ -1,4 +1,5 @@
-"""The language-model loss: lm_head and cross-entropy in one op against F.linear and F.cross_entropy, eager and compiled.
+"""The language-model loss: lm_head and cross-entropy in one op against F.linear and F.cross_entropy, eager and
+compiled.
 
     python bench/loss.py --quick
 

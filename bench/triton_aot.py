@@ -3,8 +3,9 @@
     python bench/triton_aot.py            writes bench/results/triton-aot.md
     python bench/triton_aot.py --quick    phi-1's case only (bfloat16, head_dim 64, causal), prints
 
-Every kernel and autotune candidate is compiled for sm_80 and sm_90, those with tensor descriptors for sm_90. Exit status 1 if one for 16-bit inputs spills;
-attention in float32, which runs in the interpreter only, would spill, and the table says how much.
+Every kernel and autotune candidate is compiled for sm_80 and sm_90, those with tensor descriptors for sm_90. Exit
+status 1 if one for 16-bit inputs spills; attention in float32, which runs in the interpreter only, would spill, and the
+table says how much.
 """
 
 import argparse
@@ -115,9 +116,14 @@ def _other_jobs(arch: int, dtype: str, quick: bool) -> list[Job]:
     from kernels.triton import column_sums, loss, norm
 
     rotary = {
-        "HALF": 16, "HEAD_DIM": 64, "BLOCK_HEADS": 16, "BLOCK_HALF": 16, "BLOCK_REST": 32,
-        "INVERSE": False, "HAS_POSITIONS": True,
-    }  # fmt: skip
+        "HALF": 16,
+        "HEAD_DIM": 64,
+        "BLOCK_HEADS": 16,
+        "BLOCK_HALF": 16,
+        "BLOCK_REST": 32,
+        "INVERSE": False,
+        "HAS_POSITIONS": True,
+    }
     found = [_job("rotary", "rotary_kernel", arch, dtype, rotary, 4, 3)]
     for hidden in (2048,) if quick else (2048, norm.MOST_COLUMNS):
         tile = norm.launch_options(hidden)
@@ -157,7 +163,9 @@ def _block_jobs(arch: int, dtype: str, quick: bool) -> list[Job]:
                 continue
             seen.add(form)
             options = {**constants, "EVEN": even, "DESCRIPTORS": config.kwargs["TMA"], **config.kwargs}
-            found.append(_job("block_product", f"{kernel}_kernel", arch, dtype, options, config.num_warps, config.num_stages))  # fmt: skip
+            found.append(
+                _job("block_product", f"{kernel}_kernel", arch, dtype, options, config.num_warps, config.num_stages)
+            )
     return found
 
 
@@ -221,9 +229,10 @@ def table(results: dict[Job, Result]) -> str:
 
     lines = [
         "# Triton kernels, compiled ahead of time\n",
-        f"triton {triton.__version__}; `python bench/triton_aot.py`. Registers and stack are a thread's, stack is spills; "
-        "shared memory a block's; wgmma, mma.sync and TMA (`cp.async.bulk.tensor`) are counted in the PTX, HGMMA and UTMALDG in the SASS. Attention in float32 spills, and is refused outside "
-        "the interpreter.\n",
+        f"triton {triton.__version__}; `python bench/triton_aot.py`. Registers and stack are a thread's, stack is "
+        f"spills; "
+        "shared memory a block's; wgmma, mma.sync and TMA (`cp.async.bulk.tensor`) are counted in the PTX, HGMMA and "
+        "UTMALDG in the SASS. Attention in float32 spills, and is refused outside the interpreter.\n",
         "| kernel | arch | dtype | constants | warps | stages | registers | spilled B | shared KiB "
         "| wgmma | mma.sync | TMA | HGMMA | UTMALDG |",
         "|" + "---|" * 14,
@@ -236,7 +245,8 @@ def table(results: dict[Job, Result]) -> str:
         )
         lines.append(
             f"| {job.kernel.strip('_')} | sm_{job.arch} | {job.dtype} | {constants} | {r.warps} | {job.stages} "
-            f"| {r.registers} | {r.stack} | {r.shared / 1024:.0f} | {r.wgmma} | {r.mma} | {r.tma} | {r.hgmma} | {r.utmaldg} |"
+            f"| {r.registers} | {r.stack} | {r.shared / 1024:.0f} | {r.wgmma} | {r.mma} | {r.tma} | {r.hgmma} | "
+            f"{r.utmaldg} |"
         )
     return "\n".join(lines) + "\n"
 

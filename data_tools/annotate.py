@@ -5,7 +5,8 @@ learn basic coding concepts". The annotators (`MODES`):
 
 logprob   four examples, then yes or no; the score is the log-odds of the first token. Small models can do this.
 rating    first the reasoning, then a value from 0 to 10, as structured output. For strong models.
-gold      the label from 0 to 10 that the gold set has for a document, asking nobody. For documents of `ingest --sources gold`.
+gold      the label from 0 to 10 that the gold set has for a document, asking nobody. For documents of `ingest --sources
+gold`.
 """
 
 import dataclasses
@@ -76,7 +77,9 @@ RATING_SCHEMA: dict[str, Any] = {
 
 
 def schema() -> "pyarrow.Schema":
-    """Columns of a dataset of annotations. group: the document's repository; held_out: whether the annotator keeps it for tests."""
+    """Columns of a dataset of annotations. group: the document's repository; held_out: whether the annotator keeps it
+    for tests.
+    """
     import pyarrow as pa
 
     strings = ("reasoning", "model", "prompt_hash", "source", "group")
@@ -88,8 +91,9 @@ def schema() -> "pyarrow.Schema":
 
 
 def run(config: Config) -> Dataset:
-    """Makes the dataset. Raises UserError where the LLM client does (server, key, model, budget), and, for the gold set, if
-    it labels none of the documents."""
+    """Makes the dataset. Raises UserError where the LLM client does (server, key, model, budget), and, for the gold
+    set, if it labels none of the documents.
+    """
     if not 0 < config.positive_fraction < 1:
         raise UserError(f"--positive-fraction {config.positive_fraction}: must lie between 0 and 1")
     if config.samples < 1 or config.characters < 1:
@@ -117,7 +121,9 @@ def _stage(
     used: Mapping[str, int],
     **extra: Any,
 ) -> Dataset:
-    """The dataset of what `annotated`, called once if there is anything to do, gives in the order of the sample. used: what it cost, then."""
+    """The dataset of what `annotated`, called once if there is anything to do, gives in the order of the sample. used:
+    what it cost, then.
+    """
     made = functools.cache(annotated)
 
     def produce(_: Config, __: Sequence[Dataset], shard: int) -> Iterator[Produced]:
@@ -192,8 +198,10 @@ _HEAD = re.compile(
 
 
 def excerpt(content: str, characters: int) -> str:
-    """The document's first whole lines of code within `characters`: from after what stands at the head of a file (comments, the
-    module's docstring, imports, __all__). Of a document that holds nothing else, from after its header comment."""
+    """The document's first whole lines of code within `characters`: from after what stands at the head of a file
+    (comments, the module's docstring, imports, __all__). Of a document that holds nothing else, from after its header
+    comment.
+    """
     text = f"{content}\n"
     head = _HEAD.match(text)
     body = text[head.end() if head else 0 :].rstrip()
@@ -220,7 +228,8 @@ def request_for(text: str, config: Config) -> Request:
 def log_odds(logprobs: dict[str, float]) -> float:
     """log p(yes) - log p(no) of the first token, over all spellings (case, blanks) among the alternatives.
 
-    logprobs: finite. An answer that is not among them counts as the least likely of them, which bounds its probability from above.
+    logprobs: finite. An answer that is not among them counts as the least likely of them, which bounds its probability
+        from above.
     Raises RequestFailed if neither is there.
     """
 

@@ -56,9 +56,15 @@ class Batches:
     on."""
 
     def __init__(
-        self, ledger: Ledger, connection: Connection, server: str, *, price: float, patience: float,
+        self,
+        ledger: Ledger,
+        connection: Connection,
+        server: str,
+        *,
+        price: float,
+        patience: float,
         closed: threading.Event,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._ledger, self._connection, self._server = ledger, connection, server
         self._price, self._patience, self._closed = price, patience, closed
         self._largest = MAX_REQUESTS
@@ -105,9 +111,10 @@ class Batches:
 
     def _error(self, what: str, advice: str = "") -> UserError:
         return UserError(
-            f"{self._server}: {what}" + (f"; {advice}" if advice else "")
+            f"{self._server}: {what}"
+            + (f"; {advice}" if advice else "")
             + f"; answers so far are in {self._ledger.path}: run the same command again to go on"
-        )  # fmt: skip
+        )
 
     def _pause(self, seconds: float) -> None:
         if self._closed.wait(seconds):
@@ -127,7 +134,9 @@ class Batches:
                 wait = self._pause_before_retry(refused, what, since, wait)
 
     def _pause_before_retry(self, refused: Refused, what: str, since: float, wait: float) -> float:
-        """Waits `wait` seconds, or as long as the server says, and returns how long to wait the next time. since: when it was asked first."""
+        """Waits `wait` seconds, or as long as the server says, and returns how long to wait the next time. since: when
+        it was asked first.
+        """
         pause = refused.verdict.after or wait
         if time.monotonic() - since + pause > self._patience:
             raise self._error(

@@ -1,9 +1,10 @@
 """Train a random forest to predict the annotation from the embedding (the paper's section 2.1).
 
 Writes forest.skops (no pickle), metrics.json and threshold.svg: the share of all embedded documents that each
-threshold keeps; and scores, a dataset of the forest's probability of each of them, which the filter reads. The metrics are of documents that the forest has not seen, with bootstrap intervals, beside what
-always guessing the more frequent class would score. Documents of one repository are all learned from or all tested on: else
-a forest that knows the repositories by their style would pass for one that knows quality.
+threshold keeps; and scores, a dataset of the forest's probability of each of them, which the filter reads. The metrics
+are of documents that the forest has not seen, with bootstrap intervals, beside what always guessing the more frequent
+class would score. Documents of one repository are all learned from or all tested on: else a forest that knows the
+repositories by their style would pass for one that knows quality.
 """
 
 import dataclasses
@@ -62,7 +63,9 @@ class Config(Engine):
     """Samples in a leaf, at least."""
 
     held_out: float = 0.25
-    """Fraction of the annotated documents kept for the metrics, about, by whole repositories; the gold set says itself which."""
+    """Fraction of the annotated documents kept for the metrics, about, by whole repositories; the gold set says itself
+    which.
+    """
 
     seed: int = 0
     """Of the split, the forest and the bootstrap."""
@@ -160,7 +163,9 @@ class Scoring:
 
 
 def scored(forest: pathlib.Path, embeddings: Dataset, folder: pathlib.Path, engine: Engine) -> Dataset:
-    """Makes the dataset `folder`: hexsha, and quality, the probability of label 1 by the forest in the file `forest`."""
+    """Makes the dataset `folder`: hexsha, and quality, the probability of label 1 by the forest in the file
+    `forest`.
+    """
     import pyarrow as pa
 
     return run_stage(
@@ -218,13 +223,13 @@ def describe(metrics: dict[str, Any]) -> str:
         )
     if metrics.get("split_by") == "document":
         lines.append(
-            "warning: classify: documents of one repository are on both sides of the split, which flatters: no split by "
-            "repositories leaves both labels on both sides; annotate documents of more repositories"
+            "warning: classify: documents of one repository are on both sides of the split, which flatters: no split "
+            "by repositories leaves both labels on both sides; annotate documents of more repositories"
         )
     if at_chance(metrics):
         lines.append(
-            "warning: classify: chance (AUC 0.5) is inside the interval: on unseen documents this forest has not been shown "
-            "to tell anything; annotate more documents, or with a better model"
+            "warning: classify: chance (AUC 0.5) is inside the interval: on unseen documents this forest has not been "
+            "shown to tell anything; annotate more documents, or with a better model"
         )
     return "\n".join(lines)
 
@@ -300,9 +305,10 @@ def split(
 ) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]", str]:
     """Positions to learn from, positions to test on, and by what they were parted.
 
-    labels: 0 or 1; groups: repositories, none of which is on both sides; given: what the annotator keeps for tests, if it does
-    (then those are tested on: "annotator"). All (documents,). share: to test on, about. Where no split by groups ("group") leaves
-    both labels on both sides, documents are parted one by one ("document").
+    labels: 0 or 1; groups: repositories, none of which is on both sides; given: what the annotator keeps for tests, if
+        it does
+    (then those are tested on: "annotator"). All (documents,). share: to test on, about. Where no split by groups
+    ("group") leaves both labels on both sides, documents are parted one by one ("document").
     """
     import numpy as np
     from sklearn.model_selection import StratifiedGroupKFold, train_test_split
@@ -401,7 +407,9 @@ def evaluate(
 
 
 def _measure(y: "np.ndarray[Any, Any]", s: "np.ndarray[Any, Any]", p: "np.ndarray[Any, Any]") -> dict[str, float]:
-    """As scikit-learn and scipy define them, without their checks, with which 1,000 resamples took about 20 s on a busy core."""
+    """As scikit-learn and scipy define them, without their checks, with which 1,000 resamples took about 20 s on a busy
+    core.
+    """
     import numpy as np
     from scipy.stats import rankdata
 

@@ -94,9 +94,15 @@ def _texts(row: Row, *names: str) -> list[str]:
 
 
 _STACK = (
-    "content", "max_stars_repo_path", "max_stars_repo_name", "max_stars_repo_licenses", "lang", "hexsha",
-    "max_stars_repo_head_hexsha", "max_stars_count",
-)  # fmt: skip
+    "content",
+    "max_stars_repo_path",
+    "max_stars_repo_name",
+    "max_stars_repo_licenses",
+    "lang",
+    "hexsha",
+    "max_stars_repo_head_hexsha",
+    "max_stars_count",
+)
 _BLOBS = (
     "blob_id",
     "path",

@@ -184,9 +184,10 @@ def run_stage(
 
     stage: the stage's name. config: its dataclass (hashed by `config_dict`). inputs: datasets whose
     hashes are recorded. schema: Arrow schema of the rows. engine: where and how many at a time (where not one
-    after the other here, `produce` must be picklable). started: `time.monotonic()` when the stage began, now if None. extra: JSON-able facts that go into the manifest (and count as config). parts: for each shard
-    what it is made of, if that is no input: (name, hash of its content). redo: shards to make again though they are
-    whole. max_failed: the share of what was read (counter "read", else rows and failures) that may fail.
+    after the other here, `produce` must be picklable). started: `time.monotonic()` when the stage began, now if None.
+    extra: JSON-able facts that go into the manifest (and count as config). parts: for each shard what it is made of, if
+    that is no input: (name, hash of its content). redo: shards to make again though they are whole. max_failed: the
+    share of what was read (counter "read", else rows and failures) that may fail.
 
     Raises UserError if `output` holds a dataset made with another stage, config or input, if more than `max_failed`
     failed, or if a worker dies; what was made stays.

@@ -3,17 +3,18 @@
 A row is removed if any of these holds for any task (how the paper combines them is unpublished):
 
 ngram      its text shares a run of --ngram words with the task's docstring or with its solution's code
-ast        one of its functions (data_tools/python_text.py finds them, in any text) matches the task's solution at a rate
-           of at least --ast-rate (data_tools/similarity.py). Where one of the two trees has fewer than --ast-min-nodes
-           nodes, as `return x + y` has, name or docstring must agree too (`agree`)
+ast        one of its functions (data_tools/python_text.py finds them, in any text) matches the task's solution at a
+           rate of at least --ast-rate (data_tools/similarity.py). Where one of the two trees has fewer than
+           --ast-min-nodes nodes, as `return x + y` has, name or docstring must agree too (`agree`)
 tokens     code that does not parse matches the solution at that rate by its tokens
 embedding  its embedding is within --embedding-distance (L2, normalised) of the task's prompt and solution; looked at
            only for rows whose ast rate is at least --embed-above, since embedding is slow
-judge      a language model says that it is one of the --judge-nearest tasks that are nearest by embedding, in other words,
-           another language or by another algorithm: what none of the tests above can see; off by default, it costs a
-           request for each row and task
+judge      a language model says that it is one of the --judge-nearest tasks that are nearest by embedding, in other
+           words, another language or by another algorithm: what none of the tests above can see; off by default, it
+           costs a request for each row and task
 unchecked  none of its code could be compared: an exercise without a function, a function that does not parse even
-           with single lines mended, a row without text, a judge that gives no answer. What cannot be checked is not clean (--unchecked)
+           with single lines mended, a row without text, a judge that gives no answer. What cannot be checked is not
+           clean (--unchecked)
 
 What was removed is in the dataset's failure ledger: the test, the task, the value. How many tasks have a twin
 among the benchmark's own stands beside each rate: what is below that says nothing about leaks.
@@ -30,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from data_tools import embed, python_text, similarity
+from data_tools import embed, python_text, similarity, tasks
 from data_tools.chat import Answer, Request
 from data_tools.dataset import Counted, Dataset, Failure, Produced, run_stage
 from data_tools.engine import HERE, Engine, worth
@@ -55,8 +56,9 @@ AGREEMENT = exact(0.5)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(LLMConfig, Engine):
-    """Options of `phi1 data decontaminate`; those of the language model are --judge-nearest's, with which shards are made one
-    after the other."""
+    """Options of `phi1 data decontaminate`; those of the language model are --judge-nearest's, with which shards are
+    made one after the other.
+    """
 
     input: pathlib.Path = dataclasses.field(metadata={"no_effect": True})
     """Dataset of exercises or of documents."""
@@ -77,9 +79,11 @@ class Config(LLMConfig, Engine):
     """How trees are compared (data_tools/similarity.py); the nearest counts. sorted finds reordered statements."""
 
     ast_min_nodes: int = 14
-    """Trees smaller than this prove nothing alone: name or docstring must agree as well. Of HumanEval's 164 solutions 15
-    are smaller; with 0, 2.0% of the offline teacher's exercises go at 0.95 (13.7% of an earlier table's), with 14 none;
-    of the solutions under other names and docstrings 100% are found with 0, 92.1% with 14 (bench/decontaminate.py)."""
+    """Trees smaller than this prove nothing alone: name or docstring must agree as well. Of HumanEval's 164 solutions
+    15 are smaller; with 0, 2.0% of the offline teacher's exercises go at 0.95 (13.7% of an earlier table's), with 14
+    none; of the solutions under other names and docstrings 100% are found with 0, 92.1% with 14
+    (bench/decontaminate.py).
+    """
 
     embedder: str = "auto"
     """As in `phi1 data embed --model`, or none for no embedding test."""
@@ -122,8 +126,18 @@ def run(config: Config) -> Dataset:
         if llm is not None:
             benchmark, engine = Benchmark(config, exercises=exercises, embedder=embedder, llm=llm), HERE
         produce = functools.partial(_sorted_out, exercises, embedder, benchmark if llm else None)
-        kept = run_stage("decontaminate", config, config.output, [rows], len(rows.shards), produce, schema,
-                         engine=engine, started=started, extra=benchmark.facts)  # fmt: skip
+        kept = run_stage(
+            "decontaminate",
+            config,
+            config.output,
+            [rows],
+            len(rows.shards),
+            produce,
+            schema,
+            engine=engine,
+            started=started,
+            extra=benchmark.facts,
+        )
     print(summary(rows.rows, kept), file=sys.stderr)
     return kept
 
@@ -166,9 +180,15 @@ def summary(before: int, kept: Dataset) -> str:
         )
     for name, why in (
         ("kept_unchecked", "stay although none of their code could be compared by its tree (--unchecked keep)"),
-        ("kept_with_other_languages", "stay with code blocks of other languages, which only 13-grams and embeddings read"),
-        ("kept_without_code", "stay without a function: prose, data or statements, which only 13-grams and embeddings read"),
-    ):  # fmt: skip
+        (
+            "kept_with_other_languages",
+            "stay with code blocks of other languages, which only 13-grams and embeddings read",
+        ),
+        (
+            "kept_without_code",
+            "stay without a function: prose, data or statements, which only 13-grams and embeddings read",
+        ),
+    ):
         if count := counters.get(name, 0):
             lines.append(f"decontaminate: {count:,} rows {why}")
     if before == 0:
@@ -219,25 +239,27 @@ class Benchmark:
     ) -> None:
         self.config, self.exercises, self.llm = config, exercises, llm
         self._embedder_place = embedder
-        self.problems = load(config.problems)
+        self.problems = tasks.load(config.problems)
         self.rate = exact(config.ast_rate)
         self.ngrams: dict[str, str] = {}
         self.functions: list[Function] = []
         self._short = 0
         for problem in self.problems:
-            function = entry(problem)
+            function = tasks.entry(problem)
             self.functions.append(function)
-            docstring = similarity.ngrams(describe(problem, function), config.ngram)
+            docstring = similarity.ngrams(tasks.describe(problem, function), config.ngram)
             self._short += not docstring
-            code = similarity.ngrams(_code(function), config.ngram) | similarity.ngrams(problem.solution, config.ngram)
+            code = similarity.ngrams(tasks.code(function), config.ngram) | similarity.ngrams(
+                problem.solution, config.ngram
+            )
             self.ngrams |= dict.fromkeys(sorted(code), f"{problem.task_id}: code")
             self.ngrams |= dict.fromkeys(sorted(docstring), f"{problem.task_id}: docstring")
         self.trees = {how: [similarity.serialise(f, how) for f in self.functions] for how in config.serialisations}
         self.sizes = [len(similarity.serialise(function)) for function in self.functions]
-        self.tokens = [similarity.tokens(_code(function)) for function in self.functions]
+        self.tokens = [similarity.tokens(tasks.code(function)) for function in self.functions]
         self.names = [function.name for function in self.functions]
         self.descriptions = [
-            frozenset(similarity.words(describe(problem, function)))
+            frozenset(similarity.words(tasks.describe(problem, function)))
             for problem, function in zip(self.problems, self.functions, strict=True)
         ]
 
@@ -252,7 +274,9 @@ class Benchmark:
             "left_out": similarity.LEFT_OUT,
             "rate": similarity.RATE,
             "combined": "removed if any test holds",
-            "small_trees": f"below ast_min_nodes: same name, or {float(AGREEMENT):g} of the docstring's words in common",
+            "small_trees": (
+                f"below ast_min_nodes: same name, or {float(AGREEMENT):g} of the docstring's words in common"
+            ),
             "small_tasks": sum(size < self.config.ast_min_nodes for size in self.sizes),
             "tasks_without_ngrams": self._short,  # docstrings of fewer words
             "own_twins": self._own_twins(),
@@ -263,8 +287,10 @@ class Benchmark:
     def _own_twins(self) -> dict[str, int]:
         """Per rate, how many tasks another task of the benchmark matches, by the rule for rows."""
         found = self._near(self.functions)
-        rates = [max((match.rate for match in matches if match.task != i), default=Fraction(0))
-                 for i, (matches, _) in enumerate(found)]  # fmt: skip
+        rates = [
+            max((match.rate for match in matches if match.task != i), default=Fraction(0))
+            for i, (matches, _) in enumerate(found)
+        ]
         return {f"{rate:.2f}": sum(value >= exact(rate) for value in rates) for rate in RATES}
 
     def sort_out(self, rows: list[dict[str, Any]]) -> Iterator[Produced]:
@@ -286,8 +312,13 @@ class Benchmark:
                 reasons[i] = ("unchecked", about.unread)
         # A row without a tree has no rate to be looked at by: it is embedded in any case.
         above = exact(self.config.embed_above)
-        looked_at = [i for i, about in enumerate(checked) if i not in reasons and contents[i].strip()
-                     and (about.unread or not about.functions or (about.best.rate if about.best else 0) >= above)]  # fmt: skip
+        looked_at = [
+            i
+            for i, about in enumerate(checked)
+            if i not in reasons
+            and contents[i].strip()
+            and (about.unread or not about.functions or (about.best.rate if about.best else 0) >= above)
+        ]
         if looked_at and self._embedder_place:
             vectors, benchmark = self._embedded([contents[i] for i in looked_at]), self._benchmark_vectors
             distances = ((2 - 2 * (vectors @ benchmark.T)).clip(min=0)) ** 0.5
@@ -326,7 +357,9 @@ class Benchmark:
     def _judged(
         self, contents: Sequence[str], nearest: dict[int, list[int]]
     ) -> tuple[dict[int, tuple[str, str]], dict[int, str]]:
-        """Rows that the language model takes for one of their nearest tasks; rows about which it says nothing usable."""
+        """Rows that the language model takes for one of their nearest tasks; rows about which it says nothing
+        usable.
+        """
         same: dict[int, tuple[str, str]] = {}
         unanswered: dict[int, str] = {}
         if self.llm is None:
@@ -373,7 +406,9 @@ class Benchmark:
             for match in matches:
                 if about.best is None or match.rate > about.best.rate:
                     about.best = match
-        for i, task, same, length in similarity.near_pairs([similarity.tokens(text) for text in texts], self.tokens, self.rate):  # fmt: skip
+        for i, task, same, length in similarity.near_pairs(
+            [similarity.tokens(text) for text in texts], self.tokens, self.rate
+        ):
             about, match = checked[text_owners[i]], Match(same, length, task)
             if min(len(self.tokens[task]), length) >= self.config.ast_min_nodes and (
                 about.by_tokens is None or match.rate > about.by_tokens.rate
@@ -382,14 +417,15 @@ class Benchmark:
         return checked
 
     def _near(self, functions: Sequence[Function]) -> list[tuple[list[Match], bool]]:
-        """Per function, the tasks that match at the least rate of interest, each at its best serialisation; and whether a
-        small tree matches at --ast-rate without agreeing."""
+        """Per function, the tasks that match at the least rate of interest, each at its best serialisation; and whether
+        a small tree matches at --ast-rate without agreeing.
+        """
         rates = [self.config.ast_rate, *RATES] + [self.config.embed_above] * (self.config.embed_above > 0)
         least = min(map(exact, rates))
         nearest: list[dict[int, Match]] = [{} for _ in functions]
-        for how, tasks in self.trees.items():
+        for how, theirs in self.trees.items():
             trees = [similarity.serialise(function, how) for function in functions]
-            for i, task, same, nodes in similarity.near_pairs(trees, tasks, least):
+            for i, task, same, nodes in similarity.near_pairs(trees, theirs, least):
                 match = Match(same, nodes, task)
                 if task not in nearest[i] or match.rate > nearest[i][task].rate:
                     nearest[i][task] = match
@@ -437,8 +473,11 @@ class Benchmark:
 
 
 _SAME: dict[str, Any] = {
-    "type": "object", "properties": {"same": {"type": "boolean"}}, "required": ["same"], "additionalProperties": False,
-}  # fmt: skip
+    "type": "object",
+    "properties": {"same": {"type": "boolean"}},
+    "required": ["same"],
+    "additionalProperties": False,
+}
 _EXCERPT = 4000  # characters of a row that the judge reads
 
 
@@ -446,39 +485,6 @@ def _question(problem: humaneval.Problem, content: str) -> Request:
     """Whether a row is a task in other clothes."""
     messages = PROMPTS["same-task"].messages(task=problem.prompt + problem.solution, text=content[:_EXCERPT])
     return Request(messages, max_tokens=20, schema=_SAME)
-
-
-def load(names: Sequence[str]) -> list[humaneval.Problem]:
-    """The problems of several benchmarks, by name or path."""
-    return [
-        problem for name in names for problem in humaneval.load(None if name == "humaneval" else pathlib.Path(name))
-    ]
-
-
-def entry(problem: humaneval.Problem) -> Function:
-    """The function that the problem asks for, with its canonical solution."""
-    if not problem.solution:
-        raise UserError(f"{problem.task_id}: has no canonical_solution, which the ast test needs")
-    for code in (problem.prompt + problem.solution, problem.solution):
-        for node in (python_text.parse(code) or ast.Module([], [])).body:
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == problem.entry_point:
-                return node
-    raise UserError(f"{problem.task_id}: its prompt and solution do not define {problem.entry_point}")
-
-
-def describe(problem: humaneval.Problem, function: Function) -> str:
-    """What the problem says in words: the function's docstring, or (as in MBPP's prompts) that of the prompt."""
-    prompt = python_text.parse(problem.prompt)
-    return ast.get_docstring(function) or (ast.get_docstring(prompt) if prompt else None) or ""
-
-
-def _code(function: Function) -> str:
-    """The function as text, without docstring and annotations."""
-    body = function.body[ast.get_docstring(function) is not None :] or [ast.Pass()]
-    lines = [f"def {function.name}({', '.join(a.arg for a in ast.walk(function.args) if isinstance(a, ast.arg))}):"]
-    for statement in body:
-        lines += [f"    {line}" for line in ast.unparse(statement).split("\n")]
-    return "\n".join(lines) + "\n"
 
 
 def _flat(name: str) -> str:

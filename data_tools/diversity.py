@@ -85,9 +85,14 @@ def describe(measured: dict[str, Any]) -> str:
     lines = ["".join(f"{title:>12}" for title in head)]
     for point in measured["points"]:
         vendi = point.get("vendi")
-        cells = [f"{point['rows']:,}", f"{100 * point['near_twins']:.1f}%", f"{point['shapes']:,}",
-                 *(f"{point[f'distinct_{n}']:.4f}" for n in DISTINCT), f"{point['compression']:.2f}",
-                 "–" if vendi is None else f"{vendi:.1f}"]  # fmt: skip
+        cells = [
+            f"{point['rows']:,}",
+            f"{100 * point['near_twins']:.1f}%",
+            f"{point['shapes']:,}",
+            *(f"{point[f'distinct_{n}']:.4f}" for n in DISTINCT),
+            f"{point['compression']:.2f}",
+            "–" if vendi is None else f"{vendi:.1f}",
+        ]
         lines.append("".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines)
 

@@ -150,7 +150,8 @@ class Embedder:
     def embed(self, texts: Sequence[str]) -> "numpy.ndarray[Any, Any]":
         """(texts, dimensions) float32, rows of length 1: the mean of the last hidden states over the text's tokens.
 
-        Batched by length, so that little of a batch is padding. On one core, so that its sums are the same for any number of cores.
+        Batched by length, so that little of a batch is padding. On one core, so that its sums are the same for any
+        number of cores.
         """
         import torch
 

@@ -2,8 +2,8 @@
 
 A task is a shard, and a picklable function makes it from its number alone, so that where and in which order tasks run
 changes nothing. Ray and Slurm are datatrove's executors (a shard is a rank of its pipeline). datatrove's local
-one is not used: it waits for ever for a worker that was killed (so does its Ray one, which is why a rank watches its task
-from another process here), reads no model only once, and takes 0.5 s to import.
+one is not used: it waits for ever for a worker that was killed (so does its Ray one, which is why a rank watches its
+task from another process here), reads no model only once, and takes 0.5 s to import.
 """
 
 import collections
@@ -51,7 +51,9 @@ class Engine:
     """Shards made at a time; by default one for each core of this machine."""
 
     engine: Literal["local", "ray", "slurm"] = dataclasses.field(default="local", metadata={"no_effect": True})
-    """Where: processes here, the Ray cluster that RAY_ADDRESS or this machine knows, or Slurm (pip install 'phi1[cluster]')."""
+    """Where: processes here, the Ray cluster that RAY_ADDRESS or this machine knows, or Slurm (pip install
+    'phi1[cluster]').
+    """
 
     task_memory: float = dataclasses.field(default=2.0, metadata={"no_effect": True})
     """What Ray and Slurm set aside for a shard, GiB."""
@@ -76,7 +78,8 @@ HERE = Engine(workers=1)
 
 
 def worth(engine: Engine, seconds: float) -> Engine:
-    """`engine`, or HERE where it would start processes here for work that takes about so many seconds, and so not gain any.
+    """`engine`, or HERE where it would start processes here for work that takes about so many seconds, and so not gain
+    any.
 
     A worker that needs PyTorch or scikit-learn takes 2 to 5 s to start; two workers save half of the work.
     """
@@ -86,7 +89,8 @@ def worth(engine: Engine, seconds: float) -> Engine:
 def run(engine: Engine, task: Task, shards: Sequence[int], folder: pathlib.Path) -> Iterator[dict[str, Any]]:
     """Yields what `task(shard)` returns, a JSON-able dict, in the order in which shards are done.
 
-    folder: where a cluster's tasks are told what to do and leave results and logs (removed if all went well); all nodes must see
+    folder: where a cluster's tasks are told what to do and leave results and logs (removed if all went well); all nodes
+        must see
     it. Raises UserError if a task does or a worker dies, Whatever it is if a task raises something else here.
     """
     if engine.engine != "local":
@@ -129,7 +133,9 @@ _task: Task | None = None
 
 
 def _start_worker(task: Task) -> None:
-    """In a worker: it ends with the process that started it, however that ends, leaves Ctrl-C to it, and is one thread."""
+    """In a worker: it ends with the process that started it, however that ends, leaves Ctrl-C to it, and is one
+    thread.
+    """
     global _task
     _task = task
     signal.signal(signal.SIGINT, signal.SIG_IGN)

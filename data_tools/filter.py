@@ -63,7 +63,8 @@ def run(config: Config) -> Dataset:
     metrics = json.loads((config.classifier / classify.METRICS).read_text(encoding="utf-8"))
     if metrics["made_of"]["embedder"] != classify.embedder(embeddings):
         raise UserError(
-            f"{config.classifier}: its forest learned from documents that were embedded otherwise than {config.embeddings}; "
+            f"{config.classifier}: its forest learned from documents that were embedded otherwise than "
+            f"{config.embeddings}; "
             "use the same embedder and options for both"
         )
     if classify.at_chance(metrics):
@@ -71,7 +72,8 @@ def run(config: Config) -> Dataset:
         told = f"AUC {auc['value']:.2f}, 95% interval {auc['interval'][0]:.2f} to {auc['interval'][1]:.2f}"
         if not config.allow_chance:
             raise UserError(
-                f"{config.classifier}: its forest may as well be guessing ({told}), and would drop documents by chance; "
+                f"{config.classifier}: its forest may as well be guessing ({told}), and would drop documents by "
+                f"chance; "
                 "annotate more documents or with a better model, or pass --allow-chance"
             )
         print(f"warning: filter: by a forest that may as well be guessing ({told})", file=sys.stderr)

@@ -29,7 +29,8 @@ class Fim:
     seed: int
 
     def arrange(self, text: str, *place: int) -> tuple[str | int, ...]:
-        """The parts of a document in the order they are read in: texts, and ids of sentinels; (text,) if it stays as it is.
+        """The parts of a document in the order they are read in: texts, and ids of sentinels; (text,) if it stays as it
+        is.
 
         place: the document's, numbers that no other document of the set has.
         """

@@ -1,8 +1,10 @@
-"""The gold set: snippets of real packages, each read and labelled by itself for its educational value, by a language model.
+"""The gold set: snippets of real packages, each read and labelled by itself for its educational value, by a language
+model.
 
-`gold.jsonl` holds no code: a line names a package, its version, a file, its lines and their SHA-256, the label from 0 to 10 and the
-reason in a sentence. The text is read from the package where that version is installed, else from its wheel, which pip
-downloads once; a text with another hash is refused. docs/data.md tells how it was labelled and how well it agrees with itself.
+`gold.jsonl` holds no code: a line names a package, its version, a file, its lines and their SHA-256, the label from 0
+to 10 and the reason in a sentence. The text is read from the package where that version is installed, else from its
+wheel, which pip downloads once; a text with another hash is refused. docs/data.md tells how it was labelled and how
+well it agrees with itself.
 """
 
 import collections
@@ -28,9 +30,11 @@ _PYTHON = "3.11"  # wheels of this version are downloaded, whatever Python runs:
 
 @dataclasses.dataclass(frozen=True)
 class Snippet:
-    """Lines `first` to `last` (from 1, inclusive) of a file. label: 0 (nothing to learn) to 10 (could stand in a textbook).
+    """Lines `first` to `last` (from 1, inclusive) of a file. label: 0 (nothing to learn) to 10 (could stand in a
+    textbook).
 
-    held_out: never used to choose or tune anything, all snippets of its package alike. again: a second label, given without
+    held_out: never used to choose or tune anything, all snippets of its package alike. again: a second label, given
+        without
     sight of the first.
     """
 
@@ -61,8 +65,10 @@ def texts(
 ) -> Iterator[tuple[Snippet, str, email.message.Message]]:
     """Each snippet with its text and its package's metadata, package by package.
 
-    cache: folder for wheels; none: phi1/packages in the cache folder of the XDG base directory specification. Raises UserError
-    for a package that is neither installed in that version nor can be downloaded, and for a text that is not the labelled one.
+    cache: folder for wheels; none: phi1/packages in the cache folder of the XDG base directory specification. Raises
+        UserError
+    for a package that is neither installed in that version nor can be downloaded, and for a text that is not the
+    labelled one.
     """
     by_package: dict[tuple[str, str], list[Snippet]] = collections.defaultdict(list)
     for snippet in snippets:
@@ -74,7 +80,8 @@ def texts(
             text = "\n".join(files[snippet.path][snippet.first - 1 : snippet.last])
             if digest(text) != snippet.sha256:
                 raise UserError(
-                    f"{package} {version}: lines {snippet.first} to {snippet.last} of {snippet.path} are not those that were "
+                    f"{package} {version}: lines {snippet.first} to {snippet.last} of {snippet.path} are not those "
+                    f"that were "
                     "labelled; the package was changed, install it again"
                 )
             yield snippet, text, metadata

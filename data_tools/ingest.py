@@ -48,10 +48,11 @@ class Config(Engine):
     """Folder of the new dataset."""
 
     sources: tuple[str, ...] = dataclasses.field(default=("stdlib",), metadata={"no_effect": True})  # by content
-    """What to read: stdlib | pypi:NAME (an installed package) | gold (the gold set) | folder:PATH (.py .txt .md .jsonl .jsonl.zst) | stack:PATH
-    (parquet file, folder or glob) | parquet:PATH?content=COLUMN (others' parquet) | stackoverflow:PATH/Posts.xml |
-    hf://datasets/… | s3://… | a published data set: stack-edu, python-edu, the-stack-v2, the-stack-dedup, cosmopedia-v2, code-exercises,
-    open-code-instruct."""
+    """What to read: stdlib | pypi:NAME (an installed package) | gold (the gold set) | folder:PATH (.py .txt .md .jsonl
+    .jsonl.zst) | stack:PATH (parquet file, folder or glob) | parquet:PATH?content=COLUMN (others' parquet) |
+    stackoverflow:PATH/Posts.xml | hf://datasets/… | s3://… | a published data set: stack-edu, python-edu, the-stack-v2,
+    the-stack-dedup, cosmopedia-v2, code-exercises, open-code-instruct.
+    """
 
     limit: int | None = None
     """Keep at most this many documents: those whose content hashes lowest, so that the choice is stable."""

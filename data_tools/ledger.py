@@ -136,7 +136,8 @@ class Ledger:
         """The answer to a request that was made before, and what it cost; or None."""
         with self._lock:
             row = self._database.execute(
-                "SELECT id, response, prompt_tokens, completion_tokens, usd FROM calls WHERE key = ? AND state IN ('open', 'done') AND state = 'done'",
+                "SELECT id, response, prompt_tokens, completion_tokens, usd FROM calls WHERE key = ? AND state IN "
+                "('open', 'done') AND state = 'done'",
                 (key,),
             ).fetchone()
         return None if row is None else Claim(row[0], _loaded(row[1]), *row[2:])
@@ -159,8 +160,9 @@ class Ledger:
             with self._transaction():
                 row = self._database.execute(
                     "SELECT id, state, batch, response, prompt_tokens, completion_tokens, usd FROM calls "
-                    "WHERE key = ? AND state IN ('open', 'done')", (key,)
-                ).fetchone()  # fmt: skip
+                    "WHERE key = ? AND state IN ('open', 'done')",
+                    (key,),
+                ).fetchone()
                 if row is not None and row[1] == "done":
                     return Claim(row[0], _loaded(row[3]), *row[4:])
                 if row is not None and row[2] is not None:
@@ -192,8 +194,8 @@ class Ledger:
             self._database.execute(
                 # A call that was taken for lost may have been asked again meanwhile: that one's answer counts.
                 "UPDATE calls SET state = iif(EXISTS (SELECT 1 FROM calls AS other WHERE other.key = calls.key "
-                "AND other.id <> calls.id AND other.state IN ('open', 'done')), 'lost', 'done'), prompt_tokens = ?, completion_tokens = ?, usd = ?, response = ? "
-                "WHERE id = ?",
+                "AND other.id <> calls.id AND other.state IN ('open', 'done')), 'lost', 'done'), prompt_tokens = ?, "
+                "completion_tokens = ?, usd = ?, response = ? WHERE id = ?",
                 (
                     prompt,
                     completion,
@@ -217,8 +219,10 @@ class Ledger:
     def release(self, claim: Claim, *, lost: bool, response: Any = None) -> None:
         """Gives up a claim. lost: what is counted for it stays counted, for it may be billed; else nothing is.
         response: a body that is no answer; where it states a usage above the bound, that is counted."""
-        prompt, completion = (max(a, b or 0) for a, b in zip((claim.prompt_tokens, claim.completion_tokens),
-                                                             billed(response), strict=True))  # fmt: skip
+        prompt, completion = (
+            max(a, b or 0)
+            for a, b in zip((claim.prompt_tokens, claim.completion_tokens), billed(response), strict=True)
+        )
         with self._transaction():
             self._mine.discard(claim.id)
             counted = self._state(claim) != "open"  # its bill is known, or another process read the same batch
@@ -426,8 +430,9 @@ def _loaded(response: str | None) -> dict[str, Any]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this machine lives. A dead one that still has its number, as in a container whose first process
-    reaps nobody, does not."""
+    """Whether a process of this machine lives. A dead one that still has its number, as in a container whose first
+    process reaps nobody, does not.
+    """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -9,10 +9,10 @@ per round of successes, half after a 429, a 5xx or a timeout (additive increase,
 and none before the time that the server names.
 
 What a refusal means is looked up in one table (`data_tools/provider_errors.py`). A request that fails alone is a
-`RequestFailed`, its row's failure; what fails for everyone is a `UserError`, after which the same command goes on. Where
-that is in doubt, the answers to other requests decide, or if there are none a probe: the same request with a harmless
-question. Money is counted high where it is not known: a 200 that is no answer (HTML, cut JSON, no choices), a lost
-connection and a timeout count at the bound of their request.
+`RequestFailed`, its row's failure; what fails for everyone is a `UserError`, after which the same command goes on.
+Where that is in doubt, the answers to other requests decide, or if there are none a probe: the same request with a
+harmless question. Money is counted high where it is not known: a 200 that is no answer (HTML, cut JSON, no choices), a
+lost connection and a timeout count at the bound of their request.
 
 One attempt over the network is `data_tools/llm_connection.py`. Without `--base-url`, the embedded server
 (`data_tools/llm_server.py`) is started at the first request that the ledger cannot answer.
@@ -64,7 +64,8 @@ class LLM:
 
     ledger: the SQLite file; scope: of its budget. config.ledger, if given, wins over both.
     Raises UserError, with what to do, for a missing server, a wrong key, an unknown model, a server without
-    logprobs or structured output, a spent budget or account; `ask` raises RequestFailed for a request that failed alone.
+    logprobs or structured output, a spent budget or account; `ask` raises RequestFailed for a request that failed
+    alone.
     """
 
     def __init__(self, config: LLMConfig, ledger: pathlib.Path, scope: str = "") -> None:
@@ -108,8 +109,9 @@ class LLM:
             closed=self._closed,
         )
         self.used: collections.Counter[str] = collections.Counter()
-        """What the answers that this object gave have cost, whenever they were paid for: requests, prompt_tokens, completion_tokens and
-        usd_billionths. A stage puts it into its manifest."""
+        """What the answers that this object gave have cost, whenever they were paid for: requests, prompt_tokens,
+        completion_tokens and usd_billionths. A stage puts it into its manifest.
+        """
         self._paid: collections.Counter[str] = collections.Counter()
         self._asked_again: set[str] = set()
         # For what is in doubt: how many requests are being asked, wait in doubt, and were answered in a way that
@@ -142,7 +144,9 @@ class LLM:
         return chat.read(request, claim.response or {}, self.model, paid=paid, usd=claim.usd)
 
     def _is_known(self, request: Request, key: str) -> bool:
-        """Whether the ledger has an answer. One that is of no use is forgotten, once, if it is to be asked for again."""
+        """Whether the ledger has an answer. One that is of no use is forgotten, once, if it is to be asked for
+        again.
+        """
         known = self.ledger.find(key)
         if known is None or not self.config.retry_failed:
             return known is not None
@@ -316,10 +320,12 @@ class LLM:
         """What stops the run, in one line; also told to all other requests."""
         models = f"; {self._connection.models()}" if "HTTP 404" in verdict.reason else ""
         error = UserError(
-            f"{self.config.base_url or self.server}: {verdict.reason}" + (f" ({note})" if note else "") + models
+            f"{self.config.base_url or self.server}: {verdict.reason}"
+            + (f" ({note})" if note else "")
+            + models
             + (f"; {verdict.advice}" if verdict.advice else "")
             + f"; answers so far are in {self.ledger.path}: run the same command again to go on"
-        )  # fmt: skip
+        )
         with self._news:
             self._stopped = self._stopped or error
             self._news.notify_all()
@@ -403,7 +409,9 @@ class LLM:
             raise self._stopped from None
 
     def _note(self, left: int | None) -> str:
-        """How much is in flight, what was paid in this run, and what it will come to if the `left` requests cost as much each."""
+        """How much is in flight, what was paid in this run, and what it will come to if the `left` requests cost as
+        much each.
+        """
         with self._lock:
             paid = self._paid.copy()
         notes = [f"{self._limit.value} in flight"] if self._limit.maximum > 2 else []

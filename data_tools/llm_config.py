@@ -42,14 +42,17 @@ class LLMConfig:
     count what was asked for outputs in the same parent folder."""
 
     batch: bool = dataclasses.field(default=False, metadata=_NO_EFFECT)
-    """Ask through the server's Batch API: cheaper, answered within a day. What was submitted is waited for when the command is run again."""
+    """Ask through the server's Batch API: cheaper, answered within a day. What was submitted is waited for when the
+    command is run again.
+    """
 
     concurrency: int = dataclasses.field(default=32, metadata=_NO_EFFECT)
     """At most this many requests in flight."""
 
     timeout: float = dataclasses.field(default=180.0, metadata=_NO_EFFECT)
-    """Seconds from sending a request to the last byte of its answer. The embedded server, which shares this machine with
-    whatever else runs on it, gets twenty times as long."""
+    """Seconds from sending a request to the last byte of its answer. The embedded server, which shares this machine
+    with whatever else runs on it, gets twenty times as long.
+    """
 
     attempts: int = dataclasses.field(default=8, metadata=_NO_EFFECT)
     """Attempts per request before it counts as failed; a rate limit's refusals are waited out and do not count."""
@@ -80,6 +83,7 @@ def priced(config: LLMConfig, server: str, model: str) -> Price:
         return dataclasses.replace(price, usd_per_token=(prompt, completion))
     if config.budget_usd is not None or prompt is not None or completion is not None:
         raise UserError(
-            f"{config.prices} has no price of {model} at {server}; give --usd-per-million-input and --usd-per-million-output"
+            f"{config.prices} has no price of {model} at {server}; give --usd-per-million-input and "
+            f"--usd-per-million-output"
         )
     return price

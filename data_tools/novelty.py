@@ -15,8 +15,9 @@ from data_tools.diversity import Twins, mask
 from data_tools.similarity import words
 
 TOPICS = "topics.jsonl"
-"""Beside the shards, a line for each: the topics that had fewer places in the urn that its requests were drawn from. What
-a shard asks is decided once, so that making it again (--retry-failed) finds its answers in the ledger."""
+"""Beside the shards, a line for each: the topics that had fewer places in the urn that its requests were drawn from.
+What a shard asks is decided once, so that making it again (--retry-failed) finds its answers in the ledger.
+"""
 PLACES = 4
 """A topic's in the urn, where its answers add something; one is always left."""
 LEAST_ROWS = 10
@@ -24,8 +25,9 @@ LEAST_ROWS = 10
 
 
 def masked(content: str) -> str:
-    """A text without what does not make it another one: case, blanks and punctuation, and, where it is one function, its
-    name and those of its arguments and variables."""
+    """A text without what does not make it another one: case, blanks and punctuation, and, where it is one function,
+    its name and those of its arguments and variables.
+    """
     try:
         module = ast.parse(content)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -41,8 +43,9 @@ def masked(content: str) -> str:
 
 
 class Earlier:
-    """The rows of the shards so far, all in one folder. topics: the recipe's. asked: from a shard and its urn to the topics
-    of its requests; None: all urns are full."""
+    """The rows of the shards so far, all in one folder. topics: the recipe's. asked: from a shard and its urn to the
+    topics of its requests; None: all urns are full.
+    """
 
     def __init__(
         self, output: pathlib.Path, topics: Sequence[str], asked: Callable[[int, list[str]], list[str]] | None = None
@@ -69,7 +72,9 @@ class Earlier:
             self.take(number, rows)
 
     def repeats(self, content: str, seed: str) -> str | None:
-        """The number of an earlier request that a row with this content repeats; if none, it is one of them from now on."""
+        """The number of an earlier request that a row with this content repeats; if none, it is one of them from now
+        on.
+        """
         forms = (content, masked(content))
         for form in forms:
             if form in self._first:
@@ -94,8 +99,9 @@ class Earlier:
         return found
 
     def urn(self, shard: int) -> list[str]:
-        """Topics to draw a shard's from, each so often as befits the share of its requests so far that added a row which is
-        no near twin, as if one more had."""
+        """Topics to draw a shard's from, each so often as befits the share of its requests so far that added a row
+        which is no near twin, as if one more had.
+        """
         if shard not in self._fewer:
             places = {
                 topic: math.ceil(PLACES * (self._added[topic] + 1) / (self._tried[topic] + 1)) for topic in self._topics

@@ -2,13 +2,14 @@
 
     phi1 data plan --run runs/quickstart
 
-Every finished dataset below --run says how long it took (timing.log) and how much it was made of. A stage's pace is work over
-time, where its work is documents (embed, score), rows that were asked for (synthesize), or bytes of text (the others). The time
-of a target is what its start takes, measured too, and its work at that pace over the workers. Default targets are the
-paper's (section 2): 35 million files of 35 billion tokens filtered to 6 billion, 1 billion of textbooks, 180 million of exercises.
+Every finished dataset below --run says how long it took (timing.log) and how much it was made of. A stage's pace is
+work over time, where its work is documents (embed, score), rows that were asked for (synthesize), or bytes of text (the
+others). The time of a target is what its start takes, measured too, and its work at that pace over the workers. Default
+targets are the paper's (section 2): 35 million files of 35 billion tokens filtered to 6 billion, 1 billion of
+textbooks, 180 million of exercises.
 
-Core hours are of the CPU's time, hours of the clock's, under the load that the machine had. With --own the targets are the run's own
-sizes, each dataset at its own pace: what it says then should be what the run took.
+Core hours are of the CPU's time, hours of the clock's, under the load that the machine had. With --own the targets are
+the run's own sizes, each dataset at its own pace: what it says then should be what the run took.
 """
 
 import dataclasses
@@ -27,7 +28,9 @@ from data_tools.timing import Took
 from phi1.errors import UserError
 
 BYTES_PER_TOKEN = 3.2
-"""Of Python by codegen-350M-mono's tokenizer: 3.20 on the quickstart's code, 2.80 on its exercises, 3.64 on its textbooks."""
+"""Of Python by codegen-350M-mono's tokenizer: 3.20 on the quickstart's code, 2.80 on its exercises, 3.64 on its
+textbooks.
+"""
 KINDS = ("code", "textbooks", "exercises")
 
 
@@ -87,7 +90,9 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """A finished dataset: its stage, of which kind of text (KINDS, or "" if it cannot be told), how much work it was, what it took."""
+    """A finished dataset: its stage, of which kind of text (KINDS, or "" if it cannot be told), how much work it was,
+    what it took.
+    """
 
     folder: pathlib.Path
     stage: str
@@ -139,10 +144,11 @@ def measured(folder: pathlib.Path) -> list[Made]:
 
 
 def funnel(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """What came out of each finished dataset below a folder, in the order of the pipeline (a dataset after those it was made of).
+    """What came out of each finished dataset below a folder, in the order of the pipeline (a dataset after those it was
+    made of).
 
-    Each {"name", "stage", "kind", "inputs": names, "rows", "failures", "bytes" of text, "tokens" (about), "dropped": reason -> rows}.
-    A token folder has its true tokens.
+    Each {"name", "stage", "kind", "inputs": names, "rows", "failures", "bytes" of text, "tokens" (about), "dropped":
+    reason -> rows}. A token folder has its true tokens.
     """
     datasets = {
         place: dataset
@@ -173,7 +179,8 @@ def funnel(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _datasets(folder: pathlib.Path, *, timed: bool) -> dict[pathlib.Path, Dataset]:
-    """The finished datasets and token folders below a folder, in the order in which they were finished. timed: those that say what they took.
+    """The finished datasets and token folders below a folder, in the order in which they were finished. timed: those
+    that say what they took.
 
     Training runs and checkpoints have a manifest of their own, which names no stage.
     """
@@ -232,7 +239,9 @@ def _work(stage: str, dataset: Dataset, sources: Sequence[Dataset]) -> float:
 
 
 def text_bytes(dataset: Dataset) -> int:
-    """Bytes of the texts of a dataset, before compression; by what its parquet files say of their columns, which are not read."""
+    """Bytes of the texts of a dataset, before compression; by what its parquet files say of their columns, which are
+    not read.
+    """
     import pyarrow.parquet
 
     total = 0
@@ -249,7 +258,9 @@ def text_bytes(dataset: Dataset) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """How fast a stage is: seconds for a unit of work, by the clock and of the CPU; seconds to start; on how much that was measured."""
+    """How fast a stage is: seconds for a unit of work, by the clock and of the CPU; seconds to start; on how much that
+    was measured.
+    """
 
     seconds: float
     cpu: float
@@ -313,9 +324,14 @@ def describe(config: Config, made: Sequence[Made]) -> list[str]:
         ("decontaminate", "code", config.filtered_tokens, config.filtered_tokens * size),
         ("decontaminate", "textbooks", config.textbook_tokens, config.textbook_tokens * size),
         ("decontaminate", "exercises", config.exercise_tokens, config.exercise_tokens * size),
-        ("tokenize", "code", config.filtered_tokens + config.textbook_tokens, (config.filtered_tokens + config.textbook_tokens) * size),
+        (
+            "tokenize",
+            "code",
+            config.filtered_tokens + config.textbook_tokens,
+            (config.filtered_tokens + config.textbook_tokens) * size,
+        ),
         ("tokenize", "exercises", config.exercise_tokens, config.exercise_tokens * size),
-    ]  # fmt: skip
+    ]
     lines = [
         f"pace: {config.run}; {config.workers} workers; {config.requests_per_second:g} answers a second",
         f"{'stage':<14} {'of':<10} {'tokens':>16} {'core hours':>12} {'hours':>10} {'USD':>12}   measured on",
@@ -332,7 +348,8 @@ def describe(config: Config, made: Sequence[Made]) -> list[str]:
         hours += wall / 3600
         unit = _UNITS.get(stage, "bytes")
         lines.append(
-            f"{head} {rate.cpu * amount / 3600:>12,.1f} {wall / 3600:>10,.1f} {'':>12}   {rate.work:,.0f} {unit}, {_count(1 / rate.cpu)} a core second"
+            f"{head} {rate.cpu * amount / 3600:>12,.1f} {wall / 3600:>10,.1f} {'':>12}   {rate.work:,.0f} {unit}, "
+            f"{_count(1 / rate.cpu)} a core second"
         )
     asked, usd = 0.0, 0.0
     for kind, requests, prompt, answer, model in (

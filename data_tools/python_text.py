@@ -1,12 +1,13 @@
 """The Python functions in a text of any kind, one by one: a file, Markdown in any style, a notebook, a docstring.
 
 A text that parses is read by its tree, and its strings and comments as texts of their own. In any other text each `def`
-begins a function, whatever stands before it on its line (blanks, a quotation's `>`, a list's mark, `#`, `>>>`, `<pre>`),
-and the function goes on as long as lines are indented deeper: no knowledge of fences is needed, and
-what stands beside a function, a shell's commands or a line of Python 2, has no say in whether it can be read.
+begins a function, whatever stands before it on its line (blanks, a quotation's `>`, a list's mark, `#`, `>>>`,
+`<pre>`), and the function goes on as long as lines are indented deeper: no knowledge of fences is needed, and what
+stands beside a function, a shell's commands or a line of Python 2, has no say in whether it can be read.
 
-Lines inside a function that Python 3 cannot read are mended: Python 2's statements are translated, others become `pass`.
-A function that lost a line so, or does not parse even then, is given back as text as well: it was not read in full.
+Lines inside a function that Python 3 cannot read are mended: Python 2's statements are translated, others become
+`pass`. A function that lost a line so, or does not parse even then, is given back as text as well: it was not read in
+full.
 """
 
 import ast
@@ -36,8 +37,10 @@ _TRIES = 40
 
 @dataclasses.dataclass
 class Found:
-    """functions: in the text's order, inner ones too. unread: functions that could not be read in full. mentions: single lines with a
-    `def` that are no function, as in a sentence on one. languages: of fenced blocks that nothing here reads."""
+    """functions: in the text's order, inner ones too. unread: functions that could not be read in full. mentions:
+    single lines with a `def` that are no function, as in a sentence on one. languages: of fenced blocks that nothing
+    here reads.
+    """
 
     functions: list[Function] = dataclasses.field(default_factory=list)
     unread: list[str] = dataclasses.field(default_factory=list)
@@ -78,8 +81,9 @@ def parsed(code: str) -> tuple[ast.Module | None, str | None]:
 
 
 def programs(answer: str) -> list[str]:
-    """What may be the program in a language model's answer, the likeliest first: its fenced blocks, the longest first; what stands between the
-    first and the last fence, for a program with fences inside; the whole text, if it holds no fence.
+    """What may be the program in a language model's answer, the likeliest first: its fenced blocks, the longest first;
+    what stands between the first and the last fence, for a program with fences inside; the whole text, if it holds no
+    fence.
 
     What a model thinks before it answers (<think>) is left out.
     """

@@ -1,7 +1,7 @@
 """The whole of phi-1, small, on one machine: real code in, a trained model and a report out.
 
-Every step is a command of its own (`phi1 data ingest`, …, `phi1 report`) called here with the quickstart's settings. Run
-again after an interruption it goes on where it was; a step that is whole is not done again.
+Every step is a command of its own (`phi1 data ingest`, …, `phi1 report`) called here with the quickstart's settings.
+Run again after an interruption it goes on where it was; a step that is whole is not done again.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ from typing import Any, Literal
 from phi1.files import write_json
 
 SOURCES = (
-    # Textbook-like code, ordinary libraries, and code that a generator wrote (stripe): the filter has to tell them apart.
+    # Textbook-like code, ordinary libraries, and code that a generator wrote (stripe): the filter has to tell them
+    # apart.
     "pypi:algorithms",
     "pypi:more-itertools",
     "pypi:toolz",
@@ -40,7 +41,9 @@ class Config:
     scale: float = 1.0
     """Multiplies the numbers of documents, annotations, exercises and training steps; 0.02 is a smoke test."""
     annotator: Literal["gold", "logprob"] = "gold"
-    """Whose labels the filter learns: the gold set's, or those of the embedded language model for a sample of the corpus."""
+    """Whose labels the filter learns: the gold set's, or those of the embedded language model for a sample of the
+    corpus.
+    """
     tune: bool = True
     """Measure first which kernels are fastest (phi1 tune), on a machine of whose kind there is no measurement."""
     recipes: pathlib.Path = pathlib.Path(__file__).resolve().parent.parent / "recipes"
@@ -153,7 +156,8 @@ def steps(config: Config) -> list[Step]:
         classifier=root / "forest",
         output=root / "filtered",
         keep_fraction=0.5,
-        # The embedded annotator, and the few labels of a smoke test, may be at chance; the filter and the report say so.
+        # The embedded annotator, and the few labels of a smoke test, may be at chance; the filter and the report say
+        # so.
         allow_chance=config.annotator != "gold" or config.scale < 1,
     )
     textbooks = synthesize.Config(kind="textbooks", count=count(36, 2), max_tokens=400, output=root / "textbooks")

@@ -7,15 +7,18 @@ A source is written "kind:place":
     gold                              the snippets of the gold set (`gold.py`), from the packages that they quote
     folder:PATH                       all files under PATH that are .py, .txt, .md, .jsonl or .jsonl.zst
     stack:PATH                        The Stack's parquet files: a file, a folder or a glob
-    parquet:PATH?FIELD=COLUMN&…       other parquet files; a field (`tables.FIELDS`) that is not named is looked for by its usual
-                                      columns, e.g. parquet:/data/edu/*.parquet?content=text
-    hf://datasets/…, s3://BUCKET/…    parquet and JSON lines there: a file, a folder or a pattern, with ?FIELD=COLUMN as above (`remote.py`)
-    stack-edu, cosmopedia-v2, …       a published data set by its name in `data_sets.DATA_SETS`, or NAME:PLACE for a copy of it
+    parquet:PATH?FIELD=COLUMN&…       other parquet files; a field (`tables.FIELDS`) that is not named is looked for by
+                                      its usual columns, e.g. parquet:/data/edu/*.parquet?content=text
+    hf://datasets/…, s3://BUCKET/…    parquet and JSON lines there: a file, a folder or a pattern, with ?FIELD=COLUMN
+                                      as above (`remote.py`)
+    stack-edu, cosmopedia-v2, …       a published data set by its name in `data_sets.DATA_SETS`, or NAME:PLACE for a
+                                      copy of it
     stackoverflow:PATH/Posts.xml      the public dump: question and best answer as one document
 
 `plan(sources)` splits them into units (a list of files, a parquet row group, a part of the questions), each
-read alone, in any process: `read(unit, spool, tag)` yields raw documents, failures and counters. A unit knows its content
-by hash; where it lies and when it was written is no part of what it is. A bad value is the failure of its document.
+read alone, in any process: `read(unit, spool, tag)` yields raw documents, failures and counters. A unit knows its
+content by hash; where it lies and when it was written is no part of what it is. A bad value is the failure of its
+document.
 """
 
 import dataclasses
@@ -152,7 +155,9 @@ def _licenses(metadata: Any) -> list[str]:
 
 
 def _under(root: pathlib.Path, endings: tuple[str, ...], skipped: Sequence[str] = ()) -> list[str]:
-    """The files below a folder whose names end so, by their paths from there, folder by folder. skipped: folders not looked into."""
+    """The files below a folder whose names end so, by their paths from there, folder by folder. skipped: folders not
+    looked into.
+    """
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in skipped]

@@ -1,8 +1,9 @@
 """Files at hf:// (Hugging Face's hub) and s3:// (Amazon's or any other object store) read as those of a folder.
 
-    hf://datasets/OWNER/NAME[@REVISION]/PATH     token in HF_TOKEN, or as `hf auth login` leaves it; HF_ENDPOINT names another hub
-    s3://BUCKET/PATH                             AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or ~/.aws; without any of them, as anybody may.
-                                                 AWS_REGION, AWS_ENDPOINT_URL
+    hf://datasets/OWNER/NAME[@REVISION]/PATH     token in HF_TOKEN, or as `hf auth login` leaves it; HF_ENDPOINT
+                                                 names another hub
+    s3://BUCKET/PATH                             AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or ~/.aws;
+                                                 without any of them, as anybody may. AWS_REGION, AWS_ENDPOINT_URL
 
 A path is a file, a folder, or has wildcards (`*`, `?`, `[]`). Whatever fails is a UserError of one line with what
 would work.
@@ -26,21 +27,40 @@ if TYPE_CHECKING:
 SCHEMES = ("hf://", "s3://")
 _WILD = re.compile(r"[*?\[]")
 _KEYS = (
-    "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_PROFILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
     "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-)  # fmt: skip
+)
 _S3_RIGHTS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE) to keys that may read it"
 _HF_RIGHTS = "accept the data set's terms on its page and set HF_TOKEN to a token of that account"
 _ADVICE = (  # what an error's text holds -> what to do about it
     (r"GatedRepo|access to .* is restricted", _HF_RIGHTS),
-    (r"RepositoryNotFound|repository not found|\b401\b.*hugging|Invalid username or password", f"check owner and name, or {_HF_RIGHTS}"),
-    (r"ACCESS_DENIED|AccessDenied|INVALID_ACCESS_KEY|SignatureDoesNotMatch|SIGNATURE|HTTP response code 403", _S3_RIGHTS),
-    (r"\b401\b|\b403\b|Forbidden|Unauthorized", "its credentials are missing or refused: HF_TOKEN for hf://; for s3://, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+    (
+        r"RepositoryNotFound|repository not found|\b401\b.*hugging|Invalid username or password",
+        f"check owner and name, or {_HF_RIGHTS}",
+    ),
+    (
+        r"ACCESS_DENIED|AccessDenied|INVALID_ACCESS_KEY|SignatureDoesNotMatch|SIGNATURE|HTTP response code 403",
+        _S3_RIGHTS,
+    ),
+    (
+        r"\b401\b|\b403\b|Forbidden|Unauthorized",
+        "its credentials are missing or refused: HF_TOKEN for hf://; for s3://, AWS_ACCESS_KEY_ID and "
+        "AWS_SECRET_ACCESS_KEY",
+    ),
     (r"NO_SUCH_BUCKET", "there is no such bucket: check its name, AWS_REGION and AWS_ENDPOINT_URL"),
-    (r"NO_SUCH_KEY|RESOURCE_NOT_FOUND|FileNotFound|does not exist|not found|\b404\b", "nothing is there: check the path"),
-    (r"SLOW_DOWN|THROTTL|\b429\b|Too Many Requests|SERVICE_UNAVAILABLE|\b503\b", "its rate limit is reached: run the same command again later, with fewer --workers; what was finished is kept"),
+    (
+        r"NO_SUCH_KEY|RESOURCE_NOT_FOUND|FileNotFound|does not exist|not found|\b404\b",
+        "nothing is there: check the path",
+    ),
+    (
+        r"SLOW_DOWN|THROTTL|\b429\b|Too Many Requests|SERVICE_UNAVAILABLE|\b503\b",
+        "its rate limit is reached: run the same command again later, with fewer --workers; what was finished is kept",
+    ),
     (r"PermanentRedirect|\b301\b|region", "it lies in another region: set AWS_REGION"),
-)  # fmt: skip
+)
 
 
 class Missing(UserError):

@@ -15,6 +15,7 @@ from typing import Any
 
 from data_tools import classify, decontaminate, diversity, plan
 from data_tools.dataset import MANIFEST, Dataset, sweep
+from data_tools.tasks import load
 from phi1 import __version__
 from phi1.errors import UserError
 from phi1.evaluate.run import read_lines
@@ -23,14 +24,18 @@ from phi1.files import atomic_write
 _STYLE = """
 :root { color-scheme: light; --ink: #1c1e21; --soft: #5b6470; --line: #d9dde2; --fill: #f5f7f9; --accent: #0b57d0; }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; }
+h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1rem; margin-bottom: .3rem; } p.lead, .source { color: var(--soft); } .source { font-size: .82rem; }
-table { border-collapse: collapse; width: 100%; margin: .6rem 0; } td, th { border-bottom: 1px solid var(--line); padding: .3rem .6rem;
-text-align: left; vertical-align: top; } th { background: var(--fill); font-weight: 600; } td.n, th.n { text-align: right;
-font-variant-numeric: tabular-nums; } pre { background: var(--fill); padding: .6rem .8rem; overflow-x: auto; font-size: .82rem; line-height: 1.35; }
+table { border-collapse: collapse; width: 100%; margin: .6rem 0; }
+td, th { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: left; vertical-align: top; }
+th { background: var(--fill); font-weight: 600; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+pre { background: var(--fill); padding: .6rem .8rem; overflow-x: auto; font-size: .82rem; line-height: 1.35; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; } .pair > * { min-width: 0; }
-details { margin: .4rem 0; } summary { cursor: pointer; } svg { max-width: 100%; height: auto; } .good { color: #137333; } .bad { color: #b3261e; }
-.scores { font-size: 1.05rem; } nav a { margin-right: 1rem; color: var(--accent); }
+details { margin: .4rem 0; } summary { cursor: pointer; } svg { max-width: 100%; height: auto; }
+.good { color: #137333; } .bad { color: #b3261e; } .scores { font-size: 1.05rem; }
+nav a { margin-right: 1rem; color: var(--accent); }
 """
 
 
@@ -70,8 +75,10 @@ def run(config: Config) -> pathlib.Path:
     made = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_e(config.title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>{_STYLE}</style></head>\n<body>'
-        f'<h1>{_e(config.title)}</h1><p class="lead">Run {_e(config.run.name)}, made {made} by phi1 {__version__}. The recipe of '
+        f'<meta name="viewport" content="width=device-width"><link rel="icon" '
+        f'href="data:,"><style>{_STYLE}</style></head>\n<body>'
+        f'<h1>{_e(config.title)}</h1><p class="lead">Run {_e(config.run.name)}, made {made} by phi1 {__version__}. The '
+        f"recipe of "
         "<i>Textbooks Are All You Need</i> (arXiv 2306.11644) end to end, on one machine.</p>"
         f"<nav>{links}</nav>\n{body}\n</body></html>\n"
     )
@@ -165,16 +172,23 @@ def _scores(evaluations: list[pathlib.Path]) -> str:
         for row in results["scores"]:
             group = "" if row["group"] == "all" else f" ({row['group']})"
             group += ", cut at stop strings" if row.get("cut", "parsing") != "parsing" else ""
-            rows.append([
-                f"{results['benchmark']}{group}", _checkpoint_name(results), f"pass@{row['k']}", row["problems"],
-                _Markup(f"<b>{_percent(row['pass'])}</b>"), f"{_percent(row['low'])} – {_percent(row['high'])}",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    f"{results['benchmark']}{group}",
+                    _checkpoint_name(results),
+                    f"pass@{row['k']}",
+                    row["problems"],
+                    _Markup(f"<b>{_percent(row['pass'])}</b>"),
+                    f"{_percent(row['low'])} – {_percent(row['high'])}",
+                ]
+            )
     if not rows:
         return ""
     note = (
-        "HumanEval is 164 problems written by people; a model of a few million parameters is expected near 0 there. The "
-        "held-out exercises come from the offline teacher, a program that composes exercises from families: the families "
-        "were seen in training, the function names, constants and compositions of these were not."
+        "HumanEval is 164 problems written by people; a model of a few million parameters is expected near 0 there. "
+        "The "
+        "held-out exercises come from the offline teacher, a program that composes exercises from families: the "
+        "families were seen in training, the function names, constants and compositions of these were not."
     )
     head = ["benchmark", "model", "measure", "problems", "score", "95% interval"]
     return f'<div class="scores">{_table(head, rows, frozenset({3, 4}))}</div><p class="source">{note}</p>'
@@ -193,16 +207,26 @@ def _pipeline(folder: pathlib.Path, datasets: list[Dataset]) -> str:
         others = {k: v for k, v in dataset.counters.items() if k not in ("rows", "failures") and v}
         detail = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in sorted(others.items()))
         entering = ", ".join(item["folder"] for item in manifest["inputs"]) or "–"
-        rows.append([
-            dataset.folder.name, manifest["stage"], entering, dataset.rows, dataset.counters["failures"], detail,
-            f"{timings[dataset.folder.name]:,.0f} s" if dataset.folder.name in timings else "",
-        ])  # fmt: skip
+        rows.append(
+            [
+                dataset.folder.name,
+                manifest["stage"],
+                entering,
+                dataset.rows,
+                dataset.counters["failures"],
+                detail,
+                f"{timings[dataset.folder.name]:,.0f} s" if dataset.folder.name in timings else "",
+            ]
+        )
     if not rows:
         return ""
     head = ["dataset", "stage", "made from", "rows kept", "failed", "counted on the way", "time"]
     text = _funnel(plan.funnel(folder)) + _table(head, rows, frozenset({3, 4, 6}))
-    tokens = [json.loads(path.read_text(encoding="utf-8")) | {"folder": path.parent.name}
-              for path in sorted(folder.glob("*/manifest.json")) if not _is_rows(path)]  # fmt: skip
+    tokens = [
+        json.loads(path.read_text(encoding="utf-8")) | {"folder": path.parent.name}
+        for path in sorted(folder.glob("*/manifest.json"))
+        if not _is_rows(path)
+    ]
     shards = [[t["folder"], t["tokens"], t["documents"]] for t in tokens if "tokens" in t and "documents" in t]
     if shards:
         text += "<h3>Token shards</h3>" + _table(["folder", "tokens", "documents"], shards, frozenset({1, 2}))
@@ -258,8 +282,13 @@ def _decontamination(folder: pathlib.Path, datasets: list[Dataset]) -> str:
         ]
         head = ["AST match rate at least", "rows", "the benchmark's tasks with a twin among its own"]
         parts.append(_table(head, rates, frozenset({1})))
-        names = ("small_trees_alone", *(f"removed_{test}" for test in decontaminate.TESTS), "kept_unchecked",
-                 "kept_with_other_languages", "kept_without_code")  # fmt: skip
+        names = (
+            "small_trees_alone",
+            *(f"removed_{test}" for test in decontaminate.TESTS),
+            "kept_unchecked",
+            "kept_with_other_languages",
+            "kept_without_code",
+        )
         parts.append(
             _table(
                 ["counted", "rows"], [[name.replace("_", " "), counters.get(name, 0)] for name in names], frozenset({1})
@@ -280,8 +309,10 @@ def _diversity(datasets: list[Dataset]) -> str:
         return {folder: ([p["rows"] for p in ps], [scale * p[name] for p in ps]) for folder, ps in points.items()}
 
     parts = [
-        '<p class="source">Of the texts with names, numbers, strings and examples masked. A near twin shares three quarters of its runs of five '
-        "tokens with an earlier row. The Vendi score is the number of rows that would be as diverse if they had nothing in common.</p>",
+        '<p class="source">Of the texts with names, numbers, strings and examples masked. A near twin shares three '
+        "quarters of its runs of five "
+        "tokens with an earlier row. The Vendi score is the number of rows that would be as diverse if they had "
+        "nothing in common.</p>",
         _plot(curves("near_twins", 100), "rows", "near twins of earlier rows, %", log_x=True),
         _plot(curves("vendi", 1), "rows", "Vendi score", log_x=True),
         _plot(
@@ -296,7 +327,7 @@ def _removed_pairs(folder: pathlib.Path, dataset: Dataset) -> list[str]:
     reasons = {failure["key"]: failure["reason"] for failure in dataset.failures()}
     try:
         before = Dataset(folder / dataset.manifest["inputs"][0]["folder"])
-        tasks = {problem.task_id: problem for problem in decontaminate.load(dataset.manifest["config"]["problems"])}
+        tasks = {problem.task_id: problem for problem in load(dataset.manifest["config"]["problems"])}
     except UserError as error:
         return [f'<p class="source">The removed pairs cannot be shown: {_e(error)}</p>'] if reasons else []
     parts = []
@@ -324,7 +355,9 @@ def _failures(dataset: Dataset) -> str:
 
 
 def _sample_rows(dataset: Dataset) -> tuple[list[dict[str, Any]], list[tuple[str, dict[str, Any]]]]:
-    """A few rows spread over the dataset (the first of each tenth), and the best and the worst by quality, in one pass."""
+    """A few rows spread over the dataset (the first of each tenth), and the best and the worst by quality, in one
+    pass.
+    """
     wanted = {i * dataset.rows // 10 for i in range(10)}
     rows: list[dict[str, Any]] = []
     best: dict[str, Any] | None = None
@@ -351,8 +384,11 @@ def _samples(datasets: list[Dataset]) -> str:
         shown += [("", row) for row in rows[:3]]
         for label, row in shown:
             facts = [label] if label else []
-            facts += [f"{key} {row[key]}" for key in ("source", "max_stars_repo_path", "topic", "audience", "family", "composition")
-                      if row.get(key)]  # fmt: skip
+            facts += [
+                f"{key} {row[key]}"
+                for key in ("source", "max_stars_repo_path", "topic", "audience", "family", "composition")
+                if row.get(key)
+            ]
             facts += [f"{key} {row[key]:.3f}" for key in ("quality", "score") if row.get(key) is not None]
             summary = _e(", ".join(facts)) or "row"
             text.append(f"<details><summary>{summary}</summary>{_pre(row['content'])}</details>")
@@ -380,10 +416,17 @@ def _trainings(folders: list[pathlib.Path]) -> str:
         seconds = sum(step["seconds"] for step in steps)
         final = ", ".join(f"{curve[-1][1]:.3f} {name[1:]}".strip() for name, curve in checks.items()) or "–"
         rate = f"{steps[-1]['tokens'] / seconds:,.0f}" if seconds else "–"
-        rows.append([
-            folder.name, steps[-1]["step"], steps[-1]["tokens"], f"{_smooth([s['loss'] for s in steps])[-1]:.3f}", final, rate,
-            f"{seconds:,.0f} s",
-        ])  # fmt: skip
+        rows.append(
+            [
+                folder.name,
+                steps[-1]["step"],
+                steps[-1]["tokens"],
+                f"{_smooth([s['loss'] for s in steps])[-1]:.3f}",
+                final,
+                rate,
+                f"{seconds:,.0f} s",
+            ]
+        )
     if not rows:
         return ""
     head = ["run", "steps", "tokens seen", "loss (nats a token)", "held-out loss", "tokens/s", "time"]
@@ -413,15 +456,21 @@ def _answers(evaluations: list[pathlib.Path]) -> str:
 
 def _sources(folder: pathlib.Path, datasets: list[Dataset]) -> str:
     parts = [
-        f'<p class="source">Rows, failures and counters: manifest.json of each dataset below {_e(folder)}. Losses and times: metrics.jsonl of '
+        f'<p class="source">Rows, failures and counters: manifest.json of each dataset below {_e(folder)}. Losses and '
+        f"times: metrics.jsonl of "
         "each training. Scores: results.json and samples.jsonl below evaluation/. Intervals are Wilson's, 95%.</p>"
     ]
     for dataset in datasets:
         manifest = dataset.manifest
-        facts = {"config": manifest["config"], "inputs": manifest["inputs"], "hash": dataset.hash,
-                 "code_version": manifest["code_version"]}  # fmt: skip
+        facts = {
+            "config": manifest["config"],
+            "inputs": manifest["inputs"],
+            "hash": dataset.hash,
+            "code_version": manifest["code_version"],
+        }
         text = json.dumps(facts, indent=1, ensure_ascii=False)
         parts.append(
-            f"<details><summary>{_e(dataset.folder.name)}: {_e(manifest['stage'])}</summary>{_pre(text, 6000)}</details>"
+            f"<details><summary>{_e(dataset.folder.name)}: "
+            f"{_e(manifest['stage'])}</summary>{_pre(text, 6000)}</details>"
         )
     return "\n".join(parts)

@@ -104,8 +104,17 @@ def run(config: Config) -> Dataset:
             yield from _rewritten(config, llm, documents.read(shards=[shard]))
 
         prompts = {step: dataclasses.asdict(PROMPTS[name]) for step, name in STEPS.items()}
-        return run_stage("rewrite", config, config.output, [documents], len(documents.shards), produce, schema(),
-                         extra={"prompts": prompts, "answered_by": llm.model}, redo=sorted(redo))  # fmt: skip
+        return run_stage(
+            "rewrite",
+            config,
+            config.output,
+            [documents],
+            len(documents.shards),
+            produce,
+            schema(),
+            extra={"prompts": prompts, "answered_by": llm.model},
+            redo=sorted(redo),
+        )
 
 
 def _group(documents: Dataset, shard: int, waiting: set[int]) -> list[int]:
@@ -141,10 +150,13 @@ def _rewritten(config: Config, llm: LLM, rows: Iterable[Mapping[str, Any]]) -> I
             yield Failure(key, f"{list(STEPS)[-1]}: the rewrite is no document ({document})")
             continue
         yield document | {
-            "rewritten_from": key, "lint": lint, "rewritten_lint": score, "model": answer.model,
+            "rewritten_from": key,
+            "lint": lint,
+            "rewritten_lint": score,
+            "model": answer.model,
             "sampling": json.dumps(request.sampling, sort_keys=True),
             "prompt_hashes": [request.prompt_hash for request, *_ in done],
-        }  # fmt: skip
+        }
     yield Counted(counters + (llm.used - before))
 
 
@@ -283,9 +295,19 @@ def lint_scores(contents: Sequence[str]) -> list[float]:
         for number, content in enumerate(contents):
             (pathlib.Path(folder) / f"m{number}.py").write_text(content, encoding="utf-8", newline="")
         command = [
-            ruff.find_ruff_bin(), "check", "--isolated", "--no-cache", "--ignore-noqa", "--exit-zero", "--quiet",
-            "--line-length=100", f"--select={_RULES}", f"--ignore={_IGNORED}", "--output-format=json-lines", folder,
-        ]  # fmt: skip
+            ruff.find_ruff_bin(),
+            "check",
+            "--isolated",
+            "--no-cache",
+            "--ignore-noqa",
+            "--exit-zero",
+            "--quiet",
+            "--line-length=100",
+            f"--select={_RULES}",
+            f"--ignore={_IGNORED}",
+            "--output-format=json-lines",
+            folder,
+        ]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None and process.stderr is not None
             for line in process.stdout:

@@ -32,21 +32,26 @@ _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")
 _TAG = re.compile(r"</?[a-zA-Z][^<>\n]{0,80}>")
 _SYMBOLS: dict[type, str] = {
     kind: chr(0x21 + i)
-    for i, kind in enumerate(sorted(
-        (kind for kind in vars(ast).values() if isinstance(kind, type) and issubclass(kind, ast.AST)),
-        key=lambda kind: kind.__name__,
-    ))
-}  # fmt: skip
+    for i, kind in enumerate(
+        sorted(
+            (kind for kind in vars(ast).values() if isinstance(kind, type) and issubclass(kind, ast.AST)),
+            key=lambda kind: kind.__name__,
+        )
+    )
+}
 _END = chr(0x20)
 _LEFT_OUT = frozenset(("annotation", "returns", "decorator_list", "ctx", "type_comment", "type_params", "kind"))
 _NO_NODES = frozenset(
     ("id", "attr", "name", "arg", "n", "s", "level", "module", "asname", "simple", "is_async", "conversion")
 )
 _COUNTING = {
-    kind: tuple(name for name in getattr(kind, "_fields", ())
-                if name not in _LEFT_OUT and name not in _NO_NODES and kind is not ast.Constant)
+    kind: tuple(
+        name
+        for name in getattr(kind, "_fields", ())
+        if name not in _LEFT_OUT and name not in _NO_NODES and kind is not ast.Constant
+    )
     for kind in _SYMBOLS
-}  # fmt: skip
+}
 
 
 def words(text: str) -> list[str]:
@@ -212,8 +217,13 @@ def near_pairs(left: Sequence[str], right: Sequence[str], least: Fraction) -> It
         if low >= high:
             continue
         longest = max(len(chunk[-1]), sizes[high - 1])
-        distance = cdist(chunk, [right[j] for j in order[low:high]], scorer=Levenshtein.distance,
-                         score_cutoff=math.floor((1 - least) * longest), dtype=numpy.int32).astype(numpy.int64)  # fmt: skip
+        distance = cdist(
+            chunk,
+            [right[j] for j in order[low:high]],
+            scorer=Levenshtein.distance,
+            score_cutoff=math.floor((1 - least) * longest),
+            dtype=numpy.int32,
+        ).astype(numpy.int64)
         longer = numpy.maximum([[len(text)] for text in chunk], sizes[low:high])
         for a, b in numpy.argwhere(distance * whole <= (whole - part) * longer).tolist():
             n = int(longer[a, b])

@@ -1,13 +1,14 @@
 """The paper's contamination study (section 5, table 3): does a model owe its score to data that is near the benchmark?
 
-For each τ: exercises that match the benchmark at τ or above are pruned, a model is trained on the rest, and evaluated beside the
-one that was trained on all. A problem is *similar* at τ if any exercise matches its solution at τ. A model that
-merely remembers falls on the similar problems once they are pruned; one that has learned does not.
+For each τ: exercises that match the benchmark at τ or above are pruned, a model is trained on the rest, and evaluated
+beside the one that was trained on all. A problem is *similar* at τ if any exercise matches its solution at τ. A model
+that merely remembers falls on the similar problems once they are pruned; one that has learned does not.
 
-With --plant, renamed copies of that many of the problems (every so many, so that they are spread) are put among the exercises first:
-contamination that is known, which must be found, and shows how large an effect the study can see.
+With --plant, renamed copies of that many of the problems (every so many, so that they are spread) are put among the
+exercises first: contamination that is known, which must be found, and shows how large an effect the study can see.
 
-Every step is one of phi1's own commands in a folder of --output: run again after an interruption it goes on where it was.
+Every step is one of phi1's own commands in a folder of --output: run again after an interruption it goes on where it
+was.
 """
 
 import ast
@@ -24,6 +25,7 @@ from typing import Any
 from data_tools import decontaminate, tokenize
 from data_tools.dataset import Dataset, Produced, run_stage
 from data_tools.similarity import exact
+from data_tools.tasks import entry
 from phi1.errors import UserError
 from phi1.evaluate import humaneval
 from phi1.evaluate import run as evaluate
@@ -121,7 +123,7 @@ def _planted(config: Config, problems: Sequence[Problem]) -> Dataset:
 
 def planted_row(problem: Problem, number: int) -> dict[str, Any]:
     """A renamed copy of a problem as an exercise: its own docstring, the solution's names with a suffix."""
-    function = copy.deepcopy(decontaminate.entry(problem))
+    function = copy.deepcopy(entry(problem))
     own = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     for node in ast.walk(function):
         if isinstance(node, ast.Name) and node.id in own:
@@ -132,8 +134,15 @@ def planted_row(problem: Problem, number: int) -> dict[str, Any]:
         for line in ast.unparse(s).split("\n")
     )
     content = problem.prompt + body
-    return {"hexsha": hashlib.sha1(content.encode()).hexdigest(), "content": content, "source": PLANTED,
-            "prompt": problem.prompt, "solution": body, "test": problem.test, "entry_point": problem.entry_point}  # fmt: skip
+    return {
+        "hexsha": hashlib.sha1(content.encode()).hexdigest(),
+        "content": content,
+        "source": PLANTED,
+        "prompt": problem.prompt,
+        "solution": body,
+        "test": problem.test,
+        "entry_point": problem.entry_point,
+    }
 
 
 def _pruning(config: Config, source: pathlib.Path, output: pathlib.Path, rate: float) -> decontaminate.Config:
@@ -180,10 +189,17 @@ def _scored(config: Config, problems: Sequence[Problem], name: str, data: pathli
         start = run_folder
     output = config.output / f"{name}-evaluation"
     if not (output / "results.json").exists():
-        evaluate.run(evaluate.Config(
-            checkpoint=start, problems=config.problems, output=output, samples=config.samples, temperature=config.temperature,
-            max_new_tokens=config.max_new_tokens, device=config.device,
-        ))  # fmt: skip
+        evaluate.run(
+            evaluate.Config(
+                checkpoint=start,
+                problems=config.problems,
+                output=output,
+                samples=config.samples,
+                temperature=config.temperature,
+                max_new_tokens=config.max_new_tokens,
+                device=config.device,
+            )
+        )
     else:
         print(f"study: {folder.name} is evaluated already in {output}", file=sys.stderr)
     passed: dict[str, list[bool]] = {problem.task_id: [] for problem in problems}
@@ -193,20 +209,33 @@ def _scored(config: Config, problems: Sequence[Problem], name: str, data: pathli
 
 
 def _row(
-    rate: float, exercises: Dataset, pruned: Dataset, similar: dict[str, Fraction], everything: dict[str, list[bool]],
+    rate: float,
+    exercises: Dataset,
+    pruned: Dataset,
+    similar: dict[str, Fraction],
+    everything: dict[str, list[bool]],
     retrained: dict[str, list[bool]],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """A line of the table."""
     near = [name for name, value in similar.items() if value >= exact(rate)]
     far = [name for name, value in similar.items() if value < exact(rate)]
     kept = sum(value == PLANTED for value in pruned.column("source")) if "source" in pruned.table(0).schema.names else 0
 
     def shares(passed: dict[str, list[bool]]) -> dict[str, Any]:
-        return {kind: _share([passed[name] for name in names])
-                for kind, names in (("similar", near), ("non-similar", far), ("total", [*near, *far]))}  # fmt: skip
+        return {
+            kind: _share([passed[name] for name in names])
+            for kind, names in (("similar", near), ("non-similar", far), ("total", [*near, *far]))
+        }
 
-    return {"rate": rate, "similar": len(near), "non-similar": len(far), "pruned": exercises.rows - pruned.rows, "planted_kept": kept,
-            "all": shares(everything), "retrained": shares(retrained)}  # fmt: skip
+    return {
+        "rate": rate,
+        "similar": len(near),
+        "non-similar": len(far),
+        "pruned": exercises.rows - pruned.rows,
+        "planted_kept": kept,
+        "all": shares(everything),
+        "retrained": shares(retrained),
+    }
 
 
 def _share(outcomes: Sequence[Sequence[bool]]) -> dict[str, float | None]:
@@ -226,11 +255,16 @@ def show(result: dict[str, Any]) -> str:
 
     kinds = ("similar", "non-similar", "total")
     lines = [
-        f"pass@1 on {result['problems']} problems in %, with 95% intervals; {result['exercises']:,} exercises, {result['planted']} of them planted",
-        f"{'τ':>5} {'problems':>9} {'pruned':>8} {'planted left':>13}  {'model':<10}" + "".join(f"{kind:>19}" for kind in kinds),
-    ]  # fmt: skip
+        f"pass@1 on {result['problems']} problems in %, with 95% intervals; {result['exercises']:,} exercises, "
+        f"{result['planted']} of them planted",
+        f"{'τ':>5} {'problems':>9} {'pruned':>8} {'planted left':>13}  {'model':<10}"
+        + "".join(f"{kind:>19}" for kind in kinds),
+    ]
     for row in result["rows"]:
-        head = f"{row['rate']:>5.2f} {row['similar']:>4}/{row['non-similar']:<4} {row['pruned']:>8,} {row['planted_kept']:>13}"
+        head = (
+            f"{row['rate']:>5.2f} {row['similar']:>4}/{row['non-similar']:<4} {row['pruned']:>8,} "
+            f"{row['planted_kept']:>13}"
+        )
         for name, label in (("all", "on all"), ("retrained", "on pruned")):
             lines.append(f"{head}  {label:<10}" + "".join(cell(row[name][kind]) for kind in kinds))
             head = " " * len(head)

@@ -1,8 +1,9 @@
 """Write textbooks and exercises: with an LLM from randomised seeds, or exercises with the offline teacher.
 
-Of texts that are equal, or equal but for names, blanks and punctuation, the first is kept. An exercise is kept only if its solution runs in the sandbox and its docstring's examples hold. A textbook section
-is kept if it is long enough, holds code that parses, and does not go round in circles. What was not kept is in the
-dataset's failure ledger (LLM) or counters (offline teacher), with the reason.
+Of texts that are equal, or equal but for names, blanks and punctuation, the first is kept. An exercise is kept only if
+its solution runs in the sandbox and its docstring's examples hold. A textbook section is kept if it is long enough,
+holds code that parses, and does not go round in circles. What was not kept is in the dataset's failure ledger (LLM) or
+counters (offline teacher), with the reason.
 
 The offline teacher is a program (data_tools/teacher.py), named "offline-teacher" in the rows' source and model.
 """
@@ -64,8 +65,9 @@ class Config(LLMConfig):
     """offline: the two splits share no function name, constant or two-step composition."""
 
     course: Literal["first", "whole"] = "whole"
-    """offline: first: 55 families of a line or a loop, half of the exercises with one step, in one layout: what a model of a few
-    million parameters learns in minutes. whole: all 300, early returns, several layouts."""
+    """offline: first: 55 families of a line or a loop, half of the exercises with one step, in one layout: what a model
+    of a few million parameters learns in minutes. whole: all 300, early returns, several layouts.
+    """
 
     seed: int = 0
     """Seed of all random choices."""
@@ -77,11 +79,13 @@ class Config(LLMConfig):
     """llm: sampling temperature; none: the server's own."""
 
     adapt: bool = True
-    """llm: draw topics whose answers added nothing (unusable, or near twins of earlier rows) less often from then on."""
+    """llm: draw topics whose answers added nothing (unusable, or near twins of earlier rows) less often from then on.
+    """
 
     max_twins: float | None = None
-    """llm: stop asking when more than this share of the rows of 50 requests (at least 10 rows) are near twins of earlier ones
-    (data_tools/diversity.py); none: ask --count times."""
+    """llm: stop asking when more than this share of the rows of 50 requests (at least 10 rows) are near twins of
+    earlier ones (data_tools/diversity.py); none: ask --count times.
+    """
 
     workers: int = dataclasses.field(default=2, metadata={"no_effect": True})
     """Processes (offline), or programs run at a time (llm)."""
@@ -111,13 +115,23 @@ def run(config: Config) -> Dataset:
         from data_tools import families
 
         shards = -(-config.count // _OFFLINE_SHARD)
-        return run_stage("synthesize", config, config.output, [], shards, _offline, schema("exercises"),
-                         engine=Engine(workers=config.workers), extra={"families": families.HASH})  # fmt: skip
+        return run_stage(
+            "synthesize",
+            config,
+            config.output,
+            [],
+            shards,
+            _offline,
+            schema("exercises"),
+            engine=Engine(workers=config.workers),
+            extra={"families": families.HASH},
+        )
     if config.split != "train":
         raise UserError(f"--split {config.split}: only the offline teacher has held-out exercises")
     if config.batch and (config.adapt or config.max_twins is not None):
         raise UserError(
-            "--batch asks everything beforehand, so no answer can change what is asked: add --no-adapt, and leave --max-twins out"
+            "--batch asks everything beforehand, so no answer can change what is asked: add --no-adapt, and leave "
+            "--max-twins out"
         )
     recipe = prompts.load(config.recipe)
     shards = -(-config.count // _LLM_SHARD)
@@ -143,13 +157,25 @@ def run(config: Config) -> Dataset:
             yield from _from_llm(config, recipe, llm, earlier, shard)
             yield Counted(llm.used - before)
 
-        made = run_stage("synthesize", config, config.output, [], shards, produce,
-                         schema(config.kind), extra={"recipe": recipe.hash}, redo=redo)  # fmt: skip
+        made = run_stage(
+            "synthesize",
+            config,
+            config.output,
+            [],
+            shards,
+            produce,
+            schema(config.kind),
+            extra={"recipe": recipe.hash},
+            redo=redo,
+        )
     if twins := made.counters.get("near_twins", 0):
         print(f"synthesize: {twins:,} of {made.rows:,} rows are near twins of earlier ones", file=sys.stderr)
     if left := made.counters.get("not_asked", 0):
-        print(f"synthesize: stopped after {config.count - left:,} of {config.count:,} requests, as of the rows of the last "
-              f"{_LLM_SHARD} more than --max-twins {config.max_twins:g} are near twins of earlier ones", file=sys.stderr)  # fmt: skip
+        print(
+            f"synthesize: stopped after {config.count - left:,} of {config.count:,} requests, as of the rows of the "
+            f"last {_LLM_SHARD} more than --max-twins {config.max_twins:g} are near twins of earlier ones",
+            file=sys.stderr,
+        )
     return made
 
 
@@ -161,8 +187,13 @@ def _offline(config: Config, _: Sequence[Dataset], shard: int) -> Iterator[Produ
     sampling = json.dumps({"split": config.split, "course": config.course, "seed": config.seed, "shard": shard})
     for row in teacher.write_exercises(count, f"{config.seed}/{shard}", config.split, counters, course=config.course):
         content = row["prompt"] + row["solution"]
-        yield row | {"hexsha": _sha1(content), "content": content, "source": teacher.SOURCE, "model": teacher.SOURCE,
-                     "sampling": sampling}  # fmt: skip
+        yield row | {
+            "hexsha": _sha1(content),
+            "content": content,
+            "source": teacher.SOURCE,
+            "model": teacher.SOURCE,
+            "sampling": sampling,
+        }
     yield Counted(counters)
 
 
@@ -216,9 +247,15 @@ def _lost(seed: prompts.Seed, reason: str) -> Iterator[Produced]:
 
 
 def _provenance(config: Config, seed: prompts.Seed, answer: Answer) -> dict[str, Any]:
-    return {"source": f"llm:{answer.model}", "model": answer.model, "prompt_hash": seed.request.prompt_hash,
-            "sampling": seed.sampling, "topic": seed.topic, "audience": seed.audience,
-            "seed": f"{config.seed}/{seed.number}"}  # fmt: skip
+    return {
+        "source": f"llm:{answer.model}",
+        "model": answer.model,
+        "prompt_hash": seed.request.prompt_hash,
+        "sampling": seed.sampling,
+        "topic": seed.topic,
+        "audience": seed.audience,
+        "seed": f"{config.seed}/{seed.number}",
+    }
 
 
 def _sha1(content: str) -> str:
@@ -323,9 +360,12 @@ def read_exercise(text: str) -> dict[str, Any]:
         raise Unusable("docstring and body share a line")
     prompt = head + ("\n\n" if head else "") + "".join(lines[function.lineno - 1 : first.end_lineno])
     return {
-        "prompt": prompt, "solution": body, "content": prompt + body, "entry_point": function.name,
+        "prompt": prompt,
+        "solution": body,
+        "content": prompt + body,
+        "entry_point": function.name,
         "test": _test_of_examples(function.name, docstring),
-    }  # fmt: skip
+    }
 
 
 def _test_of_examples(name: str, docstring: str) -> str:

@@ -76,10 +76,15 @@ def plan_url(kind: str, place: str, hashes: ContentHashes) -> list[Unit]:
 
 
 def plan_files(
-    kind: str, place: str, columns: tuple[tuple[str, str], ...], hashes: ContentHashes,
-    needs: Sequence[Collection[str]] = (FIELDS["content"],), read_as: str = "parquet",
-) -> list[Unit]:  # fmt: skip
-    """The row groups of parquet files: a file, a folder or a pattern, on disk or at a URL. needs: of each of these, one must be a column.
+    kind: str,
+    place: str,
+    columns: tuple[tuple[str, str], ...],
+    hashes: ContentHashes,
+    needs: Sequence[Collection[str]] = (FIELDS["content"],),
+    read_as: str = "parquet",
+) -> list[Unit]:
+    """The row groups of parquet files: a file, a folder or a pattern, on disk or at a URL. needs: of each of these, one
+    must be a column.
     read_as: the units' kind."""
     if remote.is_url(place):
         return _plan_tables(kind, place, remote.find(place, (".parquet",)), columns, hashes, needs, read_as)
@@ -92,9 +97,14 @@ def plan_files(
 
 
 def _plan_tables(
-    kind: str, place: str, files: Sequence[str], columns: tuple[tuple[str, str], ...], hashes: ContentHashes,
-    needs: Sequence[Collection[str]] = (FIELDS["content"],), read_as: str = "parquet",
-) -> list[Unit]:  # fmt: skip
+    kind: str,
+    place: str,
+    files: Sequence[str],
+    columns: tuple[tuple[str, str], ...],
+    hashes: ContentHashes,
+    needs: Sequence[Collection[str]] = (FIELDS["content"],),
+    read_as: str = "parquet",
+) -> list[Unit]:
     import pyarrow
     import pyarrow.parquet
 
@@ -112,7 +122,8 @@ def _plan_tables(
         for alternatives in needs if "content" not in dict(columns) else ():
             if not set(alternatives) & set(names):
                 raise UserError(
-                    f"{file}: has no column {' or '.join(f'`{name}`' for name in alternatives)}, but {', '.join(names)}; "
+                    f"{file}: has no column {' or '.join(f'`{name}`' for name in alternatives)}, but "
+                    f"{', '.join(names)}; "
                     "say which holds the text: parquet:PATH?content=COLUMN"
                 )
         groups = metadata.num_row_groups
@@ -148,8 +159,9 @@ def _raw(row: Mapping[str, Any], unit: Unit, place: str) -> Raw:
 
 
 def document_of(values: Mapping[str, Any], source: str, place: str, written: bool = False) -> Raw:
-    """The document that has these values of `FIELDS`. place: its path, if it names none. written: whether its content is prose where
-    nothing says what it is."""
+    """The document that has these values of `FIELDS`. place: its path, if it names none. written: whether its content
+    is prose where nothing says what it is.
+    """
     texts = {field: text_of(values.get(field)) for field in ("path", "name", "lang", "origin", "head", "url")}
     stars, path = values.get("stars"), texts["path"]
     finite = isinstance(stars, int | float) and math.isfinite(stars) and abs(stars) < 2**63
@@ -176,8 +188,9 @@ def document_of(values: Mapping[str, Any], source: str, place: str, written: boo
 
 
 def rows_of_group(unit: Unit, columns: Collection[str] = ()) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet row group, a few in memory at a time. columns: those to read, as far as they are there; none: what `FIELDS` names. Texts are bytes; a cell that cannot be read is an
-    exception in its place."""
+    """The rows of a parquet row group, a few in memory at a time. columns: those to read, as far as they are there;
+    none: what `FIELDS` names. Texts are bytes; a cell that cannot be read is an exception in its place.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -240,7 +253,9 @@ def text_of(value: Any) -> str:
 
 
 def licenses_in(value: Any) -> tuple[str, ...]:
-    """Licences (or authors) as data sets write them: a text, a list of them, records with the name in a field, or nothing."""
+    """Licences (or authors) as data sets write them: a text, a list of them, records with the name in a field, or
+    nothing.
+    """
     if value is None or isinstance(value, Exception):
         return ()
     if isinstance(value, Mapping):

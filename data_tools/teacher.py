@@ -7,8 +7,9 @@ and a second child, with another hash seed, runs the finished text again and kee
 its test hold. The test's inputs are chosen so that a solution with any one constant altered fails, and one with another
 operator wherever any of the inputs that were tried tells the two apart.
 
-A family is drawn in inverse proportion to the lines of its shortest body, and so is one of its bodies: short ones often,
-long ones seldom, in both splits alike. The first course (`COURSES`) is a part of it for a model of a few million parameters.
+A family is drawn in inverse proportion to the lines of its shortest body, and so is one of its bodies: short ones
+often, long ones seldom, in both splits alike. The first course (`COURSES`) is a part of it for a model of a few million
+parameters.
 
 Training and held-out exercises share families and argument names. They never share a function name, a
 constant or a two-step composition: a hash of the name, the constant or the pair decides which split may
@@ -364,8 +365,14 @@ def _finish(
         return None, outputs
     right, altered = outputs[0], outputs[1:]
     empties = {"[]", "{}", "''"}
-    short = [i for i in range(8) if (out := right[i]) is not None and len(inputs[i]) <= LONGEST_EXAMPLE
-             and len(out) <= LONGEST_EXAMPLE and inputs[i] not in empties]  # fmt: skip
+    short = [
+        i
+        for i in range(8)
+        if (out := right[i]) is not None
+        and len(inputs[i]) <= LONGEST_EXAMPLE
+        and len(out) <= LONGEST_EXAMPLE
+        and inputs[i] not in empties
+    ]
     # A result that is empty, or the input itself, teaches little: those come last.
     short.sort(key=lambda i: (right[i] in empties) + (right[i] == inputs[i]))
     wanted = rng.choice(EXAMPLE_COUNTS)

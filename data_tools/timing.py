@@ -32,7 +32,9 @@ class Clock:
 
 
 class Timing:
-    """Keeps the time of a run and its shards, also of one that is interrupted. started: `time.monotonic()`, now if None."""
+    """Keeps the time of a run and its shards, also of one that is interrupted. started: `time.monotonic()`, now if
+    None.
+    """
 
     def __init__(self, folder: pathlib.Path, engine: Engine, started: float | None = None) -> None:
         self._path, self._engine = folder / FILE, engine
@@ -60,8 +62,9 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Took:
-    """What making a dataset took. shards, rows: those that were timed. busy, cpu: seconds of all shards together; wall: of the runs
-    (0 where none was seen to its end); workers: of the last run."""
+    """What making a dataset took. shards, rows: those that were timed. busy, cpu: seconds of all shards together; wall:
+    of the runs (0 where none was seen to its end); workers: of the last run.
+    """
 
     shards: int
     rows: int

@@ -6,8 +6,8 @@ count, the prompt does not. Other datasets are read by their column `content`, a
 Each shard of the inputs becomes one token shard. With --validation, documents are held out by a hash of their
 text, so equal documents are on the same side whatever else is in the inputs.
 
-With --fim-rate that share of the documents to train on is rearranged for filling in the middle (data_tools/fim.py); held-out
-ones stay as they are. The tokenizer then has three sentinels more, in all shards that are written.
+With --fim-rate that share of the documents to train on is rearranged for filling in the middle (data_tools/fim.py);
+held-out ones stay as they are. The tokenizer then has three sentinels more, in all shards that are written.
 """
 
 import dataclasses
@@ -77,7 +77,8 @@ def run(config: Config) -> TokenDataset:
     if config.fim_rate > 0:
         if exercises:
             raise UserError(
-                f"--fim-rate {config.fim_rate}: {exercises[0]} has exercises, of which the loss counts the solution only; "
+                f"--fim-rate {config.fim_rate}: {exercises[0]} has exercises, of which the loss counts the solution "
+                f"only; "
                 f"tokenize them apart, with --tokenizer {config.output}, and mix the sets (data.weights in a recipe)"
             )
         tokenizer = tokenizer.with_fim()

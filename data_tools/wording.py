@@ -5,17 +5,29 @@ from collections.abc import Callable, Sequence
 
 from data_tools.families import KINDS, Family
 
-# A step's clauses are a and b, "keep the numbers"; A is "Keep the numbers", as "keeps the numbers", As "Keeps the numbers".
+# A step's clauses are a and b, "keep the numbers"; A is "Keep the numbers", as "keeps the numbers", As "Keeps the
+# numbers".
 _ONE = {"{A}.": 6, "Given {arg}, {a}.": 4, "{As}.": 5, "What do you get if you {a}?": 2, "Can you {a}?": 2}
 _TWO = {
-    "{A}, then {b}.": 3, "{A}. Then {b}.": 3, "Given {arg}, {a}, then {b}.": 3, "First {a}, then {b}.": 3,
-    "{As}, then {bs}.": 2, "{As} and then {bs}.": 2, "What do you get if you {a}, then {b}?": 1, "Can you {a} and then {b}?": 1,
-}  # fmt: skip
+    "{A}, then {b}.": 3,
+    "{A}. Then {b}.": 3,
+    "Given {arg}, {a}, then {b}.": 3,
+    "First {a}, then {b}.": 3,
+    "{As}, then {bs}.": 2,
+    "{As} and then {bs}.": 2,
+    "What do you get if you {a}, then {b}?": 1,
+    "Can you {a} and then {b}?": 1,
+}
 # a: the early return, b: what is done otherwise.
 _GUARDED = {
-    "{B}, but {a}.": 3, "{B}. But {a}.": 3, "{A}, otherwise {b}.": 3, "{A}. Otherwise {b}.": 3, "{Bs}, but {as}.": 3,
-    "Given {arg}, {b}, but {a}.": 2, "Can you {b}, but {a}?": 1,
-}  # fmt: skip
+    "{B}, but {a}.": 3,
+    "{B}. But {a}.": 3,
+    "{A}, otherwise {b}.": 3,
+    "{A}. Otherwise {b}.": 3,
+    "{Bs}, but {as}.": 3,
+    "Given {arg}, {b}, but {a}.": 2,
+    "Can you {b}, but {a}?": 1,
+}
 """Sentences, and how often each is drawn, relatively."""
 
 
@@ -26,7 +38,9 @@ PLAIN = ("plain", False)
 def description(
     rng: random.Random, steps: Sequence[Family], clauses: Sequence[str], argument: str, *, imperative: bool = False
 ) -> str:
-    """A sentence or two that say what to do; clauses: a step's each, beginning with a verb. imperative: in that mood only."""
+    """A sentence or two that say what to do; clauses: a step's each, beginning with a verb. imperative: in that mood
+    only.
+    """
     frames = _GUARDED if steps[0].forms[0].guards else _ONE if len(steps) == 1 else _TWO
     if imperative:
         frames = {frame: weight for frame, weight in frames.items() if "s}" not in frame and "?" not in frame}

@@ -18,7 +18,10 @@ STYLE = (
     "rect{fill:#fff;stroke:#57606a;rx:6}.ours{fill:#ddf4ff;stroke:#0969da}.group{fill:#f6f8fa;stroke:#d0d7de}"
     "path{stroke:#57606a;fill:none;marker-end:url(#head)}"
 )
-HEAD = '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" style="fill:#57606a;stroke:none;marker-end:none"/></marker></defs>'  # fmt: skip
+HEAD = (
+    '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+    '<path d="M0 0L8 4L0 8z" style="fill:#57606a;stroke:none;marker-end:none"/></marker></defs>'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,8 @@ def arrow(start: tuple[int, int], end: tuple[int, int]) -> str:
 def drawing(width: int, height: int, title: str, parts: list[str]) -> str:
     """The whole file, with its title for those who do not see it."""
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{html.escape(title)}">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>{HEAD}"
         f'<rect x="0" y="0" width="{width}" height="{height}" style="fill:#fff;stroke:none"/>{"".join(parts)}</svg>\n'
     )
@@ -75,7 +79,9 @@ def pipeline() -> str:
     export = Box(444, 204, 222, "generate, export", ("Hugging Face in and out",), "ours")
     kernels = Box(430, 276, 250, "kernels", ("rotary · attention · layer norm · block · loss",), "ours")
     native = Box(10, 276, 380, "csrc", ("CUDA C++; C++ with AMX, AVX-512, AVX2; an emulator",), "ours")
-    parts = [box.svg() for box in (data, models, filtered, written, clean, tokens, train, evaluate, export, kernels, native)]  # fmt: skip
+    parts = [
+        box.svg() for box in (data, models, filtered, written, clean, tokens, train, evaluate, export, kernels, native)
+    ]
     parts += [
         arrow((109, filtered.y + filtered.tall), (109, clean.y)),
         arrow((291, written.y + written.tall), (291, clean.y)),
@@ -99,10 +105,20 @@ def dispatch() -> str:
         240, 112, 230, "automatic: an order", ("the resumed run's; this user's", "(phi1 tune); ours; a fixed one")
     )
     first = Box(510, 60, 200, "the first that serves", ("what it needs of the machine,", "which calls it refuses"))
-    names = ("cuda/hopper, cuda/mma", "cpu/amx_bf16, avx512_bf16, avx512, avx2", "triton/descriptors, …/pointers, …/product", "torch, reference")  # fmt: skip
+    names = (
+        "cuda/hopper, cuda/mma",
+        "cpu/amx_bf16, avx512_bf16, avx512, avx2",
+        "triton/descriptors, …/pointers, …/product",
+        "torch, reference",
+    )
     boxes = [Box(750, 8 + 44 * i, 380, name, (), "ours", 36) for i, name in enumerate(names)]
     parts = [box.svg() for box in (call, forced, order, first, *boxes)]
-    parts += [arrow((200, 90), (240, 40)), arrow((200, 90), (240, 142)), arrow((470, 40), (510, 90)), arrow((470, 142), (510, 90))]  # fmt: skip
+    parts += [
+        arrow((200, 90), (240, 40)),
+        arrow((200, 90), (240, 142)),
+        arrow((470, 40), (510, 90)),
+        arrow((470, 142), (510, 90)),
+    ]
     parts += [arrow((710, 90), (750, box.y + 18)) for box in boxes]
     return drawing(1140, 190, "how a call finds its kernel", parts)
 
@@ -147,7 +163,8 @@ def results() -> str:
     """Time of the fastest peer over ours, from bench/results, on the one kind of machine that has whole tables."""
     parts, y, scale = [], 46, 150
     parts.append(
-        '<text class="title" x="10" y="20">Time of the fastest peer over ours (1 = as fast), two cores of an AMD EPYC (Zen 4)</text>'
+        '<text class="title" x="10" y="20">Time of the fastest peer over ours (1 = as fast), two cores of an AMD EPYC '
+        "(Zen 4)</text>"
     )
     for benchmark, case, work, label in BARS:
         rows = json.loads((RESULTS / f"{benchmark}-{MACHINE}.json").read_text())["rows"]
@@ -158,7 +175,8 @@ def results() -> str:
         parts.append(f'<text x="10" y="{y + 13}">{label}</text>')
         parts.append(
             f'<rect class="ours" x="210" y="{y}" width="{scale * ratio:.0f}" height="18" style="rx:2"/>'
-            f'<text class="small" x="{216 + scale * ratio:.0f}" y="{y + 13}">{ratio:.2f} × {html.escape(peer["implementation"])}</text>'
+            f'<text class="small" x="{216 + scale * ratio:.0f}" y="{y + 13}">{ratio:.2f} × '
+            f"{html.escape(peer['implementation'])}</text>"
         )
         y += 26
     parts.append(f'<path d="M{210 + scale} 34V{y}" style="marker-end:none;stroke-dasharray:3"/>')

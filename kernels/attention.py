@@ -23,7 +23,10 @@ from kernels.checks import (
 from kernels.measured import size_class
 from kernels.registry import choose, differentiated, implementation, in_graph, register
 
-_OPTIONS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, float dropout_p, SymInt dropout_seed, str backend"
+_OPTIONS = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, float dropout_p, SymInt dropout_seed, "
+    "str backend"
+)
 torch.library.define("phi1::attention_forward", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)")
 torch.library.define(
     "phi1::attention_backward",
@@ -134,7 +137,8 @@ def check_documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, x: Tensor) -> No
         raise ValueError(f"cu_seqlens_q.shape = {tuple(cu_seqlens_q.shape)}: must be (documents + 1,)")
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
-            f"cu_seqlens_q and cu_seqlens_k hold {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1} documents: "
+            f"cu_seqlens_q and cu_seqlens_k hold {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1} "
+            f"documents: "
             "must agree"
         )
 
@@ -177,9 +181,9 @@ def flash_attention(
         no gradient is needed.
 
     Under torch.autocast q, k and v are cast to its dtype (kernels/autocast.py).
-    Returns out (q's shape and dtype), or (out, lse). Gradients flow to q, k, v; on `reference` they can be differentiated
-    again, elsewhere that is an error (of PyTorch's on `torch`, where its kernel has no second derivative).
-    Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
+    Returns out (q's shape and dtype), or (out, lse). Gradients flow to q, k, v; on `reference` they can be
+    differentiated again, elsewhere that is an error (of PyTorch's on `torch`, where its kernel has no second
+    derivative). Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_rank(name, x, 4, "(batch, seqlen, heads, head_dim)")
@@ -216,10 +220,17 @@ def flash_attention(
     if out is not None:
         _check_out(out, q, k, v)
     name = choose(
-        "flash_attention", q.device, backend,
-        dtype=q.dtype, head_dim=head_dim, size=size_class(q.shape[1], k.shape[1]), training=differentiated(q, k, v),
-        dropout_p=dropout_p, return_lse=return_lse, packed=cu_seqlens_q is not None,
-    )  # fmt: skip
+        "flash_attention",
+        q.device,
+        backend,
+        dtype=q.dtype,
+        head_dim=head_dim,
+        size=size_class(q.shape[1], k.shape[1]),
+        training=differentiated(q, k, v),
+        dropout_p=dropout_p,
+        return_lse=return_lse,
+        packed=cu_seqlens_q is not None,
+    )
     forward = in_graph("flash_attention", name)
     if forward is not None:
         result, lse = forward(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p, dropout_seed, out=out)

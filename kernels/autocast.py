@@ -3,8 +3,8 @@
 In an autocast region of the tensors' device type the ops that are matrix products (`flash_attention`, `parallel_block`,
 `linear_cross_entropy`) take their float32, bfloat16 and float16 tensors in the region's dtype, cast where the op is
 called and differentiably, as PyTorch casts for `F.linear`; results have the dtype that these inputs give without
-autocast. float64 is left alone, as PyTorch leaves it. Within an op there is no autocast, in the backward pass neither: a
-product between two pieces would be cast behind the kernels' back. `apply_rotary` and `layer_norm`, which compute in
+autocast. float64 is left alone, as PyTorch leaves it. Within an op there is no autocast, in the backward pass neither:
+a product between two pieces would be cast behind the kernels' back. `apply_rotary` and `layer_norm`, which compute in
 float32 whatever they are given, keep the dtype of q and k and of x; layer_norm's weight and bias are cast to it.
 """
 
@@ -21,7 +21,8 @@ R = TypeVar("R")
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of the autocast region for tensors on `device`, or None outside one."""
-    # Devices by name: torch 2.11 cannot trace torch.amp.is_autocast_available. Others, as meta, have none, or none of our ops.
+    # Devices by name: torch 2.11 cannot trace torch.amp.is_autocast_available. Others, as meta, have none, or none of
+    # our ops.
     if device.type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
@@ -33,7 +34,9 @@ def cast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def cast_inputs(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates an op whose first parameters are `names`: applies the rule above to those, and runs it without autocast."""
+    """Decorates an op whose first parameters are `names`: applies the rule above to those, and runs it without
+    autocast.
+    """
 
     def decorate(op: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(op)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 class _Refusal(torch.autograd.Function):
-    """Gives the first `count` tensors on; to differentiate them with respect to what any of the tensors depends on raises."""
+    """Gives the first `count` tensors on; to differentiate them with respect to what any of the tensors depends on
+    raises.
+    """
 
     @staticmethod
     def forward(op: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -50,14 +50,14 @@ def parallel_block(
     w_in: (heads * head_dim + 2 * kv_heads * head_dim + inner, hidden), rows [q | k | v | u]; b_in its rows.
     w_out: (hidden, heads * head_dim + inner), columns [attention | activated]; b_out: (hidden,). All of x's dtype.
     cos, sin: (positions, rotary_dim / 2) float32. positions: as in `apply_rotary`.
-    shape: heads, head_dim, the LayerNorm's eps, the activation, and the probabilities of dropout, which are those of this call: a model
-        has one BlockShape for training and one without dropout.
+    shape: heads, head_dim, the LayerNorm's eps, the activation, and the probabilities of dropout, which are those of
+        this call: a model has one BlockShape for training and one without dropout.
     cu_seqlens: int32 (documents + 1,), offsets into the folded batch * seq tokens; attention stays inside a document.
     dropout_seed: masks are `kernels.reference.attention_keep` and `residual_keep` of it. 64 bits.
     kv_cache: (k, v, length): this call's keys and values are written at [length, length + seq), then attention
         runs over the first length + seq. With cu_seqlens document i goes on in row i, and length is int32 (documents,),
-        the tokens that each row holds, or what `cache_rows` made of them; a document may be empty. k and v have x's dtype
-        and device. For inference: such a call records no gradient, on any backend, whatever requires one.
+        the tokens that each row holds, or what `cache_rows` made of them; a document may be empty. k and v have x's
+        dtype and device. For inference: such a call records no gradient, on any backend, whatever requires one.
     Under torch.autocast x and the six parameters are cast to its dtype (kernels/autocast.py), which y then has.
     Returns y (batch, seq, hidden).
 
@@ -84,11 +84,17 @@ def parallel_block(
                 length = reference.cache_rows(length, cu_seqlens, batch * seq, seen)
                 kv_cache = keys, values, length
     name = choose(
-        "parallel_block", x.device, backend,
-        dtype=x.dtype, head_dim=shape.head_dim, size=size_class(queries, seen),
+        "parallel_block",
+        x.device,
+        backend,
+        dtype=x.dtype,
+        head_dim=shape.head_dim,
+        size=size_class(queries, seen),
         training=kv_cache is None and differentiated(x, *parameters),
-        hidden=hidden, inner=inner, rotary_dim=2 * cos.shape[-1],
-    )  # fmt: skip
+        hidden=hidden,
+        inner=inner,
+        rotary_dim=2 * cos.shape[-1],
+    )
     forward = in_graph("parallel_block", name)
     if forward is not None:
         piece = "reference" if name == "reference" else forced_backend(backend)
@@ -108,7 +114,8 @@ def parallel_block(
 def cache_rows(lengths: Tensor, cu_seqlens: Tensor, tokens: int, capacity: int) -> CacheRows:
     """Where the documents of a call go on in the rows of a cache, for `kv_cache`: once for all layers of a model.
 
-    lengths: int32 (documents,), the tokens that each row holds. cu_seqlens: int32 (documents + 1,), the offsets of the new
+    lengths: int32 (documents,), the tokens that each row holds. cu_seqlens: int32 (documents + 1,), the offsets of the
+        new
     tokens, `tokens` in all. capacity: the tokens that a row has room for.
     Raises ValueError for arguments that do not fit.
     """

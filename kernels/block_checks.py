@@ -1,4 +1,6 @@
-"""Checks of `parallel_block`'s arguments: each raises a ValueError that names the argument, its value and the remedy."""
+"""Checks of `parallel_block`'s arguments: each raises a ValueError that names the argument, its value and the
+remedy.
+"""
 
 import torch
 from torch import Tensor
@@ -69,7 +71,9 @@ def check_block(
 def _check_cache(
     name: str, cache: Tensor, length: int | Tensor | CacheRows, x: Tensor, cu_seqlens: Tensor | None, shape: BlockShape
 ) -> None:
-    """Raises ValueError unless x's tokens fit into `cache` (keys or values): backends write there without another look."""
+    """Raises ValueError unless x's tokens fit into `cache` (keys or values): backends write there without another
+    look.
+    """
     batch, seq, _ = x.shape
     if cu_seqlens is not None:
         batch = cu_seqlens.shape[0] - 1

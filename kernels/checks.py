@@ -13,7 +13,8 @@ def check_like(name: str, x: Tensor, reference_name: str, reference: Tensor) -> 
     """x has the dtype and the device of reference."""
     if x.dtype != reference.dtype:
         raise ValueError(
-            f"{name}.dtype = {x.dtype}, {reference_name}.dtype = {reference.dtype}: must be equal; use {name}.to({reference.dtype})"
+            f"{name}.dtype = {x.dtype}, {reference_name}.dtype = {reference.dtype}: must be equal; use "
+            f"{name}.to({reference.dtype})"
         )
     check_device(name, x, reference_name, reference)
 
@@ -75,16 +76,21 @@ def seed_bits(name: str, seed: int) -> int:
 
 
 def check_not_captured(dropout_p: float, x: Tensor) -> None:
-    """Raises ValueError for dropout while a CUDA graph is captured: the seed is a number, which each replay would repeat."""
+    """Raises ValueError for dropout while a CUDA graph is captured: the seed is a number, which each replay would
+    repeat.
+    """
     if dropout_p > 0 and x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError(
-            f"dropout_p = {dropout_p} while a CUDA graph is captured: every replay would drop the same elements; capture "
+            f"dropout_p = {dropout_p} while a CUDA graph is captured: every replay would drop the same elements; "
+            f"capture "
             "without dropout, or call outside of the graph"
         )
 
 
 def check_offsets(name: str, offsets: Tensor, length: int) -> None:
-    """`offsets` of documents rise from 0 to length. On a GPU, where looking would stop the stream, nothing is checked."""
+    """`offsets` of documents rise from 0 to length. On a GPU, where looking would stop the stream, nothing is
+    checked.
+    """
     if offsets.device.type != "cpu":
         return
     values = offsets.tolist()
@@ -124,8 +130,8 @@ def share_memory(x: Tensor, y: Tensor) -> bool:
     if x.numel() == 0 or y.numel() == 0:
         return False
     size = x.element_size()
-    # In bytes: the first element of x + its steps - (that of y + its steps) = e, |e| < size. Steps of x are counted from
-    # its last element back, so that all have one sign, and e from 1 - size on.
+    # In bytes: the first element of x + its steps - (that of y + its steps) = e, |e| < size. Steps of x are counted
+    # from its last element back, so that all have one sign, and e from 1 - size on.
     distance, most = x.data_ptr() - y.data_ptr() + size - 1, {1: 2 * (size - 1)}
     for stride, count in zip(x.stride() + y.stride(), x.shape + y.shape, strict=True):
         most[stride * size] = most.get(stride * size, 0) + count - 1
@@ -134,7 +140,9 @@ def share_memory(x: Tensor, y: Tensor) -> bool:
 
 
 def overlaps_itself(x: Tensor) -> bool:
-    """May two elements of x be at the same place? True also of strides that only look so (a dim inside another's gaps)."""
+    """May two elements of x be at the same place? True also of strides that only look so (a dim inside another's
+    gaps).
+    """
     reached = 0
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1:

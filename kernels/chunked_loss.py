@@ -8,16 +8,16 @@ For a chunk's rows h of hidden, ignored rows set to zero (0 times their NaN woul
     grad_weight += d^T h                                 a run of columns at a time
 
 These are gradients of the sum of the rows' losses. What the loss is multiplied with later, the mean's divisor too, they
-are multiplied with in the backward pass, in float32, and then rounded to hidden's dtype. Until then they are bfloat16 for
-bfloat16 (two roundings to 8 bits, of numbers with float32's range) and float32 for float16, which holds neither a sum
-over many rows nor, with its 2^-24, a mean.
+are multiplied with in the backward pass, in float32, and then rounded to hidden's dtype. Until then they are bfloat16
+for bfloat16 (two roundings to 8 bits, of numbers with float32's range) and float32 for float16, which holds neither a
+sum over many rows nor, with its 2^-24, a mean.
 
 Memory beside the loss and the gradients, whatever the number of rows: a chunk's logits (on a CPU 25 MiB in 16 bits, 50
-in float32; on a GPU 16 times that) and its rows h. Float32 and float64 gradients of the weight are their own sums. In bfloat16 they add up in
-float32, which takes 4 bytes more for each of the weight's elements, or 2 where a backend keeps the sums' upper halves in
-the gradient's memory; and one run's product. In float16 the gradients of hidden and weight take 4 bytes an element
-instead of 2 until the backward pass is done. On a CPU with bf16 instructions, two threads, 4,096 rows of width 512 and
-51,200 columns: 82 MiB, 50 of them halves of sums.
+in float32; on a GPU 16 times that) and its rows h. Float32 and float64 gradients of the weight are their own sums. In
+bfloat16 they add up in float32, which takes 4 bytes more for each of the weight's elements, or 2 where a backend keeps
+the sums' upper halves in the gradient's memory; and one run's product. In float16 the gradients of hidden and weight
+take 4 bytes an element instead of 2 until the backward pass is done. On a CPU with bf16 instructions, two threads,
+4,096 rows of width 512 and 51,200 columns: 82 MiB, 50 of them halves of sums.
 
 A backend brings `Pieces`; the order of the steps is here, once for all of them.
 """
@@ -32,9 +32,9 @@ from torch import Tensor
 from kernels import reference
 
 # Logits in a chunk, by device type. On a CPU 256 rows of phi-1's 51,200 columns, 25 MiB in 16 bits: whole tiles of the
-# products. On a GPU 4,096 rows: each chunk adds to float32 sums of the weight's size. Forward and backward of 16,384 rows of
-# width 2,048 on an H200, when the sums were added beside the products: 50.5 ms with 256 rows a chunk, 23.3 with 1,024,
-# 18.0 with 4,096, 16.3 with 8,192.
+# products. On a GPU 4,096 rows: each chunk adds to float32 sums of the weight's size. Forward and backward of 16,384
+# rows of width 2,048 on an H200, when the sums were added beside the products: 50.5 ms with 256 rows a chunk, 23.3 with
+# 1,024, 18.0 with 4,096, 16.3 with 8,192.
 _CHUNK_LOGITS = {"cpu": 256 * 51_200, "cuda": 4096 * 51_200}
 # Columns in one product for grad_weight, which is made beside the sums: 4 MiB at width 512.
 _WEIGHT_COLUMNS = 4096
@@ -60,7 +60,8 @@ class Pieces(NamedTuple):
     bias_parts: Callable[[int, int], int] = lambda rows, columns: 1
     """(rows of a chunk, columns) -> parts of bias_sums"""
     add_product: Callable[[Tensor, Tensor, Tensor, bool, bool], None] = add_in_float32
-    """(grad, scratch, product, first, last): adds a chunk's bfloat16 product to a float32 sum, kept in grad and scratch.
+    """(grad, scratch, product, first, last): adds a chunk's bfloat16 product to a float32 sum, kept in grad and
+    scratch.
     first: nothing is there to add to. last: grad gets the sum, rounded to nearest even"""
     scratch: torch.dtype = torch.float32
     """Of add_product's scratch, which is shaped as grad"""
@@ -96,9 +97,15 @@ def _add_product(sums: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def linear_cross_entropy(
-    pieces: Pieces, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, z_loss: float,
+    pieces: Pieces,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    z_loss: float,
     with_grads: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Summed cross-entropy (with z_loss, see `kernels.linear_cross_entropy`) and, in the same pass, its gradients.
 
     hidden (rows, width), weight (columns, width), bias (columns,), targets (rows,) int64.

@@ -53,8 +53,8 @@ _TORCH_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
 register("parallel_block", "reference", functools.partial(_composed, reference.linear, reference.ACTIVATIONS))
 register("parallel_block", "torch", functools.partial(_composed, F.linear, _TORCH_ACTIVATIONS))
 
-# What residual dropout multiplies each element by: 0, or 1 / (1 - p). An op, so that torch.compile carries the seed as a
-# symbol (no new graph for each seed) and does not look inside.
+# What residual dropout multiplies each element by: 0, or 1 / (1 - p). An op, so that torch.compile carries the seed as
+# a symbol (no new graph for each seed) and does not look inside.
 torch.library.define("phi1::residual_factor", "(Tensor like, SymInt seed, float p) -> Tensor")
 
 

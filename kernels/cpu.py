@@ -35,9 +35,17 @@ def _attention_refuses(*, dtype: torch.dtype, head_dim: int, **_: object) -> str
 
 
 def attention_forward(
-    isa: Any, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
-    causal: bool, scale: float, *dropout: Any, out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    isa: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    *dropout: Any,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """out (a new tensor, or the one given) and the log-sum-exp; see `kernels.flash_attention`."""
     q, k, v = (native.rows_contiguous(x) for x in (q, k, v))
     if cu_q is not None and cu_k is not None:
@@ -53,10 +61,23 @@ def attention_forward(
 
 
 def attention_backward(
-    isa: Any, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
-    causal: bool, scale: float, *dropout: Any, grads: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, in new tensors or in `grads` (contiguous last dims). Each (problem, key/value head) is one thread's: more threads than those stand idle."""
+    isa: Any,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    *dropout: Any,
+    grads: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in new tensors or in `grads` (contiguous last dims). Each (problem, key/value head) is
+    one thread's: more threads than those stand idle.
+    """
     grad_out, q, k, v, out = (native.rows_contiguous(x) for x in (grad_out, q, k, v, out))
     cu_q = None if cu_q is None else cu_q.contiguous()
     cu_k = None if cu_k is None else cu_k.contiguous()
@@ -90,8 +111,16 @@ def layer_norm_forward(isa: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: f
     stats = x.new_empty((rows.shape[0], 2), dtype=torch.float32)
     weight, bias = weight.contiguous(), bias.contiguous()
     isa.layer_norm_forward(
-        rows, weight, bias, y, stats, (*rows.shape, rows.stride(0)), eps, native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+        rows,
+        weight,
+        bias,
+        y,
+        stats,
+        (*rows.shape, rows.stride(0)),
+        eps,
+        native.DTYPE_CODES[x.dtype],
+        torch.get_num_threads(),
+    )
     return y, stats
 
 
@@ -103,19 +132,31 @@ def layer_norm_backward(
     residual, stats = None if residual is None else residual.contiguous(), stats.contiguous()
     grads = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight), torch.empty_like(weight)
     isa.layer_norm_backward(
-        grad, rows, weight, stats, residual, *grads, (*rows.shape, rows.stride(0)), native.DTYPE_CODES[x.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+        grad,
+        rows,
+        weight,
+        stats,
+        residual,
+        *grads,
+        (*rows.shape, rows.stride(0)),
+        native.DTYPE_CODES[x.dtype],
+        torch.get_num_threads(),
+    )
     return grads
 
 
 PRODUCT_KINDS = frozenset({"AuthenticAMD family 25, avx2"})
-"""Kinds of machines on which `product_of_few` was measured faster than the vendor's: 1.2 to 2.1 times MKL's speed in float32 with
-16 rows, 1.6 to 4.6 with 4 (0.8 to 0.96 with one); in bf16, for which AVX2 has no instructions, 3.3 to 4.7 with 16
-(Zen 3, one thread, busy machine). Elsewhere nothing was measured: with AVX-512 or AMX the vendor's kernels are others."""
+"""Kinds of machines on which `product_of_few` was measured faster than the vendor's: 1.2 to 2.1 times MKL's speed in
+float32 with 16 rows, 1.6 to 4.6 with 4 (0.8 to 0.96 with one); in bf16, for which AVX2 has no instructions, 3.3 to 4.7
+with 16 (Zen 3, one thread, busy machine). Elsewhere nothing was measured: with AVX-512 or AMX the vendor's kernels are
+others.
+"""
 
 
 def product(isa: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T for x (rows, width) and weight (columns, width), by `product_of_few` where that is faster, else by the vendor's."""
+    """x W^T for x (rows, width) and weight (columns, width), by `product_of_few` where that is faster, else by the
+    vendor's.
+    """
     few = 2 <= x.shape[0] <= 16 and x.stride(1) == weight.stride(1) == 1
     if few and isa.name == "avx2" and machine.cpu().kind in PRODUCT_KINDS:
         return product_of_few(isa, x, weight)
@@ -154,9 +195,14 @@ def _project_in_backward(
 def _project_out(isa: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
     y, b_out, x = product(isa, g, w_out), b_out.contiguous(), x.contiguous()
     isa.residual(
-        y, b_out, x, tuple(y.shape), native.dropout_arguments(dropout),
-        native.DTYPE_CODES[y.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+        y,
+        b_out,
+        x,
+        tuple(y.shape),
+        native.dropout_arguments(dropout),
+        native.DTYPE_CODES[y.dtype],
+        torch.get_num_threads(),
+    )
     return y
 
 
@@ -165,9 +211,14 @@ def _project_out_backward(isa: Any, grad_y: Tensor, dropout: Dropout) -> tuple[T
     grad_h = grad_y if threshold == 0 else torch.empty_like(grad_y)
     grad_bias = grad_y.new_empty(grad_y.shape[1])
     isa.residual_backward(
-        grad_y, grad_h, grad_bias, tuple(grad_y.shape), (threshold, *rest),
-        native.DTYPE_CODES[grad_y.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+        grad_y,
+        grad_h,
+        grad_bias,
+        tuple(grad_y.shape),
+        (threshold, *rest),
+        native.DTYPE_CODES[grad_y.dtype],
+        torch.get_num_threads(),
+    )
     return grad_h, grad_bias
 
 
@@ -188,20 +239,34 @@ def _cross_entropy(
     kept = targets[targets != ignore_index]
     if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < columns:
         raise IndexError(
-            f"targets in [{int(kept.min())}, {int(kept.max())}]: must be in [0, {columns}) or ignore_index = {ignore_index}"
+            f"targets in [{int(kept.min())}, {int(kept.max())}]: must be in [0, {columns}) or ignore_index = "
+            f"{ignore_index}"
         )
     isa.cross_entropy(
-        logits, bias, targets, loss, bias_sums, (rows, columns, ignore_index), z_loss,
-        native.DTYPE_CODES[logits.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+        logits,
+        bias,
+        targets,
+        loss,
+        bias_sums,
+        (rows, columns, ignore_index),
+        z_loss,
+        native.DTYPE_CODES[logits.dtype],
+        torch.get_num_threads(),
+    )
 
 
 def _add_product(isa: Any, grad: Tensor, low: Tensor, product: Tensor, first: bool, last: bool) -> None:
     """The sum's upper 16 bits stand in grad's memory, whatever its dtype, and the lower in `low`."""
     isa.add_product(
-        grad, low, product, product.numel(), first, last,
-        native.DTYPE_CODES[grad.dtype], torch.get_num_threads(),
-    )  # fmt: skip
+        grad,
+        low,
+        product,
+        product.numel(),
+        first,
+        last,
+        native.DTYPE_CODES[grad.dtype],
+        torch.get_num_threads(),
+    )
 
 
 # ------------------------------------------------------------------------------------------------- registration
@@ -215,9 +280,16 @@ def register_kernels(name: str, isa: Any) -> None:
 
     attention = of(attention_forward), of(attention_backward)
     norm = of(layer_norm_forward), of(layer_norm_backward)
-    block = fused_block.operators(Pieces(
-        *norm, of(_project_in), of(_project_in_backward), *attention, of(_project_out), of(_project_out_backward),
-    ))  # fmt: skip
+    block = fused_block.operators(
+        Pieces(
+            *norm,
+            of(_project_in),
+            of(_project_in_backward),
+            *attention,
+            of(_project_out),
+            of(_project_out_backward),
+        )
+    )
     loss = chunked_loss.operators(
         chunked_loss.Pieces(of(_cross_entropy), add_product=of(_add_product), scratch=torch.int16)
     )

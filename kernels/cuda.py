@@ -46,9 +46,11 @@ def attention_refuses(*, dtype: torch.dtype, head_dim: int, **_: object) -> str 
 
 
 ATTENTION_VERSIONS = {"mma": (0, 0), "hopper": (1, 0), "hopper_backward": (1, 1)}
-"""Of attention, which kernels run (forward, backward), by the number that the native module takes: 0, mma.sync on any card; 1,
-wgmma, compute capability 9.0 and head_dim 64 or 128 only. `hopper_backward` is never chosen by itself: the first run on a GPU
-did not return from its backward kernels, whose registers were more than the launch had; since mended, not run there again."""
+"""Of attention, which kernels run (forward, backward), by the number that the native module takes: 0, mma.sync on any
+card; 1, wgmma, compute capability 9.0 and head_dim 64 or 128 only. `hopper_backward` is never chosen by itself: the
+first run on a GPU did not return from its backward kernels, whose registers were more than the launch had; since
+mended, not run there again.
+"""
 
 
 def _hopper_needs(machine: Machine) -> str | None:
@@ -91,10 +93,20 @@ def _check_sizes(q: Tensor, k: Tensor) -> None:
 
 
 def attention_forward(
-    module: Any, version: int, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
-    causal: bool, scale: float, *dropout: Any, out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) float32; see `kernels.flash_attention`.
+    module: Any,
+    version: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    *dropout: Any,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) float32; see
+    `kernels.flash_attention`.
 
     version: the kernels' number in ATTENTION_VERSIONS."""
     _check_sizes(q, k)
@@ -118,10 +130,21 @@ def attention_forward(
 
 
 def attention_backward(
-    module: Any, version: int, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, scale: float, *dropout: Any,
+    module: Any,
+    version: int,
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    *dropout: Any,
     grads: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, in new tensors or in `grads` (rows as `_is_aligned` asks), bitwise reproducible."""
     q, scale, sign = native.positive_scale(q, scale)
     grad_out, q, k, v, out = (_aligned(x) for x in (grad_out, q, k, v, out))
@@ -162,9 +185,16 @@ def layer_norm_forward(module: Any, x: Tensor, weight: Tensor, bias: Tensor, eps
     if x.numel():
         with native.on_device(x):
             module.layer_norm_forward_cuda(
-                rows, weight, bias, y, stats,
-                (*rows.shape, rows.stride(0)), eps, native.DTYPE_CODES[x.dtype], _stream(x),
-            )  # fmt: skip
+                rows,
+                weight,
+                bias,
+                y,
+                stats,
+                (*rows.shape, rows.stride(0)),
+                eps,
+                native.DTYPE_CODES[x.dtype],
+                _stream(x),
+            )
     return y, stats
 
 
@@ -186,9 +216,20 @@ def layer_norm_backward(
     if x.numel():
         with native.on_device(x):
             module.layer_norm_backward_cuda(
-                grad, rows, weight, stats, residual, grad_x, grad_weight, grad_bias, partial, chunks,
-                (*rows.shape, rows.stride(0)), native.DTYPE_CODES[x.dtype], _stream(x),
-            )  # fmt: skip
+                grad,
+                rows,
+                weight,
+                stats,
+                residual,
+                grad_x,
+                grad_weight,
+                grad_bias,
+                partial,
+                chunks,
+                (*rows.shape, rows.stride(0)),
+                native.DTYPE_CODES[x.dtype],
+                _stream(x),
+            )
     return grad_x, grad_weight, grad_bias
 
 
@@ -200,7 +241,10 @@ def block_refuses(
         if width % 8:
             return f"{name} = {width}: the kernels take a multiple of 8; pad it with zeros"
     if rotary_dim % 16:
-        return f"rotary_dim = 2 * cos.shape[-1] = {rotary_dim}: the kernels turn a multiple of 16 dims; use another backend"
+        return (
+            f"rotary_dim = 2 * cos.shape[-1] = {rotary_dim}: the kernels turn a multiple of 16 dims; "
+            "use another backend"
+        )
     return attention_refuses(dtype=dtype, head_dim=head_dim)
 
 
@@ -248,9 +292,12 @@ def project_in_backward(
     grad_bias, partial = torch.empty_like(b_in), _partial_sums(z)
     with native.on_device(z):
         module.after_in_backward_cuda(
-            grad_z, grad_bias, partial, partial.shape[0],
+            grad_z,
+            grad_bias,
+            partial,
+            partial.shape[0],
             *_after_in_arguments(z, b_in, activated, layout),
-        )  # fmt: skip
+        )
     return grad_bias
 
 
@@ -259,8 +306,14 @@ def project_out(module: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor,
     y, b_out, x = vendor_product(g, w_out), _dense(b_out), _dense(x)
     with native.on_device(y):
         module.residual_cuda(
-            y, b_out, x, tuple(y.shape), native.dropout_arguments(dropout), native.DTYPE_CODES[y.dtype], _stream(y),
-        )  # fmt: skip
+            y,
+            b_out,
+            x,
+            tuple(y.shape),
+            native.dropout_arguments(dropout),
+            native.DTYPE_CODES[y.dtype],
+            _stream(y),
+        )
     return y
 
 
@@ -272,9 +325,16 @@ def project_out_backward(module: Any, grad_y: Tensor, dropout: Dropout) -> tuple
     grad_bias, partial = grad_y.new_empty(grad_y.shape[1]), _partial_sums(grad_y)
     with native.on_device(grad_y):
         module.residual_backward_cuda(
-            grad_y, grad_h, grad_bias, partial, partial.shape[0],
-            tuple(grad_y.shape), (threshold, *rest), native.DTYPE_CODES[grad_y.dtype], _stream(grad_y),
-        )  # fmt: skip
+            grad_y,
+            grad_h,
+            grad_bias,
+            partial,
+            partial.shape[0],
+            tuple(grad_y.shape),
+            (threshold, *rest),
+            native.DTYPE_CODES[grad_y.dtype],
+            _stream(grad_y),
+        )
     return grad_h, grad_bias
 
 
@@ -289,17 +349,32 @@ def loss_refuses(*, dtype: torch.dtype, columns: int, **_: object) -> str | None
 
 
 def cross_entropy(
-    module: Any, logits: Tensor, bias: Tensor, targets: Tensor, loss: Tensor, bias_sums: Tensor | None,
-    ignore_index: int, z_loss: float,
-) -> None:  # fmt: skip
+    module: Any,
+    logits: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    loss: Tensor,
+    bias_sums: Tensor | None,
+    ignore_index: int,
+    z_loss: float,
+) -> None:
     """See `kernels.chunked_loss.Pieces.cross_entropy`; bitwise reproducible."""
     bias, stats = _dense(bias), loss.new_empty((logits.shape[0], 2))
     parts = 0 if bias_sums is None else bias_sums.shape[0]
     with native.on_device(logits):
         module.cross_entropy_cuda(
-            logits, bias, targets, loss, bias_sums, stats, parts, (*logits.shape, ignore_index), z_loss,
-            native.DTYPE_CODES[logits.dtype], _stream(logits),
-        )  # fmt: skip
+            logits,
+            bias,
+            targets,
+            loss,
+            bias_sums,
+            stats,
+            parts,
+            (*logits.shape, ignore_index),
+            z_loss,
+            native.DTYPE_CODES[logits.dtype],
+            _stream(logits),
+        )
 
 
 def register_kernels(

@@ -1,8 +1,8 @@
 """First calls of versions on a GPU, in processes of their own, several at once, before `kernels.tune` measures.
 
-A first call of a Triton kernel compiles its candidates, for seconds each; compilers may run side by side, timings may not.
-What is compiled Triton keeps on disk, where the process that measures finds it. And a kernel that ends its process, or
-leaves a CUDA context in which nothing runs any more, takes only such a process with it, and is named.
+A first call of a Triton kernel compiles its candidates, for seconds each; compilers may run side by side, timings may
+not. What is compiled Triton keeps on disk, where the process that measures finds it. And a kernel that ends its
+process, or leaves a CUDA context in which nothing runs any more, takes only such a process with it, and is named.
 """
 
 import contextlib
@@ -45,8 +45,8 @@ def run(
 ) -> dict[Call, str]:
     """Makes the calls, a process for each group, and returns why some failed, within about `seconds`.
 
-    The calls number `works(…, device, shape, dtypes)`. What a process died of fails, and another goes on with the rest of
-    its group; what was not called in the time fails too: it would use up the time for measuring.
+    The calls number `works(…, device, shape, dtypes)`. What a process died of fails, and another goes on with the rest
+    of its group; what was not called in the time fails too: it would use up the time for measuring.
     """
     model = {
         "shape": dataclasses.asdict(shape),
@@ -105,9 +105,13 @@ def _child(asked: dict[str, object], trouble: IO[str]) -> Iterator["subprocess.P
         wanted.seek(0)
         child = subprocess.Popen(
             [sys.executable, "-m", "kernels.first_calls"],
-            stdin=wanted, stdout=subprocess.PIPE, stderr=trouble, text=True,
-            env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
-        )  # fmt: skip
+            stdin=wanted,
+            stdout=subprocess.PIPE,
+            stderr=trouble,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,
+        )
     with child:
         try:
             yield child
@@ -116,7 +120,9 @@ def _child(asked: dict[str, object], trouble: IO[str]) -> Iterator["subprocess.P
 
 
 def main() -> None:
-    """The child: a line of JSON for each call, when it was made: [index of the work, version, why it failed or null]."""
+    """The child: a line of JSON for each call, when it was made: [index of the work, version, why it failed or
+    null].
+    """
     asked = json.load(sys.stdin)
     device = torch.device(asked["device"])
     of = registry.machine_of(device)

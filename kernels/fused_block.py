@@ -8,9 +8,10 @@ Forward, over the folded batch * seq tokens:
     g = [attention(q, k, v) | act(u + bias)]          attention reads views of z and writes the left part of g
     y = x + dropout(g W_out^T + b_out)
 
-Saved for the backward pass: x, z (u without its bias, as the product gave it), attention's output and log-sum-exp. LN(x)
-and the activation are made again there. Attention made again saved 69 of 606 MB for a phi-1 layer of 16,384 tokens, and took 5.6%
-of its forward and backward on an H200 (8% with dropout), 6% on a CPU (hidden 512, 1,024 tokens, Zen 4).
+Saved for the backward pass: x, z (u without its bias, as the product gave it), attention's output and log-sum-exp.
+LN(x) and the activation are made again there. Attention made again saved 69 of 606 MB for a phi-1 layer of 16,384
+tokens, and took 5.6% of its forward and backward on an H200 (8% with dropout), 6% on a CPU (hidden 512, 1,024 tokens,
+Zen 4).
 
 A backend brings `Pieces`; the order of the steps is here, once for all of them.
 """
@@ -81,8 +82,9 @@ class Pieces(NamedTuple):
     """(n, w_in, b_in, activated, layout) -> z as above; act(u + bias) is written to activated (tokens, inner), a view
     whose rows are apart"""
     project_in_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Layout], Tensor]
-    """(grad_z, z, b_in, activated, layout) -> gradient of b_in. In place: grad_z holds the gradients of the turned q and
-    k and of v, and gets those of all of z; activated holds its own gradient and gets act(u + bias) again"""
+    """(grad_z, z, b_in, activated, layout) -> gradient of b_in. In place: grad_z holds the gradients of the turned q
+    and k and of v, and gets those of all of z; activated holds its own gradient and gets act(u + bias) again
+    """
     attention_forward: Callable[..., tuple[Tensor, Tensor]]
     """(q, k, v, cu_q, cu_k, causal, scale, p, seed, out=) -> (out, lse); out is a strided view"""
     attention_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -94,9 +96,19 @@ class Pieces(NamedTuple):
 
 
 def block_forward(
-    pieces: Pieces, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
-    layout: Layout, cu_seqlens: Tensor | None, dropout_seed: int, kv_cache: reference.KVCache | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    pieces: Pieces,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    b_out: Tensor,
+    layout: Layout,
+    cu_seqlens: Tensor | None,
+    dropout_seed: int,
+    kv_cache: reference.KVCache | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y (tokens, hidden), z, attention's part of g, lse) for x (tokens, hidden)."""
     check_positions(layout.positions, layout.cos.shape[0])
     shape, documents = layout.shape, cu_seqlens is not None
@@ -108,18 +120,37 @@ def block_forward(
     if kv_cache is not None:
         k, v, cu_q, cu_k = reference.extend(kv_cache, k, v)
     attention, lse = pieces.attention_forward(
-        q, k, v, cu_q, cu_k, True, shape.head_dim**-0.5, shape.attention_dropout, dropout_seed,
+        q,
+        k,
+        v,
+        cu_q,
+        cu_k,
+        True,
+        shape.head_dim**-0.5,
+        shape.attention_dropout,
+        dropout_seed,
         out=layout.attention(g, documents),
-    )  # fmt: skip
+    )
     y = pieces.project_out(g, w_out, b_out, x, Dropout(shape.residual_dropout, dropout_seed))
     return y, z, attention, lse
 
 
 def block_backward(
-    pieces: Pieces, grad_y: Tensor, x: Tensor, z: Tensor, attention: Tensor, lse: Tensor,
-    norm_weight: Tensor, norm_bias: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor,
-    layout: Layout, cu_seqlens: Tensor | None, dropout_seed: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    pieces: Pieces,
+    grad_y: Tensor,
+    x: Tensor,
+    z: Tensor,
+    attention: Tensor,
+    lse: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    layout: Layout,
+    cu_seqlens: Tensor | None,
+    dropout_seed: int,
+) -> tuple[Tensor, ...]:
     """Gradients of x, norm_weight, norm_bias, w_in, b_in, w_out, b_out."""
     shape, documents = layout.shape, cu_seqlens is not None
     options = (cu_seqlens, cu_seqlens, True, shape.head_dim**-0.5, shape.attention_dropout, dropout_seed)
@@ -232,9 +263,18 @@ def _backward(grad_y, x, z, attention, lse, norm_weight, norm_bias, w_in, b_in, 
     backward = implementation("parallel_block", options[-1]).backward
     assert backward is not None
     return backward(
-        grad_y.contiguous(), x, z, attention, lse, norm_weight, norm_bias, w_in, b_in, w_out,
+        grad_y.contiguous(),
+        x,
+        z,
+        attention,
+        lse,
+        norm_weight,
+        norm_bias,
+        w_in,
+        b_in,
+        w_out,
         *_arguments(x, w_in, *options),
-    )  # fmt: skip
+    )
 
 
 @torch.library.register_fake("phi1::parallel_block_backward")

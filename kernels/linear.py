@@ -12,7 +12,8 @@ from kernels.registry import differentiated, forced_backend
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`torch.nn.functional.linear`, and for a few rows on a CPU, of which no gradient is asked, `kernels.cpu.product`.
 
-    x: (..., width). weight: (columns, width). bias: (columns,). Returns (..., columns). Where another backend than `cpu`
+    x: (..., width). weight: (columns, width). bias: (columns,). Returns (..., columns). Where another backend than
+        `cpu`
     is asked for, under torch.autocast and in compiled code it is PyTorch's function whatever the call.
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype not in native.DTYPE_CODES:

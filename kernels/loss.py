@@ -15,8 +15,8 @@ from kernels.registry import choose, differentiated, implementation, in_graph, r
 
 torch.library.define(
     "phi1::linear_cross_entropy",
-    "(Tensor hidden, Tensor weight, Tensor bias, Tensor targets, int ignore_index, float z_loss, bool with_grads, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor hidden, Tensor weight, Tensor bias, Tensor targets, int ignore_index, float z_loss, bool with_grads, str "
+    "backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -35,7 +35,11 @@ def _impl(hidden, weight, bias, targets, ignore_index, z_loss, with_grads, backe
 @torch.library.register_fake("phi1::linear_cross_entropy")
 def _fake(hidden, weight, bias, targets, ignore_index, z_loss, with_grads, backend):  # type: ignore[no-untyped-def]
     wide = reference.working_dtype(hidden.dtype)
-    kinds = ((hidden, chunked_loss.gradient_dtype(hidden.dtype)), (weight, chunked_loss.gradient_dtype(hidden.dtype)), (bias, wide))  # fmt: skip
+    kinds = (
+        (hidden, chunked_loss.gradient_dtype(hidden.dtype)),
+        (weight, chunked_loss.gradient_dtype(hidden.dtype)),
+        (bias, wide),
+    )
     grads = [x.new_empty(x.shape if with_grads else (0,), dtype=dtype) for x, dtype in kinds]
     return hidden.new_empty((), dtype=wide), *grads
 
@@ -145,10 +149,14 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction = {reduction!r}: must be 'mean' or 'sum'")
     name = choose(
-        "linear_cross_entropy", hidden.device, backend,
-        dtype=hidden.dtype, size=size_class(targets.numel()), training=differentiated(hidden, weight, bias),
+        "linear_cross_entropy",
+        hidden.device,
+        backend,
+        dtype=hidden.dtype,
+        size=size_class(targets.numel()),
+        training=differentiated(hidden, weight, bias),
         columns=columns,
-    )  # fmt: skip
+    )
     flat, flat_targets = hidden.reshape(targets.numel(), width), targets.reshape(-1)
     forward = in_graph("linear_cross_entropy", name)
     if forward is not None:

@@ -1,9 +1,10 @@
 """What was measured fastest: the table that comes with the package, and the user's own.
 
-A row is a cell (op, kind of machine, dtype, head_dim, size, work) with the versions measured in it, fastest first, their
-speed relative to the fastest, and the results it comes from. It counts for its own kind of machine only. measured.json is
-written by bench/choose.py from the benchmarks' results; the user's own tables by `phi1 tune` (kernels/tune.py), a file for
-each kind, in the user's cache folder. One of those counts as long as driver, torch, triton and phi1 are what they were.
+A row is a cell (op, kind of machine, dtype, head_dim, size, work) with the versions measured in it, fastest first,
+their speed relative to the fastest, and the results it comes from. It counts for its own kind of machine only.
+measured.json is written by bench/choose.py from the benchmarks' results; the user's own tables by `phi1 tune`
+(kernels/tune.py), a file for each kind, in the user's cache folder. One of those counts as long as driver, torch,
+triton and phi1 are what they were.
 """
 
 import dataclasses
@@ -33,8 +34,8 @@ _log = logging.getLogger("kernels")
 def size_class(queries: int, keys: int | None = None) -> str:
     """Of SIZES the one of a call: as many queries (tokens, rows) as see as many keys (default: as many as queries).
 
-    The borders are where the winner was seen to change: up to 16 queries csrc/cpu goes over K and V unpacked; between 257
-    keys and 1,024 AVX-512 BF16 falls behind PyTorch on an Intel CPU.
+    The borders are where the winner was seen to change: up to 16 queries csrc/cpu goes over K and V unpacked; between
+    257 keys and 1,024 AVX-512 BF16 falls behind PyTorch on an Intel CPU.
     """
     if queries <= 16:
         return "few"
@@ -181,7 +182,9 @@ def stale(of: machine.Machine, found: Mapping[str, Any]) -> str | None:
 
 
 def read_own(of: machine.Machine) -> dict[Cell, Row]:
-    """The user's table of a machine, empty if there is none. One that does not count is said in one line, and is none."""
+    """The user's table of a machine, empty if there is none. One that does not count is said in one line, and is
+    none.
+    """
     path = own_path(of.kind)
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """What the native backends share: how tensors are handed to kernels._native.
 
-A binding takes tensors, never addresses, so that what a kernel reads and writes lives as long as the call: a copy made in
-the argument list too.
+A binding takes tensors, never addresses, so that what a kernel reads and writes lives as long as the call: a copy made
+in the argument list too.
 """
 
 import contextlib
@@ -76,25 +76,48 @@ def dropout_arguments(dropout: Dropout) -> tuple[int, float, int]:
 
 
 def attention_arguments(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
-    causal: bool, scale: float, dropout_p: float, dropout_seed: int,
-) -> tuple[object, ...]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: int,
+) -> tuple[object, ...]:
     """csrc/bindings.h, attention_args."""
     (batch, seqlen_q, heads, head_dim), (_, seqlen_k, kv_heads, _) = q.shape, k.shape
     return (
-        q, k, v, out, lse, (batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim),
+        q,
+        k,
+        v,
+        out,
+        lse,
+        (batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim),
         (None, None, 0) if cu_q is None or cu_k is None else (cu_q, cu_k, cu_q.shape[0] - 1),
-        causal, scale, dropout_arguments(Dropout(dropout_p, dropout_seed)), DTYPE_CODES[q.dtype],
-    )  # fmt: skip
+        causal,
+        scale,
+        dropout_arguments(Dropout(dropout_p, dropout_seed)),
+        DTYPE_CODES[q.dtype],
+    )
 
 
 def after_in_arguments(z: Tensor, bias: Tensor, activated: Tensor, layout: "Layout") -> tuple[object, ...]:
     """csrc/bindings.h, after_in_args. The tensors in `layout` are contiguous."""
     cos, sin, positions = layout.cos, layout.sin, layout.positions
     sizes = (
-        layout.batch, layout.seq, layout.shape.heads + layout.shape.kv_heads, layout.shape.head_dim, cos.shape[1], z.shape[1],
-        layout.inner, activated.stride(0),
-    )  # fmt: skip
+        layout.batch,
+        layout.seq,
+        layout.shape.heads + layout.shape.kv_heads,
+        layout.shape.head_dim,
+        cos.shape[1],
+        z.shape[1],
+        layout.inner,
+        activated.stride(0),
+    )
     position_stride = positions.stride(0) if positions is not None and positions.dim() == 2 else 0
     codes = _ACTIVATION_CODES[layout.shape.activation], DTYPE_CODES[z.dtype]
     return z, bias, activated, sizes, (cos, sin, cos.shape[0]), positions, position_stride, *codes
@@ -110,10 +133,22 @@ def rotary_arguments(
     positions: Tensor | None,
     inverse: bool,
 ) -> tuple[object, ...]:
-    """The arguments of `Isa.rotary` (an entry of `ISAS`) and `_native.rotary_cuda`, but for the last (threads or stream)."""
+    """The arguments of `Isa.rotary` (an entry of `ISAS`) and `_native.rotary_cuda`, but for the last (threads or
+    stream).
+    """
     batch, seq, heads, head_dim = q.shape
     position_stride = positions.stride(0) if positions is not None and positions.dim() == 2 else 0
     return (
-        q, k, q_out, k_out, (batch, seq, heads, k.shape[2], head_dim),
-        cos, sin, cos.shape[1], positions, position_stride, inverse, DTYPE_CODES[q.dtype],
-    )  # fmt: skip
+        q,
+        k,
+        q_out,
+        k_out,
+        (batch, seq, heads, k.shape[2], head_dim),
+        cos,
+        sin,
+        cos.shape[1],
+        positions,
+        position_stride,
+        inverse,
+        DTYPE_CODES[q.dtype],
+    )

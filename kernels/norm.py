@@ -63,7 +63,8 @@ class _LayerNorm(torch.autograd.Function):
 @without_autocast
 def _torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
-        # PyTorch adds up the gradients of weight and bias in 16 bits on a CPU: up to 7 times eager's error, with one thread.
+        # PyTorch adds up the gradients of weight and bias in 16 bits on a CPU: up to 7 times eager's error, with one
+        # thread.
         return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
@@ -90,9 +91,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, ba
         check_like(name, parameter, "x", x)
         check_device(name, parameter, "x", x)
     name = choose(
-        "layer_norm", x.device, backend,
-        dtype=x.dtype, size=size_class(math.prod(x.shape[:-1])), training=differentiated(x, weight, bias),
-    )  # fmt: skip
+        "layer_norm",
+        x.device,
+        backend,
+        dtype=x.dtype,
+        size=size_class(math.prod(x.shape[:-1])),
+        training=differentiated(x, weight, bias),
+    )
     forward = in_graph("layer_norm", name)
     if forward is not None:
         return forward(x, weight, bias, eps)

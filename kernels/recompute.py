@@ -1,7 +1,7 @@
 """What a non-reentrant checkpoint's recomputation must not choose anew.
 
-`torch.utils.checkpoint.checkpoint(f, use_reentrant=False)` runs f again in the backward pass, maybe in another thread, and
-outside of the `use_backend` block that its forward ran in. What is kept for it hangs on PyTorch's own record of the
+`torch.utils.checkpoint.checkpoint(f, use_reentrant=False)` runs f again in the backward pass, maybe in another thread,
+and outside of the `use_backend` block that its forward ran in. What is kept for it hangs on PyTorch's own record of the
 checkpoint, which its hooks on saved tensors hold in their closures; no public interface leads there.
 """
 

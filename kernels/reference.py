@@ -78,7 +78,12 @@ def attention_keep(seed: int, plane: Tensor, query: Tensor, key: Tensor, p: floa
     are two words.
     Returns a bool tensor of the broadcast shape.
     """
-    counter = (key // 16 * 4 + key % 8 // 2, query // 16 * 4 + query % 8 // 2, plane, torch.full_like(key, ATTENTION_OFFSET))  # fmt: skip
+    counter = (
+        key // 16 * 4 + key % 8 // 2,
+        query // 16 * 4 + query % 8 // 2,
+        plane,
+        torch.full_like(key, ATTENTION_OFFSET),
+    )
     word, byte = 2 * (query % 2) + key % 2, 2 * (query // 8 % 2) + key // 8 % 2
     return _random_byte(counter, seed, word, byte) >= dropout_threshold(p)
 
@@ -185,9 +190,18 @@ def _heads_first(x: Tensor, heads: int) -> Tensor:
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-    causal: bool, scale: float, dropout_p: float, dropout_seed: int, *, out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: int,
+    *,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """out (like q, or the tensor given) and the log-sum-exp (batch, heads, seqlen_q) of `kernels.flash_attention`."""
     heads = q.shape[2]
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if out is None else out.zero_()
@@ -202,10 +216,19 @@ def attention_forward(
 
 
 def attention_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-    causal: bool, scale: float, dropout_p: float, dropout_seed: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v from the saved log-sum-exp (FlashAttention, arXiv 2205.14135, appendix B.4)."""
     heads, kv_heads = q.shape[2], k.shape[2]
     grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
@@ -353,8 +376,9 @@ class CacheRows(NamedTuple):
     """(tokens,) int64, like `place`: where each new token's key and value belong."""
     place: Tensor
     cu_seqlens_q: Tensor
-    """int32 (2 documents + 1,), like the keys': documents of the rows one behind the other, in which the room behind each
-    row's tokens is a document of its own, without queries."""
+    """int32 (2 documents + 1,), like the keys': documents of the rows one behind the other, in which the room behind
+    each row's tokens is a document of its own, without queries.
+    """
     cu_seqlens_k: Tensor
     capacity: int
     """Tokens that a row of the cache has room for."""
@@ -377,8 +401,8 @@ def cache_rows(lengths: Tensor, cu_seqlens: Tensor, tokens: int, capacity: int) 
 
 
 def extend(kv_cache: KVCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Writes new keys and values behind those that the cache holds; returns all that are to be seen, and the documents of
-    queries and of keys.
+    """Writes new keys and values behind those that the cache holds; returns all that are to be seen, and the documents
+    of queries and of keys.
 
     k, v: (batch, seq, kv_heads, head_dim); with documents (1, tokens, kv_heads, head_dim), and the rows are returned
     folded into one sequence, (1, documents * capacity, kv_heads, head_dim).
@@ -400,11 +424,25 @@ def extend(kv_cache: KVCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def parallel_block(
-    steps: Steps, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor,
-    cos: Tensor, sin: Tensor, shape: BlockShape, positions: Tensor | None, cu_seqlens: Tensor | None, dropout_seed: int,
+    steps: Steps,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w_in: Tensor,
+    b_in: Tensor,
+    w_out: Tensor,
+    b_out: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    shape: BlockShape,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dropout_seed: int,
     kv_cache: KVCache | None,
-) -> Tensor:  # fmt: skip
-    """phi-1's layer: attention and MLP side by side on one LayerNorm. See `kernels.parallel_block` for the arguments."""
+) -> Tensor:
+    """phi-1's layer: attention and MLP side by side on one LayerNorm. See `kernels.parallel_block` for the
+    arguments.
+    """
     batch, seq, _ = x.shape
     z = steps.linear(steps.layer_norm(x, norm_weight, norm_bias, shape.eps), w_in, b_in)
     qkv, u = z.tensor_split([shape.attention_width + 2 * shape.kv_width], dim=-1)

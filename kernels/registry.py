@@ -1,14 +1,15 @@
 """Which version of which backend serves a call: the table of implementations, the automatic choice, and its overrides.
 
 A backend is one way to run an op: `reference` (plain PyTorch, the ground truth), `torch` (PyTorch's own fast ops),
-`cpu` (csrc/cpu), `triton` (kernels/triton), `cuda` (csrc/cuda). The native ones have versions: `cpu/avx512`, `cuda/mma`,
-`triton/descriptors`. Each says what it needs of a machine, and which calls it refuses.
+`cpu` (csrc/cpu), `triton` (kernels/triton), `cuda` (csrc/cuda). The native ones have versions: `cpu/avx512`,
+`cuda/mma`, `triton/descriptors`. Each says what it needs of a machine, and which calls it refuses.
 
 The choice, first that is given: the call's `backend=`, the innermost `use_backend` block, the environment variable
 PHI1_KERNELS (or PHI1_ISA=avx512, short for PHI1_KERNELS=cpu/avx512), automatic. Automatic takes the first that serves
-the call of an order: what a held run took (`held`), else by speed as measured on this kind of machine (kernels/measured.py),
-else `fixed_order`. A name that is asked for and cannot serve the call is an error, never replaced by another; a backend's
-name without a version leaves the version to the order, and so does a version that only other ops have.
+the call of an order: what a held run took (`held`), else by speed as measured on this kind of machine
+(kernels/measured.py), else `fixed_order`. A name that is asked for and cannot serve the call is an error, never
+replaced by another; a backend's name without a version leaves the version to the order, and so does a version that only
+other ops have.
 """
 
 import contextlib
@@ -135,8 +136,8 @@ def _checked(name: str, where: str) -> str:
 
 # ------------------------------------------------------------------------------------------------- overrides
 
-# Of this thread and task. Compiled code cannot ask a context variable; what it asks instead is in `_FORCED_COMPILED`, of
-# the whole process, on which torch.compile guards.
+# Of this thread and task. Compiled code cannot ask a context variable; what it asks instead is in `_FORCED_COMPILED`,
+# of the whole process, on which torch.compile guards.
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("phi1_forced_backend", default=None)
 _FORCED_COMPILED: list[str] = []
 _environment: str | None = None
@@ -169,7 +170,8 @@ def read_environment() -> None:
 def use_backend(name: str) -> Iterator[None]:
     """Within the block every op that this thread or task calls without `backend=` runs on `name`.
 
-    name: a backend, or one version of it ("cpu/avx512"). Functions under torch.compile follow the block that was entered
+    name: a backend, or one version of it ("cpu/avx512"). Functions under torch.compile follow the block that was
+        entered
     last in the whole process: what they guard on knows no threads.
     """
     token = _forced.set(_checked(name, "use_backend(name)"))
@@ -196,17 +198,18 @@ def forced_backend(requested: str | None) -> str | None:
 def fixed_order(machine: Machine, cell: Cell) -> tuple[str, ...]:
     """What automatic choice tries, in turn, where nothing of the cell was measured on the kind of machine.
 
-    On a GPU ours come after PyTorch's own ops until measurements put them first. Some did (an H200, torch 2.11, bench/results/
-    first-gpu-run): at compute capability 9.0 the layer (1.22 times plain PyTorch forward, 1.07 with the backward, and PyTorch's residual mask is 142 kernels), the
-    loss (1.9) and rotary (2.2) come before PyTorch's; attention without dropout does not, PyTorch takes cuDNN's there. On
-    a CPU the most capable instruction set first, but for what is known to be slower:
+    On a GPU ours come after PyTorch's own ops until measurements put them first. Some did (an H200, torch 2.11,
+    bench/results/ first-gpu-run): at compute capability 9.0 the layer (1.22 times plain PyTorch forward, 1.07 with the
+    backward, and PyTorch's residual mask is 142 kernels), the loss (1.9) and rotary (2.2) come before PyTorch's;
+    attention without dropout does not, PyTorch takes cuDNN's there. On a CPU the most capable instruction set first,
+    but for what is known to be slower:
 
     - On an Intel CPU `vdpbf16ps` runs at 110 to 150 GFLOP/s on two cores, half of what Zen 4 has, so that AVX-512's own
       multiplications beat it in every case (2 cores of a Xeon, Emerald Rapids, torch 2.13.0).
-    - Without AMX PyTorch's attention in bf16 beats both there on long sequences, in the forward pass (up to 2.6 times) and,
-      from head_dim 64 on, with the backward.
-    - AVX2's attention with few queries in float32, at 0.88 of PyTorch's speed for two (Zen 4, 2,048 keys), 0.75 for one (Zen 3,
-      544 keys), and its LayerNorm, at 0.54 to 0.89 (Zen 3, hidden 512; bf16 and float32, one thread).
+    - Without AMX PyTorch's attention in bf16 beats both there on long sequences, in the forward pass (up to 2.6 times)
+      and, from head_dim 64 on, with the backward.
+    - AVX2's attention with few queries in float32, at 0.88 of PyTorch's speed for two (Zen 4, 2,048 keys), 0.75 for one
+      (Zen 3, 544 keys), and its LayerNorm, at 0.54 to 0.89 (Zen 3, hidden 512; bf16 and float32, one thread).
     - Code without vector instructions always.
     """
     if machine.device != "cpu":
@@ -305,12 +308,20 @@ def _why_none(op: str, names: list[str], machine: Machine, options: Mapping[str,
 
 
 def select(
-    op: str, machine: Machine, forced: str | None, *, dtype: torch.dtype, head_dim: int | None = None,
-    size: str = "long", training: bool = False, **options: Any,
-) -> str:  # fmt: skip
+    op: str,
+    machine: Machine,
+    forced: str | None,
+    *,
+    dtype: torch.dtype,
+    head_dim: int | None = None,
+    size: str = "long",
+    training: bool = False,
+    **options: Any,
+) -> str:
     """The version for a call of `op` on `machine`, of `forced` or, if that is None, of all.
 
-    size: `measured.size_class` of the call. training: a backward pass may follow. options: what else `refuses` looks at.
+    size: `measured.size_class` of the call. training: a backward pass may follow. options: what else `refuses` looks
+        at.
     Raises BackendError if there is none.
     """
     cell = Cell(op, machine.kind, dtype, head_dim, size, "training" if training else "forward")
@@ -414,7 +425,9 @@ def measured_here(machine: Machine) -> bool:
 
 
 def orders(machine: Machine, dtype: torch.dtype, head_dim: int) -> dict[str, tuple[str, ...]]:
-    """By `Cell.name` what automatic choice tries on the machine, of what can run: what a run records and `held` takes."""
+    """By `Cell.name` what automatic choice tries on the machine, of what can run: what a run records and `held`
+    takes.
+    """
     found: dict[str, tuple[str, ...]] = {}
     for op, size, work in itertools.product(_IMPLEMENTATIONS, measured.SIZES, measured.WORKS):
         cell = Cell(

@@ -75,7 +75,8 @@ def check_table(
     else:
         if not (positions.dtype == torch.int64 and tuple(positions.shape) in ((seq,), (batch, seq))):
             raise ValueError(
-                f"positions = {positions.dtype} {tuple(positions.shape)}: must be int64 of shape ({seq},) or ({batch}, {seq})"
+                f"positions = {positions.dtype} {tuple(positions.shape)}: must be int64 of shape ({seq},) or ({batch}, "
+                f"{seq})"
             )
         check_device("positions", positions, "the input", x)
 

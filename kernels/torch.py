@@ -22,9 +22,18 @@ def attention_refuses(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, scale: float,
-    dropout_p: float, dropout_seed: int, *, out: Tensor | None = None,
-) -> tuple[Tensor, None]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: int,
+    *,
+    out: Tensor | None = None,
+) -> tuple[Tensor, None]:
     """`kernels.flash_attention` by scaled_dot_product_attention, without dropout; there is no log-sum-exp."""
     result = _documents(q, k, v, cu_q, cu_k, causal, scale)
     return result if out is None else out.copy_(result), None
@@ -68,9 +77,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor
     elif causal and m > 1:  # is_causal aligns top-left; ours is bottom-right. One query sees every key.
         mask = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m)
     return F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[2] != k.shape[2],
-    ).transpose(1, 2)  # fmt: skip
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    ).transpose(1, 2)
 
 
 def cross_entropy(

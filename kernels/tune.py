@@ -2,11 +2,11 @@
 
     python -m kernels.tune 2x1024x512x8x64x2048x51200
 
-The shape is batch x tokens x hidden x heads x head_dim x inner x columns of a model; `phi1 tune` reads it from a model's
-name or a recipe. Of each op, size, dtype and work all versions that run here and PyTorch's own take turns, one call each a
-round, so that a slow spell of the machine falls on all of them. Memory and time are bounded: sequences are at most 544
-tokens on a CPU, and what the time does not suffice for stays unmeasured, so that the fixed order decides it. On a GPU the
-first half of the time is for compiling (kernels/first_calls.py).
+The shape is batch x tokens x hidden x heads x head_dim x inner x columns of a model; `phi1 tune` reads it from a
+model's name or a recipe. Of each op, size, dtype and work all versions that run here and PyTorch's own take turns, one
+call each a round, so that a slow spell of the machine falls on all of them. Memory and time are bounded: sequences are
+at most 544 tokens on a CPU, and what the time does not suffice for stays unmeasured, so that the fixed order decides
+it. On a GPU the first half of the time is for compiling (kernels/first_calls.py).
 """
 
 import argparse
@@ -82,14 +82,18 @@ def measure(
 
 
 def tune(
-    shape: Shape, device: torch.device, dtypes: Sequence[torch.dtype] | None = None, seconds: float | None = None,
+    shape: Shape,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] | None = None,
+    seconds: float | None = None,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
-) -> Path:  # fmt: skip
-    """Measures, writes the user's table of this kind of machine, and makes automatic choice follow it. Returns its path.
+) -> Path:
+    """Measures, writes the user's table of this kind of machine, and makes automatic choice follow it. Returns its
+    path.
 
     dtypes: default bfloat16 and, on a CPU, float32. seconds: default SECONDS. Ctrl-C (KeyboardInterrupt) keeps what was
-    measured until then. While another process measures this machine, it is waited for, and its table taken if that is of
-    the same shape. Raises TuneError, in one line, if the table cannot be kept; nothing is measured then.
+    measured until then. While another process measures this machine, it is waited for, and its table taken if that is
+    of the same shape. Raises TuneError, in one line, if the table cannot be kept; nothing is measured then.
     """
     of = registry.machine_of(device)
     dtypes = dtypes or ((torch.bfloat16, torch.float32) if of.device == "cpu" else (torch.bfloat16,))
@@ -190,7 +194,9 @@ def _write(path: Path, text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shape", type=Shape.parse, help="batch x tokens x hidden x heads x head_dim x inner x columns")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, help="at most (default: 60 on a CPU, 90 on a GPU)")

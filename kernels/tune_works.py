@@ -47,7 +47,10 @@ class Shape:
         """ "2x1024x512x8x64x2048x51200". Raises ValueError if it is none."""
         parts = text.split("x")
         if len(parts) != 7 or not all(part.isdigit() and int(part) > 0 for part in parts):
-            raise ValueError(f"shape = {text!r}: must be batch x tokens x hidden x heads x head_dim x inner x columns, seven positive whole numbers joined by 'x'")  # fmt: skip
+            raise ValueError(
+                f"shape = {text!r}: must be batch x tokens x hidden x heads x head_dim x inner x columns, seven "
+                f"positive whole numbers joined by 'x'"
+            )
         return cls(*map(int, parts))
 
 
@@ -77,8 +80,15 @@ def works(of: Machine, device: torch.device, shape: Shape, dtypes: Sequence[torc
         return torch.randn(size, dtype=torch.float32, device=device) * 0.1
 
     def add(
-        op: str, dtype: torch.dtype, head_dim: int | None, queries: int, keys: int, make: Any, flops: float, **options: Any
-    ) -> None:  # fmt: skip
+        op: str,
+        dtype: torch.dtype,
+        head_dim: int | None,
+        queries: int,
+        keys: int,
+        make: Any,
+        flops: float,
+        **options: Any,
+    ) -> None:
         size = size_class(queries, keys)
         for work in ("training", "forward") if size != "few" else ("forward",):
             cell = Cell(op, of.kind, dtype, head_dim, size, work)
@@ -95,7 +105,15 @@ def works(of: Machine, device: torch.device, shape: Shape, dtypes: Sequence[torc
     def block(dtype: torch.dtype, queries: int, keys: int) -> tuple[Callable[..., Any], list[Tensor]]:
         width, hidden = shape.heads * shape.head_dim, shape.hidden
         rows = width + 2 * kv_heads * shape.head_dim + shape.inner
-        sizes = [(batch, queries, hidden), (hidden,), (hidden,), (rows, hidden), (rows,), (hidden, width + shape.inner), (hidden,)]  # fmt: skip
+        sizes = [
+            (batch, queries, hidden),
+            (hidden,),
+            (hidden,),
+            (rows, hidden),
+            (rows,),
+            (hidden, width + shape.inner),
+            (hidden,),
+        ]
         tables = reference.rotary_table(keys, rotary_dim, device=device)
         block_shape = reference.BlockShape(shape.heads, kv_heads, shape.head_dim)
         more: dict[str, Any] = {}
@@ -164,7 +182,9 @@ def candidates(of: Machine, work: Work) -> list[str]:
     return [v for v in found if v != "cpu/portable"] if len(found) > 2 else found
 
 
-def timer(work: Work, version: str, device: torch.device, op: Callable[..., Any], inputs: list[Tensor]) -> Callable[[], float]:  # fmt: skip
+def timer(
+    work: Work, version: str, device: torch.device, op: Callable[..., Any], inputs: list[Tensor]
+) -> Callable[[], float]:
     """Gives the seconds of one call of a version."""
     training = work.cell.work == "training"
     tensors = [x.detach().requires_grad_(training) for x in inputs]

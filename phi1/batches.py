@@ -110,7 +110,9 @@ class Batches:
         return [_idle(batches[0])] * (self.most - len(batches)) + batches
 
     def of_evaluation(self, dataset: TokenDataset) -> list[Batch]:
-        """The first `evaluation_sequences` samples of seed 0, shared among processes; idle where only others have one."""
+        """The first `evaluation_sequences` samples of seed 0, shared among processes; idle where only others have
+        one.
+        """
         settings, world = self.config.train, self.world
         size = settings.micro_batch
         count = min(settings.evaluation_sequences, dataset.windows(self.config.data.sequence_length))
@@ -176,7 +178,8 @@ def _open(option: str, folders: pathlib.Path | dict[str, pathlib.Path] | None) -
         other = names.setdefault(dataset.hash, name)
         if other != name:
             raise UserError(
-                f"data.{option}: {other} ({sets[other].folder}) and {name} ({dataset.folder}) hold the same tokens; name a "
+                f"data.{option}: {other} ({sets[other].folder}) and {name} ({dataset.folder}) hold the same tokens; "
+                f"name a "
                 "set once, and give it the weight of both"
             )
     return sets

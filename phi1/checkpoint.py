@@ -72,7 +72,8 @@ class Snapshot:
 def snapshot(model: Phi1, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> Snapshot | None:
     """Copies a model and its optimizer's state to host memory, from where they are written while training goes on.
 
-    Where processes hold shards all of them must call this. keep: False for those that only hand theirs over, and get None.
+    Where processes hold shards all of them must call this. keep: False for those that only hand theirs over, and get
+    None.
     """
 
     def host(tensor: torch.Tensor) -> torch.Tensor:
@@ -206,7 +207,9 @@ def read_facts(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def verify(folder: pathlib.Path) -> dict[str, Any]:
-    """The facts of a checkpoint, all its files checked against their SHA-256. Damaged names the file that is not whole."""
+    """The facts of a checkpoint, all its files checked against their SHA-256. Damaged names the file that is not
+    whole.
+    """
     with _reading(folder):
         record = _read_record(folder)
         for name, digest in record["files"].items():
@@ -319,7 +322,8 @@ def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
             ) from error
         if code:  # read-only by now, a limit on the size of files, a disk that fails, …
             raise UserError(
-                f"the checkpoint {folder} cannot be written ({os.strerror(code)}): mend that and run the same command again; "
+                f"the checkpoint {folder} cannot be written ({os.strerror(code)}): mend that and run the same command "
+                f"again; "
                 "earlier checkpoints are whole"
             ) from error
         raise

@@ -51,7 +51,9 @@ def _usage(prefix: str) -> str:
 
 
 def _kernels_error() -> tuple[type[Exception], ...]:
-    """The error of a backend that was asked for and cannot serve; none before kernels is imported, which takes seconds."""
+    """The error of a backend that was asked for and cannot serve; none before kernels is imported, which takes
+    seconds.
+    """
     registry = sys.modules.get("kernels.registry")
     return () if registry is None else (registry.BackendError,)
 
@@ -59,8 +61,8 @@ def _kernels_error() -> tuple[type[Exception], ...]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command; returns the exit status.
 
-    0; 2 for a UserError; 130 for Ctrl-C; 75 for another signal that a training stopped for, to be run again; 141, as of a
-    command that SIGPIPE ended, if whoever read the output (`| head`) has gone.
+    0; 2 for a UserError; 130 for Ctrl-C; 75 for another signal that a training stopped for, to be run again; 141, as of
+    a command that SIGPIPE ended, if whoever read the output (`| head`) has gone.
     """
     try:
         try:

@@ -53,8 +53,17 @@ class ModelConfig:
     """Of the MLP; gelu_new, the tanh form, is phi-1's."""
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
-                      "num_kv_heads", "head_dim", "rotary_dim", "max_positions"):  # fmt: skip
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "rotary_dim",
+            "max_positions",
+        ):
             if getattr(self, field) < 1:
                 raise UserError(f"model.{field} = {getattr(self, field)}: must be at least 1")
         if self.num_heads % self.num_kv_heads:
@@ -87,10 +96,18 @@ PRESETS: dict[str, ModelConfig] = {
     # hidden_size ** -0.5, as wide a spread as keeps activations in scale: 0.02 is the larger models'. Eight heads of 32
     # learn to copy sooner than four of 64 (LOG.md).
     "phi1-tiny": ModelConfig(
-        vocab_size=1024, hidden_size=256, intermediate_size=1024, num_layers=4, num_heads=8, num_kv_heads=8,
-        head_dim=32, rotary_dim=16, max_positions=512, initializer_range=0.06,
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=32,
+        rotary_dim=16,
+        max_positions=512,
+        initializer_range=0.06,
     ),
-}  # fmt: skip
+}
 
 
 def _require(table: str, config: object, minimum: float, *names: str) -> None:
@@ -185,19 +202,33 @@ class LoopConfig:
     keep_every: int = 0
     """Also keep the checkpoints whose step is a multiple of this (0: none)."""
     spikes: Literal["log", "skip"] = "log"
-    """What to do with a step whose loss or gradient is far above the last ones' (phi1/trouble.py): note it, or skip it."""
+    """What to do with a step whose loss or gradient is far above the last ones' (phi1/trouble.py): note it, or skip it.
+    """
     tune: bool = True
     """Measure first which kernels are fastest (phi1 tune), on a machine of whose kind there is no measurement."""
     tensorboard: bool = False
     """Also write TensorBoard events to <run>/tensorboard."""
     tracker: Literal["trackio", "wandb"] | None = None
-    """Also log to Trackio or Weights & Biases, project phi1; each start is a run of theirs, in a group named as the run folder."""
+    """Also log to Trackio or Weights & Biases, project phi1; each start is a run of theirs, in a group named as the run
+    folder.
+    """
     profile: int = 0
     """Steps to trace with torch.profiler, after the first three of this start, into <run>/profile (0: none)."""
 
     def __post_init__(self) -> None:
-        _require("train", self, 1, "steps", "sequences_per_step", "micro_batch", "log_every", "evaluate_every",
-                 "evaluation_sequences", "checkpoint_every", "keep_last")  # fmt: skip
+        _require(
+            "train",
+            self,
+            1,
+            "steps",
+            "sequences_per_step",
+            "micro_batch",
+            "log_every",
+            "evaluate_every",
+            "evaluation_sequences",
+            "checkpoint_every",
+            "keep_last",
+        )
         _require("train", self, 0, "seed", "keep_every", "checkpoint_minutes", "profile")
         if self.seed >= 1 << 63:
             raise UserError(f"train.seed = {self.seed}: must be below 2**63")
@@ -208,8 +239,9 @@ class OptimizerConfig:
     """The optimizer, and the learning rate's course: linear warmup, then linear decay, at once or at the end."""
 
     algorithm: Literal["adamw", "muon"] = "adamw"
-    """adamw, as the paper. muon: the blocks' matrices by torch.optim.Muon, the rest (embedding, lm_head, biases, LayerNorms)
-    by AdamW, with the same lr and weight_decay (phi1/optimizer.py)."""
+    """adamw, as the paper. muon: the blocks' matrices by torch.optim.Muon, the rest (embedding, lm_head, biases,
+    LayerNorms) by AdamW, with the same lr and weight_decay (phi1/optimizer.py).
+    """
     lr: float = 1e-3
     """Largest learning rate."""
     lr_floor: float = 0.0
@@ -277,13 +309,14 @@ class TrainConfig:
                 f"model.max_positions = {self.model.max_positions}"
             )
         if self.optimizer.algorithm == "muon" and self.train.data_parallel == "fsdp2":
-            # On shards torch's products add up in bf16: weights moved otherwise by 5e-4 in four steps at lr = 3e-3 (2e-7 with ddp).
+            # On shards torch's products add up in bf16: weights moved otherwise by 5e-4 in four steps at lr = 3e-3
+            # (2e-7 with ddp).
             raise UserError(
-                "train.data_parallel = 'fsdp2': Muon moves whole matrices, of which each process would have a part; take ddp, "
-                "or algorithm adamw"
+                "train.data_parallel = 'fsdp2': Muon moves whole matrices, of which each process would have a part; "
+                "take ddp, or algorithm adamw"
             )
         if self.optimizer.decay_steps and self.optimizer.warmup_steps + self.optimizer.decay_steps > self.train.steps:
             raise UserError(
-                f"optimizer.decay_steps = {self.optimizer.decay_steps}: with {self.optimizer.warmup_steps} of warmup more "
-                f"than train.steps = {self.train.steps}"
+                f"optimizer.decay_steps = {self.optimizer.decay_steps}: with {self.optimizer.warmup_steps} of warmup "
+                f"more than train.steps = {self.train.steps}"
             )

@@ -46,8 +46,9 @@ class World:
 
     def __enter__(self) -> "World":
         if self.distributed:
-            # DistributedDataParallel imports this module. Imported while there is a process group, it keeps it, as a default
-            # argument, and gloo's threads would run on after destroy_process_group, into the interpreter's exit.
+            # DistributedDataParallel imports this module. Imported while there is a process group, it keeps it, as a
+            # default argument, and gloo's threads would run on after destroy_process_group, into the interpreter's
+            # exit.
             importlib.import_module("torch.distributed.nn.functional")
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         return self
@@ -166,14 +167,16 @@ class World:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of which each process holds a shard, put together in every process, all of which must call this; any other
-    tensor as it is."""
+    """A tensor of which each process holds a shard, put together in every process, all of which must call this; any
+    other tensor as it is.
+    """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's shard of a tensor that every process has whole, cut and placed as `like` of the same shape is; as it
-    is if `like` is not sharded, or if it has another shape (an optimizer's count of steps)."""
+    """This process's shard of a tensor that every process has whole, cut and placed as `like` of the same shape is; as
+    it is if `like` is not sharded, or if it has another shape (an optimizer's count of steps).
+    """
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -192,9 +195,9 @@ def _kept(tensor: torch.Tensor) -> torch.Tensor:
 def _settle() -> None:
     """Waits until gloo's threads have let go of the tensors of the last collectives, at most a second.
 
-    They do so a little after a collective is done, for which they need Python's lock. The destructor of the process group
-    waits for them with the lock held, for ever if it comes before: so hung one of four runs that failed right after a
-    collective (torch 2.13, gdb's stacks). That they hold a tensor shows in its count of references.
+    They do so a little after a collective is done, for which they need Python's lock. The destructor of the process
+    group waits for them with the lock held, for ever if it comes before: so hung one of four runs that failed right
+    after a collective (torch 2.13, gdb's stacks). That they hold a tensor shows in its count of references.
     """
     deadline = time.monotonic() + 1.0
     for tensor in _recent:

@@ -27,7 +27,8 @@ from phi1.model import Phi1
 class Engine:
     """A model that the processes of `world` train together, as `settings` say.
 
-    model: whole, in float32, on the CPU, the same in every process. It is moved to the device; under FSDP2 its parameters
+    model: whole, in float32, on the CPU, the same in every process. It is moved to the device; under FSDP2 its
+        parameters
     become this process's shards (DTensors).
     """
 
@@ -53,8 +54,9 @@ class Engine:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around the micro-batches of a step: weights are cast to the computation's type once. FSDP2 casts in each pass:
-        a process its shard of a block, before it is gathered for that pass alone."""
+        """Around the micro-batches of a step: weights are cast to the computation's type once. FSDP2 casts in each
+        pass: a process its shard of a block, before it is gathered for that pass alone.
+        """
         cast = not self.sharded and self._model.compute_dtype not in (None, torch.float32)
         with self._model.cast_once() if cast else contextlib.nullcontext():
             yield

@@ -47,7 +47,9 @@ def json_text(value: Any) -> str:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically. Half a character (a lone surrogate) is written as JSON's \\u escape."""
+    """Writes `value` as indented JSON, atomically. Half a character (a lone surrogate) is written as JSON's \\u
+    escape.
+    """
     with atomic_write(path) as file:
         file.write(json_text(value).encode("utf-8", "backslashreplace"))
 
@@ -96,7 +98,8 @@ def check_identity(folder: pathlib.Path, before: Mapping[str, Any], identity: Ma
             f"{name}: {_short(there.get(name))} there, {_short(asked.get(name))} asked" for name in differing
         )
         raise UserError(
-            f"{folder}: holds {what} made with other settings (different: {told}); run it as it was begun, choose another "
+            f"{folder}: holds {what} made with other settings (different: {told}); run it as it was begun, choose "
+            f"another "
             "folder, or delete this one"
         )
 

@@ -23,8 +23,8 @@ def load(source: pathlib.Path | str, device: str = "auto") -> tuple["Phi1", "Tok
     """A model to generate with, in evaluation mode, and its tokenizer.
 
     source: a checkpoint's folder, a run's (its newest checkpoint), or a Hugging Face folder that `phi1 import` reads.
-    device: cpu, cuda, cuda:1, ...; auto: a GPU where there is one. On a GPU the model is held in bfloat16, on a CPU in the
-        type that it was written in.
+    device: cpu, cuda, cuda:1, ...; auto: a GPU where there is one. On a GPU the model is held in bfloat16, on a CPU in
+        the type that it was written in.
     Raises UserError for a source that is none of these, or a device that is not there.
     """
     import torch
@@ -92,7 +92,8 @@ def complete(
     done = len(prompts) - len(waiting)
     if done:
         print(
-            f"warning: {done} of {len(prompts)} prompts fill the model's {positions} positions; their completions are empty",
+            f"warning: {done} of {len(prompts)} prompts fill the model's {positions} positions; their completions are "
+            f"empty",
             file=sys.stderr,
         )
     if temperature > 0:
@@ -211,7 +212,9 @@ class _Sequence:
         return finished
 
     def _sure(self, text: str) -> int:
-        """How much of `text` no next token can change: up to an unfinished character, or what may begin a stop string."""
+        """How much of `text` no next token can change: up to an unfinished character, or what may begin a stop
+        string.
+        """
         begun = (n for string in self._stop for n in range(1, len(string)) if text.endswith(string[:n]))
         return min(len(text.rstrip("\ufffd")), len(text) - max(begun, default=0))
 
@@ -244,7 +247,9 @@ def _sample(logits: "Tensor", temperature: float, top_p: float, uniform: "Tensor
 
 
 def _pick(cumulative: "Tensor", mass: "Tensor", uniform: "Tensor") -> "Tensor":
-    """(rows,) indices: the first whose cumulative probability (rows, n) exceeds uniform * mass, and at most mass's own."""
+    """(rows,) indices: the first whose cumulative probability (rows, n) exceeds uniform * mass, and at most mass's
+    own.
+    """
     import torch
 
     found = torch.searchsorted(cumulative, uniform[:, None] * mass, right=True)

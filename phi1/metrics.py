@@ -40,14 +40,15 @@ class Metrics:
     tracker: "trackio" or "wandb", which have the same interface; recipe: what they show as the run's configuration.
 
     step: the step that training goes on from. Later lines, of steps that will be done again, are dropped, and so is a
-    last one that was cut off. Other lines that are no record are left out too, and said; the file that had them is kept.
+    last one that was cut off. Other lines that are no record are left out too, and said; the file that had them is
+    kept.
 
     A step's line has its loss (left out if it is not finite), lr, grad_norm, counted_tokens, tokens, seconds, of these
-    data_seconds waiting for data, checkpoint_seconds that training stood still before it for a checkpoint if there was one, memory
-    (`peak_memory`), and mfu where the device's peak is known, all as rank 0 has them; where
-    several sets are mixed "sequences/NAME", how many each gave; after trouble (phi1/trouble.py) also "trouble", in words,
-    "sequences", the indices that `Mixture.batch` takes, and "skipped" if the step changed nothing. A validation loss has a
-    line of its own, under the name that `validation_loss` gives.
+    data_seconds waiting for data, checkpoint_seconds that training stood still before it for a checkpoint if there was
+    one, memory (`peak_memory`), and mfu where the device's peak is known, all as rank 0 has them; where several sets
+    are mixed "sequences/NAME", how many each gave; after trouble (phi1/trouble.py) also "trouble", in words,
+    "sequences", the indices that `Mixture.batch` takes, and "skipped" if the step changed nothing. A validation loss
+    has a line of its own, under the name that `validation_loss` gives.
     """
 
     def __init__(
@@ -132,7 +133,8 @@ class Metrics:
 class StepLine:
     """The line every `log_every` steps: means since the one before, in steps alone (no evaluation or checkpoint).
 
-    first: the step that training goes on from. load: FLOPs of a token / peak FLOP/s of all devices, so that MFU is load *
+    first: the step that training goes on from. load: FLOPs of a token / peak FLOP/s of all devices, so that MFU is load
+        *
     tokens/s; None: the peak is not known, and there is no MFU.
     """
 

@@ -1,17 +1,17 @@
 """Several sets of tokens read as one, mixed by weight.
 
-Which set a sample is of is a function of its index and the weights alone, and the samples of a set come in that set's own
-order (phi1/tokens.py): what a set contributes is its samples 0, 1, 2, …, as if it were trained on alone. So sample i
-of the mixture is, like a set's, a pure function of (seed, i), over any number of epochs of any of them.
+Which set a sample is of is a function of its index and the weights alone, and the samples of a set come in that set's
+own order (phi1/tokens.py): what a set contributes is its samples 0, 1, 2, …, as if it were trained on alone. So sample
+i of the mixture is, like a set's, a pure function of (seed, i), over any number of epochs of any of them.
 
 Of the first n samples the first set (by name) has the whole part of its share; of what is left the second has the whole
-part of its share of that; and so on. In whole numbers throughout, with weights as they are written (0.8 and 0.2 are 4 and
-1): in any stretch of n samples each of k sets has its share of n, give or take fewer than max(1, k - 1).
+part of its share of that; and so on. In whole numbers throughout, with weights as they are written (0.8 and 0.2 are 4
+and 1): in any stretch of n samples each of k sets has its share of n, give or take fewer than max(1, k - 1).
 
 Why: among the samples that sets 1 … j - 1 leave over there are at most j - 1 more, and not fewer, than their share of n
-(each set's whole part leaves less than one, and what is left over shrinks from set to set). Set j's count is so above its
-share by less than (j - 1) of its part of what is left, and below it by less than 1, or, of the last set, which takes all,
-by nothing. The counts of a stretch are the difference of two such.
+(each set's whole part leaves less than one, and what is left over shrinks from set to set). Set j's count is so above
+its share by less than (j - 1) of its part of what is left, and below it by less than 1, or, of the last set, which
+takes all, by nothing. The counts of a stretch are the difference of two such.
 """
 
 import fractions

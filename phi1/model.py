@@ -26,9 +26,9 @@ from phi1.errors import UserError
 class Cache:
     """Keys and values of the tokens seen so far, for incremental decoding; `Phi1.new_cache` makes one.
 
-    keys, values: (layers, batch, max_length, kv_heads, head_dim). length: tokens seen; a number where every row has seen
-    as many, int32 (batch,) where calls are packed: cu_seqlens' document i goes on in row i.
-    A forward pass over T tokens writes a row's positions [length, length + T) and moves length on.
+    keys, values: (layers, batch, max_length, kv_heads, head_dim). length: tokens seen; a number where every row has
+    seen as many, int32 (batch,) where calls are packed: cu_seqlens' document i goes on in row i. A forward pass over T
+    tokens writes a row's positions [length, length + T) and moves length on.
     """
 
     keys: Tensor
@@ -65,7 +65,8 @@ class Block(nn.Module):
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """norm_weight, norm_bias, w_in, b_in, w_out and b_out of `parallel_block`, for an input of that type."""
-        # Cast before they are added, as in a model whose parameters have that type, or whose weights FSDP2 gathers in it.
+        # Cast before they are added, as in a model whose parameters have that type, or whose weights FSDP2 gathers in
+        # it.
         low = cast_dtype(dtype, self.w_in.device)
         return (
             self.norm_weight.to(dtype),
@@ -162,9 +163,9 @@ class Phi1(nn.Module):
     def cast_once(self) -> Iterator[None]:
         """Within the block all forward passes share one copy of the weights in compute_dtype, made at its beginning.
 
-        For micro-batches of one step: parameters must not change meanwhile. Each pass may have a backward pass of its own,
-        whose gradients go through the copies to the parameters as if it had made them. The embedding is not copied: its
-        rows are cast as they are looked up.
+        For micro-batches of one step: parameters must not change meanwhile. Each pass may have a backward pass of its
+        own, whose gradients go through the copies to the parameters as if it had made them. The embedding is not
+        copied: its rows are cast as they are looked up.
         """
         assert self.compute_dtype is not None
         blocks = [block for block in self.blocks if isinstance(block, Block)]  # all of them, as far as mypy can see
@@ -232,8 +233,8 @@ class Phi1(nn.Module):
             x_btd = x_btd.to(self.compute_dtype)
         for layer, block in enumerate(self.blocks):
             kv_cache = None if cache is None else (cache.keys[layer], cache.values[layer], at)
-            # A seed for every (call, layer), whether callers hash dropout_seed or count it up. No step of this sum leaves
-            # int64: torch.compile keeps it as a symbol, so that a new seed is not a new graph.
+            # A seed for every (call, layer), whether callers hash dropout_seed or count it up. No step of this sum
+            # leaves int64: torch.compile keeps it as a symbol, so that a new seed is not a new graph.
             layer_seed = dropout_seed % (1 << 52) + (layer << 52)
             x_btd = block(x_btd, (self.rotary_cos, self.rotary_sin), positions, cu_seqlens, kv_cache, layer_seed)
         if cache is not None:
@@ -260,7 +261,8 @@ class Phi1(nn.Module):
         targets: (batch, time) int64, what follows each token (the caller shifts); -100 does not count.
         cu_seqlens: (documents + 1,) int32, where documents start and end in the batch folded to batch * time
             tokens (ends of rows included). Attention and positions then stay inside a document, which is at most
-            max_positions long. With a cache document i is what comes next in row i, and may be empty. Without it the rows are plain sequences, documents concatenated in them, as in the paper.
+            max_positions long. With a cache document i is what comes next in row i, and may be empty. Without it the
+            rows are plain sequences, documents concatenated in them, as in the paper.
         positions: (time,) or (batch, time) int64, overrides what is derived from the above.
         cache: keys and values of the tokens before these; written and moved on in place. For inference: no gradient
             is recorded.

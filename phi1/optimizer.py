@@ -38,16 +38,17 @@ class Together(torch.optim.Optimizer):
 
 
 def make_optimizer(model: Phi1, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Fused AdamW over the model's parameters, where they are now; with "muon" torch's Muon over the matrices of the blocks.
+    """Fused AdamW over the model's parameters, where they are now; with "muon" torch's Muon over the matrices of the
+    blocks.
 
     Weight decay acts on matrices, the embedding and lm_head among them (as in nanoGPT and transformers' Trainer),
-    and not on biases and LayerNorms, which have no scale for it to control. It is decoupled: a step takes lr * weight_decay
-    off a weight, whichever moves it.
+    and not on biases and LayerNorms, which have no scale for it to control. It is decoupled: a step takes lr *
+    weight_decay off a weight, whichever moves it.
 
-    Muon moves a matrix (rows, columns) by the nearest orthogonal one of its momentum, times 0.2 sqrt(max(rows, columns)): a
-    root mean square of 0.2 an element, about AdamW's, so that one lr and one weight decay serve both ("Muon is Scalable for
-    LLM Training", arXiv 2502.16982, section 2.2). A block's two matrices are moved as they are stored, q, k, v and the MLP's
-    inner layer as one.
+    Muon moves a matrix (rows, columns) by the nearest orthogonal one of its momentum, times 0.2 sqrt(max(rows,
+    columns)): a root mean square of 0.2 an element, about AdamW's, so that one lr and one weight decay serve both
+    ("Muon is Scalable for LLM Training", arXiv 2502.16982, section 2.2). A block's two matrices are moved as they are
+    stored, q, k, v and the MLP's inner layer as one.
     """
     muons = _by_muon(model, config)
     known = {id(parameter) for parameter in muons}
@@ -81,8 +82,8 @@ def _by_muon(model: Phi1, config: OptimizerConfig) -> list[torch.nn.Parameter]:
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """The learning rate of step 0 … steps - 1.
 
-    It rises linearly, reaching `lr` in the last of the warmup steps, stays there until `decay_steps` are left (0: not at
-    all), and falls linearly towards `lr_floor`, which it would reach at step `steps`.
+    It rises linearly, reaching `lr` in the last of the warmup steps, stays there until `decay_steps` are left (0: not
+    at all), and falls linearly towards `lr_floor`, which it would reach at step `steps`.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

@@ -152,8 +152,11 @@ def work(config: TrainConfig, gpus: int) -> list[Work]:
     """What one GPU does in a step, by part."""
     model, count = config.model, parameters(config.model)
     hidden, inner, width, length = (
-        model.hidden_size, model.intermediate_size, model.attention_width, config.data.sequence_length,
-    )  # fmt: skip
+        model.hidden_size,
+        model.intermediate_size,
+        model.attention_width,
+        config.data.sequence_length,
+    )
     qkv = width + 2 * model.kv_width
     size = 4 if config.train.precision == "fp32" else 2
     sequences = config.train.sequences_per_step / gpus
@@ -179,12 +182,18 @@ def work(config: TrainConfig, gpus: int) -> list[Work]:
         Work("attention", 7 * layers * width * length * tokens, layers * size * (3 * qkv + 5 * width) * tokens),
         Work("LayerNorm, rotary, GELU, dropout, residual", 0, layers * size * between * tokens),
         # Logits are written, turned into their gradient, and read by two products; sums of the weight's size per chunk.
-        Work("lm_head and loss", 6 * count["lm_head"] * tokens, 5 * size * model.vocab_size * tokens + 8 * count["lm_head"] * chunks),
+        Work(
+            "lm_head and loss",
+            6 * count["lm_head"] * tokens,
+            5 * size * model.vocab_size * tokens + 8 * count["lm_head"] * chunks,
+        ),
         # float32 weights to the computation's type, and gradients of each micro-batch back and added up.
-        Work("casts of weights", 0, 0 if size == 4 else (6 * casts + 10 * micro_batches) * (total - count["embedding"])),
+        Work(
+            "casts of weights", 0, 0 if size == 4 else (6 * casts + 10 * micro_batches) * (total - count["embedding"])
+        ),
         Work("clipping and AdamW", 0, (12 + 4 + 28) * _held(config, gpus) - 28 * by_muon),
         *muon,
-    ]  # fmt: skip
+    ]
 
 
 def describe(config: TrainConfig, gpus: int, device: str) -> list[str]:
@@ -194,8 +203,8 @@ def describe(config: TrainConfig, gpus: int, device: str) -> list[str]:
     tokens = settings.sequences_per_step * length
     lines = [
         f"{total:,} parameters: {', '.join(f'{name} {number:,}' for name, number in count.items())}",
-        f"{settings.steps:,} steps of {tokens:,} tokens, {settings.steps * tokens / 1e9:,.1f} billion in all; on {gpus} x "
-        f"{device}, {settings.micro_batch} sequences of {length:,} at a time, {settings.precision}"
+        f"{settings.steps:,} steps of {tokens:,} tokens, {settings.steps * tokens / 1e9:,.1f} billion in all; on "
+        f"{gpus} x {device}, {settings.micro_batch} sequences of {length:,} at a time, {settings.precision}"
         + (f", {settings.data_parallel}" if gpus > 1 else ""),
         "",
         f"{'memory on each GPU':<52}{'GB':>8}",
@@ -212,7 +221,11 @@ def describe(config: TrainConfig, gpus: int, device: str) -> list[str]:
             + ("" if _sharded(config, gpus) else ', or set data_parallel = "fsdp2"') * (gpus > 1)
         )
     least = 0.0 if sheet is None else sum(part.seconds(sheet[0], sheet[2]) for part in works)
-    lines += ["", f"{'a step on each GPU, forward and backward':<52}{'TFLOP':>8}{'GB':>10}" + ("" if sheet is None else f"{'seconds':>10}{'share':>8}")]  # fmt: skip
+    lines += [
+        "",
+        f"{'a step on each GPU, forward and backward':<52}{'TFLOP':>8}{'GB':>10}"
+        + ("" if sheet is None else f"{'seconds':>10}{'share':>8}"),
+    ]
     for part in works:
         row = f"  {part.name:<50}{part.flop / 1e12:>8.1f}{part.bytes / 1e9:>10.1f}"
         if sheet is not None:
@@ -236,5 +249,6 @@ def describe(config: TrainConfig, gpus: int, device: str) -> list[str]:
         *lines,
         "",
         f"at least {days:.2f} days ({24 * days * gpus:,.0f} GPU hours), which is an MFU of {limit:.0%}; at 50% "
-        f"{days * limit / 0.5:.2f} days, at 40% {days * limit / 0.4:.2f} (exchange, checkpoints and evaluations not counted)",
+        f"{days * limit / 0.5:.2f} days, at 40% {days * limit / 0.4:.2f} (exchange, checkpoints and evaluations not "
+        f"counted)",
     ]

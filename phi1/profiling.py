@@ -9,15 +9,17 @@ import torch
 from torch import profiler
 
 FOLDER = "profile"
-_BEFORE = 3  # steps that are not like the others: kernels are loaded or compiled, buffers made; the last warms the profiler up
+# Steps that are not like the others: kernels are loaded or compiled, buffers made; the last warms the profiler up.
+_BEFORE = 3
 
 
 @contextlib.contextmanager
 def traced(run: pathlib.Path, first: int, steps: int, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Yields what is to be called after each step done in the block.
 
-    Traced are `steps` steps, after three, or those of them that there are; written to <run>/profile/step-000004-000008.json.gz, by
-    the number of the first and the last. first: steps done before the block.
+    Traced are `steps` steps, after three, or those of them that there are; written to
+    <run>/profile/step-000004-000008.json.gz, by the number of the first and the last. first: steps done before the
+    block.
     """
     if not steps:
         yield lambda: None

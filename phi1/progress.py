@@ -16,8 +16,8 @@ _SECONDS = {"terminal": 0.1, "log": 15.0}
 class Progress:
     """Work of `total` units, of which `advance` counts what is done: "label: done/total unit, rate, time left, note".
 
-    On a terminal the line is alive, drawn by rich, below those of the work that this is a part of; in a log it is a line
-    at most every 15 seconds, and one at the end.
+    On a terminal the line is alive, drawn by rich, below those of the work that this is a part of; in a log it is a
+    line at most every 15 seconds, and one at the end.
     """
 
     def __init__(self, label: str, total: int, unit: str, *, quiet: bool = False) -> None:

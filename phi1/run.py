@@ -7,8 +7,8 @@
       last -> step-001000     the newest whole one
       step-002000.damaged/    one that was found damaged and set aside
 
-A run that finds a checkpoint in its folder goes on from the newest that is whole; a damaged one is set aside under a name
-that says so, never deleted, and said. Rank 0 alone writes, deletes and hashes; it tells the others what to load.
+A run that finds a checkpoint in its folder goes on from the newest that is whole; a damaged one is set aside under a
+name that says so, never deleted, and said. Rank 0 alone writes, deletes and hashes; it tells the others what to load.
 """
 
 import contextlib
@@ -80,7 +80,8 @@ class Run:
         return self.config.train.run_folder
 
     def require_space(self, size: int) -> None:
-        """UserError unless the disk has room for the checkpoints to come, of `size` bytes each; says what they will take.
+        """UserError unless the disk has room for the checkpoints to come, of `size` bytes each; says what they will
+        take.
 
         A checkpoint is written before an older one is deleted: room is needed for one more than `keep_last`.
         """
@@ -93,12 +94,13 @@ class Run:
         kept = settings.steps // settings.keep_every - step // settings.keep_every if settings.keep_every else 0
         free = shutil.disk_usage(self.folder).free
         facts = (
-            f"a checkpoint takes {_gigabytes(size)}, and room for {needed} more is needed (--keep-last {settings.keep_last}, "
-            f"and one while it is written)"
+            f"a checkpoint takes {_gigabytes(size)}, and room for {needed} more is needed (--keep-last "
+            f"{settings.keep_last}, and one while it is written)"
         )
         if needed * size > free:
             raise UserError(
-                f"{self.folder}: {facts}, but {_gigabytes(free)} are free; free space there, lower --keep-last, or choose "
+                f"{self.folder}: {facts}, but {_gigabytes(free)} are free; free space there, lower --keep-last, or "
+                f"choose "
                 "another --run-folder"
             )
         later = f"; --keep-every {settings.keep_every} keeps {kept} more in time" if kept else ""
@@ -117,8 +119,8 @@ class Run:
 def opened(config: TrainConfig, world: World) -> Iterator[Run]:
     """Opens a run, for as long as the block lasts. All processes call it.
 
-    UserError, the same line everywhere, if another training runs in the folder, data or checkpoints cannot be used, or the
-    processes would not train the same.
+    UserError, the same line everywhere, if another training runs in the folder, data or checkpoints cannot be used, or
+    the processes would not train the same.
     """
     with _claimed(config.train.run_folder, world):
         data = world.each(lambda: Batches(config, world))

@@ -96,7 +96,8 @@ class Tokenizer:
         return None if before is None or between is None or after is None else (before, between, after)
 
     def with_fim(self) -> "Tokenizer":
-        """This tokenizer with the sentinels of fill in the middle: the next ids, where a model has spare rows (codegen: 50,295 …).
+        """This tokenizer with the sentinels of fill in the middle: the next ids, where a model has spare rows (codegen:
+        50,295 …).
 
         Like <|endoftext|> they come from no text, also not from one that spells them out; all other ids stay.
         """

@@ -11,8 +11,8 @@
 The shards, one after the other, are one long array, whose end the beginning follows. Window w of length T is T inputs
 from token o + wT on and, shifted by one, T targets. The first epoch has o = 0; each later one another o, so that a
 token's context is not always the same and the few tokens that no window of an epoch holds are others each time. An
-epoch reads all its windows in a pseudo-random order. Offset and order are computed for each index alone, so sample i is a
-pure function of (seed, i): neither a resume nor the number of devices nor the batch size changes it.
+epoch reads all its windows in a pseudo-random order. Offset and order are computed for each index alone, so sample i is
+a pure function of (seed, i): neither a resume nor the number of devices nor the batch size changes it.
 """
 
 import bisect
@@ -261,7 +261,9 @@ class TokenDataset:
         return shard, index - self._starts[shard]
 
     def _read(self, suffix: str, start: int, count: int) -> np.ndarray:
-        """Elements [start, start + count) of the array that the shards' files with `suffix` are together, modulo its size."""
+        """Elements [start, start + count) of the array that the shards' files with `suffix` are together, modulo its
+        size.
+        """
         kind, parts = _TYPES[suffix], []
         while count > 0:
             start %= self.tokens

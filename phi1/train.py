@@ -7,13 +7,15 @@ A step reads `sequences_per_step` samples, `micro_batch` at a time on each devic
 cross-entropy summed over all devices and micro-batches, divided by the number of targets that count in all of
 them, so neither accumulation nor the number of devices nor an uneven loss mask changes a token's weight.
 
-A run writes a checkpoint every `checkpoint_every` steps, at the end, and when it is told to stop (Ctrl-C, SIGTERM, SIGHUP,
-SIGUSR1). Told to stop it drops the step that it is in after the micro-batch at hand, so that the checkpoint is of the last
-step that was done, and exits with status 75 ("try again"; 130 after Ctrl-C). torchrun passes signals on, waits for
---shutdown-timeout seconds (30 unless given) before it kills, and exits with 1 whatever its processes do; SIGUSR1 it passes
-on with --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1. Started again, by hand or by --max-restarts, a run goes
-on from its last whole checkpoint as if it had not stopped: the same samples, the same dropout, the same bits on the same
-machine. What becomes of steps that go wrong is in phi1/trouble.py.
+A run writes a checkpoint every `checkpoint_every` steps, at the end, and when it is told to stop (Ctrl-C, SIGTERM,
+SIGHUP, SIGUSR1). Told to stop it drops the step that it is in after the micro-batch at hand, so that the checkpoint is
+of the last step that was done, and exits with status 75 ("try again"; 130 after Ctrl-C). torchrun passes signals on,
+waits for
+--shutdown-timeout seconds (30 unless given) before it kills, and exits with 1 whatever its processes do; SIGUSR1 it
+  passes
+on with --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1. Started again, by hand or by --max-restarts, a run
+goes on from its last whole checkpoint as if it had not stopped: the same samples, the same dropout, the same bits on
+the same machine. What becomes of steps that go wrong is in phi1/trouble.py.
 """
 
 if __name__ == "__main__":
@@ -253,7 +255,9 @@ class Trainer:
             raise Interrupted(number)
 
     def _to_blame(self, batches: list[Batch], losses: list[float]) -> list[int]:
-        """Indices of the sequences of a step that went wrong: of the micro-batches whose loss is not finite, or of all."""
+        """Indices of the sequences of a step that went wrong: of the micro-batches whose loss is not finite, or of
+        all.
+        """
         shares = self.world.gather([(batch.sequences, loss) for batch, loss in zip(batches, losses, strict=True)])
         everything = [pair for share in shares for pair in share]
         guilty = [sequences for sequences, loss in everything if not math.isfinite(loss)]
@@ -269,8 +273,8 @@ class Trainer:
             return
         self.world.first(self.writer.wait)
         self.world.fail(
-            f"step {self.step}: {what}; look at the sequences in metrics.jsonl, and try a lower --lr, more --warmup-steps "
-            f"or --precision bf16. Training goes on from {self._last_saved()}"
+            f"step {self.step}: {what}; look at the sequences in metrics.jsonl, and try a lower --lr, more "
+            f"--warmup-steps or --precision bf16. Training goes on from {self._last_saved()}"
         )
 
     def _last_saved(self) -> str:
@@ -307,17 +311,20 @@ class Trainer:
         content = None
         if world.rank == 0 or self.engine.sharded:
             content = checkpoint.snapshot(self.model, self.optimizer, keep=world.rank == 0)
-        step, facts = self.step, {
-            "step": self.step,
-            "tokens": self.tokens_seen,
-            "recipe": plain(self.config),
-            "data_hash": self.data.training.hash,
-            "sequences": self.data.taken(0, self.step),
-            "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
-            "trouble": self.trouble.state(),
-            "init_from": opened.facts.get("init_from"),
-            "kernels": self.kernels,
-        }  # fmt: skip
+        step, facts = (
+            self.step,
+            {
+                "step": self.step,
+                "tokens": self.tokens_seen,
+                "recipe": plain(self.config),
+                "data_hash": self.data.training.hash,
+                "sequences": self.data.taken(0, self.step),
+                "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
+                "trouble": self.trouble.state(),
+                "init_from": opened.facts.get("init_from"),
+                "kernels": self.kernels,
+            },
+        )
 
         def begin() -> None:
             assert content is not None
@@ -334,8 +341,8 @@ class Trainer:
     def _say_waits(self, seconds: float) -> None:
         """Says how long of the training's `seconds` checkpoints took; the last one's writing is not over."""
         self.world.say(
-            f"{len(self.waits)} checkpoint{'s' * (len(self.waits) != 1)} kept training waiting for {sum(self.waits):.3g} s, "
-            f"{sum(self.waits) / seconds:.2%} of its time"
+            f"{len(self.waits)} checkpoint{'s' * (len(self.waits) != 1)} kept training waiting for "
+            f"{sum(self.waits):.3g} s, {sum(self.waits) / seconds:.2%} of its time"
         )
 
     def _open_metrics(self, stack: contextlib.ExitStack) -> dict[str, int]:
@@ -386,10 +393,14 @@ class Trainer:
             world.say(line)
         known = math.isfinite(peak)
         world.say(
-            f"FLOPs per token = 6 x (parameters - input embedding) + 12 x layers x attention width x sequence = {flops:.3g}; "
-            + (f"MFU = tokens/s x FLOPs per token / peak of {peak / 1e12:.3g} TFLOP/s (data sheet, dense bf16)" if known
-               else f"no MFU: the peak of {name} in {self.opened.precision} is not known here")
-        )  # fmt: skip
+            f"FLOPs per token = 6 x (parameters - input embedding) + 12 x layers x attention width x sequence = "
+            f"{flops:.3g}; "
+            + (
+                f"MFU = tokens/s x FLOPs per token / peak of {peak / 1e12:.3g} TFLOP/s (data sheet, dense bf16)"
+                if known
+                else f"no MFU: the peak of {name} in {self.opened.precision} is not known here"
+            )
+        )
         return StepLine(config, self.step, flops / peak if known else None, world.say)
 
 

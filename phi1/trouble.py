@@ -6,8 +6,8 @@ steps by more than six standard deviations (the rule and the numbers of OLMo-cor
 in metrics.jsonl with the sequences at hand.
 
 The rule is a function of the steps before, and what it needs of them is in each checkpoint: a run that goes on from an
-earlier one skips the same steps again, and does not end at them. Ten steps in a row may be skipped; then data or weights
-are to blame, and the run ends.
+earlier one skips the same steps again, and does not end at them. Ten steps in a row may be skipped; then data or
+weights are to blame, and the run ends.
 
 Gradients that overflow in fp16 are no trouble: the loss scale falls until they do not.
 """

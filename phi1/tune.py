@@ -53,9 +53,16 @@ def shape_of(model: ModelConfig, batch: int, tokens: int) -> "Shape":
     from kernels.tune_works import Shape
 
     return Shape(
-        batch, tokens, model.hidden_size, model.num_heads, model.head_dim, model.intermediate_size, model.vocab_size,
-        kv_heads=model.num_kv_heads, rotary_dim=model.rotary_dim,
-    )  # fmt: skip
+        batch,
+        tokens,
+        model.hidden_size,
+        model.num_heads,
+        model.head_dim,
+        model.intermediate_size,
+        model.vocab_size,
+        kv_heads=model.num_kv_heads,
+        rotary_dim=model.rotary_dim,
+    )
 
 
 def _shape(config: Config) -> "Shape":

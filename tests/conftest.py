@@ -1,4 +1,6 @@
-"""Shared by all tests: helper modules in tests/kernels, tests/csrc/emulator and tests/servers can be imported by name; Triton runs without a GPU; Ctrl-C works."""
+"""Shared by all tests: helper modules in tests/kernels, tests/csrc/emulator and tests/servers can be imported by name;
+Triton runs without a GPU; Ctrl-C works.
+"""
 
 import os
 import pathlib

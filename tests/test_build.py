@@ -36,8 +36,11 @@ def test_preflight_passes_and_prints_the_python(tools: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(
     ("missing", "message"),
-    [("python3", r"no Python 3\.10 to 3\.13 .*apt-get install python3"), ("c++", r"no C\+\+ compiler .*apt-get install g\+\+")],
-)  # fmt: skip
+    [
+        ("python3", r"no Python 3\.10 to 3\.13 .*apt-get install python3"),
+        ("c++", r"no C\+\+ compiler .*apt-get install g\+\+"),
+    ],
+)
 def test_preflight_names_what_is_missing(tools: pathlib.Path, missing: str, message: str) -> None:
     (tools / missing).unlink()
     done = preflight(tools)
@@ -58,9 +61,11 @@ def test_preflight_names_a_small_disk(tools: pathlib.Path, tmp_path: pathlib.Pat
     clone.mkdir()
     shutil.copy(ROOT / "preflight.sh", clone)
     done = subprocess.run(
-        ["/bin/sh", str(clone / "preflight.sh")], capture_output=True, text=True,
+        ["/bin/sh", str(clone / "preflight.sh")],
+        capture_output=True,
+        text=True,
         env={"PATH": str(tools), "PHI1_NEED_GB": "10000000"},
-    )  # fmt: skip
+    )
     assert done.returncode == 2
     assert re.search(r"GB free in .*clone: 10000000 GB are needed", done.stderr)
 
@@ -76,7 +81,8 @@ def test_the_native_module_needs_neither_torch_nor_a_driver() -> None:
         "import importlib.util, sys; "
         f"spec = importlib.util.spec_from_file_location('_native', {_native.__file__!r}); "
         "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); "
-        "assert 'torch' not in sys.modules; print([i.name for i in module.isas() if i.missing is None][0], module.has_cuda)"
+        "assert 'torch' not in sys.modules; print([i.name for i in module.isas() if i.missing is None][0], "
+        "module.has_cuda)"
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[0] in ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")
@@ -107,7 +113,8 @@ def test_another_package_named_kernels_is_named(tmp_path: pathlib.Path) -> None:
     (tmp_path / "kernels" / "__init__.py").write_text("")
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import phi1"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1
     assert "pip uninstall kernels" in done.stderr.splitlines()[-1]

@@ -1,4 +1,6 @@
-"""README and docs say what is so: their commands exist and run, their figures are what the script draws, LOG.md's index is whole."""
+"""README and docs say what is so: their commands exist and run, their figures are what the script draws, LOG.md's index
+is whole.
+"""
 
 import dataclasses
 import importlib

@@ -1,9 +1,9 @@
 """The `triton` backend. On a machine without a GPU it runs in Triton's interpreter, if TRITON_INTERPRET=1 is set.
 
-Its versions, of the ops where there is more than one way: `triton/pointers`, `triton/descriptors` (tiles of attention are
-loaded by tensor descriptors where a call's tensors may have them, if the first call of a kind finds that faster; Hopper
-only), and of the layer `triton/product` (its two products by one persistent kernel each, with what follows in the epilogue,
-loading as `descriptors` does where it can), in place of cuBLASLt and one elementwise kernel.
+Its versions, of the ops where there is more than one way: `triton/pointers`, `triton/descriptors` (tiles of attention
+are loaded by tensor descriptors where a call's tensors may have them, if the first call of a kind finds that faster;
+Hopper only), and of the layer `triton/product` (its two products by one persistent kernel each, with what follows in
+the epilogue, loading as `descriptors` does where it can), in place of cuBLASLt and one elementwise kernel.
 """
 
 import functools
@@ -65,16 +65,24 @@ def _register_kernels() -> None:
         ]
         if not own_product:
             register(
-                "flash_attention", f"triton/{name}", *attention,
-                devices=devices, needs=needs, refuses=_attention_refuses,
-            )  # fmt: skip
+                "flash_attention",
+                f"triton/{name}",
+                *attention,
+                devices=devices,
+                needs=needs,
+                refuses=_attention_refuses,
+            )
         project_in, project_out = (_of("block", function) for function in ("project_in", "project_out"))
         if own_product:
             project_in, project_out = _of("block", "project_in_whole"), _of("block", "project_out_whole")
         pieces: list[Callable[..., Any]] = [
-            *norm, project_in, _of("block", "project_in_backward"),
-            *attention, project_out, _of("block", "project_out_backward"),
-        ]  # fmt: skip
+            *norm,
+            project_in,
+            _of("block", "project_in_backward"),
+            *attention,
+            project_out,
+            _of("block", "project_out_backward"),
+        ]
         block = fused_block.operators(Pieces(*pieces))
         register("parallel_block", f"triton/{name}", *block, devices=devices, needs=needs, refuses=_attention_refuses)
 

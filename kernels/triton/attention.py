@@ -26,9 +26,14 @@ _forward, _dq, _dkv = tuned(forward_kernel, "forward"), tuned(dq_kernel, "dq"), 
 
 
 def _common(
-    loaded: tuple[Tensor, ...], cu_q: Tensor | None, causal: bool, scale: float, dropout_p: float, seed: int,
+    loaded: tuple[Tensor, ...],
+    cu_q: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: int,
     by_descriptors: bool,
-) -> tuple:  # fmt: skip
+) -> tuple:
     """The arguments from `documents` on, but for the candidate's; loaded: q, k, and what else is loaded by tiles.
 
     Packed documents are loaded by pointers: a descriptor would give a neighbour's rows for those past a document's end,
@@ -38,12 +43,23 @@ def _common(
     _, seqlen_q, heads, head_dim = q.shape
     threshold = dropout_threshold(dropout_p)
     return (
-        0 if cu_q is None else cu_q.shape[0] - 1, seqlen_q, k.shape[1], heads, heads // k.shape[2], scale,
-        dropout_scale(dropout_p), threshold, *seed_words(seed),
+        0 if cu_q is None else cu_q.shape[0] - 1,
+        seqlen_q,
+        k.shape[1],
+        heads,
+        heads // k.shape[2],
+        scale,
+        dropout_scale(dropout_p),
+        threshold,
+        *seed_words(seed),
         # Calls of one power of two share a winner; from 8,192 queries on the choice has settled.
-        min(max(seqlen_q.bit_length(), 7), 14), head_dim, causal, threshold > 0, cu_q is not None,
+        min(max(seqlen_q.bit_length(), 7), 14),
+        head_dim,
+        causal,
+        threshold > 0,
+        cu_q is not None,
         by_descriptors and cu_q is None and descriptors.allowed(*loaded),
-    )  # fmt: skip
+    )
 
 
 def _grid(x: Tensor, cu: Tensor | None, block: str):
@@ -63,11 +79,22 @@ def _offsets(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) -> 
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-    causal: bool, scale: float, dropout_p: float, dropout_seed: int,
-    *, out: Tensor | None = None, by_descriptors: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) of `kernels.flash_attention`."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: int,
+    *,
+    out: Tensor | None = None,
+    by_descriptors: bool,
+) -> tuple[Tensor, Tensor]:
+    """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) of
+    `kernels.flash_attention`.
+    """
     q, scale, _ = positive_scale(q, scale)
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     result = q.new_empty(q.shape) if out is None or out.stride(-1) != 1 else out
@@ -76,19 +103,38 @@ def attention_forward(
         result.zero_(), lse.fill_(-math.inf)  # rows that no document holds
     with on_device(q):
         _forward[_grid(q, cu_seqlens_q, "BLOCK_M")](
-            q, k, v, result, lse, *_offsets(cu_seqlens_q, cu_seqlens_k, q, k),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *result.stride()[:3],
+            q,
+            k,
+            v,
+            result,
+            lse,
+            *_offsets(cu_seqlens_q, cu_seqlens_k, q, k),
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *result.stride()[:3],
             *_common((q, k, v), cu_seqlens_q, causal, scale, dropout_p, dropout_seed, by_descriptors),
-        )  # fmt: skip
+        )
     return result if out is None or out is result else out.copy_(result), lse
 
 
 def attention_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-    causal: bool, scale: float, dropout_p: float, dropout_seed: int,
-    *, grads: tuple[Tensor, Tensor, Tensor] | None = None, by_descriptors: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: int,
+    *,
+    grads: tuple[Tensor, Tensor, Tensor] | None = None,
+    by_descriptors: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, in new tensors or in `grads` (contiguous last dims), bitwise reproducible."""
     q, scale, sign = positive_scale(q, scale)
     grad_out, q, k, v, out = (rows_contiguous(x) for x in (grad_out, q, k, v, out))

@@ -12,8 +12,8 @@ def _load_lse(ptr, row, seqlen_q):
     """What P = exp2(scores scale log2(e) - lse) takes for the rows' lse, in units of log2.
 
     Infinite, which makes P = 0, for rows past the end and rows without a score above -inf. P is known to a factor of
-    e^(the rounding of lse): from 2^24 on that says nothing any more. There lse is lowered by more than it and the products
-    have been rounded by, and with P <= 1, as it is in truth, a lone greatest score has P = 1 and its gradient.
+    e^(the rounding of lse): from 2^24 on that says nothing any more. There lse is lowered by more than it and the
+    products have been rounded by, and with P <= 1, as it is in truth, a lone greatest score has P = 1 and its gradient.
     """
     lse = tl.load(ptr + row, mask=row < seqlen_q, other=float("inf")) * LOG2E
     lowered = lse * tl.where(lse > 0.0, 1.0 - 2**-21, 1.0 + 2**-21)
@@ -28,11 +28,31 @@ def _probabilities(scores, lse, scale):
 
 @triton.jit
 def _dq_loop(
-    dq, q, grad, lse, delta, keys, values, first_row, begin, end, seqlen_q, seqlen_k, scale, keep_scale,
-    plane, threshold, seed_low, seed_high,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    dq,
+    q,
+    grad,
+    lse,
+    delta,
+    keys,
+    values,
+    first_row,
+    begin,
+    end,
+    seqlen_q,
+    seqlen_k,
+    scale,
+    keep_scale,
+    plane,
+    threshold,
+    seed_low,
+    seed_high,
+    HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     for first_column in range(begin, end, BLOCK_N):
         k = load_rows(keys, first_column, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
         v = load_rows(values, first_column, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
@@ -44,7 +64,7 @@ def _dq_loop(
         if DROPOUT:
             kept = attention_keep(
                 seed_low, seed_high, plane, first_row, first_column, threshold, BLOCK_M, BLOCK_N, False
-            )  # fmt: skip
+            )
             dp = tl.where(kept, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         dq = dot(round_to(ds, k.dtype), k, dq)
@@ -53,14 +73,58 @@ def _dq_loop(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "length_class"])
 def dq_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr, cu_q_ptr, cu_k_ptr,
-    grad_batch, grad_seq, grad_head, q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head,
-    out_batch, out_seq, out_head, dq_batch, dq_seq, dq_head,
-    documents, seqlen_q, seqlen_k, heads, group, scale, keep_scale, threshold, seed_low, seed_high, length_class,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-    grad_rows, q_rows, k_rows, v_rows,
-):  # fmt: skip
+    grad_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    dq_ptr,
+    delta_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    grad_batch,
+    grad_seq,
+    grad_head,
+    q_batch,
+    q_seq,
+    q_head,
+    k_batch,
+    k_seq,
+    k_head,
+    v_batch,
+    v_seq,
+    v_head,
+    out_batch,
+    out_seq,
+    out_head,
+    dq_batch,
+    dq_seq,
+    dq_head,
+    documents,
+    seqlen_q,
+    seqlen_k,
+    heads,
+    group,
+    scale,
+    keep_scale,
+    threshold,
+    seed_low,
+    seed_high,
+    length_class,
+    HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+    grad_rows,
+    q_rows,
+    k_rows,
+    v_rows,
+):
     """dq, and delta = sum of grad_out * out over a row, which the dk/dv kernel needs too."""
     tile = tl.program_id(1)
     if CAUSAL:
@@ -90,23 +154,88 @@ def dq_kernel(
     plane = problem * heads + head
     whole, end = key_range(first_row, seqlen_q, seqlen_k, CAUSAL, BLOCK_M, BLOCK_N)
     dq = _dq_loop(
-        dq, q, grad, lse, delta, keys, values, first_row, 0, whole, seqlen_q, seqlen_k, scale,
-        keep_scale, plane, threshold, seed_low, seed_high, HEAD_DIM, CAUSAL, DROPOUT, False, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+        dq,
+        q,
+        grad,
+        lse,
+        delta,
+        keys,
+        values,
+        first_row,
+        0,
+        whole,
+        seqlen_q,
+        seqlen_k,
+        scale,
+        keep_scale,
+        plane,
+        threshold,
+        seed_low,
+        seed_high,
+        HEAD_DIM,
+        CAUSAL,
+        DROPOUT,
+        False,
+        BLOCK_M,
+        BLOCK_N,
+    )
     dq = _dq_loop(
-        dq, q, grad, lse, delta, keys, values, first_row, whole, end, seqlen_q, seqlen_k, scale,
-        keep_scale, plane, threshold, seed_low, seed_high, HEAD_DIM, CAUSAL, DROPOUT, True, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+        dq,
+        q,
+        grad,
+        lse,
+        delta,
+        keys,
+        values,
+        first_row,
+        whole,
+        end,
+        seqlen_q,
+        seqlen_k,
+        scale,
+        keep_scale,
+        plane,
+        threshold,
+        seed_low,
+        seed_high,
+        HEAD_DIM,
+        CAUSAL,
+        DROPOUT,
+        True,
+        BLOCK_M,
+        BLOCK_N,
+    )
     store_rows(result, dq * scale, first_row, seqlen_q, BLOCK_M, HEAD_DIM)
 
 
 @triton.jit
 def _dkv_loop(
-    dk, dv, k, v, grads, queries, lse_ptr, delta_ptr, first_column, begin, end, seqlen_q, seqlen_k, scale,
-    keep_scale, plane, threshold, seed_low, seed_high,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    dk,
+    dv,
+    k,
+    v,
+    grads,
+    queries,
+    lse_ptr,
+    delta_ptr,
+    first_column,
+    begin,
+    end,
+    seqlen_q,
+    seqlen_k,
+    scale,
+    keep_scale,
+    plane,
+    threshold,
+    seed_low,
+    seed_high,
+    HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     for first_row in range(begin, end, BLOCK_M):
         row = first_row + tl.arange(0, BLOCK_M)
         q = load_rows(queries, first_row, seqlen_q, BLOCK_M, HEAD_DIM, True)
@@ -124,7 +253,7 @@ def _dkv_loop(
         if DROPOUT:
             kept = attention_keep(
                 seed_low, seed_high, plane, first_row, first_column, threshold, BLOCK_M, BLOCK_N, True
-            )  # fmt: skip
+            )
             dropped = tl.where(kept, p * keep_scale, 0.0)
             dp = tl.where(kept, dp * keep_scale, 0.0)
         dv = dot(round_to(dropped, grad.dtype), grad, dv)
@@ -134,20 +263,73 @@ def _dkv_loop(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "length_class"])
 def dkv_kernel(
-    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
-    grad_batch, grad_seq, grad_head, q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head,
-    dk_batch, dk_seq, dk_head, dv_batch, dv_seq, dv_head,
-    documents, seqlen_q, seqlen_k, heads, group, scale, keep_scale, threshold, seed_low, seed_high, length_class,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-    grad_rows, q_rows, k_rows, v_rows,
-):  # fmt: skip
+    grad_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    grad_batch,
+    grad_seq,
+    grad_head,
+    q_batch,
+    q_seq,
+    q_head,
+    k_batch,
+    k_seq,
+    k_head,
+    v_batch,
+    v_seq,
+    v_head,
+    dk_batch,
+    dk_seq,
+    dk_head,
+    dv_batch,
+    dv_seq,
+    dv_head,
+    documents,
+    seqlen_q,
+    seqlen_k,
+    heads,
+    group,
+    scale,
+    keep_scale,
+    threshold,
+    seed_low,
+    seed_high,
+    length_class,
+    HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+    grad_rows,
+    q_rows,
+    k_rows,
+    v_rows,
+):
     rows = seqlen_q
     # The first keys are seen by most rows: tiles are in the right order as they are.
     batch, problem, kv_head, first_column, start_q, seqlen_q, start_k, seqlen_k = find_problem(
-        cu_q_ptr, cu_k_ptr, documents, tl.program_id(1), tl.program_id(0), heads // group, seqlen_q, seqlen_k,
-        DOCUMENTS, True, BLOCK_N,
-    )  # fmt: skip
+        cu_q_ptr,
+        cu_k_ptr,
+        documents,
+        tl.program_id(1),
+        tl.program_id(0),
+        heads // group,
+        seqlen_q,
+        seqlen_k,
+        DOCUMENTS,
+        True,
+        BLOCK_N,
+    )
     if first_column >= seqlen_k:
         return
     keys = matrix_of(k_ptr, k_rows, batch, kv_head, start_k, k_batch, k_seq, k_head)
@@ -173,14 +355,58 @@ def dkv_kernel(
         plane = problem * heads + head
         if CAUSAL:
             dk, dv = _dkv_loop(
-                dk, dv, k, v, grads, queries, lse_ptr + statistics, delta_ptr + statistics, first_column,
-                begin, whole, seqlen_q, seqlen_k, scale, keep_scale, plane, threshold, seed_low, seed_high,
-                HEAD_DIM, CAUSAL, DROPOUT, True, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+                dk,
+                dv,
+                k,
+                v,
+                grads,
+                queries,
+                lse_ptr + statistics,
+                delta_ptr + statistics,
+                first_column,
+                begin,
+                whole,
+                seqlen_q,
+                seqlen_k,
+                scale,
+                keep_scale,
+                plane,
+                threshold,
+                seed_low,
+                seed_high,
+                HEAD_DIM,
+                CAUSAL,
+                DROPOUT,
+                True,
+                BLOCK_M,
+                BLOCK_N,
+            )
         dk, dv = _dkv_loop(
-            dk, dv, k, v, grads, queries, lse_ptr + statistics, delta_ptr + statistics, first_column,
-            whole, seqlen_q, seqlen_q, seqlen_k, scale, keep_scale, plane, threshold, seed_low, seed_high,
-            HEAD_DIM, CAUSAL, DROPOUT, False, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+            dk,
+            dv,
+            k,
+            v,
+            grads,
+            queries,
+            lse_ptr + statistics,
+            delta_ptr + statistics,
+            first_column,
+            whole,
+            seqlen_q,
+            seqlen_q,
+            seqlen_k,
+            scale,
+            keep_scale,
+            plane,
+            threshold,
+            seed_low,
+            seed_high,
+            HEAD_DIM,
+            CAUSAL,
+            DROPOUT,
+            False,
+            BLOCK_M,
+            BLOCK_N,
+        )
     store_rows(dk_of_head, dk * scale, first_column, seqlen_k, BLOCK_N, HEAD_DIM)
     store_rows(dv_of_head, dv, first_column, seqlen_k, BLOCK_N, HEAD_DIM)

@@ -9,11 +9,29 @@ from kernels.triton.numeric import LOG2E, attention_keep, dot, round_to
 
 @triton.jit
 def _forward_loop(
-    accumulated, total, maximum, q, keys, values, first_row, begin, end, seqlen_q, seqlen_k, scale,
-    plane, threshold, seed_low, seed_high,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    accumulated,
+    total,
+    maximum,
+    q,
+    keys,
+    values,
+    first_row,
+    begin,
+    end,
+    seqlen_q,
+    seqlen_k,
+    scale,
+    plane,
+    threshold,
+    seed_low,
+    seed_high,
+    HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     for first_column in range(begin, end, BLOCK_N):
         k = load_rows(keys, first_column, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
         scores = dot(q, tl.trans(k))  # not yet scaled, as maximum
@@ -22,8 +40,9 @@ def _forward_loop(
             seen = visible(row, column, seqlen_q, seqlen_k, CAUSAL)
             scores = tl.where(seen, scores, float("-inf"))
         new = tl.maximum(maximum, tl.max(scores, 1))
-        # The maximum is taken off first, so that its P is 1 however large it is: after a product that rounds it would be
-        # 2^(the rounding). Each exp2 here is of at most 0. A row with no score above -inf: of -inf, not of -inf + inf.
+        # The maximum is taken off first, so that its P is 1 however large it is: after a product that rounds it would
+        # be 2^(the rounding). Each exp2 here is of at most 0. A row with no score above -inf: of -inf, not of -inf +
+        # inf.
         shift = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp2((scores - shift[:, None]) * scale)
         decay = tl.exp2((maximum - shift) * scale)
@@ -32,7 +51,7 @@ def _forward_loop(
         if DROPOUT:
             kept = attention_keep(
                 seed_low, seed_high, plane, first_row, first_column, threshold, BLOCK_M, BLOCK_N, False
-            )  # fmt: skip
+            )
             p = tl.where(kept, p, 0.0)
         v = load_rows(values, first_column, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
         accumulated = dot(round_to(p, v.dtype), v, accumulated)
@@ -42,13 +61,48 @@ def _forward_loop(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "length_class"])
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr,
-    q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, out_batch, out_seq, out_head,
-    documents, seqlen_q, seqlen_k, heads, group, scale, keep_scale, threshold, seed_low, seed_high, length_class,
-    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-    q_rows, k_rows, v_rows,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    cu_q_ptr,
+    cu_k_ptr,
+    q_batch,
+    q_seq,
+    q_head,
+    k_batch,
+    k_seq,
+    k_head,
+    v_batch,
+    v_seq,
+    v_head,
+    out_batch,
+    out_seq,
+    out_head,
+    documents,
+    seqlen_q,
+    seqlen_k,
+    heads,
+    group,
+    scale,
+    keep_scale,
+    threshold,
+    seed_low,
+    seed_high,
+    length_class,
+    HEAD_DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+    q_rows,
+    k_rows,
+    v_rows,
+):
     tile = tl.program_id(1)
     if CAUSAL:
         tile = tl.num_programs(1) - 1 - tile  # the last rows see most keys
@@ -71,13 +125,53 @@ def forward_kernel(
     plane = problem * heads + head
     whole, end = key_range(first_row, seqlen_q, seqlen_k, CAUSAL, BLOCK_M, BLOCK_N)
     accumulated, total, maximum = _forward_loop(
-        accumulated, total, maximum, q, keys, values, first_row, 0, whole, seqlen_q, seqlen_k,
-        scale * LOG2E, plane, threshold, seed_low, seed_high, HEAD_DIM, CAUSAL, DROPOUT, False, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+        accumulated,
+        total,
+        maximum,
+        q,
+        keys,
+        values,
+        first_row,
+        0,
+        whole,
+        seqlen_q,
+        seqlen_k,
+        scale * LOG2E,
+        plane,
+        threshold,
+        seed_low,
+        seed_high,
+        HEAD_DIM,
+        CAUSAL,
+        DROPOUT,
+        False,
+        BLOCK_M,
+        BLOCK_N,
+    )
     accumulated, total, maximum = _forward_loop(
-        accumulated, total, maximum, q, keys, values, first_row, whole, end, seqlen_q, seqlen_k,
-        scale * LOG2E, plane, threshold, seed_low, seed_high, HEAD_DIM, CAUSAL, DROPOUT, True, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
+        accumulated,
+        total,
+        maximum,
+        q,
+        keys,
+        values,
+        first_row,
+        whole,
+        end,
+        seqlen_q,
+        seqlen_k,
+        scale * LOG2E,
+        plane,
+        threshold,
+        seed_low,
+        seed_high,
+        HEAD_DIM,
+        CAUSAL,
+        DROPOUT,
+        True,
+        BLOCK_M,
+        BLOCK_N,
+    )
     # A row without a visible key has total 0: zeros, and lse = -inf.
     accumulated = accumulated * (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
     store_rows(result, accumulated, first_row, seqlen_q, BLOCK_M, HEAD_DIM)

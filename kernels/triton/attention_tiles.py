@@ -8,9 +8,18 @@ from kernels.triton.numeric import round_to
 
 @triton.jit
 def find_problem(
-    cu_q_ptr, cu_k_ptr, documents, tile, index, heads, seqlen_q, seqlen_k,
-    DOCUMENTS: tl.constexpr, BY_KEYS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    cu_q_ptr,
+    cu_k_ptr,
+    documents,
+    tile,
+    index,
+    heads,
+    seqlen_q,
+    seqlen_k,
+    DOCUMENTS: tl.constexpr,
+    BY_KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """(batch, document or batch, head, first row, and where queries and keys start and how many there are).
 
     index: which (batch, head), or which head of packed documents, whose tiles are counted through.
@@ -43,7 +52,8 @@ def find_problem(
 def matrix_of(ptr, descriptor, batch, head, start, batch_stride, seq_stride, head_stride):
     """One head's (seq, head_dim) matrix, from row `start` on, as `load_rows` takes it.
 
-    (pointer, stride of a row), or, of a descriptor (`descriptors.head_rows`; start is 0 then), (descriptor, batch, head).
+    (pointer, stride of a row), or, of a descriptor (`descriptors.head_rows`; start is 0 then), (descriptor, batch,
+    head).
     """
     if descriptor is None:
         at = tl.cast(batch, tl.int64) * batch_stride + tl.cast(start, tl.int64) * seq_stride

@@ -31,8 +31,8 @@ TILES: dict[str, dict[int, list[Tile]]] = {
 }
 # These spill in some kinds of calls only (8 to 272 bytes a thread, with triton 3.7.1 or 3.9.0), "full" being not causal
 # and "batch" without documents; of several words a call must be all.
-# Finding a program's document takes registers, and so does dropout; without the diagonal's loop the compiler spends them
-# elsewhere.
+# Finding a program's document takes registers, and so does dropout; without the diagonal's loop the compiler spends
+# them elsewhere.
 _NOT_WITH: dict[tuple[str, int], dict[Tile, set[str]]] = {
     ("forward", 32): {(128, 64, 8, 3): {"full"}},
     ("forward", 64): {(64, 64, 4, 3): {"full", "documents"}},

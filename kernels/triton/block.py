@@ -25,8 +25,8 @@ from kernels.triton.block_product import BLOCK_HALVES, project_in_kernel, projec
 from kernels.triton.column_sums import CHUNK_ROWS, column_sums, partial_sums
 from kernels.triton.numeric import seed_words
 
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of the products. bench/triton_aot.py compiles each for sm_80 and sm_90, those
-# with descriptors for sm_90; one that spills registers on either is left out.
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) of the products. bench/triton_aot.py compiles each for sm_80 and sm_90,
+# those with descriptors for sm_90; one that spills registers on either is left out.
 PRODUCT_TILES = [(128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 64, 64, 8, 3), (64, 128, 64, 4, 3)]
 DESCRIPTOR_TILES = [(128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4)]
 # Of project_out: one warp group loads, two multiply, each half of the rows (triton counts the first one's warps).
@@ -40,7 +40,11 @@ ELEMENTWISE_TILE = (16, 64) if not INTERPRETED else (16, 128)
 
 def candidates(specialized: bool) -> list[triton.Config]:
     """Of project_in, or, with those whose warps are specialised, of project_out."""
-    forms = [(PRODUCT_TILES, False, False), (DESCRIPTOR_TILES, True, False), (SPECIALIZED_TILES if specialized else [], True, True)]  # fmt: skip
+    forms = [
+        (PRODUCT_TILES, False, False),
+        (DESCRIPTOR_TILES, True, False),
+        (SPECIALIZED_TILES if specialized else [], True, True),
+    ]
     found = []
     for tiles, tma, special in [([_INTERPRETER_TILE], True, False)] if INTERPRETED else forms:
         for m, n, k, warps, stages in tiles:
@@ -51,7 +55,9 @@ def candidates(specialized: bool) -> list[triton.Config]:
 
 
 def _prune(configs: list[triton.Config], named: dict[str, Any], **options: Any) -> list[triton.Config]:
-    """For triton.autotune: `descriptors.prune`, and no warp specialisation with dropout before triton 3.7, whose compiler fails."""
+    """For triton.autotune: `descriptors.prune`, and no warp specialisation with dropout before triton 3.7, whose
+    compiler fails.
+    """
     found = descriptors.prune(configs, named, **options)
     if _NO_SPECIALIZED_DROPOUT and {**named, **options}.get("DROPOUT"):
         found = [config for config in found if not config.kwargs.get("WARP_SPECIALIZE")]
@@ -128,9 +134,20 @@ def project_in_whole(n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, l
         _project_in_kernel[
             lambda meta: _programs(n, triton.cdiv(tokens, meta["BLOCK_M"]) * _region_tiles(layout, meta["BLOCK_N"]))
         ](
-            n, w_in, b_in, z, activated, *tables, tokens, hidden, *sizes, _row_class(tokens),
-            **constants, EVEN=hidden % _MOST_BLOCK_K == 0, DESCRIPTORS=by_descriptors,
-        )  # fmt: skip
+            n,
+            w_in,
+            b_in,
+            z,
+            activated,
+            *tables,
+            tokens,
+            hidden,
+            *sizes,
+            _row_class(tokens),
+            **constants,
+            EVEN=hidden % _MOST_BLOCK_K == 0,
+            DESCRIPTORS=by_descriptors,
+        )
     return z
 
 
@@ -142,9 +159,19 @@ def project_in_backward(grad_z: Tensor, z: Tensor, b_in: Tensor, activated: Tens
     partial = partial_sums(tokens, width, z.device)
     with on_device(z):
         after_in_backward_kernel[(_region_tiles(layout, block), partial.shape[0])](
-            grad_z, z, b_in.contiguous(), activated, partial, *tables, tokens, *sizes, **constants,
-            CHUNK=CHUNK_ROWS, ROWS=rows, BLOCK=block,
-        )  # fmt: skip
+            grad_z,
+            z,
+            b_in.contiguous(),
+            activated,
+            partial,
+            *tables,
+            tokens,
+            *sizes,
+            **constants,
+            CHUNK=CHUNK_ROWS,
+            ROWS=rows,
+            BLOCK=block,
+        )
     return column_sums(partial, torch.empty(width, dtype=z.dtype, device=z.device))
 
 
@@ -166,7 +193,9 @@ def project_out(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dro
 
 
 def residual_factor(like: Tensor, seed: int, p: float) -> Tensor:
-    """`phi1::residual_factor` of kernels/composed_block.py: 0 or 1 / (1 - p), in like's (batch, seq, hidden) and dtype."""
+    """`phi1::residual_factor` of kernels/composed_block.py: 0 or 1 / (1 - p), in like's (batch, seq, hidden) and
+    dtype.
+    """
     factor = torch.empty_like(like, memory_format=torch.contiguous_format)
     columns = like.shape[-1]
     tokens = like.numel() // columns
@@ -191,9 +220,20 @@ def project_out_whole(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropou
         _project_out_kernel[
             lambda meta: _programs(g, triton.cdiv(tokens, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"]))
         ](
-            g, w_out, b_out, x, y, tokens, summed, columns, _row_class(tokens), *arguments,
-            DROPOUT=arguments[1] > 0, EVEN=summed % _MOST_BLOCK_K == 0, DESCRIPTORS=by_descriptors,
-        )  # fmt: skip
+            g,
+            w_out,
+            b_out,
+            x,
+            y,
+            tokens,
+            summed,
+            columns,
+            _row_class(tokens),
+            *arguments,
+            DROPOUT=arguments[1] > 0,
+            EVEN=summed % _MOST_BLOCK_K == 0,
+            DESCRIPTORS=by_descriptors,
+        )
     return y
 
 
@@ -206,7 +246,15 @@ def project_out_backward(grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Tens
     partial = partial_sums(tokens, columns, grad_y.device)
     with on_device(grad_y):
         after_out_backward_kernel[(partial.shape[0], triton.cdiv(columns, block))](
-            grad_y, grad_h, partial, tokens, columns, *arguments,
-            DROPOUT=arguments[1] > 0, CHUNK=CHUNK_ROWS, ROWS=rows, BLOCK=block,
-        )  # fmt: skip
+            grad_y,
+            grad_h,
+            partial,
+            tokens,
+            columns,
+            *arguments,
+            DROPOUT=arguments[1] > 0,
+            CHUNK=CHUNK_ROWS,
+            ROWS=rows,
+            BLOCK=block,
+        )
     return grad_h, column_sums(partial, torch.empty(columns, dtype=grad_y.dtype, device=grad_y.device))

@@ -39,9 +39,17 @@ def pair_columns(pair, HEAD_DIM: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def load_angles(
-    cos_ptr, sin_ptr, position_ptr, position_batch, token, angle, tokens, seq,
-    HALF: tl.constexpr, POSITIONS: tl.constexpr,
-):  # fmt: skip
+    cos_ptr,
+    sin_ptr,
+    position_ptr,
+    position_batch,
+    token,
+    angle,
+    tokens,
+    seq,
+    HALF: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
     """cos and sin (tokens, angles); 1 and 0 for an angle that does not exist."""
     row = (token % seq).to(tl.int64)
     if POSITIONS:
@@ -71,11 +79,26 @@ def _store(ptr, value, mask):
 
 @triton.jit
 def after_in_kernel(
-    z_ptr, bias_ptr, activated_ptr, cos_ptr, sin_ptr, position_ptr,
-    tokens, seq, turned, first_u, width, activated_stride, position_batch,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, POSITIONS: tl.constexpr, ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    z_ptr,
+    bias_ptr,
+    activated_ptr,
+    cos_ptr,
+    sin_ptr,
+    position_ptr,
+    tokens,
+    seq,
+    turned,
+    first_u,
+    width,
+    activated_stride,
+    position_batch,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """In place: q, k and v get their bias, q and k are turned; act(u + bias) goes to activated."""
     token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     first, end = find_region(tl.program_id(0), turned, first_u, width, BLOCK)
@@ -105,11 +128,29 @@ def after_in_kernel(
 
 @triton.jit
 def after_in_backward_kernel(
-    grad_ptr, z_ptr, bias_ptr, activated_ptr, partial_ptr, cos_ptr, sin_ptr, position_ptr,
-    tokens, seq, turned, first_u, width, activated_stride, position_batch,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, POSITIONS: tl.constexpr, ACTIVATION: tl.constexpr,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad_ptr,
+    z_ptr,
+    bias_ptr,
+    activated_ptr,
+    partial_ptr,
+    cos_ptr,
+    sin_ptr,
+    position_ptr,
+    tokens,
+    seq,
+    turned,
+    first_u,
+    width,
+    activated_stride,
+    position_batch,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """In place: the gradients of q and k are turned back, u's comes from activated's, which gets act(u + bias) again.
 
     partial (chunks, width): the column sums of each chunk of CHUNK tokens, for the gradient of the bias.
@@ -127,7 +168,9 @@ def after_in_backward_kernel(
             token = start + tl.arange(0, ROWS)
             pair_mask = (token < tokens)[:, None] & pair_inside[None, :]
             row = grad_ptr + token.to(tl.int64)[:, None] * width
-            c, s = load_angles(cos_ptr, sin_ptr, position_ptr, position_batch, token, angle, tokens, seq, HALF, POSITIONS)  # fmt: skip
+            c, s = load_angles(
+                cos_ptr, sin_ptr, position_ptr, position_batch, token, angle, tokens, seq, HALF, POSITIONS
+            )
             a, b = turn(_load(row + a_column[None, :], pair_mask), _load(row + b_column[None, :], pair_mask), c, -s)
             _store(row + a_column[None, :], a, pair_mask)
             _store(row + b_column[None, :], b, pair_mask)
@@ -164,9 +207,19 @@ def after_in_backward_kernel(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 def after_out_kernel(
-    y_ptr, bias_ptr, x_ptr, rows, columns, keep_scale, threshold, seed_low, seed_high,
-    DROPOUT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    y_ptr,
+    bias_ptr,
+    x_ptr,
+    rows,
+    columns,
+    keep_scale,
+    threshold,
+    seed_low,
+    seed_high,
+    DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """In place: y = x + dropout(y + bias)."""
     first_row, first_column = tl.program_id(0) * ROWS, tl.program_id(1) * BLOCK
     row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, BLOCK)
@@ -181,9 +234,20 @@ def after_out_kernel(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 def after_out_backward_kernel(
-    grad_ptr, dh_ptr, partial_ptr, rows, columns, keep_scale, threshold, seed_low, seed_high,
-    DROPOUT: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad_ptr,
+    dh_ptr,
+    partial_ptr,
+    rows,
+    columns,
+    keep_scale,
+    threshold,
+    seed_low,
+    seed_high,
+    DROPOUT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """dh = the gradient of what dropout took (not written without dropout), and its column sums a chunk of rows."""
     chunk, first_column = tl.program_id(0), tl.program_id(1) * BLOCK
     column = first_column + tl.arange(0, BLOCK)
@@ -205,7 +269,7 @@ def after_out_backward_kernel(
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 def residual_factor_kernel(
     factor_ptr, rows, columns, keep_scale, threshold, seed_low, seed_high, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """factor (rows, columns): keep_scale where residual dropout keeps an element, else 0."""
     first_row, first_column = tl.program_id(0) * ROWS, tl.program_id(1) * BLOCK
     row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, BLOCK)

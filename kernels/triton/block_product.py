@@ -9,7 +9,8 @@ Rotary in the epilogue needs the two dims that one angle turns, HALF columns apa
   loaded in that order, which costs nothing (a row is contiguous along the summed dim whatever its number), so that a
   pair's products are neighbours in the accumulator. Any tile width, any rotary width.
 - Loaded by descriptors, rows come in their own order. With a HALF of `BLOCK_HALVES` a tile is whole blocks of
-  2 HALF columns, and the halves of a block are taken apart; a thread holds both, as they are a multiple of 8 columns apart.
+  2 HALF columns, and the halves of a block are taken apart; a thread holds both, as they are a multiple of 8 columns
+  apart.
 
 tl.reshape and tl.split take pairs apart inside a thread, in the layouts of mma.sync and of wgmma (the compiled TTGIR
 has no layout conversion before or between the two, for sm_80 by pointers and for sm_90 either way), and each half is
@@ -23,7 +24,9 @@ from kernels.triton.block_elementwise import find_region, load_angles, pair_colu
 from kernels.triton.numeric import activate, dot, residual_keep, round_to
 
 BLOCK_HALVES = (8, 16, 32)
-"""The HALF for which a tile of any candidate is whole blocks of 2 HALF columns, and so is a head that has a HALF so wide."""
+"""The HALF for which a tile of any candidate is whole blocks of 2 HALF columns, and so is a head that has a HALF so
+wide.
+"""
 
 
 @triton.jit
@@ -46,9 +49,20 @@ def _grouped(tile, row_tiles, column_tiles, GROUP: tl.constexpr = 8):
 
 @triton.jit
 def _tile_product(
-    a_ptr, b_ptr, a_tiles, b_tiles, a_row, b_row, first_a, first_b, summed,
-    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    a_ptr,
+    b_ptr,
+    a_tiles,
+    b_tiles,
+    a_row,
+    b_row,
+    first_a,
+    first_b,
+    summed,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """A B^T in float32, of the rows from first_a and first_b on by descriptors, else of the rows a_row and b_row.
 
     Both are (rows, summed); EVEN: summed is a multiple of BLOCK_K.
@@ -76,12 +90,34 @@ def _tile_product(
 
 @triton.jit(do_not_specialize=["row_class"])
 def project_in_kernel(
-    n_ptr, weight_ptr, bias_ptr, z_ptr, activated_ptr, cos_ptr, sin_ptr, position_ptr,
-    tokens, hidden, seq, turned, first_u, width, activated_stride, position_batch, row_class,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, POSITIONS: tl.constexpr, ACTIVATION: tl.constexpr,
+    n_ptr,
+    weight_ptr,
+    bias_ptr,
+    z_ptr,
+    activated_ptr,
+    cos_ptr,
+    sin_ptr,
+    position_ptr,
+    tokens,
+    hidden,
+    seq,
+    turned,
+    first_u,
+    width,
+    activated_stride,
+    position_batch,
+    row_class,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """z = n W^T with bias and rotary on q and k, bias on v, u as it is; act(u + bias) to activated."""
     n_tiles, weight_tiles = None, None
     if TMA and DESCRIPTORS:
@@ -98,9 +134,20 @@ def project_in_kernel(
         a_row, b_row, _angle = pair_columns(weight_row // 2, HEAD_DIM, HALF)
         weight_row = tl.where(first < turned, tl.where(weight_row % 2 == 0, a_row, b_row), weight_row)
         x = _tile_product(
-            n_ptr, weight_ptr, n_tiles, weight_tiles, tl.minimum(token, tokens - 1), weight_row, row_tile * BLOCK_M,
-            first, hidden, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+            n_ptr,
+            weight_ptr,
+            n_tiles,
+            weight_tiles,
+            tl.minimum(token, tokens - 1),
+            weight_row,
+            row_tile * BLOCK_M,
+            first,
+            hidden,
+            EVEN,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
         row = z_ptr + token.to(tl.int64)[:, None] * width
         if first < turned:
             pair = first // 2 + tl.arange(0, BLOCK_N // 2)
@@ -115,7 +162,9 @@ def project_in_kernel(
                 a, b = tl.reshape(a, (BLOCK_M, BLOCK_N // 2)), tl.reshape(b, (BLOCK_M, BLOCK_N // 2))
             a += tl.load(bias_ptr + a_column, mask=pair_inside, other=0.0).to(tl.float32)[None, :]
             b += tl.load(bias_ptr + b_column, mask=pair_inside, other=0.0).to(tl.float32)[None, :]
-            c, s = load_angles(cos_ptr, sin_ptr, position_ptr, position_batch, token, angle, tokens, seq, HALF, POSITIONS)  # fmt: skip
+            c, s = load_angles(
+                cos_ptr, sin_ptr, position_ptr, position_batch, token, angle, tokens, seq, HALF, POSITIONS
+            )
             a, b = turn(a, b, c, s)
             pair_mask = (token < tokens)[:, None] & pair_inside[None, :]
             tl.store(row + a_column[None, :], round_to(a, z_ptr.dtype.element_ty), mask=pair_mask)
@@ -136,12 +185,28 @@ def project_in_kernel(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "row_class"])
 def project_out_kernel(
-    g_ptr, weight_ptr, bias_ptr, x_ptr, y_ptr,
-    tokens, summed, columns, row_class, keep_scale, threshold, seed_low, seed_high,
-    DROPOUT: tl.constexpr, EVEN: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
+    g_ptr,
+    weight_ptr,
+    bias_ptr,
+    x_ptr,
+    y_ptr,
+    tokens,
+    summed,
+    columns,
+    row_class,
+    keep_scale,
+    threshold,
+    seed_low,
+    seed_high,
+    DROPOUT: tl.constexpr,
+    EVEN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
-):  # fmt: skip
+):
     """y = x + dropout(g W^T + bias)."""
     g_tiles, weight_tiles = None, None
     if TMA and DESCRIPTORS:
@@ -155,9 +220,20 @@ def project_out_kernel(
         first_row, first_column = row_tile * BLOCK_M, column_tile * BLOCK_N
         row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
         h = _tile_product(
-            g_ptr, weight_ptr, g_tiles, weight_tiles, tl.minimum(row, tokens - 1), tl.minimum(column, columns - 1),
-            first_row, first_column, summed, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+            g_ptr,
+            weight_ptr,
+            g_tiles,
+            weight_tiles,
+            tl.minimum(row, tokens - 1),
+            tl.minimum(column, columns - 1),
+            first_row,
+            first_column,
+            summed,
+            EVEN,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
         h += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
         if DROPOUT:
             kept = residual_keep(seed_low, seed_high, first_row, first_column, threshold, BLOCK_M, BLOCK_N)

@@ -18,15 +18,23 @@ BLOCK = (16, 64) if not INTERPRETED else (64, 1024)
 
 @triton.jit
 def column_sums_kernel(
-    x_ptr, sum_ptr, rows, columns, x_stride,
-    ADD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    sum_ptr,
+    rows,
+    columns,
+    x_stride,
+    ADD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for first in range(0, rows, BLOCK_ROWS):
         row = first + tl.arange(0, BLOCK_ROWS)
         mask = (row < rows)[:, None] & (column < columns)[None, :]
-        total += tl.load(x_ptr + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)  # fmt: skip
+        total += tl.load(x_ptr + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
     result = tl.sum(total, 0)
     if ADD:
         result += tl.load(sum_ptr + column, mask=column < columns, other=0.0).to(tl.float32)

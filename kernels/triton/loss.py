@@ -18,8 +18,10 @@ LOSS_TILE = {"BLOCK": 4096 if not INTERPRETED else 16384, "num_warps": 8}
 @triton.jit(do_not_specialize=["ignore_index", "z_loss"])
 def cross_entropy_kernel(
     logits_ptr, bias_ptr, target_ptr, loss_ptr, columns, ignore_index, z_loss, GRADS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """A program owns a row: its log-sum-exp, online over blocks of columns, then its loss and, in place, its gradient."""
+):
+    """A program owns a row: its log-sum-exp, online over blocks of columns, then its loss and, in place, its
+    gradient.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits = logits_ptr + row * columns
     target = tl.load(target_ptr + row)

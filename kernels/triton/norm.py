@@ -20,9 +20,18 @@ MOST_COLUMNS = 8192
 
 @triton.jit
 def layer_norm_forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, stats_ptr, rows, hidden, x_stride, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    stats_ptr,
+    rows,
+    hidden,
+    x_stride,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows)[:, None] & (column < hidden)
@@ -42,9 +51,21 @@ def layer_norm_forward_kernel(
 
 @triton.jit
 def layer_norm_backward_kernel(
-    grad_ptr, x_ptr, weight_ptr, stats_ptr, residual_ptr, dx_ptr, partial_ptr, rows, hidden, x_stride,
-    RESIDUAL: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    grad_ptr,
+    x_ptr,
+    weight_ptr,
+    stats_ptr,
+    residual_ptr,
+    dx_ptr,
+    partial_ptr,
+    rows,
+    hidden,
+    x_stride,
+    RESIDUAL: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """With n = (x - mean) factor and d = grad weight: dx = factor (d - mean(d) - n mean(d n)) (+ residual)."""
     chunk = tl.program_id(0)
     column = tl.arange(0, BLOCK)[None, :]
@@ -82,7 +103,10 @@ def launch_options(hidden: int) -> dict[str, int]:
 
 def _rows(x: Tensor, hidden: int) -> Tensor:
     if hidden > MOST_COLUMNS:
-        raise ValueError(f"x.shape[-1] = {hidden}: the triton backend's layer_norm holds a row in registers, up to {MOST_COLUMNS}; use backend='torch'")  # fmt: skip
+        raise ValueError(
+            f"x.shape[-1] = {hidden}: the triton backend's layer_norm holds a row in registers, up to {MOST_COLUMNS}; "
+            f"use backend='torch'"
+        )
     return rows_contiguous(x.reshape(-1, hidden))
 
 
@@ -113,8 +137,18 @@ def layer_norm_backward(
     if x.numel():
         with on_device(x):
             layer_norm_backward_kernel[(partial.shape[0],)](
-                grad, rows, weight, stats.contiguous(), grad if residual is None else residual, dx, partial,
-                *rows.shape, rows.stride(0), RESIDUAL=residual is not None, CHUNK=CHUNK_ROWS, **launch_options(hidden),
-            )  # fmt: skip
+                grad,
+                rows,
+                weight,
+                stats.contiguous(),
+                grad if residual is None else residual,
+                dx,
+                partial,
+                *rows.shape,
+                rows.stride(0),
+                RESIDUAL=residual is not None,
+                CHUNK=CHUNK_ROWS,
+                **launch_options(hidden),
+            )
     dweight = column_sums(partial[:, :hidden], torch.empty_like(weight))
     return dx, dweight, column_sums(partial[:, hidden:], torch.empty_like(weight))

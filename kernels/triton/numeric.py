@@ -63,8 +63,11 @@ def activate(y, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _gelu(y):
-    """(GELU(y), its slope), tanh approximation (arXiv 1606.08415): y sigmoid(2 c (y + 0.044715 y^3)), c = sqrt(2 / pi)."""
-    # Beyond 9.9 the sigmoid is 1, or less than 2^-122: there it and the slope are taken of 9.9, and no square runs over.
+    """(GELU(y), its slope), tanh approximation (arXiv 1606.08415): y sigmoid(2 c (y + 0.044715 y^3)), c = sqrt(2 /
+    pi).
+    """
+    # Beyond 9.9 the sigmoid is 1, or less than 2^-122: there it and the slope are taken of 9.9, and no square runs
+    # over.
     above = tl.maximum(y, -9.9, propagate_nan=tl.PropagateNan.ALL)
     t = tl.minimum(above, 9.9, propagate_nan=tl.PropagateNan.ALL)
     square = t * t
@@ -75,9 +78,16 @@ def _gelu(y):
 
 @triton.jit
 def attention_keep(
-    seed_low, seed_high, plane, first_query, first_key, threshold,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, TRANSPOSED: tl.constexpr,
-):  # fmt: skip
+    seed_low,
+    seed_high,
+    plane,
+    first_query,
+    first_key,
+    threshold,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
     """reference.attention_keep of a tile, (QUERIES, KEYS) or transposed; one Philox call for 4 x 4 elements.
 
     first_query, first_key, QUERIES and KEYS are multiples of 16.
@@ -100,9 +110,7 @@ def attention_keep(
 
 
 @triton.jit
-def residual_keep(
-    seed_low, seed_high, first_row, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+def residual_keep(seed_low, seed_high, first_row, first_column, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """reference.residual_keep of a tile, (ROWS, COLUMNS); one Philox call for 8 columns of 2 rows.
 
     first_row and ROWS are multiples of 2, first_column and COLUMNS of 8.
@@ -122,10 +130,11 @@ def _kept(seed_low, seed_high, c0, c1, c2, c3, threshold):
     """
     low, high = tl.cast(seed_low, tl.uint32, bitcast=True), tl.cast(seed_high, tl.uint32, bitcast=True)
     zero = (c0 + c1) * 0
-    w0, w1, w2, w3 = philox_impl(
-        zero + c0, zero + c1, zero + tl.cast(c2, tl.uint32), zero + c3, low, high, n_rounds=7
-    )  # fmt: skip
-    first, second = tl.join(_bytes(w0, threshold), _bytes(w1, threshold)), tl.join(_bytes(w2, threshold), _bytes(w3, threshold))  # fmt: skip
+    w0, w1, w2, w3 = philox_impl(zero + c0, zero + c1, zero + tl.cast(c2, tl.uint32), zero + c3, low, high, n_rounds=7)
+    first, second = (
+        tl.join(_bytes(w0, threshold), _bytes(w1, threshold)),
+        tl.join(_bytes(w2, threshold), _bytes(w3, threshold)),
+    )
     return tl.join(first, second)
 
 

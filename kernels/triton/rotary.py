@@ -14,10 +14,19 @@ from kernels.triton.numeric import round_to
 
 @triton.jit
 def _turn(
-    x_ptr, out_ptr, c, s, x_head_stride, out_head_stride, heads,
-    HALF: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    x_ptr,
+    out_ptr,
+    c,
+    s,
+    x_head_stride,
+    out_head_stride,
+    heads,
+    HALF: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
-):  # fmt: skip
+):
     i = tl.arange(0, BLOCK_HALF)[None, :]
     rest = tl.arange(0, BLOCK_REST)[None, :] + 2 * HALF
     for start in range(0, heads, BLOCK_HEADS):
@@ -35,13 +44,37 @@ def _turn(
 
 @triton.jit
 def rotary_kernel(
-    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, position_ptr,
-    q_batch, q_seq, q_head, k_batch, k_seq, k_head,
-    q_out_batch, q_out_seq, q_out_head, k_out_batch, k_out_seq, k_out_head, position_batch,
-    seq, heads, kv_heads,
-    HALF: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_REST: tl.constexpr, INVERSE: tl.constexpr, HAS_POSITIONS: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    k_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    cos_ptr,
+    sin_ptr,
+    position_ptr,
+    q_batch,
+    q_seq,
+    q_head,
+    k_batch,
+    k_seq,
+    k_head,
+    q_out_batch,
+    q_out_seq,
+    q_out_head,
+    k_out_batch,
+    k_out_seq,
+    k_out_head,
+    position_batch,
+    seq,
+    heads,
+    kv_heads,
+    HALF: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    INVERSE: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     batch, t = token // seq, token % seq
     row = t
@@ -54,14 +87,34 @@ def rotary_kernel(
         s = -s
     if tl.program_id(1) == 0:
         _turn(
-            q_ptr + batch * q_batch + t * q_seq, q_out_ptr + batch * q_out_batch + t * q_out_seq, c, s,
-            q_head, q_out_head, heads, HALF, HEAD_DIM, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST,
-        )  # fmt: skip
+            q_ptr + batch * q_batch + t * q_seq,
+            q_out_ptr + batch * q_out_batch + t * q_out_seq,
+            c,
+            s,
+            q_head,
+            q_out_head,
+            heads,
+            HALF,
+            HEAD_DIM,
+            BLOCK_HEADS,
+            BLOCK_HALF,
+            BLOCK_REST,
+        )
     else:
         _turn(
-            k_ptr + batch * k_batch + t * k_seq, k_out_ptr + batch * k_out_batch + t * k_out_seq, c, s,
-            k_head, k_out_head, kv_heads, HALF, HEAD_DIM, BLOCK_HEADS, BLOCK_HALF, BLOCK_REST,
-        )  # fmt: skip
+            k_ptr + batch * k_batch + t * k_seq,
+            k_out_ptr + batch * k_out_batch + t * k_out_seq,
+            c,
+            s,
+            k_head,
+            k_out_head,
+            kv_heads,
+            HALF,
+            HEAD_DIM,
+            BLOCK_HEADS,
+            BLOCK_HALF,
+            BLOCK_REST,
+        )
 
 
 def rotary(
@@ -77,12 +130,27 @@ def rotary(
     positions = None if positions is None else positions.contiguous()
     with on_device(q):
         rotary_kernel[(batch * seq, 2)](
-            q, k, q_out, k_out, cos, sin, q if positions is None else positions,
-            *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3],
+            q,
+            k,
+            q_out,
+            k_out,
+            cos,
+            sin,
+            q if positions is None else positions,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *q_out.stride()[:3],
+            *k_out.stride()[:3],
             positions.stride(0) if positions is not None and positions.dim() == 2 else 0,
-            seq, heads, k.shape[2],
-            HALF=half, HEAD_DIM=head_dim, BLOCK_HEADS=16, BLOCK_HALF=triton.next_power_of_2(half),
+            seq,
+            heads,
+            k.shape[2],
+            HALF=half,
+            HEAD_DIM=head_dim,
+            BLOCK_HEADS=16,
+            BLOCK_HALF=triton.next_power_of_2(half),
             BLOCK_REST=triton.next_power_of_2(max(head_dim - 2 * half, 1)),
-            INVERSE=inverse, HAS_POSITIONS=positions is not None,
-        )  # fmt: skip
+            INVERSE=inverse,
+            HAS_POSITIONS=positions is not None,
+        )
     return q_out, k_out

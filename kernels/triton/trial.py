@@ -23,7 +23,9 @@ def compile_only() -> None:
 def tuned(
     configs: list[triton.Config], key: list[str], prune: Callable[..., list[triton.Config]]
 ) -> Callable[[Any], Any]:
-    """Decorator: times the candidates at the first call of each kind and keeps the winner on disk, beside Triton's other files."""
+    """Decorator: times the candidates at the first call of each kind and keeps the winner on disk, beside Triton's
+    other files.
+    """
     return triton.autotune(
         configs,
         key=key,
@@ -36,7 +38,8 @@ def tuned(
 def bench(call: Callable[[], Any], quantiles: Sequence[float]) -> list[float]:
     """`do_bench` of triton.autotune: milliseconds at the quantiles of a call's time, or infinity if it raises.
 
-    Triton itself catches a compiler's errors of three kinds; other kinds, and a driver's, would reach who called the op.
+    Triton itself catches a compiler's errors of three kinds; other kinds, and a driver's, would reach who called the
+    op.
     """
     try:
         if _compile_only:

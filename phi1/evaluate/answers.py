@@ -3,8 +3,8 @@
 A completion goes on where the prompt ends; a chat model's answer may be a fence, prose and a fence, the whole function
 again, or a body without its indentation. `read` tries these in turn and takes the first that compiles and
 defines the function; of it the longest prefix counts, and of what follows the function only what it needs: a helper,
-a class or a constant stay, a call that prints does not run. Stop strings (`cut`), as Codex was cut, lose right code that has a
-comment, a helper or an `if` at column 0; both scores are reported.
+a class or a constant stay, a call that prints does not run. Stop strings (`cut`), as Codex was cut, lose right code
+that has a comment, a helper or an `if` at column 0; both scores are reported.
 """
 
 import ast

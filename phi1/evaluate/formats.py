@@ -4,11 +4,12 @@
 |---|---|---|---|
 | HumanEval | `prompt` | `canonical_solution`, a body | `test`, with `check(candidate)` |
 | MBPP, as published and sanitised | `text` or `prompt`, and the asserts | `code`, a program | `test_list` |
-| HumanEval+ and MBPP+ of EvalPlus | `prompt` | `canonical_solution` | `base_input` and `plus_input`, compared with what the solution returns, floats within `atol` |
+| HumanEval+ and MBPP+ of EvalPlus | `prompt` | `canonical_solution` | `base_input`, `plus_input` and `atol` |
 | their copies on Hugging Face | as above | | `test` |
 
-JSON has no tuples, sets or complex numbers: where EvalPlus' inputs had them, the asserts of the same row show which arguments
-they are, and the inputs are read back by that pattern.
+EvalPlus compares with what the solution returns, floats within `atol`. JSON has no tuples, sets or complex numbers:
+where EvalPlus' inputs had them, the asserts of the same row show which arguments they are, and the inputs are read back
+by that pattern.
 """
 
 import ast
@@ -44,7 +45,9 @@ def _read(value, pattern):
 
 
 def _floats(value):
-    return isinstance(value, float) or (isinstance(value, (list, tuple)) and all(isinstance(item, float) for item in value))
+    return isinstance(value, float) or (
+        isinstance(value, (list, tuple)) and all(isinstance(item, float) for item in value)
+    )
 
 
 def _close(got, wanted, atol):

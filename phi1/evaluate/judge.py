@@ -1,10 +1,10 @@
 """An LLM's grade of completions, as the paper's section 4 has GPT-4 give: a short critique first, then 0–10.
 
 The grade is reported as a percentage with an interval. The judge sees the exercise and the code, nothing of whose
-it is, in an order drawn by seed, code normalised: comments, docstrings, blank lines and the way of writing are gone. The code stands
-in a fence longer than any run of backticks in it, so nothing in it closes the fence. Canaries go among the completions: code
-that returns nothing and tells the judge to give it 10; how many get more than 5 is in the summary, and so is how
-the grades go with what the tests say.
+it is, in an order drawn by seed, code normalised: comments, docstrings, blank lines and the way of writing are gone.
+The code stands in a fence longer than any run of backticks in it, so nothing in it closes the fence. Canaries go among
+the completions: code that returns nothing and tells the judge to give it 10; how many get more than 5 is in the
+summary, and so is how the grades go with what the tests say.
 
 Any model can be asked: `grade` takes a callable that sends messages and returns text; `server_ask` makes one for an
 OpenAI-compatible server. A grade is that model's opinion: small models grade badly.
@@ -87,7 +87,8 @@ def normalised(problem: Problem, completion: str) -> str:
 def messages(problem: Problem, completion: str) -> list[dict[str, str]]:
     """What the judge is asked about one completion."""
     text = (
-        f"The exercise:\n{_fenced(problem.prompt)}\n\nThe student's program:\n{_fenced(normalised(problem, completion))}\n\n"
+        f"The exercise:\n{_fenced(problem.prompt)}\n\nThe student's "
+        f"program:\n{_fenced(normalised(problem, completion))}\n\n"
         'Answer in JSON: {"critique": "one or two sentences", "grade": 0 to 10}'
     )
     return [
@@ -121,7 +122,8 @@ def grade(
 ) -> list[Grade]:
     """Grades each completion `repeats` times, and `canaries`; in the problems' order, canaries last.
 
-    An answer without a grade from 0 to 10 is asked for again, `attempts` times in all, and is then a failure that is kept.
+    An answer without a grade from 0 to 10 is asked for again, `attempts` times in all, and is then a failure that is
+    kept.
     """
     work = [(problem, text, False) for problem, text in zip(problems, completions, strict=True)]
     work += [(problem, canary(problem, i), True) for i, problem in enumerate(problems[:canaries])]
@@ -166,7 +168,8 @@ def _collected(problem: Problem, answers: list[tuple[int, int | None, str]], is_
 
 
 _IN_PROSE = re.compile(
-    r"(?:grade|score|rating)\W{1,12}(\d+(?:\.\d+)?)(?!\d)(?:\s*(?:/|out of)\s*(\d+))?|\b(\d+(?:\.\d+)?)\s*(?:/|out of)\s*10\b",
+    r"(?:grade|score|rating)\W{1,12}(\d+(?:\.\d+)?)(?!\d)(?:\s*(?:/|out of)\s*(\d+))?|\b(\d+(?:\.\d+)?)\s*(?:/|out "
+    r"of)\s*10\b",
     re.IGNORECASE,
 )
 
@@ -196,7 +199,8 @@ def read_grade(text: str) -> tuple[int | None, str]:
 
 def summary(grades: Sequence[Grade], passed: Mapping[str, bool] | None = None) -> dict[str, Any]:
     """The mean grade as a percentage with its 95% interval, over those that got one; how many got none; the standard
-    deviation between repeats; how many canaries were believed; how the grades go with `passed` (task -> by its test)."""
+    deviation between repeats; how many canaries were believed; how the grades go with `passed` (task -> by its test).
+    """
     own = [g for g in grades if not g.canary]
     means = {g.task_id: g.mean for g in own if g.mean is not None}
     values = [mean / 10 for mean in means.values()]
@@ -217,8 +221,9 @@ def summary(grades: Sequence[Grade], passed: Mapping[str, bool] | None = None) -
 
 
 def agreement(pairs: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-    """How grades go with passing: Pearson's correlation, and how often a program that passes has the higher grade of it and
-    one that fails, a tie being half (AUC). None where one kind is missing, or all grades are equal."""
+    """How grades go with passing: Pearson's correlation, and how often a program that passes has the higher grade of it
+    and one that fails, a tie being half (AUC). None where one kind is missing, or all grades are equal.
+    """
     right, wrong = [g for g, ok in pairs if ok], [g for g, ok in pairs if not ok]
     found: dict[str, Any] = {"passed": len(right), "failed": len(wrong), "correlation": None, "auc": None}
     if right and wrong:
@@ -233,7 +238,8 @@ def describe(found: Mapping[str, Any]) -> str:
     mean, (low, high) = found["grade_percent"], found["interval_percent"]
     parts = ["no grade" if mean is None else f"{mean:.0f}% ({low:.0f}–{high:.0f}%)"]
     parts.append(
-        f"{found['graded']} graded, {found['without_grade']} without a grade, {found['failed_answers']} answers without one"
+        f"{found['graded']} graded, {found['without_grade']} without a grade, {found['failed_answers']} answers "
+        f"without one"
     )
     if found["deviation_between_repeats"] is not None:
         parts.append(f"deviation between repeats {found['deviation_between_repeats']:.2f} of 10")

@@ -230,8 +230,8 @@ def _text(read: Callable[[], Any]) -> str:
 
 
 ASK = (
-    "Complete this Python function. Answer with the whole function in one ```python block, imports and helpers that it needs "
-    "included, and nothing else.\n\n```python\n{prompt}```"
+    "Complete this Python function. Answer with the whole function in one ```python block, imports and helpers that it "
+    "needs included, and nothing else.\n\n```python\n{prompt}```"
 )
 """What a chat model is asked."""
 

@@ -45,9 +45,11 @@ def bootstrap(
         return 0.0, 1.0
     data = numpy.asarray(values, dtype=numpy.float64)
     rng = numpy.random.default_rng(seed)
-    means = numpy.concatenate([
-        data[rng.integers(0, len(data), (part, len(data)))].mean(axis=1)
-        for part in [min(500, resamples - start) for start in range(0, resamples, 500)]
-    ])  # fmt: skip
+    means = numpy.concatenate(
+        [
+            data[rng.integers(0, len(data), (part, len(data)))].mean(axis=1)
+            for part in [min(500, resamples - start) for start in range(0, resamples, 500)]
+        ]
+    )
     low, high = numpy.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -47,7 +47,9 @@ class Config:
     exercises: pathlib.Path | None = None
     """Dataset folder of held-out exercises, written by `phi1 data synthesize`."""
     problems: pathlib.Path | None = None
-    """A file of problems instead of the installed HumanEval: .jsonl, .jsonl.gz or .json of HumanEval, HumanEval+, MBPP or MBPP+."""
+    """A file of problems instead of the installed HumanEval: .jsonl, .jsonl.gz or .json of HumanEval, HumanEval+, MBPP
+    or MBPP+.
+    """
     output: pathlib.Path | None = None
     """Folder for samples and results (default: CHECKPOINT-BENCHMARK beside the checkpoint; needed with --model)."""
     samples: int = 1
@@ -197,9 +199,9 @@ def sample(
     """Completes and runs what `output`/samples.jsonl does not hold yet; returns all rows.
 
     A row: task_id, sample, answer (the model's), completion (what of it was run: `answers.read`), how it was read,
-    program, status ("no_answer" and "no_test" besides the sandbox's), detail, output, seconds, cpu_seconds, by_stop_strings
-    (the status of the answer cut there instead), strength, model and tokenizer; in the order in which they were
-    done. Raises UserError if the folder holds samples of another checkpoint, benchmark or sampling.
+    program, status ("no_answer" and "no_test" besides the sandbox's), detail, output, seconds, cpu_seconds,
+    by_stop_strings (the status of the answer cut there instead), strength, model and tokenizer; in the order in which
+    they were done. Raises UserError if the folder holds samples of another checkpoint, benchmark or sampling.
     """
     output.mkdir(parents=True, exist_ok=True)
     path = output / "samples.jsonl"

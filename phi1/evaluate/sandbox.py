@@ -78,7 +78,9 @@ def close_idle() -> None:
 
 
 def run_job(job: Job) -> Result:
-    """Runs one job. A server that is lost meanwhile is replaced and the job run again: lost twice, it is its failure."""
+    """Runs one job. A server that is lost meanwhile is replaced and the job run again: lost twice, it is its
+    failure.
+    """
     started = time.monotonic()
     absent = [name for name in job.packages if importlib.util.find_spec(name) is None]
     if absent:

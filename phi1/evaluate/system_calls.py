@@ -48,7 +48,8 @@ def compiled() -> bytes:
     rules = seccomp.SyscallFilter(seccomp.ERRNO(errno.EPERM))
     rules.set_attr(seccomp.Attr.ACT_BADARCH, seccomp.KILL_PROCESS)
     with contextlib.suppress(OSError):  # before libseccomp 2.5
-        # A binary tree: the kernel runs the filter for each call once when it is installed, and as a list that takes 0.3 ms.
+        # A binary tree: the kernel runs the filter for each call once when it is installed, and as a list that takes
+        # 0.3 ms.
         rules.set_attr(seccomp.Attr.CTL_OPTIMIZE, 2)
 
     def allow(name: str, *arguments: Arg) -> None:

@@ -5,11 +5,11 @@
     model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M", attn_implementation="phi1")
 
 transformers asks an implementation for two functions. `_mask` runs once in a forward pass: it is given the pattern that
-the model wants (padding, packed sequences, a window), and what it returns goes to every layer. `_attention` runs in each
-layer. The mask that they agree on is FlashAttention's: offsets of packed documents, (2, 1, 1, documents + 1) int32, those
-of the queries and those of the keys in the batch folded to one sequence. Padding is a document without queries, or
-without keys, so it costs nothing, and nothing is copied to leave it out. Four dims, because transformers hands a mask
-with four dims on as it is. None: plain causal, the last query sees the last key.
+the model wants (padding, packed sequences, a window), and what it returns goes to every layer. `_attention` runs in
+each layer. The mask that they agree on is FlashAttention's: offsets of packed documents, (2, 1, 1, documents + 1)
+int32, those of the queries and those of the keys in the batch folded to one sequence. Padding is a document without
+queries, or without keys, so it costs nothing, and nothing is copied to leave it out. Four dims, because transformers
+hands a mask with four dims on as it is. None: plain causal, the last query sees the last key.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,9 @@ def register_attention(*, unsupported: Unsupported = "error") -> None:
     except ImportError as error:
         raise UserError(f"register_attention: {error}; run `pip install 'transformers>=4.57'`") from error
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> tuple[Tensor, None]:  # fmt: skip
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
         why = _refuses(module, query, key, value, attention_mask, options)
         if why is None:
             return _attention(query, key, value, attention_mask, **options), None
@@ -166,7 +168,8 @@ def packed_documents(starts: Tensor) -> Tensor:
 
 
 def _padded_documents(valid: Tensor, first: int, kv_length: int) -> Tensor:
-    """Five documents a row: queries at the padding before, its keys, the sequence, queries at the padding behind, its keys.
+    """Five documents a row: queries at the padding before, its keys, the sequence, queries at the padding behind, its
+    keys.
 
     valid: (batch, seen) bool. first: the first query's index. kv_length: keys that there are, in a static cache more
     than were seen.
@@ -179,7 +182,8 @@ def _padded_documents(valid: Tensor, first: int, kv_length: int) -> Tensor:
     holes = ((end - begin != count) & (count > 0)).nonzero()[:, 0].tolist()
     if holes:
         raise _Unsupported(
-            f"attention_mask has a hole in row {holes[0]} (generation goes on after padding on the right, say): pad on the left"
+            f"attention_mask has a hole in row {holes[0]} (generation goes on after padding on the right, say): pad on "
+            f"the left"
         )
     end = begin + count
     before = (begin - first).clamp(0, queries)
@@ -209,7 +213,9 @@ def _is_documents(mask: Tensor) -> bool:
 def _refuses(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> str | None:
-    """Why documents and our kernels cannot serve a call, or None. Raises UserError for what sdpa cannot serve either."""
+    """Why documents and our kernels cannot serve a call, or None. Raises UserError for what sdpa cannot serve
+    either.
+    """
     for name in ("softcap", "s_aux", "output_attentions"):
         if (given := options.get(name)) is not None and given is not False:
             shown = "learned attention sinks" if name == "s_aux" else f"{name} = {given}"
@@ -243,8 +249,9 @@ def _attention(
     position_ids: Tensor | None = None,
     **_: object,
 ) -> Tensor:
-    """query (batch, heads, queries, head_dim), key and value (batch, kv_heads, keys, head_dim) -> (batch, queries, heads,
-    head_dim), as transformers has them."""
+    """query (batch, heads, queries, head_dim), key and value (batch, kv_heads, keys, head_dim) -> (batch, queries,
+    heads, head_dim), as transformers has them.
+    """
     batch, heads, queries, head_dim = query.shape
     # Of the default generator, so that torch.manual_seed decides it and activation checkpointing draws it again.
     seed = int(torch.randint(2**63 - 1, ())) if dropout > 0 else 0

@@ -15,8 +15,8 @@ def limits(config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
     """Where llama.cpp's converter and vLLM, which load phi-1's own shape and tokenizer, would misread these.
 
     Both take from config.json what Microsoft's Phi models leave open, and fix the rest: vLLM in
-    model_executor/models/phi.py, llama.cpp in `Phi2Model` of its convert_hf_to_gguf.py, which knows a tokenizer by what it
-    makes of one text (that of codegen-350M-mono is its "phi-2").
+    model_executor/models/phi.py, llama.cpp in `Phi2Model` of its convert_hf_to_gguf.py, which knows a tokenizer by what
+    it makes of one text (that of codegen-350M-mono is its "phi-2").
     """
     found = [
         f"llama.cpp's converter and vLLM take {name} = {expected} ({why}), here it is {value}"

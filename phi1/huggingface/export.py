@@ -35,8 +35,9 @@ def export_folder(
     """Writes a folder that transformers (4.57 and 5) loads: `AutoModelForCausalLM.from_pretrained(folder)`.
 
     dtype: type of the written weights, default the parameters' own. Dropout is written as 0, as in phi-1's own
-    config. facts: the checkpoint's (`phi1.checkpoint.read_facts`), for README.md, the model card. The folder appears whole or not at all. Raises UserError if it exists, if the disk is full, or if the
-    tokenizer has more entries than the model has rows.
+    config. facts: the checkpoint's (`phi1.checkpoint.read_facts`), for README.md, the model card. The folder appears
+    whole or not at all. Raises UserError if it exists, if the disk is full, or if the tokenizer has more entries than
+    the model has rows.
     """
     folder, config = pathlib.Path(folder), model.config
     if folder.exists():

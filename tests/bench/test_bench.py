@@ -29,15 +29,35 @@ def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedP
     [
         ("attn.py", "1x32x2x32", {"forward", "backward", "both"}, {"SDPA", "SDPA math", "phi1 torch"}, "GFLOP/s"),
         ("rotary.py", "1x16x2x32", BOTH, {"PyTorch eager", "PyTorch compiled", "phi1 torch"}, "GB/s"),
-        ("block.py", "1x16x64x2x32x48", BOTH, {"plain PyTorch", "plain PyTorch compiled", "Hugging Face", "Hugging Face compiled"}, "GFLOP/s"),
+        (
+            "block.py",
+            "1x16x64x2x32x48",
+            BOTH,
+            {"plain PyTorch", "plain PyTorch compiled", "Hugging Face", "Hugging Face compiled"},
+            "GFLOP/s",
+        ),
         ("loss.py", "16x8x300", BOTH, {"PyTorch eager", "PyTorch compiled", "phi1 torch"}, "GFLOP/s"),
     ],
-)  # fmt: skip
+)
 def test_script_measures_ours_and_peers(script, shape, works, peers, unit, tmp_path):
     path = tmp_path / "rows.json"
     # rotary.py shows that compiled peers run; in the others torch.compile, half a minute of compilers, does nothing.
     variables = {} if script == "rotary.py" else {"TORCH_COMPILE_DISABLE": "1"}
-    done = run(script, "--quick", "--device", "cpu", "--shapes", shape, "--dtypes", "fp32", "--json", str(path), "--threads", "1", **variables)  # fmt: skip
+    done = run(
+        script,
+        "--quick",
+        "--device",
+        "cpu",
+        "--shapes",
+        shape,
+        "--dtypes",
+        "fp32",
+        "--json",
+        str(path),
+        "--threads",
+        "1",
+        **variables,
+    )
     assert done.returncode == 0, done.stderr
     document = json.loads(path.read_text())
     assert document["unit"] == unit
@@ -156,14 +176,16 @@ def test_save_writes_table_and_plot_with_the_device_in_the_name(tmp_path, monkey
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     bench = harness.Benchmark("trial", "cpu", unit="calls/s", formula="one call", seconds=0.0, rounds=4)
     bench.group(
-        "case", "work", 1.0,
+        "case",
+        "work",
+        1.0,
         [
             harness.Candidate("mine", True, lambda work: lambda: sum(range(10))),
             harness.Candidate("theirs", False, lambda work: lambda: sum(range(100000))),
             harness.Candidate("absent", False, lambda work: _unavailable("not installed")),
         ],
         peak=1.0,
-    )  # fmt: skip
+    )
     bench.finish(suite.parse(suite.arguments("", ""), ["--save", "--device", "cpu"]))
     stems = {path.suffix: path for path in (tmp_path / "results").iterdir()}
     assert set(stems) == {".json", ".md", ".png"}

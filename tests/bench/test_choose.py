@@ -18,9 +18,15 @@ def result(path, *rows, benchmark="attn", **environment):
         shape, dtype = case.split()
         sizes = [int(size) for size in shape.split("x")]
         return {
-            "case": f"{case} {more}", "shape": sizes, "dtype": dtype, "size": "long", "work": work,
-            "implementation": f"phi1 {backend}", "backend": backend, "seconds": seconds,
-        }  # fmt: skip
+            "case": f"{case} {more}",
+            "shape": sizes,
+            "dtype": dtype,
+            "size": "long",
+            "work": work,
+            "implementation": f"phi1 {backend}",
+            "backend": backend,
+            "seconds": seconds,
+        }
 
     document = {
         "benchmark": benchmark,
@@ -75,9 +81,15 @@ def test_a_version_counts_by_its_worst_case_against_pytorch(tmp_path):
     )
     found = {(row["head_dim"], row["work"]): row for row in table(tmp_path, path)}
     assert found[64, "training"] == {
-        "op": "flash_attention", "kind": "a CPU", "dtype": "float32", "head_dim": 64, "size": "long", "work": "training",
-        "speed": {"torch": 1.0, "cpu/avx2": 0.8}, "results": ["a.json 2026-01-02"],
-    }  # fmt: skip
+        "op": "flash_attention",
+        "kind": "a CPU",
+        "dtype": "float32",
+        "head_dim": 64,
+        "size": "long",
+        "work": "training",
+        "speed": {"torch": 1.0, "cpu/avx2": 0.8},
+        "results": ["a.json 2026-01-02"],
+    }
     assert next(iter(found[64, "training"]["speed"])) == "torch"
     assert found[64, "forward"]["speed"] == {"cpu/avx2": 1.0, "torch": 0.333}
     assert found[32, "forward"]["speed"] == {"cpu/avx2": 1.0, "torch": 0.5}

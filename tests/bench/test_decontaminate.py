@@ -9,8 +9,16 @@ from phi1.evaluate import humaneval
 
 def few(folder: pathlib.Path) -> str:
     problems = [humaneval.load()[i] for i in (1, 9, 53, 129)]
-    rows = [{"task_id": p.task_id, "prompt": p.prompt, "entry_point": p.entry_point, "test": p.test, "canonical_solution": p.solution}
-            for p in problems]  # fmt: skip
+    rows = [
+        {
+            "task_id": p.task_id,
+            "prompt": p.prompt,
+            "entry_point": p.entry_point,
+            "test": p.test,
+            "canonical_solution": p.solution,
+        }
+        for p in problems
+    ]
     (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder / "few.jsonl")
 

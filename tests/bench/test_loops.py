@@ -20,8 +20,13 @@ def test_plain_torch_computes_phi1() -> None:
     with torch.no_grad():
         for value in theirs.values():
             value.normal_(std=0.3)
-        mine = {"embedding": "embedding.weight", "norm_weight": "norm.weight", "norm_bias": "norm.bias",
-                "head_weight": "head.weight", "head_bias": "head.bias"}  # fmt: skip
+        mine = {
+            "embedding": "embedding.weight",
+            "norm_weight": "norm.weight",
+            "norm_bias": "norm.bias",
+            "head_weight": "head.weight",
+            "head_bias": "head.bias",
+        }
         weights = {name: theirs[other] for name, other in mine.items()}
         for i in range(SHAPE.num_layers):
             block = {name.split(f"blocks.{i}.")[1]: value for name, value in theirs.items() if f"blocks.{i}." in name}

@@ -31,8 +31,8 @@ def test_no_kernel_has_a_fault():
     others = [k for k in kernels if k not in hopper]
     assert all(k.blocks() >= 2 for k in others), "a block alone on a multiprocessor cannot hide its own barriers"
     assert all(k.blocks() == 1 for k in hopper), "one block has all registers"
-    # A wgmma for each 16 of the sum. Forward: scores and P V in the loop, scores of the first tile, P V of the last, 128
-    # keys. dK and dV: two over head_dim, two over 64 queries. dQ: two over head_dim, one over 128 keys (64).
+    # A wgmma for each 16 of the sum. Forward: scores and P V in the loop, scores of the first tile, P V of the last,
+    # 128 keys. dK and dV: two over head_dim, two over 64 queries. dQ: two over head_dim, one over 128 keys (64).
     expected = {
         "hopper_attention_forward": {64: 2 * (4 + 8), 128: 2 * (8 + 8)},
         "hopper_attention_key_grad": {64: 2 * 4 + 2 * 4, 128: 2 * 8 + 2 * 4},

@@ -7,7 +7,9 @@ from phi1.evaluate import humaneval
 
 
 def test_verdicts_are_human_evals() -> None:
-    """Every other problem's solution and a mutant of it; bench/sandbox.py compares all, and four times as many mutants."""
+    """Every other problem's solution and a mutant of it; bench/sandbox.py compares all, and four times as many
+    mutants.
+    """
     problems = humaneval.load()[::2]
     rows = sandbox.compare(problems, mutants_each=1, chunk=82)
     assert [row["differ"] for row in rows] == [[], []]

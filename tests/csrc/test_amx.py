@@ -67,7 +67,9 @@ print(executed(b"TDPBF16PS"))
 
 
 def test_every_product_is_made_in_tiles_and_only_where_asked_for(emulated: dict[str, str]) -> None:
-    """A TDPBF16PS multiplies 16 x 16 x 32 numbers; the lengths fill whole tiles: two products forward, five backward."""
+    """A TDPBF16PS multiplies 16 x 16 x 32 numbers; the lengths fill whole tiles: two products forward, five
+    backward.
+    """
     product = 2 * 2 * 96 * 128 * 64 // (16 * 16 * 32)
     found = _python(emulated, "-c", COUNTED, "amx_bf16")
     assert [int(line) for line in found.split()] == [2 * product, 7 * product]

@@ -1,4 +1,6 @@
-"""csrc/cpu as programs of their own (attention_test.cpp, block_test.cpp): under sanitizers, with small mistakes put in."""
+"""csrc/cpu as programs of their own (attention_test.cpp, block_test.cpp): under sanitizers, with small mistakes put
+in.
+"""
 
 import concurrent.futures
 import os
@@ -295,7 +297,9 @@ def test_mutations_are_noticed(isa: str, mutations: list[tuple[str, str, str]], 
 
 @pytest.mark.skipif(not ISAS or "amx_bf16" in ISAS, reason="AMX can be used here, or there is no native module")
 def test_why_amx_cannot_be_used_is_said() -> None:
-    """On a CPU without it that is the reason; where Linux refuses its registers (a small sigaltstack), that is another."""
+    """On a CPU without it that is the reason; where Linux refuses its registers (a small sigaltstack), that is
+    another.
+    """
     (amx,) = (isa for isa in native.ISAS if isa.name == "amx_bf16")
     flags = pathlib.Path("/proc/cpuinfo").read_text().split()
     expected = "this CPU has no AMX-BF16" if "avx512_bf16" in flags else "this CPU lacks AVX"

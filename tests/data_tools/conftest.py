@@ -25,7 +25,9 @@ def own_ledger(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Shards of a stage that has an engine are made by a copy of its task, as another process gets it. There must be such a stage."""
+    """Shards of a stage that has an engine are made by a copy of its task, as another process gets it. There must be
+    such a stage.
+    """
     moved: list[int] = []
 
     def run(

@@ -38,7 +38,9 @@ def die(config: Config, inputs: Sequence[Dataset], shard: int) -> Iterator[Produ
 
 
 def wait(config: Config, inputs: Sequence[Dataset], shard: int) -> Iterator[Produced]:
-    """The same in its rows; from shard 1 on it says which process it is, and goes on once the file `gate` in that folder is there."""
+    """The same in its rows; from shard 1 on it says which process it is, and goes on once the file `gate` in that
+    folder is there.
+    """
     place = pathlib.Path(os.environ["COUNTING"])
     if shard:
         (place / f"{os.getpid()}.worker").touch()

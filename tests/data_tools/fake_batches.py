@@ -38,9 +38,11 @@ def chat(text: str, prompt: int = 10, generated: int = 1, logprobs: dict[str, fl
 
 
 class FakeBatches(LocalServer):
-    """A batch is worked off in `steps` looks. Its lines are `script(custom_id, body, number of the batch)`, None for no line; its end is
-    `ends(number)`. `hook(what, number of its kind)` runs before each reply ("upload", "create", "look", "list", "content"), after what was asked is done; it
-    returns None, "cut" (the connection breaks), or an HTTP status. `refuse(what, number)` the same, before anything is done."""
+    """A batch is worked off in `steps` looks. Its lines are `script(custom_id, body, number of the batch)`, None for no
+    line; its end is `ends(number)`. `hook(what, number of its kind)` runs before each reply ("upload", "create",
+    "look", "list", "content"), after what was asked is done; it returns None, "cut" (the connection breaks), or an HTTP
+    status. `refuse(what, number)` the same, before anything is done.
+    """
 
     def __init__(self) -> None:
         self.script: Callable[[str, dict[str, Any], int], Line | None] = lambda key, body, number: answered(
@@ -136,11 +138,20 @@ class FakeBatches(LocalServer):
         assert {(line["method"], line["url"]) for line in lines} == {("POST", "/v1/chat/completions")}
         id = f"batch-{len(self.batches)}"
         self.batches[id] = {
-            "id": id, "object": "batch", "endpoint": body["endpoint"], "input_file_id": body["input_file_id"],
-            "completion_window": "24h", "status": "validating", "created_at": int(time.time()), "metadata": body.get("metadata"),
-            "output_file_id": None, "error_file_id": None, "errors": None, "looks": 0,
+            "id": id,
+            "object": "batch",
+            "endpoint": body["endpoint"],
+            "input_file_id": body["input_file_id"],
+            "completion_window": "24h",
+            "status": "validating",
+            "created_at": int(time.time()),
+            "metadata": body.get("metadata"),
+            "output_file_id": None,
+            "error_file_id": None,
+            "errors": None,
+            "looks": 0,
             "request_counts": {"total": len(lines), "completed": 0, "failed": 0},
-        }  # fmt: skip
+        }
         self.sent.append({line["custom_id"]: line["body"] for line in lines})
         return self.batches[id]
 

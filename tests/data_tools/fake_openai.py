@@ -10,7 +10,8 @@ import local_http
 from local_http import LocalServer
 
 Reply = tuple[int, dict[str, str], Any]
-"""HTTP status, headers, and the body: JSON-able, text as it is, or a function of the handler that writes what it likes."""
+"""HTTP status, headers, and the body: JSON-able, text as it is, or a function of the handler that writes what it likes.
+"""
 
 
 def completion(text: str, *, logprobs: dict[str, float] | None = None, prompt: int = 10, generated: int = 1) -> Reply:

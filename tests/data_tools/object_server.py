@@ -13,8 +13,10 @@ from local_http import LocalServer
 
 
 class ObjectServer(LocalServer):
-    """`objects`: "bucket/key" -> bytes. `hub`: "owner/name" -> path -> bytes, of data sets. `refuse(path)`: None, or (status, code) with which a
-    request is refused. `asked`: (method, path) of all requests; `signed`: how many carried credentials."""
+    """`objects`: "bucket/key" -> bytes. `hub`: "owner/name" -> path -> bytes, of data sets. `refuse(path)`: None, or
+    (status, code) with which a request is refused. `asked`: (method, path) of all requests; `signed`: how many carried
+    credentials.
+    """
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
@@ -85,9 +87,11 @@ class ObjectServer(LocalServer):
                     )
                     return
                 headers = {
-                    "ETag": f'"{hashlib.md5(data).hexdigest()}"', "Accept-Ranges": "bytes",
-                    "Last-Modified": "Wed, 01 Jan 2025 00:00:00 GMT", "X-Repo-Commit": "0" * 40,
-                }  # fmt: skip
+                    "ETag": f'"{hashlib.md5(data).hexdigest()}"',
+                    "Accept-Ranges": "bytes",
+                    "Last-Modified": "Wed, 01 Jan 2025 00:00:00 GMT",
+                    "X-Repo-Commit": "0" * 40,
+                }
                 status = 200
                 if spec := self.headers.get("Range"):
                     first, _, last = spec.removeprefix("bytes=").partition("-")

@@ -1,4 +1,6 @@
-"""The Batch API: whatever the server does and wherever the client is killed, nothing is submitted twice and the budget holds."""
+"""The Batch API: whatever the server does and wherever the client is killed, nothing is submitted twice and the budget
+holds.
+"""
 
 import dataclasses
 import json
@@ -339,7 +341,8 @@ def test_killed_at_any_moment_it_is_the_same_batch(moment: str, batches: FakeBat
 
     batches.hook = kill
     program = (
-        "import pathlib\nfrom data_tools import batch, llm\nfrom data_tools.chat import Request\nbatch._POLL = (0.01, 0.02)\n"
+        "import pathlib\nfrom data_tools import batch, llm\nfrom data_tools.chat import Request\nbatch._POLL = (0.01, "
+        "0.02)\n"
         f"config = llm.LLMConfig(base_url={batches.base_url!r}, model='fake-1', batch=True)\n"
         f"with llm.LLM(config, pathlib.Path({str(tmp_path / 'llm.sqlite')!r})) as client:\n"
         "    list(client.ask_all([Request([{'role': 'user', 'content': str(i)}], max_tokens=5) for i in range(6)]))\n"
@@ -367,11 +370,13 @@ def test_whatever_the_server_does_the_books_hold(
         kind = chance.choice(["good"] * 4 + ["expired", "500", "flagged", "nothing", "odd"])
         good.update({key} if kind == "good" else ())
         return {
-            "good": answered(key, chat("x", prompt=bound - 2, generated=5)), "expired": not_run(key),
-            "500": answered(key, {"error": {"message": "oops"}}, 500), "nothing": None,
+            "good": answered(key, chat("x", prompt=bound - 2, generated=5)),
+            "expired": not_run(key),
+            "500": answered(key, {"error": {"message": "oops"}}, 500),
+            "nothing": None,
             "flagged": answered(key, {"error": {"message": "flagged", "code": "content_filter"}}, 400),
             "odd": answered(key, {"usage": {"prompt_tokens": bound - 2, "completion_tokens": 5}}),
-        }[kind]  # fmt: skip
+        }[kind]
 
     batches.script = script
     batches.ends = lambda number: chance.choice(["completed", "completed", "expired", "cancelled"])

@@ -148,8 +148,9 @@ def test_what_the_annotator_holds_out_is_what_is_tested_on() -> None:
 
 
 def of_repositories(documents: Dataset, count: int) -> tuple[Dataset, Dataset]:
-    """Annotations and embeddings that know nothing of a document but its repository: the label is its, and so is the vector, with
-    a little noise."""
+    """Annotations and embeddings that know nothing of a document but its repository: the label is its, and so is the
+    vector, with a little noise.
+    """
 
     def annotated(*_: Any) -> Iterator[dict[str, Any]]:
         for key, quality in rows_of(documents):
@@ -170,7 +171,9 @@ def of_repositories(documents: Dataset, count: int) -> tuple[Dataset, Dataset]:
 def test_a_forest_that_knows_the_repositories_only_is_at_chance(
     config: Config, documents: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Were documents of one repository on both sides, it would seem to know the label: as it does where nothing else is left."""
+    """Were documents of one repository on both sides, it would seem to know the label: as it does where nothing else is
+    left.
+    """
     for count, by in ((20, "group"), (2, "document")):
         annotated, embedded = of_repositories(documents, count)
         settings = dataclasses.replace(config, annotations=annotated.folder, embeddings=embedded.folder)
@@ -191,9 +194,12 @@ def test_the_curve_is_of_the_corpus_where_that_is_another(
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["documents"] == metrics["kept_by_threshold"][0]["kept"] == 40
     settings = filter.Config(
-        input=corpus.folder, embeddings=embedded.folder, classifier=folder, output=corpus.folder.parent / "kept",
+        input=corpus.folder,
+        embeddings=embedded.folder,
+        classifier=folder,
+        output=corpus.folder.parent / "kept",
         threshold=0.5,
-    )  # fmt: skip
+    )
     assert filter.run(settings).rows == metrics["kept_by_threshold"][50]["kept"] > 30
     other = embeddings(corpus, "of-another-model")
     with pytest.raises(UserError, match=r"of-another-model: embedded otherwise than"):
@@ -322,9 +328,12 @@ def test_a_forest_at_chance_is_told_and_filters_by_permission_only(
     forest = classify.run(dataclasses.replace(config, annotations=folder))
     assert "warning: classify: chance (AUC 0.5) is inside the interval" in capsys.readouterr().err
     settings = filter.Config(
-        input=documents.folder, embeddings=config.embeddings, classifier=forest, output=folder.parent / "kept",
+        input=documents.folder,
+        embeddings=config.embeddings,
+        classifier=forest,
+        output=folder.parent / "kept",
         keep_fraction=0.5,
-    )  # fmt: skip
+    )
     with pytest.raises(UserError, match=r"may as well be guessing \(AUC 0\.\d\d, 95% interval .*--allow-chance"):
         filter.run(settings)
     assert filter.run(dataclasses.replace(settings, allow_chance=True)).rows >= ROWS / 2

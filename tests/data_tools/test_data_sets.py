@@ -62,18 +62,50 @@ def test_every_data_set_is_read_from_the_hub(
         "revision_id": "f" * 40,
     }
     rows: dict[str, list[dict[str, Any]]] = {
-        "the-stack-dedup": [{"content": code("stack"), "max_stars_repo_path": "a.py", "max_stars_repo_licenses": ["MIT"], "lang": "Python"}],
+        "the-stack-dedup": [
+            {
+                "content": code("stack"),
+                "max_stars_repo_path": "a.py",
+                "max_stars_repo_licenses": ["MIT"],
+                "lang": "Python",
+            }
+        ],
         "the-stack-v2": [blob | {"blob_id": "a2", "src_encoding": "UTF-8"}],
         "stack-edu": [blob | {"blob_id": "b3", "src_encoding": "ISO-8859-1"}],
         "python-edu": [{"blob_id": "c4", "path": "c.py", "repo_name": "o/r"}],
-        "cosmopedia-v2": [{"prompt": "Write", "text": "Once there was a loop that went round.", "audience": "children", "format": "story"}],
+        "cosmopedia-v2": [
+            {
+                "prompt": "Write",
+                "text": "Once there was a loop that went round.",
+                "audience": "children",
+                "format": "story",
+            }
+        ],
         "code-exercises": [{"problem": 'def f(n):\n    """Add one."""', "solution": "    return n + 1"}],
         "open-code-instruct": [
-            {"id": "i", "input": "Add one to a number.", "output": "```python\nn += 1\n```", "unit_tests": "[]", "tests_execution_status": '["pass", "pass"]'},
-            {"id": "j", "input": "Add two.", "output": "n", "unit_tests": "[]", "tests_execution_status": '["pass", "fail"]'},
-            {"id": "k", "input": "Add three.", "output": "n", "unit_tests": "[]", "tests_execution_status": "pass pass"},
+            {
+                "id": "i",
+                "input": "Add one to a number.",
+                "output": "```python\nn += 1\n```",
+                "unit_tests": "[]",
+                "tests_execution_status": '["pass", "pass"]',
+            },
+            {
+                "id": "j",
+                "input": "Add two.",
+                "output": "n",
+                "unit_tests": "[]",
+                "tests_execution_status": '["pass", "fail"]',
+            },
+            {
+                "id": "k",
+                "input": "Add three.",
+                "output": "n",
+                "unit_tests": "[]",
+                "tests_execution_status": "pass pass",
+            },
         ],
-    }  # fmt: skip
+    }
     assert rows.keys() == DATA_SETS.keys()
     for name, about in DATA_SETS.items():
         owner, repository, *folder = about.place.removeprefix("hf://datasets/").split("/")
@@ -88,11 +120,14 @@ def test_every_data_set_is_read_from_the_hub(
     made = run(tmp_path, *DATA_SETS)
     read = {row["source"].partition(":")[0]: row for row in made.read()}
     assert {name: row["content"] for name, row in read.items()} == {
-        "the-stack-dedup": code("stack"), "the-stack-v2": code("v2"), "stack-edu": f"# café\n{code('edu')}", "python-edu": code("python_edu"),
+        "the-stack-dedup": code("stack"),
+        "the-stack-v2": code("v2"),
+        "stack-edu": f"# café\n{code('edu')}",
+        "python-edu": code("python_edu"),
         "cosmopedia-v2": "Once there was a loop that went round.",
         "code-exercises": 'def f(n):\n    """Add one."""\n    return n + 1\n',
         "open-code-instruct": "Add one to a number.\n\n```python\nn += 1\n```\n",
-    }  # fmt: skip
+    }
     assert read["stack-edu"]["origin_hexsha"] == "b3" and read["stack-edu"]["max_stars_repo_licenses"] == ["MIT"]
     assert read["stack-edu"]["url"] == f"https://github.com/o/r/blob/{'f' * 40}/a/b.py"
     assert read["cosmopedia-v2"]["max_stars_repo_name"] == "story, children" and read["cosmopedia-v2"]["lang"] == "Text"
@@ -110,8 +145,12 @@ def test_blobs_that_cannot_be_read_are_failures_of_their_rows(
     monkeypatch.setattr(data_sets, "_LARGEST", 4000)
     good = gzip.compress(code("good").encode())
     blobs = {
-        "good": good, "notgzip": b"plain", "cut": good[:-9], "latin": gzip.compress(b"# \xff\n"), "bomb": gzip.compress(b"x" * 5000),
-    }  # fmt: skip
+        "good": good,
+        "notgzip": b"plain",
+        "cut": good[:-9],
+        "latin": gzip.compress(b"# \xff\n"),
+        "bomb": gzip.compress(b"x" * 5000),
+    }
     store.objects = {f"softwareheritage/content/{key}": data for key, data in blobs.items()}
     encodings = {"latin": "ascii", "good": "utf-8", "odd": "no-such-code"}
     keys = [*blobs, "absent", "../etc", "", "odd"]
@@ -122,9 +161,15 @@ def test_blobs_that_cannot_be_read_are_failures_of_their_rows(
     assert [row["content"] for row in made.read()] == [code("good")]
     reasons = {failure["key"].rpartition("/")[2]: failure["reason"] for failure in made.failures()}
     told = {
-        "notgzip.py": "is not gzip", "cut.py": "is cut", "latin.py": "not UTF-8", "bomb.py": "inflates to more than 4,000 bytes",
-        "absent.py": "is not in Software Heritage", "etc.py": "blob_id is '../etc'", ".py": "blob_id is ''", "odd.py": "not no-such-code",
-    }  # fmt: skip
+        "notgzip.py": "is not gzip",
+        "cut.py": "is cut",
+        "latin.py": "not UTF-8",
+        "bomb.py": "inflates to more than 4,000 bytes",
+        "absent.py": "is not in Software Heritage",
+        "etc.py": "blob_id is '../etc'",
+        ".py": "blob_id is ''",
+        "odd.py": "not no-such-code",
+    }
     assert reasons.keys() == told.keys() and all(told[key] in reason for key, reason in reasons.items()), reasons
 
 

@@ -18,6 +18,7 @@ from bench.decontaminate import CHANGES, functions, one_more, renamed, verdicts
 from data_tools import decontaminate, python_text, similarity
 from data_tools.dataset import Dataset, Failure, run_stage
 from data_tools.decontaminate import Config
+from data_tools.tasks import entry
 from phi1.errors import UserError
 from phi1.evaluate import humaneval
 
@@ -45,8 +46,10 @@ OTHER = '''def median_of_three(a, b, c):
 
 def commented(problem: humaneval.Problem) -> str:
     """The solution with a comment over every line, and no docstring."""
-    body = "".join(f"{line[: len(line) - len(line.lstrip())]}# now this\n{line}\n" if line.strip() else "\n"
-                   for line in problem.solution.split("\n"))  # fmt: skip
+    body = "".join(
+        f"{line[: len(line) - len(line.lstrip())]}# now this\n{line}\n" if line.strip() else "\n"
+        for line in problem.solution.split("\n")
+    )
     head = problem.prompt[: problem.prompt.index('"""')].rstrip() + "\n"
     return head + body
 
@@ -90,7 +93,9 @@ def test_planted_copies_are_found_and_unrelated_code_stays(tmp_path: pathlib.Pat
 
 
 def test_every_task_renamed_is_found_but_the_small_ones(tmp_path: pathlib.Path) -> None:
-    """15 solutions have fewer than 14 nodes: other names and another docstring hide them, unless size is not asked for."""
+    """15 solutions have fewer than 14 nodes: other names and another docstring hide them, unless size is not asked
+    for.
+    """
     result = decontaminated(tmp_path, [renamed(problem) for problem in PROBLEMS.values()])
     assert result.rows == 13 and result.counters["small_trees_alone"] == 13
     assert result.manifest["config"]["small_tasks"] == 15
@@ -133,7 +138,9 @@ def test_what_cannot_be_checked_is_not_clean(tmp_path: pathlib.Path) -> None:
     result = decontaminated(tmp_path, [broken, "x = 1\n", "", OTHER])
     assert reasons(result) == [
         "unchecked its code does not parse, so its tree cannot be compared",
-        "unchecked an exercise without a function", "unchecked an exercise without a function"]  # fmt: skip
+        "unchecked an exercise without a function",
+        "unchecked an exercise without a function",
+    ]
     kept = decontaminate.run(Config(input=tmp_path / "in", output=tmp_path / "kept", embedder="none", unchecked="keep"))
     assert kept.rows == 4 and kept.counters["kept_unchecked"] == 3
     texts = decontaminated(tmp_path / "texts", [f"So:\n\n{broken}", "x = 1\n", " \n", OTHER], exercises=False)
@@ -208,9 +215,13 @@ def test_rows_that_are_no_text(tmp_path: pathlib.Path) -> None:
 
 
 def test_mbpp_from_a_path(tmp_path: pathlib.Path) -> None:
-    row = {"task_id": 2, "text": "Write a function to find the shared elements from the given two lists, each one once.",
-           "code": "def similar_elements(a, b):\n  found = tuple(set(a) & set(b))\n  return (found)\n",
-           "test_list": ["assert similar_elements((3, 4, 5, 6),(5, 7, 4, 10)) == (4, 5)"], "test_setup_code": ""}  # fmt: skip
+    row = {
+        "task_id": 2,
+        "text": "Write a function to find the shared elements from the given two lists, each one once.",
+        "code": "def similar_elements(a, b):\n  found = tuple(set(a) & set(b))\n  return (found)\n",
+        "test_list": ["assert similar_elements((3, 4, 5, 6),(5, 7, 4, 10)) == (4, 5)"],
+        "test_setup_code": "",
+    }
     file = tmp_path / "mbpp.jsonl"
     file.write_text(json.dumps(row) + "\n")
     copied = "def common(left, right):\n    shared = tuple(set(left) & set(right))\n    return shared\n"
@@ -232,11 +243,15 @@ def test_a_looser_rate_removes_what_a_stricter_one_keeps(tmp_path: pathlib.Path)
 @pytest.mark.usefixtures("elsewhere")
 def test_embedding_finds_a_copy_that_the_other_tests_miss(tmp_path: pathlib.Path) -> None:
     # Reworded, and restructured so that its tree differs.
-    reworded = (SEPARATE.prompt + SEPARATE.solution).replace("Your goal is to separate", "The aim is to split").replace(
-        "Input to this function is a string", "You are given one string"
-    ).replace("current_depth += 1", "current_depth = current_depth + 1").replace(
-        "result.append(''.join(current_string))", "result += [''.join(current_string)]"
-    ).replace("Ignore any spaces in the input string", "Skip blanks").replace("are balanced", "match")  # fmt: skip
+    reworded = (
+        (SEPARATE.prompt + SEPARATE.solution)
+        .replace("Your goal is to separate", "The aim is to split")
+        .replace("Input to this function is a string", "You are given one string")
+        .replace("current_depth += 1", "current_depth = current_depth + 1")
+        .replace("result.append(''.join(current_string))", "result += [''.join(current_string)]")
+        .replace("Ignore any spaces in the input string", "Skip blanks")
+        .replace("are balanced", "match")
+    )
     few = tmp_path / "few.jsonl"  # 164 would take a slow machine half a minute
     rows = [dataclasses.asdict(p) | {"canonical_solution": p.solution} for p in list(PROBLEMS.values())[:10]]
     few.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -246,15 +261,26 @@ def test_embedding_finds_a_copy_that_the_other_tests_miss(tmp_path: pathlib.Path
     assert reasons(result) == ["embedding HumanEval/1"] and result.column("content") == [OTHER]
     assert result.manifest["config"]["embedding_model"] == "minilm"
     # Without anything to look at by tree, nothing is embedded.
-    unseen = decontaminate.run(Config(input=tmp_path / "in", output=tmp_path / "unseen", embedder="minilm", ngram=30,
-                                      ast_rate=0.999, embed_above=0.998, problems=(str(few),)))  # fmt: skip
+    unseen = decontaminate.run(
+        Config(
+            input=tmp_path / "in",
+            output=tmp_path / "unseen",
+            embedder="minilm",
+            ngram=30,
+            ast_rate=0.999,
+            embed_above=0.998,
+            problems=(str(few),),
+        )
+    )
     assert unseen.rows == 2
 
 
 def test_a_judge_reads_what_no_other_test_sees(
     tmp_path: pathlib.Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Vectors are made up: each row's nearest tasks are HumanEval/1 and the one after. A judge without an answer is no yes."""
+    """Vectors are made up: each row's nearest tasks are HumanEval/1 and the one after. A judge without an answer is no
+    yes.
+    """
     order = list(PROBLEMS)
 
     def vectors(self: Any, texts: list[str]) -> Any:
@@ -376,15 +402,17 @@ def test_the_cut_off_loses_no_pair() -> None:
     for rate in (*decontaminate.RATES, 0.0):
         least = similarity.exact(rate)
         expected = {
-            (i, j, n - d, n) for (i, j), d in distances.items()
+            (i, j, n - d, n)
+            for (i, j), d in distances.items()
             if Fraction((n := max(len(trees[i]), len(trees[j]))) - d, n) >= least
-        }  # fmt: skip
+        }
         assert set(similarity.near_pairs(trees, trees, least)) == expected
 
 
 def test_against_the_distance_of_the_trees_themselves() -> None:
-    """APTED's edit distance is never below ours, so a pair that it calls near is near; nor is ours of brackets above twice
-    that. Both are equal for most pairs that are near."""
+    """APTED's edit distance is never below ours, so a pair that it calls near is near; nor is ours of brackets above
+    twice that. Both are equal for most pairs that are near.
+    """
     import apted
     from apted import helpers
 
@@ -396,7 +424,7 @@ def test_against_the_distance_of_the_trees_themselves() -> None:
     chosen += [
         ast.parse(one_more(p)).body[-1]
         for p in list(PROBLEMS.values())[:24]
-        if len(similarity.serialise(decontaminate.entry(p))) < 30
+        if len(similarity.serialise(entry(p))) < 30
     ]  # type: ignore[misc]
     trees = [as_tree(function) for function in chosen]
     near, same = 0, 0
@@ -412,9 +440,10 @@ def test_against_the_distance_of_the_trees_themselves() -> None:
 
 
 def test_share_of_solutions_with_a_twin_is_as_published_for_this_serialisation() -> None:
-    """Preorder node types, HumanEval's solutions against each other: 1.2 / 3.7 / 4.9 / 6.1 / 15.2% have a twin at a rate
-    of .95 / .9 / .85 / .8 / .7, counted by an independent implementation that kept annotations and contexts. Ours leaves those
-    out, which makes trees shorter; the shares must be of that size, not several times it."""
+    """Preorder node types, HumanEval's solutions against each other: 1.2 / 3.7 / 4.9 / 6.1 / 15.2% have a twin at a
+    rate of .95 / .9 / .85 / .8 / .7, counted by an independent implementation that kept annotations and contexts. Ours
+    leaves those out, which makes trees shorter; the shares must be of that size, not several times it.
+    """
     trees = BENCHMARK.trees["preorder"]
     shares = []
     for rate in (0.95, 0.9, 0.85, 0.8):

@@ -25,9 +25,12 @@ EXERCISE = '''def keep_long_words(words):
     return kept + ['end']
 '''
 RENAMED = (
-    EXERCISE.replace("keep_long_words", "red_roofs").replace("7", "12").replace("end", "zim").replace("kept", "result")
+    EXERCISE.replace("keep_long_words", "red_roofs")
+    .replace("7", "12")
+    .replace("end", "zim")
+    .replace("kept", "result")
     .replace("elephants", "hippopotamuses")
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")

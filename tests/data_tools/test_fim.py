@@ -90,9 +90,13 @@ def split(tokens, eot_id):
 
 
 @given(
-    st.lists(st.sampled_from(["\r\n", "\n", "    ", " " * 40, "😀", "👩‍👩‍👧", "e\u0301", "中文", *FIM, "<|endoftext|>"]) | st.text(max_size=6), max_size=8).map("".join),
+    st.lists(
+        st.sampled_from(["\r\n", "\n", "    ", " " * 40, "😀", "👩‍👩‍👧", "e\u0301", "中文", *FIM, "<|endoftext|>"])
+        | st.text(max_size=6),
+        max_size=8,
+    ).map("".join),
     st.integers(0, 2**64),
-)  # fmt: skip
+)
 @example("\r\n", 0)
 @example("", 0)
 @settings(deadline=None, max_examples=60)

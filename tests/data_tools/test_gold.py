@@ -24,15 +24,25 @@ CODE = [f"def function_{i}(x):\n    y = x + {i}\n    return y * {i}" for i in ra
 def rows() -> list[dict[str, Any]]:
     """Lines of a labels file for the made package, of labels 0, 2, 4, 6, 8, 10; the last two are held out."""
     return [
-        {"package": "made-up", "version": "1.5", "path": "made_up/code.py", "lines": [4 * i + 1, 4 * i + 3], "sha256": gold.digest(text),
-         "label": 2 * i, "reason": f"Reason {i}.", "held_out": i >= 4}
+        {
+            "package": "made-up",
+            "version": "1.5",
+            "path": "made_up/code.py",
+            "lines": [4 * i + 1, 4 * i + 3],
+            "sha256": gold.digest(text),
+            "label": 2 * i,
+            "reason": f"Reason {i}.",
+            "held_out": i >= 4,
+        }
         for i, text in enumerate(CODE)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture
 def made(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """A labels file in the place of the shipped one, and the wheel that it quotes in the cache; the folder of wheels."""
+    """A labels file in the place of the shipped one, and the wheel that it quotes in the cache; the folder of
+    wheels.
+    """
     labels = tmp_path / "labels.jsonl"
     labels.write_text("".join(json.dumps(row) + "\n" for row in rows()))
     monkeypatch.setattr(gold, "LABELS", labels)

@@ -305,11 +305,19 @@ def test_a_file_fetched_again_goes_on_after_the_shards_of_the_others(tmp_path: p
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("MIT", ("MIT",)), (["MIT", "BSD"], ("MIT", "BSD")), (None, ()), ([], ()), ("", ()), ([None, "MIT", "MIT"], ("MIT",)),
-        ({"key": "mit", "url": "http://x"}, ("mit",)), ([{"license": {"spdx_id": "MIT"}}], ("MIT",)), ({"a": "X", "b": None}, ("X",)),
-        (b"caf\xe9", ("caf\\xe9",)), (7, ("7",)),
+        ("MIT", ("MIT",)),
+        (["MIT", "BSD"], ("MIT", "BSD")),
+        (None, ()),
+        ([], ()),
+        ("", ()),
+        ([None, "MIT", "MIT"], ("MIT",)),
+        ({"key": "mit", "url": "http://x"}, ("mit",)),
+        ([{"license": {"spdx_id": "MIT"}}], ("MIT",)),
+        ({"a": "X", "b": None}, ("X",)),
+        (b"caf\xe9", ("caf\\xe9",)),
+        (7, ("7",)),
     ],
-)  # fmt: skip
+)
 def test_licences_of_any_form(value: Any, expected: tuple[str, ...]) -> None:
     assert tables.licenses_in(value) == expected
 
@@ -320,16 +328,26 @@ def test_columns_of_any_type_lose_no_good_row(kind: str, tmp_path: pathlib.Path)
     good = [f"n = {i}\n".encode() + CODE.encode() for i in range(count)]
     good[7] = b"name = 'caf\xe9'\n"  # not UTF-8
     licenses = {
-        "list": pa.array([["MIT"]] * count), "string": pa.array(["MIT"] * count), "struct": pa.array([{"key": "MIT"}] * count),
+        "list": pa.array([["MIT"]] * count),
+        "string": pa.array(["MIT"] * count),
+        "struct": pa.array([{"key": "MIT"}] * count),
         "list of structs": pa.array([[{"key": "MIT", "n": 1}]] * count),
-    }.get(kind, pa.array(["MIT"] * count))  # fmt: skip
+    }.get(kind, pa.array(["MIT"] * count))
     binary = pa.array(good, pa.binary())
     content = {
-        "dictionary": binary.view(pa.string()).dictionary_encode(), "bytes": binary, "integers": pa.array(range(count))
-    }.get(kind, binary.view(pa.string()))  # fmt: skip
+        "dictionary": binary.view(pa.string()).dictionary_encode(),
+        "bytes": binary,
+        "integers": pa.array(range(count)),
+    }.get(kind, binary.view(pa.string()))
     paths = pa.array([b"a\xff.py"] * count, pa.binary()).view(pa.string())
-    table = pa.table({"content": content, "max_stars_repo_licenses": licenses, "max_stars_repo_path": paths,
-                      "max_stars_count": pa.array([float("nan")] * count)})  # fmt: skip
+    table = pa.table(
+        {
+            "content": content,
+            "max_stars_repo_licenses": licenses,
+            "max_stars_repo_path": paths,
+            "max_stars_count": pa.array([float("nan")] * count),
+        }
+    )
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     if kind == "integers":
         with pytest.raises(UserError, match=r"100 of 100 rows failed \(100 × is int, not text\).*--max-failed"):
@@ -346,10 +364,15 @@ def test_columns_of_any_type_lose_no_good_row(kind: str, tmp_path: pathlib.Path)
 
 TWIN = "def twice(x):\n    return 2 * x\n"
 FORMS: dict[str, bytes] = {
-    "plain": TWIN.encode(), "mark": b"\xef\xbb\xbf" + TWIN.encode(), "windows": TWIN.replace("\n", "\r\n").encode(),
-    "mac": TWIN.replace("\n", "\r").encode(), "utf-16": TWIN.encode("utf-16"), "utf-32": TWIN.encode("utf-32"),
-    "utf-16 without mark": TWIN.encode("utf-16-be"), "both": b"\xef\xbb\xbf" + TWIN.replace("\n", "\r\n").encode(),
-}  # fmt: skip
+    "plain": TWIN.encode(),
+    "mark": b"\xef\xbb\xbf" + TWIN.encode(),
+    "windows": TWIN.replace("\n", "\r\n").encode(),
+    "mac": TWIN.replace("\n", "\r").encode(),
+    "utf-16": TWIN.encode("utf-16"),
+    "utf-32": TWIN.encode("utf-32"),
+    "utf-16 without mark": TWIN.encode("utf-16-be"),
+    "both": b"\xef\xbb\xbf" + TWIN.replace("\n", "\r\n").encode(),
+}
 
 
 def test_twins_are_found_whatever_form_and_source_they_have(tmp_path: pathlib.Path) -> None:
@@ -365,10 +388,15 @@ def test_twins_are_found_whatever_form_and_source_they_have(tmp_path: pathlib.Pa
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"x = 1\n\0\0\n", "binary (NUL at character 6)"), ("x = 1\0", "binary (NUL at character 5)"),
-     ("x = '\ud800'", "half a surrogate pair at character 5"), (b"\xff\xfex", "not UTF-16"), (5, "is int, not text"),
-     (b"\x80", "not UTF-8 (byte 0x80 at offset 0)")],
-)  # fmt: skip
+    [
+        (b"x = 1\n\0\0\n", "binary (NUL at character 6)"),
+        ("x = 1\0", "binary (NUL at character 5)"),
+        ("x = '\ud800'", "half a surrogate pair at character 5"),
+        (b"\xff\xfex", "not UTF-16"),
+        (5, "is int, not text"),
+        (b"\x80", "not UTF-8 (byte 0x80 at offset 0)"),
+    ],
+)
 def test_what_is_no_text_says_why(content: Any, reason: str) -> None:
     with pytest.raises(ingest.NotText, match=re.escape(reason)):
         ingest.normalised(content)
@@ -387,8 +415,12 @@ def test_a_folder_of_texts_and_lines(tmp_path: pathlib.Path) -> None:
     paragraph = "A long explanation stands in one line. " * 60
     rows: list[Any] = [
         {"content": CODE, "path": "a/b.py", "license": "MIT", "stars": 3, "repo_name": "x/y", "revision_id": "c"},
-        {"text": paragraph, "author": "Ann"}, {"content": None}, {"content": 7}, {"content": "x\ud800"}, ["list"],
-    ]  # fmt: skip
+        {"text": paragraph, "author": "Ann"},
+        {"content": None},
+        {"content": 7},
+        {"content": "x\ud800"},
+        ["list"],
+    ]
     lines = "\n".join(map(json.dumps, rows)) + '\n{"content": "cut\n\n' + json.dumps({"content": "last = 1\n"})
     source = folder_of(
         tmp_path / "src", {"note.txt": paragraph, "read.md": f"# Title\n\n{paragraph}\n", "rows.jsonl": lines}
@@ -397,14 +429,23 @@ def test_a_folder_of_texts_and_lines(tmp_path: pathlib.Path) -> None:
     (tmp_path / "src" / "more.jsonl.zst").write_bytes(pa.compress(packed, codec="zstd", asbytes=True))
     dataset = run(tmp_path, source)
     by_path = {row["max_stars_repo_path"]: row for row in dataset.read()}
-    assert set(by_path) == {"note.txt", "read.md", "a/b.py", "rows.jsonl line 9",
-                            *(f"more.jsonl.zst line {i}" for i in range(1, 6))}  # fmt: skip
+    assert set(by_path) == {
+        "note.txt",
+        "read.md",
+        "a/b.py",
+        "rows.jsonl line 9",
+        *(f"more.jsonl.zst line {i}" for i in range(1, 6)),
+    }
     row = by_path["a/b.py"]
     assert (row["lang"], row["max_stars_repo_licenses"], row["max_stars_count"]) == ("Python", ["MIT"], 3)
     assert row["url"] == "https://github.com/x/y/blob/c/a/b.py"
     assert by_path["read.md"]["lang"] == "Markdown" and by_path["note.txt"]["lang"] == "Text"
     assert {f["key"].rpartition(" ")[2]: f["reason"].split(":")[0].split(" (")[0] for f in dataset.failures()} == {
-        "4": "is int, not text", "5": "not Unicode", "6": "not JSON", "7": "not JSON"}  # fmt: skip
+        "4": "is int, not text",
+        "5": "not Unicode",
+        "6": "not JSON",
+        "7": "not JSON",
+    }
     assert dataset.counters["dropped_duplicate"] == 1 and dataset.counters["dropped_empty"] == 1  # note.txt's twin
     (tmp_path / "src" / "more.jsonl.zst").write_bytes((tmp_path / "src" / "more.jsonl.zst").read_bytes()[:-9])
     with pytest.raises(UserError, match=r"more\.jsonl\.zst: cannot be read to its end .*fetch it again"):
@@ -438,7 +479,8 @@ def test_a_row_group_is_read_in_bounded_batches(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "small.parquet").stat().st_size < 100_000
     program = (
         "import sys, pathlib, re\nfrom data_tools import ingest\n"
-        "made = ingest.run(ingest.Config(output=pathlib.Path(sys.argv[1]) / 'd', sources=(f'stack:{sys.argv[1]}/small.parquet',), max_bytes=1000))\n"
+        "made = ingest.run(ingest.Config(output=pathlib.Path(sys.argv[1]) / 'd', "
+        "sources=(f'stack:{sys.argv[1]}/small.parquet',), max_bytes=1000))\n"
         # Not ru_maxrss, which begins at what the process that forked this one held.
         "peak = re.search('VmHWM: *([0-9]+)', pathlib.Path('/proc/self/status').read_text().replace(chr(9), ' '))\n"
         "print(made.rows, int(peak[1]) >> 10)\n"

@@ -160,10 +160,14 @@ def test_what_fails_for_one_request_is_its_failure_wherever_it_stands(
 @pytest.mark.parametrize(
     "change",
     [
-        {"message": None}, {"message": "text"}, {"message": {}}, {"message": {"content": None, "refusal": "I can't."}},
-        {"message": {"content": 7}}, {"message": {"content": "cut"}, "finish_reason": "content_filter"},
+        {"message": None},
+        {"message": "text"},
+        {"message": {}},
+        {"message": {"content": None, "refusal": "I can't."}},
+        {"message": {"content": 7}},
+        {"message": {"content": "cut"}, "finish_reason": "content_filter"},
     ],
-)  # fmt: skip
+)
 def test_a_paid_answer_that_cannot_be_read_is_its_rows_failure_in_every_run(
     change: dict[str, Any], server: FakeServer, tmp_path: pathlib.Path
 ) -> None:
@@ -203,9 +207,15 @@ def test_logprobs_that_are_no_numbers_are_left_out(server: FakeServer, tmp_path:
 
 @pytest.mark.parametrize(
     "usage",
-    [None, {}, [], {"prompt_tokens": None, "completion_tokens": None}, {"prompt_tokens": -5, "completion_tokens": "3"},
-     {"prompt_tokens": float("nan"), "completion_tokens": True}],
-)  # fmt: skip
+    [
+        None,
+        {},
+        [],
+        {"prompt_tokens": None, "completion_tokens": None},
+        {"prompt_tokens": -5, "completion_tokens": "3"},
+        {"prompt_tokens": float("nan"), "completion_tokens": True},
+    ],
+)
 def test_a_usage_without_numbers_counts_at_the_bound(usage: Any, server: FakeServer, tmp_path: pathlib.Path) -> None:
     server.script = lambda body, index: (200, {}, completion("yes")[2] | {"usage": usage})
     with client(server, tmp_path) as llm:

@@ -53,10 +53,14 @@ class Faulty:
         if kind == "reset":
             return 200, {}, lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{")
         bodies = {
-            "answer": text[2], "html": "<html>busy</html>", "cut": json.dumps(text[2])[:70], "empty": {"choices": []},
-            "no usage": text[2] | {"usage": None}, "null": text[2] | {"choices": [{"message": None}]},
+            "answer": text[2],
+            "html": "<html>busy</html>",
+            "cut": json.dumps(text[2])[:70],
+            "empty": {"choices": []},
+            "no usage": text[2] | {"usage": None},
+            "null": text[2] | {"choices": [{"message": None}]},
             "odd": text[2] | {"usage": {"prompt_tokens": "many"}},
-        }  # fmt: skip
+        }
         return 200, {}, bodies[kind]
 
     def look(self, body: dict[str, Any]) -> None:

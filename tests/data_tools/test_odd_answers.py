@@ -1,4 +1,6 @@
-"""Odd answers of providers in every stage that asks one: a row's failure or a row, never a traceback; not asked twice; the budget holds."""
+"""Odd answers of providers in every stage that asks one: a row's failure or a row, never a traceback; not asked twice;
+the budget holds.
+"""
 
 import dataclasses
 import gzip
@@ -49,7 +51,9 @@ def with_top(*entries: Any) -> Any:
 
 ODD: dict[str, Callable[[], Any]] = {
     "content is a dict": lambda: answer({"role": "assistant", "content": {"text": "yes"}}),
-    "content is parts": lambda: answer({"content": [{"type": "text", "text": CODE}, None, {"type": "image"}, {"text": 5}]}),
+    "content is parts": lambda: answer(
+        {"content": [{"type": "text", "text": CODE}, None, {"type": "image"}, {"text": 5}]}
+    ),
     "content is a number": lambda: answer({"content": 7}),
     "content is empty": lambda: answer({"content": ""}),
     "only tools": lambda: answer({"content": None, "tool_calls": [{"id": "a"}]}, {"finish_reason": "tool_calls"}),
@@ -69,7 +73,9 @@ ODD: dict[str, Callable[[], Any]] = {
     "usage is negative": lambda: answer(usage={"prompt_tokens": -5, "completion_tokens": -1}),
     "usage is infinite": lambda: raw(text(usage={"prompt_tokens": float("inf"), "completion_tokens": float("nan")})),
     "usage is long": lambda: raw(text().replace(b'"prompt_tokens": 10', b'"prompt_tokens": 1' + b"0" * 400)),
-    "usage is longer than Python reads": lambda: raw(text().replace(b'"prompt_tokens": 10', b'"prompt_tokens": 1' + b"0" * 5000)),
+    "usage is longer than Python reads": lambda: raw(
+        text().replace(b'"prompt_tokens": 10', b'"prompt_tokens": 1' + b"0" * 5000)
+    ),
     "usage is nested": lambda: answer(usage={"prompt_tokens": {"n": 5}, "completion_tokens": None}),
     "usage is true": lambda: answer(usage={"prompt_tokens": True, "completion_tokens": 2.5}),
     "nested": lambda: raw(b'{"choices":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
@@ -82,7 +88,9 @@ ODD: dict[str, Callable[[], Any]] = {
     "blanks": lambda: raw(b"  \n "),
     "a number": lambda: raw(b"5"),
     "null": lambda: raw(b"null"),
-    "a stream of events": lambda: raw(b'data: {"choices": [{"delta": {"content": "y"}}]}\n\ndata: [DONE]\n\n', {"Content-Type": "text/event-stream"}),
+    "a stream of events": lambda: raw(
+        b'data: {"choices": [{"delta": {"content": "y"}}]}\n\ndata: [DONE]\n\n', {"Content-Type": "text/event-stream"}
+    ),
     "packed": lambda: raw(gzip.compress(text()), {"Content-Encoding": "gzip"}),
     "packed and cut": lambda: raw(gzip.compress(text())[:-20], {"Content-Encoding": "gzip"}),
     "said to be packed": lambda: raw(text(), {"Content-Encoding": "gzip"}),
@@ -99,13 +107,29 @@ ODD: dict[str, Callable[[], Any]] = {
     "599": lambda: (599, {"Retry-After": "-5"}, ""),
     "503 with a wait that is none": lambda: (503, {"Retry-After": "soon"}, {"error": None}),
     "500 with a list": lambda: (500, {}, [1, 2]),
-    "400 with messages that are lists": lambda: (400, {}, {"error": {"message": [{"loc": ["body"]}], "code": 400, "type": None}}),
+    "400 with messages that are lists": lambda: (
+        400,
+        {},
+        {"error": {"message": [{"loc": ["body"]}], "code": 400, "type": None}},
+    ),
     "logprobs is a list": lambda: answer(choice={"logprobs": [1]}),
-    "logprobs is of another age": lambda: answer(choice={"logprobs": {"tokens": ["yes"], "top_logprobs": [{"yes": -0.1}]}}),
-    "logprobs by name": lambda: answer(choice=with_top() | {"logprobs": {"content": [{"top_logprobs": {"yes": -0.1}}]}}),
-    "logprobs without numbers": lambda: answer(choice=with_top({"token": "yes", "logprob": "-0.1"}, {"token": None, "logprob": -1})),
-    "logprobs of everything": lambda: answer(choice=with_top(*({"token": word, "logprob": value} for word, value in
-        [("yes", 5.0), ("yes", float("-inf")), ("no", -9999.0), (5, -1.0), ("no", -1.0)]))),
+    "logprobs is of another age": lambda: answer(
+        choice={"logprobs": {"tokens": ["yes"], "top_logprobs": [{"yes": -0.1}]}}
+    ),
+    "logprobs by name": lambda: answer(
+        choice=with_top() | {"logprobs": {"content": [{"top_logprobs": {"yes": -0.1}}]}}
+    ),
+    "logprobs without numbers": lambda: answer(
+        choice=with_top({"token": "yes", "logprob": "-0.1"}, {"token": None, "logprob": -1})
+    ),
+    "logprobs of everything": lambda: answer(
+        choice=with_top(
+            *(
+                {"token": word, "logprob": value}
+                for word, value in [("yes", 5.0), ("yes", float("-inf")), ("no", -9999.0), (5, -1.0), ("no", -1.0)]
+            )
+        )
+    ),
     "a rating that is a text": lambda: answer({"content": '{"reasoning": "r", "rating": "7"}'}),
     "a rating out of range": lambda: answer({"content": '{"reasoning": "r", "rating": 1e400}'}),
     "a rating in a list": lambda: answer({"content": '[{"reasoning": "r", "rating": 7}]'}),
@@ -116,7 +140,7 @@ ODD: dict[str, Callable[[], Any]] = {
     "code without end": lambda: answer({"content": "```python\n" + "x = '''" * 1000}),
     "fences alone": lambda: answer({"content": "```\n```\n```"}),
     "an example that does not end": lambda: answer({"content": f"```python\n{CODE.replace('>>> f(1)', '>>> f(')}```"}),
-}  # fmt: skip
+}
 
 
 UNUSABLE = (
@@ -195,10 +219,21 @@ def test_no_odd_answer_stops_a_stage_or_is_paid_twice(
 @pytest.mark.parametrize(
     "name",
     [
-        "a mark before it", "UTF-16", "usage is longer than Python reads", "usage is infinite", "bytes that are no text", "surrogates", "packed",
-        "202", "an error beside an answer", "content is parts", "two choices", "finish_reason is a number", "model is a surrogate",
+        "a mark before it",
+        "UTF-16",
+        "usage is longer than Python reads",
+        "usage is infinite",
+        "bytes that are no text",
+        "surrogates",
+        "packed",
+        "202",
+        "an error beside an answer",
+        "content is parts",
+        "two choices",
+        "finish_reason is a number",
+        "model is a surrogate",
     ],
-)  # fmt: skip
+)
 def test_what_can_be_read_is_not_thrown_away(name: str, server: FakeServer, tmp_path: pathlib.Path) -> None:
     server.script = lambda body, index: ODD[name]()
     with client(server, tmp_path) as llm:

@@ -27,7 +27,9 @@ def took(folder: pathlib.Path, seconds: Sequence[float], wall: float, workers: i
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A run: ingested code, half of it kept by a stage, that tokenized; a checkpoint's manifest, which is no dataset's."""
+    """A run: ingested code, half of it kept by a stage, that tokenized; a checkpoint's manifest, which is no
+    dataset's.
+    """
     folder = tmp_path_factory.mktemp("run")
 
     def documents(_: Any, __: Any, shard: int) -> Iterator[Produced]:
@@ -84,8 +86,16 @@ def test_what_was_not_run_is_not_guessed(made: pathlib.Path, capsys: pytest.Capt
 def test_money_is_requests_times_price(made: pathlib.Path) -> None:
     prices = made / "prices.toml"
     prices.write_text('["https://api.openai.com/v1"]\nbatch = 0.25\nmodels = { writer = [1, 2], "gpt-4" = [9, 9] }\n')
-    config = Config(run=made, textbook_tokens=1e9, textbook_length=500, prompt_length=100, kept=0.5, model="writer",
-                    prices=prices, requests_per_second=100)  # fmt: skip
+    config = Config(
+        run=made,
+        textbook_tokens=1e9,
+        textbook_length=500,
+        prompt_length=100,
+        kept=0.5,
+        model="writer",
+        prices=prices,
+        requests_per_second=100,
+    )
     for batch, share in ((False, 1), (True, 0.25)):
         lines = plan.describe(dataclasses.replace(config, batch=batch), plan.measured(made))
         line = next(line for line in lines if re.match(r"ask a model +textbooks", line))
@@ -118,8 +128,10 @@ def test_the_pace_is_over_all_datasets_of_a_kind(made: pathlib.Path) -> None:
 def test_the_funnel_is_in_the_pipelines_order(made: pathlib.Path) -> None:
     steps = plan.funnel(made)
     assert [(step["name"], step["stage"], step["rows"], step["inputs"]) for step in steps] == [
-        ("code", "ingest", 12, []), ("clean", "decontaminate", 6, ["code"]), ("tokens", "tokenize", 6, ["clean"])
-    ]  # fmt: skip
+        ("code", "ingest", 12, []),
+        ("clean", "decontaminate", 6, ["code"]),
+        ("tokens", "tokenize", 6, ["clean"]),
+    ]
     assert steps[0]["bytes"] == pytest.approx(12 * LENGTH, rel=0.02) and steps[1]["dropped"] == {"removed_ngram": 6}
     assert steps[1]["tokens"] == round(steps[1]["bytes"] / BYTES_PER_TOKEN)
     assert steps[2]["tokens"] == json.loads((made / "tokens" / "manifest.json").read_text())["tokens"]
@@ -137,7 +149,15 @@ def test_options_that_make_no_sense_are_told(options: dict[str, Any], said: str)
 def test_a_folder_without_times_is_told(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "plan", "--run", str(tmp_path)]) == 2
     assert "no finished dataset there that says what it took" in capsys.readouterr().err
-    run_stage("synthesize", synthesize.Config(kind="exercises", output=tmp_path), tmp_path / "d", [], 1,
-              lambda *_: iter([{"content": "x", "hexsha": "y"}]), ingest.schema(), quiet=True)  # fmt: skip
+    run_stage(
+        "synthesize",
+        synthesize.Config(kind="exercises", output=tmp_path),
+        tmp_path / "d",
+        [],
+        1,
+        lambda *_: iter([{"content": "x", "hexsha": "y"}]),
+        ingest.schema(),
+        quiet=True,
+    )
     assert main(["data", "plan", "--run", str(tmp_path), "--own"]) == 0
     assert re.search(r"^d +synthesize +1 ", capsys.readouterr().out, re.MULTILINE)

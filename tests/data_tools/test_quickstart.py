@@ -136,17 +136,27 @@ def test_the_report_in_a_browser(finished: pathlib.Path, tmp_path: pathlib.Path)
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium on PATH (Debian: apt-get install chromium)")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-             "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path}/profile",
-             "--enable-logging=stderr"]  # fmt: skip
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-sync",
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={tmp_path}/profile",
+        "--enable-logging=stderr",
+    ]
     url = (finished / "report.html").as_uri()
     dom = subprocess.run([browser, *flags, "--dump-dom", url], capture_output=True, text=True)
     assert dom.stdout.count("<section") == 9
     assert dom.stdout.count("<svg") >= 2  # the filter's threshold and the losses
     assert ":CONSOLE(" not in dom.stderr, dom.stderr  # no error, nothing that could not be loaded
     picture = tmp_path / "report.png"
-    subprocess.run([browser, *flags, "--window-size=1100,1600", f"--screenshot={picture}", url],
-                   capture_output=True, check=True)  # fmt: skip
+    subprocess.run(
+        [browser, *flags, "--window-size=1100,1600", f"--screenshot={picture}", url], capture_output=True, check=True
+    )
     assert picture.stat().st_size > 20_000
 
 

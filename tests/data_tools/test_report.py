@@ -93,10 +93,26 @@ def test_diversity_is_drawn_where_it_was_measured(tmp_path: pathlib.Path) -> Non
 
 def test_the_funnel_shows_rows_and_tokens_of_each_dataset(tmp_path: pathlib.Path) -> None:
     rows = [{"hexsha": str(i), "content": f"x = {i}" * 40, "source": "s", "kind": "code"} for i in range(7)]
-    run_stage("ingest", ingest.Config(output=tmp_path / "first"), tmp_path / "first", [], 1,
-              lambda *_: iter(rows), ingest.schema(), quiet=True)  # fmt: skip
-    run_stage("filter", ingest.Config(output=tmp_path / "second"), tmp_path / "second", [Dataset(tmp_path / "first")], 1,
-              lambda *_: iter(rows[:3]), ingest.schema(), quiet=True)  # fmt: skip
+    run_stage(
+        "ingest",
+        ingest.Config(output=tmp_path / "first"),
+        tmp_path / "first",
+        [],
+        1,
+        lambda *_: iter(rows),
+        ingest.schema(),
+        quiet=True,
+    )
+    run_stage(
+        "filter",
+        ingest.Config(output=tmp_path / "second"),
+        tmp_path / "second",
+        [Dataset(tmp_path / "first")],
+        1,
+        lambda *_: iter(rows[:3]),
+        ingest.schema(),
+        quiet=True,
+    )
     page = report.run(report.Config(run=tmp_path)).read_text(encoding="utf-8")
     picture = page[page.index("<svg") : page.index("</svg>")]
     steps = plan.funnel(tmp_path)

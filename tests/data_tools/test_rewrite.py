@@ -72,9 +72,14 @@ def test_each_step_is_counted_and_a_row_says_where_it_came_from(server: FakeServ
     assert rows.keys() == {"good", "other"}
     left = {key: value for key, value in made.counters.items() if key.startswith(("left", "dropped", "read"))}
     assert left == {
-        "read": 7, "dropped_long": 1, "left_after_compile": 5, "dropped_lint": 1, "left_after_lint": 4,
-        "left_after_style": 3, "left_after_self-contained": 2,
-    }  # fmt: skip
+        "read": 7,
+        "dropped_long": 1,
+        "left_after_compile": 5,
+        "dropped_lint": 1,
+        "left_after_lint": 4,
+        "left_after_style": 3,
+        "left_after_self-contained": 2,
+    }
     reasons = sorted(failure["reason"] for failure in made.failures())
     assert [reason.partition(" (line")[0] for reason in reasons] == [
         "compile: Missing parentheses in call to 'print'. Did you mean print(...)?",
@@ -109,11 +114,12 @@ GOOD = "def f(n):\n    return n + 1\n"
         f"``` python\n{GOOD}",  # the last fence is missing
         f"<think>Maybe ```python\ndef g(): pass\n``` will do</think>\n```python\n{GOOD}```",
         f"```\n{GOOD}```\n\nUse it so:\n\n```bash\npython f.py\n```",
-        f"Before:\n\n```python\ndef g(): return 'something that is longer than the other one'\n```\nAfter:\n```python\n{GOOD}```",
+        f"Before:\n\n```python\ndef g(): return 'something that is longer than the other "
+        f"one'\n```\nAfter:\n```python\n{GOOD}```",
         "1. So:\n\n   ```python\n   def f(n):\n       return n + 1\n   ```",
         f"\ufeff```{{.python}}\n{GOOD}```",
     ],
-)  # fmt: skip
+)
 def test_a_rewrite_is_found_in_whatever_stands_around_it(text: str) -> None:
     assert usable(answer(text), GOOD) == GOOD
 

@@ -126,10 +126,13 @@ def test_bad_lines_are_failures_and_the_rest_goes_on(tmp_path: pathlib.Path) -> 
     assert [(failure["key"], failure["reason"][:20]) for failure in dataset.failures()] == [
         (f"stackoverflow/Posts.xml line {line}", reason)
         for line, reason in {
-            3: "unclosed token: line", 4: "unclosed token: line", 5: "AcceptedAnswerId is ", 14: "Score is 'nan'",
+            3: "unclosed token: line",
+            4: "unclosed token: line",
+            5: "AcceptedAnswerId is ",
+            14: "Score is 'nan'",
             15: "ParentId is missing",
         }.items()
-    ]  # fmt: skip
+    ]
 
 
 def test_another_tag_or_dump_after_an_interruption_is_not_mixed(
@@ -180,9 +183,15 @@ def test_prose_is_judged_by_its_words_and_its_code_by_its_lines(tmp_path: pathli
     minified = "<pre><code>" + "a=1;" * 300 + "</code></pre>"
     source = posts(
         tmp_path / "Posts.xml",
-        [question(1), answer(2, 1, 1, paragraph), question(3), answer(4, 3, 1, paragraph + minified),
-         question(5), answer(6, 5, 1, "<p>" + "x" * 2000 + "</p>")],
-    )  # fmt: skip
+        [
+            question(1),
+            answer(2, 1, 1, paragraph),
+            question(3),
+            answer(4, 3, 1, paragraph + minified),
+            question(5),
+            answer(6, 5, 1, "<p>" + "x" * 2000 + "</p>"),
+        ],
+    )
     dataset = run(tmp_path, source)
     assert [row["source"] for row in dataset.read()] == ["stackoverflow:1"]
     assert dataset.counters["dropped_minified"] == 2

@@ -1,4 +1,6 @@
-"""The contamination study at toy size: planted copies are pruned at every τ, and the model that saw them forgets what it had by heart."""
+"""The contamination study at toy size: planted copies are pruned at every τ, and the model that saw them forgets what
+it had by heart.
+"""
 
 import dataclasses
 import hashlib
@@ -52,8 +54,16 @@ class _Made:
 
 def config(folder: pathlib.Path, **options: Any) -> Config:
     problems = folder / "problems.jsonl"
-    rows = [{"task_id": p.task_id, "prompt": p.prompt, "entry_point": p.entry_point, "test": p.test, "canonical_solution": p.solution}
-            for p in PROBLEMS]  # fmt: skip
+    rows = [
+        {
+            "task_id": p.task_id,
+            "prompt": p.prompt,
+            "entry_point": p.entry_point,
+            "test": p.test,
+            "canonical_solution": p.solution,
+        }
+        for p in PROBLEMS
+    ]
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "recipe.toml").write_text(RECIPE)
 
@@ -65,16 +75,32 @@ def config(folder: pathlib.Path, **options: Any) -> Config:
             )
             content = prompt + solution
             yield {name: None for name in synthesize.schema("exercises").names} | {
-                "hexsha": hashlib.sha1(content.encode()).hexdigest(), "content": content, "prompt": prompt, "solution": solution,
-                "source": "here"}  # fmt: skip
+                "hexsha": hashlib.sha1(content.encode()).hexdigest(),
+                "content": content,
+                "prompt": prompt,
+                "solution": solution,
+                "source": "here",
+            }
 
     run_stage("made", _Made(), folder / "exercises", [], 1, produce, synthesize.schema("exercises"), quiet=True)
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.exists():
         train_tokenizer([p.prompt + p.solution for p in PROBLEMS] * 3, 512).save(tokenizer)
-    return Config(**{
-        "input": folder / "exercises", "output": folder / "study", "recipes": (folder / "recipe.toml",), "tokenizer": str(tokenizer),
-        "problems": problems, "plant": 2, "copies": 2, "max_new_tokens": 4, "device": "cpu", "rates": (0.95, 0.8)} | options)  # fmt: skip
+    return Config(
+        **{
+            "input": folder / "exercises",
+            "output": folder / "study",
+            "recipes": (folder / "recipe.toml",),
+            "tokenizer": str(tokenizer),
+            "problems": problems,
+            "plant": 2,
+            "copies": 2,
+            "max_new_tokens": 4,
+            "device": "cpu",
+            "rates": (0.95, 0.8),
+        }
+        | options
+    )
 
 
 def test_planted_contamination_is_found_and_the_study_goes_on_where_it_was(

@@ -62,14 +62,17 @@ def parity(s):
 ```'''
 
 SECTION = (
-    "Lists and loops\n\nA list keeps several values in order, and a loop visits them one after another. Think of a shelf "
+    "Lists and loops\n\nA list keeps several values in order, and a loop visits them one after another. Think of a "
+    "shelf "
     "with numbered places: the first place has the number zero, and you may ask for the value at any place. When we "
     "want to do the same thing with every value, we write a for loop, and Python gives us the values in turn.\n\n"
-    "```python\ndef total(prices):\n    result = 0\n    for price in prices:\n        result += price\n    return result\n```\n\n"
-    "The variable result starts at zero. Each time round the loop a price is added to it, and when no price is left the "
-    "function returns what has been added up. A frequent mistake is to put the return inside of the loop, which ends it "
-    "after the first price."
-)  # fmt: skip
+    "```python\ndef total(prices):\n    result = 0\n    for price in prices:\n        result += price\n    return "
+    "result\n```\n\n"
+    "The variable result starts at zero. Each time round the loop a price is added to it, and when no price is left "
+    "the "
+    "function returns what has been added up. A frequent mistake is to put the return inside of the loop, which ends "
+    "it after the first price."
+)
 
 
 def config(folder: pathlib.Path, server: FakeServer, kind: Any, count: int, **options: Any) -> Config:
@@ -125,8 +128,11 @@ def test_exercises_from_an_llm_are_run(server: FakeServer, tmp_path: pathlib.Pat
     rows = list(made.read())
     assert [row["entry_point"] for row in rows] == ["count_long", "count_longer"]
     assert {failure["key"]: failure["reason"].split(":")[0] for failure in made.failures()} == {
-        "request 1": "examples do not hold", "request 2": "does not end", "request 3": "not Python",
-        "request 4": "examples do not hold"}  # fmt: skip
+        "request 1": "examples do not hold",
+        "request 2": "does not end",
+        "request 3": "not Python",
+        "request 4": "examples do not hold",
+    }
     assert made.counters["dropped: examples do not hold"] == 2 and made.counters["dropped: does not end"] == 1
     row = rows[0]
     assert row["source"] == "llm:fake-1" and row["model"] == "fake-1" and row["seed"] == "7/0"
@@ -165,7 +171,8 @@ def test_equal_answers_make_one_row_over_all_shards(
     made = synthesize.run(config(tmp_path, server, "exercises", 7, adapt=False))
     assert [row["seed"] for row in made.read()] == ["0/0", "0/4"] and len(made.shards) == 2
     assert {f["key"]: f["reason"] for f in made.failures()} == {
-        f"request {i}": "duplicate: of request 0" for i in (1, 2, 3, 5, 6)}  # fmt: skip
+        f"request {i}": "duplicate: of request 0" for i in (1, 2, 3, 5, 6)
+    }
     assert made.counters["dropped: duplicate"] == 5
 
 
@@ -289,9 +296,12 @@ def test_the_recipe_is_large_and_another_one_is_another_dataset(server: FakeServ
     with pytest.raises(UserError, match=r"config\.recipe"):
         synthesize.run(dataclasses.replace(settings, recipe=other))
     for change, told in {
-        'topics = ["a", 1]': "topics must be a list", "topics = []": "topics must be", "topics = [": "cannot be read",
-        'verbs = ["be quick"]': "parts of a function's name", "": "must have the lists topics",
-    }.items():  # fmt: skip
+        'topics = ["a", 1]': "topics must be a list",
+        "topics = []": "topics must be",
+        "topics = [": "cannot be read",
+        'verbs = ["be quick"]': "parts of a function's name",
+        "": "must have the lists topics",
+    }.items():
         lists = {name: f'{name} = ["a", "b"]' for name in dataclasses.asdict(RECIPE)}
         other.write_text("\n".join((lists | {change.partition(" ")[0]: change}).values()) if change else "")
         with pytest.raises(UserError, match=told):
@@ -301,8 +311,14 @@ def test_the_recipe_is_large_and_another_one_is_another_dataset(server: FakeServ
 def test_textbook_gates(server: FakeServer, tmp_path: pathlib.Path) -> None:
     looping = SECTION + "\n\n" + "And then we go on and on and on with it.\n" * 40
     longer = SECTION + " It happens to everyone once."
-    answers = [SECTION, SECTION[:200], SECTION.replace("def total", "def def total"), looping,
-               SECTION.replace("```python", "").replace("```", ""), longer + "\n\n```python\ndef unfinished(x"]  # fmt: skip
+    answers = [
+        SECTION,
+        SECTION[:200],
+        SECTION.replace("def total", "def def total"),
+        looping,
+        SECTION.replace("```python", "").replace("```", ""),
+        longer + "\n\n```python\ndef unfinished(x",
+    ]
 
     def script(body: dict[str, Any], index: int) -> Reply:
         seeds = [prompts.textbook(RECIPE, 0, i, max_tokens=800, temperature=0.8).request.seed for i in range(6)]
@@ -315,7 +331,11 @@ def test_textbook_gates(server: FakeServer, tmp_path: pathlib.Path) -> None:
         longer + "\n",
     ]  # the last was cut back to its last whole paragraph
     assert [failure["reason"].split(":")[0] for failure in made.failures()] == [
-        "too short", "no code block that parses", "repeats itself", "no code block"]  # fmt: skip
+        "too short",
+        "no code block that parses",
+        "repeats itself",
+        "no code block",
+    ]
     row = next(made.read())
     assert row["topic"] in RECIPE.topics and row["audience"] in RECIPE.audiences and row["source"] == "llm:fake-1"
 
@@ -332,8 +352,17 @@ def test_offline_exercises_in_two_splits(tmp_path: pathlib.Path, monkeypatch: py
     monkeypatch.setattr(teacher, "BATCH", 32)
 
     def make(split: Any, folder: str, **options: Any) -> Dataset:
-        return synthesize.run(Config(kind="exercises", teacher="offline", split=split, count=50, workers=1,
-                                     output=tmp_path / folder, **options))  # fmt: skip
+        return synthesize.run(
+            Config(
+                kind="exercises",
+                teacher="offline",
+                split=split,
+                count=50,
+                workers=1,
+                output=tmp_path / folder,
+                **options,
+            )
+        )
 
     train, held = make("train", "train"), make("held-out", "held")
     assert train.rows == held.rows == 50 and len(train.shards) == 3

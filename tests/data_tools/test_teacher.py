@@ -81,8 +81,13 @@ for value in [{", ".join(calls)}]:
 
 
 def test_the_whole_of_an_introduction_is_there() -> None:
-    forms = [ast.parse("def f(v):\n" + "".join(f"    {line}\n" for line in form.fill(
-        {"v": "v", "a": "'a'", "b": "'b'", "f": "f"}))) for family in FAMILIES for form in family.forms]  # fmt: skip
+    forms = [
+        ast.parse(
+            "def f(v):\n" + "".join(f"    {line}\n" for line in form.fill({"v": "v", "a": "'a'", "b": "'b'", "f": "f"}))
+        )
+        for family in FAMILIES
+        for form in family.forms
+    ]
     kinds = collections.Counter(kind for tree in forms for kind in {type(node) for node in ast.walk(tree)})
     for kind in (
         ast.If,
@@ -96,8 +101,13 @@ def test_the_whole_of_an_introduction_is_there() -> None:
         ast.IfExp,
     ):
         assert kinds[kind] >= 2, kind
-    nested = [tree for tree in forms for loop in ast.walk(tree) if isinstance(loop, (ast.For, ast.While))
-              and any(isinstance(node, (ast.For, ast.While)) for part in loop.body for node in ast.walk(part))]  # fmt: skip
+    nested = [
+        tree
+        for tree in forms
+        for loop in ast.walk(tree)
+        if isinstance(loop, (ast.For, ast.While))
+        and any(isinstance(node, (ast.For, ast.While)) for part in loop.body for node in ast.walk(part))
+    ]
     assert len(nested) >= 5
     assert sum(form.recursive for family in FAMILIES for form in family.forms) >= 10
     assert sum(len(form.lines) > 2 for family in FAMILIES for form in family.forms) >= 100

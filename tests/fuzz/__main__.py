@@ -33,9 +33,12 @@ def fuzz_once(op: str, backend: str, number: int) -> int:
     count = 0
 
     @settings(
-        max_examples=EXAMPLES[backend.partition("/")[0]], deadline=None, print_blob=True,
-        database=DirectoryBasedExampleDatabase(KEPT / op / backend), suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+        max_examples=EXAMPLES[backend.partition("/")[0]],
+        deadline=None,
+        print_blob=True,
+        database=DirectoryBasedExampleDatabase(KEPT / op / backend),
+        suppress_health_check=list(HealthCheck),
+    )
     @seed(number)
     @given(call=calls(backend))
     def run(call: object) -> None:
@@ -73,4 +76,9 @@ def main(minutes: float, first_seed: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(float(sys.argv[1]) if len(sys.argv) > 1 else 60.0, int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time())))  # fmt: skip
+    sys.exit(
+        main(
+            float(sys.argv[1]) if len(sys.argv) > 1 else 60.0,
+            int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time()),
+        )
+    )

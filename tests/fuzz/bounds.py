@@ -2,8 +2,8 @@
 through the formulas in float64. One number for each element of each result.
 
 u is float32's unit roundoff, e that of the inputs' type. A sum of n terms in float32, in any order, is off by at most
-n u times the sum of the terms' absolute values; products of 16-bit numbers are exact. Every place where a kernel rounds to
-16 bits (probabilities and dS before their products, results) gives e times what is rounded.
+n u times the sum of the terms' absolute values; products of 16-bit numbers are exact. Every place where a kernel rounds
+to 16 bits (probabilities and dS before their products, results) gives e times what is rounded.
 """
 
 import math
@@ -39,9 +39,17 @@ def _spread(log_p: Tensor, x: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, cu_q: Tensor | None, cu_k: Tensor | None,
-    causal: bool, scale: float, dropout_p: float, seed: int,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(truth, bounds) of out, lse, dq, dk, dv: `kernels.reference` in float64, and each element's greatest error."""
     dtype, heads, kv_heads = q.dtype, q.shape[2], k.shape[2]
     e = 0.0 if dtype == torch.float32 else unit_roundoff(dtype)  # of operands that are rounded
@@ -131,7 +139,8 @@ def check(found: dict[str, Tensor], truth: dict[str, Tensor], bounds: dict[str, 
         if bool((excess > 0).any()):
             at = tuple(int(n) for n in torch.unravel_index(excess.argmax(), excess.shape)) if excess.dim() else ()
             raise AssertionError(
-                f"{name}[{at}] = {float(value[at])!r}, should be {float(expected[at])!r} +- {float(bound[at])!r} {context}"
+                f"{name}[{at}] = {float(value[at])!r}, should be {float(expected[at])!r} +- {float(bound[at])!r} "
+                f"{context}"
             )
 
 
@@ -188,9 +197,15 @@ def layer_norm(
 
 
 def loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, z_loss: float, share: float,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    share: float,
     sums_stored: bool,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(truth, bounds) of the loss times `share` (1, or one over the rows that count) and its gradients.
 
     sums_stored: the bias's gradient is the sum of the logits' gradients as rounded to their type, as Triton makes it.

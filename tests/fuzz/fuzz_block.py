@@ -57,8 +57,9 @@ def block_calls(draw: st.DrawFn, backend: str) -> BlockCall:
         dropout_seed=draw(seeds),
         cached=cached,
         exponent=draw(st.sampled_from((0, 3, -5))),
-        # W_in or W_out with equal rows makes what comes back through it a sum of terms that cancel: what is left is the terms'
-        # rounding, which no other order of steps bounds. tests/kernels/test_strides.py compares such ones with dense ones.
+        # W_in or W_out with equal rows makes what comes back through it a sum of terms that cancel: what is left is the
+        # terms' rounding, which no other order of steps bounds. tests/kernels/test_strides.py compares such ones with
+        # dense ones.
         layouts=tuple(draw(layouts.filter(lambda x: x != "expanded") if i in (3, 5) else layouts) for i in range(8)),
         seed=draw(st.integers(0, 2**31)),
         threads=draw(thread_pairs),
@@ -68,8 +69,16 @@ def block_calls(draw: st.DrawFn, backend: str) -> BlockCall:
 def check_block(backend: str, c: BlockCall) -> None:
     heads, kv_heads = c.heads
     width = (heads + 2 * kv_heads) * c.head_dim + c.inner
-    shapes = ((c.batch, c.seq, c.hidden), (c.hidden,), (c.hidden,), (width, c.hidden), (width,),
-              (c.hidden, heads * c.head_dim + c.inner), (c.hidden,), (c.batch, c.seq, c.hidden))  # fmt: skip
+    shapes = (
+        (c.batch, c.seq, c.hidden),
+        (c.hidden,),
+        (c.hidden,),
+        (width, c.hidden),
+        (width,),
+        (c.hidden, heads * c.head_dim + c.inner),
+        (c.hidden,),
+        (c.batch, c.seq, c.hidden),
+    )
     exponents = (c.exponent, 0, -3, -3, -3, -3, -3, 0)
     *inputs, grad = (
         laid_out(normal(c.seed + i, c.dtype, *shape, exponent=e), layout if len(shape) > 1 else "contiguous")
@@ -103,11 +112,10 @@ def check_block(backend: str, c: BlockCall) -> None:
         names = ("y", "dx", "dnorm_weight", "dnorm_bias", "dw_in", "db_in", "dw_out", "db_out")
         return dict(zip(names, (y.detach(), *grads), strict=True))
 
-    # "The same maths in the inputs' type" is PyTorch's own ops one after the other, which round each step as the backends
-    # do, or the reference, which rounds less: where terms cancel the first was 4 to 90 times as far off as the second, and
-    # ours with it. Three times, not two: a product is rounded before
-    # its bias is added.
-    # (PyTorch's attention cannot draw our dropout's mask.)
+    # "The same maths in the inputs' type" is PyTorch's own ops one after the other, which round each step as the
+    # backends do, or the reference, which rounds less: where terms cancel the first was 4 to 90 times as far off as the
+    # second, and ours with it. Three times, not two: a product is rounded before its bias is added. (PyTorch's
+    # attention cannot draw our dropout's mask.)
     baselines = ("reference",) if c.dropout[0] else ("reference", "torch")
     truth, lows = run("reference", torch.float64), [run(name, c.dtype) for name in baselines]
     with unchanged(*inputs, grad):

@@ -1,4 +1,5 @@
-"""A fuzzer for each op: what it draws, and what must hold of a call. Run by test_fuzz.py and, without an end, `make fuzz`.
+"""A fuzzer for each op: what it draws, and what must hold of a call. Run by test_fuzz.py and, without an end, `make
+fuzz`.
 
 Every call is made with inputs in drawn layouts inside NaN, with fresh memory poisoned and guarded (memory.py), and each
 element of each result is held to a bound that follows from the arithmetic (bounds.py). On the CPU the same call with
@@ -20,8 +21,40 @@ from torch import Tensor
 
 from kernels import apply_rotary, flash_attention, layer_norm, linear_cross_entropy, reference
 
-CPU_LENGTHS = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129,
-               191, 193, 255, 257)  # fmt: skip
+CPU_LENGTHS = (
+    1,
+    2,
+    3,
+    5,
+    7,
+    8,
+    9,
+    15,
+    16,
+    17,
+    23,
+    24,
+    25,
+    31,
+    32,
+    33,
+    47,
+    48,
+    49,
+    63,
+    64,
+    65,
+    95,
+    96,
+    97,
+    127,
+    128,
+    129,
+    191,
+    193,
+    255,
+    257,
+)
 SLOW_LENGTHS = (1, 2, 5, 16, 17, 31, 33, 63, 65)
 """Of backends that are emulated or interpreted."""
 
@@ -153,9 +186,14 @@ def check_attention(backend: str, c: AttentionCall) -> None:
     def run(name: str) -> dict[str, Tensor]:
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         options: dict[str, Any] = {
-            "causal": c.causal, "scale": c.scale, "dropout_p": c.dropout_p, "dropout_seed": c.dropout_seed,
-            "cu_seqlens_q": cu[0], "cu_seqlens_k": cu[1], "backend": name,
-        }  # fmt: skip
+            "causal": c.causal,
+            "scale": c.scale,
+            "dropout_p": c.dropout_p,
+            "dropout_seed": c.dropout_seed,
+            "cu_seqlens_q": cu[0],
+            "cu_seqlens_k": cu[1],
+            "backend": name,
+        }
         out, lse = flash_attention(*leaves, **options, return_lse=True)
         grads = torch.autograd.grad(out, leaves, grad)
         if c.out_layout != "none":
@@ -267,17 +305,25 @@ def layer_norm_calls(draw: st.DrawFn, backend: str) -> LayerNormCall:
         rows=draw(st.integers(1, 200 if is_cpu(backend) else 40)),
         hidden=draw(hidden),
         offset=draw(st.sampled_from((0.0, 1.0, -30.0))),
-        exponents=(draw(st.sampled_from((0, 6, -6) if half else (0, 30, -30, 55))), draw(size), draw(size), draw(st.sampled_from((0, -4, 4)))),
+        exponents=(
+            draw(st.sampled_from((0, 6, -6) if half else (0, 30, -30, 55))),
+            draw(size),
+            draw(size),
+            draw(st.sampled_from((0, -4, 4))),
+        ),
         constant_row=draw(st.booleans()),
         layouts=tuple(draw(layouts) for _ in range(4)),
         seed=draw(st.integers(0, 2**31)),
         threads=draw(thread_pairs),
-    )  # fmt: skip
+    )
 
 
 def check_layer_norm(backend: str, c: LayerNormCall) -> None:
     shapes = ((c.rows, c.hidden), (c.hidden,), (c.hidden,), (c.rows, c.hidden))
-    values = [normal(c.seed + i, c.dtype, *shape, exponent=e) for i, (shape, e) in enumerate(zip(shapes, c.exponents, strict=True))]  # fmt: skip
+    values = [
+        normal(c.seed + i, c.dtype, *shape, exponent=e)
+        for i, (shape, e) in enumerate(zip(shapes, c.exponents, strict=True))
+    ]
     values[0] += c.offset * 2.0 ** c.exponents[0]
     if c.constant_row:
         values[0][0] = values[0][0, 0]
@@ -325,7 +371,11 @@ def loss_calls(draw: st.DrawFn, backend: str) -> LossCall:
         rows=draw(st.integers(1, 70 if is_cpu(backend) else 9)),
         width=draw(st.sampled_from((32, 64, 8, 1, 17, 100))),
         columns=draw(columns),
-        exponents=(draw(st.sampled_from((0, -3, 2))), draw(st.sampled_from((-3, 0, -6))), draw(st.sampled_from((0, -3, 3)))),
+        exponents=(
+            draw(st.sampled_from((0, -3, 2))),
+            draw(st.sampled_from((-3, 0, -6))),
+            draw(st.sampled_from((0, -3, 3))),
+        ),
         ignored=draw(st.sampled_from(("none", "some", "all"))),
         hidden_columns=draw(st.sampled_from(("none", "first_half", "last_half", "most", "some"))),
         z_loss=draw(st.sampled_from((0.0, 1e-4, 0.1))),
@@ -333,18 +383,24 @@ def loss_calls(draw: st.DrawFn, backend: str) -> LossCall:
         layouts=tuple(draw(layouts) for _ in range(3)),
         seed=draw(st.integers(0, 2**31)),
         threads=draw(thread_pairs),
-    )  # fmt: skip
+    )
 
 
 def check_loss(backend: str, c: LossCall) -> None:
     generator = torch.Generator().manual_seed(c.seed)
     shapes = ((c.rows, c.width), (c.columns, c.width), (c.columns,))
-    values = [normal(c.seed + i, c.dtype, *shape, exponent=e) for i, (shape, e) in enumerate(zip(shapes, c.exponents, strict=True))]  # fmt: skip
+    values = [
+        normal(c.seed + i, c.dtype, *shape, exponent=e)
+        for i, (shape, e) in enumerate(zip(shapes, c.exponents, strict=True))
+    ]
     column = torch.arange(c.columns)
     masks = {
-        "none": column < 0, "first_half": column < c.columns // 2, "last_half": column >= (c.columns + 1) // 2,
-        "most": column != c.columns - 1, "some": column % 3 == 1,
-    }  # fmt: skip
+        "none": column < 0,
+        "first_half": column < c.columns // 2,
+        "last_half": column >= (c.columns + 1) // 2,
+        "most": column != c.columns - 1,
+        "some": column % 3 == 1,
+    }
     hidden_columns = masks[c.hidden_columns]
     layout = c.layouts[2] if c.hidden_columns == "none" or c.layouts[2] != "expanded" else "contiguous"
     values[2][hidden_columns] = -math.inf

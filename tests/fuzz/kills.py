@@ -1,9 +1,11 @@
-"""Kills a small training at random moments until it was killed so often: `python tests/fuzz/kills.py [kills] [processes] [seed]`.
+"""Kills a small training at random moments until it was killed so often: `python tests/fuzz/kills.py [kills]
+[processes] [seed]`.
 
-A run is started again and again in its folder, each time with SIGKILL to all of its processes after a random time, until it is
-done; then the next run begins, in another folder. Each must end with the weights, the optimizer's state and the curve of
-one that was left alone, to the bit. More than one process share the model by FSDP2. Saves are often and steps short, so that many of
-the moments fall into the writing of a checkpoint. Prints a line a kill, and ends with status 1 at the first difference.
+A run is started again and again in its folder, each time with SIGKILL to all of its processes after a random time,
+until it is done; then the next run begins, in another folder. Each must end with the weights, the optimizer's state and
+the curve of one that was left alone, to the bit. More than one process share the model by FSDP2. Saves are often and
+steps short, so that many of the moments fall into the writing of a checkpoint. Prints a line a kill, and ends with
+status 1 at the first difference.
 """
 
 import collections
@@ -56,11 +58,22 @@ def main(kills: int = 50, size: int = 1, seed: int | None = None) -> int:
         texts = [f"def f{i % 7}(x):\n    return x + {i % 10}\n" for i in range(300)]
         tokens = training.write(base / "tokens", train_tokenizer(texts, 320), texts)
         config = TrainConfig(
-            dataclasses.replace(training.MODEL, **training.DROPOUT), DataConfig(tokens, sequence_length=32),
-            LoopConfig(base / "whole", steps=STEPS, sequences_per_step=8, micro_batch=2, precision="fp32", device="cpu", tune=False,
-                       data_parallel="fsdp2", checkpoint_every=2, keep_last=3),
+            dataclasses.replace(training.MODEL, **training.DROPOUT),
+            DataConfig(tokens, sequence_length=32),
+            LoopConfig(
+                base / "whole",
+                steps=STEPS,
+                sequences_per_step=8,
+                micro_batch=2,
+                precision="fp32",
+                device="cpu",
+                tune=False,
+                data_parallel="fsdp2",
+                checkpoint_every=2,
+                keep_last=3,
+            ),
             OptimizerConfig(lr=3e-3, warmup_steps=2),
-        )  # fmt: skip
+        )
         recipe = training.write_recipe(base, config)
         began = time.monotonic()
         processes, _ = start(recipe, base / "whole", base / "output", size)
@@ -94,7 +107,8 @@ def main(kills: int = 50, size: int = 1, seed: int | None = None) -> int:
                 torn = len(list(run.glob("*.tmp*")))
                 at["while a checkpoint was written" if torn else "in the start" if not steps else "else"] += 1
                 print(
-                    f"kill {count}: run {runs}, after step {max(steps, default=0)}{', a checkpoint was being written' * bool(torn)}",
+                    f"kill {count}: run {runs}, after step "
+                    f"{max(steps, default=0)}{', a checkpoint was being written' * bool(torn)}",
                     flush=True,
                 )
             same = training.content(run / f"step-{STEPS:06}") == training.content(whole / f"step-{STEPS:06}")

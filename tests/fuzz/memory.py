@@ -29,8 +29,11 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
         return value.clone()
     step = 2 if layout == "every_other" else 1
     at = {"sliced": 16, "odd": 3, "every_other": 1}[layout]
-    wide = torch.full((*shape[:-2], shape[-2] * step + 2, shape[-1] + 24) if value.dim() > 1 else (shape[-1] + 24,),
-                      float("nan"), dtype=value.dtype)  # fmt: skip
+    wide = torch.full(
+        (*shape[:-2], shape[-2] * step + 2, shape[-1] + 24) if value.dim() > 1 else (shape[-1] + 24,),
+        float("nan"),
+        dtype=value.dtype,
+    )
     inner = wide[..., at : at + shape[-1]]
     view = inner[..., 1 : 1 + shape[-2] * step : step, :] if value.dim() > 1 else inner
     return view.copy_(value)

@@ -70,11 +70,32 @@ CASES = [
     Case("dropout_tall", batch=1, seqlen_q=150, seqlen_k=70, dropout_p=0.1),
     Case("documents", batch=1, heads=2, documents=((1, 1), (64, 64), (0, 0), (97, 97), (3, 3))),
     Case("documents_unequal", batch=1, heads=4, kv_heads=2, documents=((5, 130), (70, 64), (4, 0), (0, 9), (1, 33))),
-    Case("documents_full_dropout", batch=1, heads=2, kv_heads=1, documents=((33, 33), (140, 20), (2, 66)),
-         causal=False, dropout_p=0.2),
-    Case("documents_dropout_packed", batch=1, heads=3, kv_heads=3, documents=((90, 90), (31, 31), (67, 67)),
-         head_dim=32, dropout_p=0.1, strided="packed"),
-    Case("documents_cache", batch=1, heads=4, kv_heads=2, documents=((1, 40), (0, 24), (3, 17), (0, 47), (20, 30), (0, 34))),
+    Case(
+        "documents_full_dropout",
+        batch=1,
+        heads=2,
+        kv_heads=1,
+        documents=((33, 33), (140, 20), (2, 66)),
+        causal=False,
+        dropout_p=0.2,
+    ),
+    Case(
+        "documents_dropout_packed",
+        batch=1,
+        heads=3,
+        kv_heads=3,
+        documents=((90, 90), (31, 31), (67, 67)),
+        head_dim=32,
+        dropout_p=0.1,
+        strided="packed",
+    ),
+    Case(
+        "documents_cache",
+        batch=1,
+        heads=4,
+        kv_heads=2,
+        documents=((1, 40), (0, 24), (3, 17), (0, 47), (20, 30), (0, 34)),
+    ),
     Case("packed", seqlen_q=100, seqlen_k=100, heads=4, kv_heads=2, strided="packed"),
     Case("packed_128", batch=1, seqlen_q=66, seqlen_k=66, head_dim=128, causal=False, strided="packed"),
     Case("misaligned", seqlen_q=50, seqlen_k=83, strided="misaligned"),
@@ -82,7 +103,7 @@ CASES = [
     Case("scale", batch=1, seqlen_q=90, seqlen_k=90, scale=0.3),
     Case("peaked", batch=1, seqlen_q=150, seqlen_k=150, magnitude=10.0),
     Case("peaked_full_dropout", batch=1, seqlen_q=64, seqlen_k=200, causal=False, dropout_p=0.1, magnitude=10.0),
-]  # fmt: skip
+]
 
 SEED = 0x5EED_0123_4567
 """Wider than 32 bits: both words of the Philox key count."""

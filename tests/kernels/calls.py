@@ -1,4 +1,6 @@
-"""One small call of every op, in the forms that differ in how they hand tensors on, for tests of all ops and backends."""
+"""One small call of every op, in the forms that differ in how they hand tensors on, for tests of all ops and
+backends.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -42,7 +44,15 @@ class Call:
         """The outputs, then the gradients of the differentiable tensors, each as strided as it was given."""
         leaves = {name: tensors[name].detach().requires_grad_() for name in self.differentiable}
         outputs = self.outputs(backend, {**tensors, **leaves})
-        grads = torch.autograd.grad([x for x in outputs if x.requires_grad], list(leaves.values()), [grad_of(x) for x in outputs if x.requires_grad]) if leaves else ()  # fmt: skip
+        grads = (
+            torch.autograd.grad(
+                [x for x in outputs if x.requires_grad],
+                list(leaves.values()),
+                [grad_of(x) for x in outputs if x.requires_grad],
+            )
+            if leaves
+            else ()
+        )
         return [*(x.detach() for x in outputs), *grads]
 
 
@@ -72,7 +82,10 @@ def _starts() -> Tensor:
 
 
 def _rotary(dtype: torch.dtype) -> dict[str, Tensor]:
-    q, k = numbers(BATCH, SEQ, HEADS, HEAD_DIM, seed=1, dtype=dtype), numbers(BATCH, SEQ, KV_HEADS, HEAD_DIM, seed=2, dtype=dtype)  # fmt: skip
+    q, k = (
+        numbers(BATCH, SEQ, HEADS, HEAD_DIM, seed=1, dtype=dtype),
+        numbers(BATCH, SEQ, KV_HEADS, HEAD_DIM, seed=2, dtype=dtype),
+    )
     return {"q": q, "k": k, **_table()}
 
 
@@ -89,9 +102,14 @@ def _norm(dtype: torch.dtype) -> dict[str, Tensor]:
 def _block(dtype: torch.dtype) -> dict[str, Tensor]:
     width = (HEADS + 2 * KV_HEADS) * HEAD_DIM + INNER
     shapes = {
-        "x": (BATCH, SEQ, HIDDEN), "norm_weight": (HIDDEN,), "norm_bias": (HIDDEN,), "w_in": (width, HIDDEN), "b_in": (width,),
-        "w_out": (HIDDEN, HEADS * HEAD_DIM + INNER), "b_out": (HIDDEN,),
-    }  # fmt: skip
+        "x": (BATCH, SEQ, HIDDEN),
+        "norm_weight": (HIDDEN,),
+        "norm_bias": (HIDDEN,),
+        "w_in": (width, HIDDEN),
+        "b_in": (width,),
+        "w_out": (HIDDEN, HEADS * HEAD_DIM + INNER),
+        "b_out": (HIDDEN,),
+    }
     tensors = {x: numbers(*shape, seed=i, dtype=dtype) for i, (x, shape) in enumerate(shapes.items())}
     for name in ("w_in", "w_out"):  # products of order one
         tensors[name] = tensors[name] / tensors[name].shape[1] ** 0.5
@@ -124,20 +142,66 @@ _CACHE_SHAPE = (BATCH, CAPACITY, KV_HEADS, HEAD_DIM)
 _PARAMETERS = ("x", "norm_weight", "norm_bias", "w_in", "b_in", "w_out", "b_out")
 CALLS = [
     Call("apply_rotary", "apply_rotary", _rotary, lambda backend, **t: apply_rotary(**t, backend=backend), ("q", "k")),
-    Call("apply_rotary, positions", "apply_rotary", lambda d: {**_rotary(d), "positions": _positions()},
-         lambda backend, **t: apply_rotary(**t, backend=backend), ("q", "k")),
+    Call(
+        "apply_rotary, positions",
+        "apply_rotary",
+        lambda d: {**_rotary(d), "positions": _positions()},
+        lambda backend, **t: apply_rotary(**t, backend=backend),
+        ("q", "k"),
+    ),
     Call("flash_attention", "flash_attention", _attention, _run_attention, ("q", "k", "v")),
-    Call("flash_attention, documents", "flash_attention", lambda d: {**_attention(d, 1, 2 * SEQ), "cu": _starts()},
-         _run_attention, ("q", "k", "v")),
-    Call("flash_attention, out", "flash_attention", lambda d: {**_attention(d), "out": numbers(BATCH, SEQ, HEADS, HEAD_DIM, seed=8, dtype=d)},
-         _run_out, ()),
-    Call("layer_norm", "layer_norm", _norm, lambda backend, **t: layer_norm(**t, backend=backend), ("x", "weight", "bias")),
+    Call(
+        "flash_attention, documents",
+        "flash_attention",
+        lambda d: {**_attention(d, 1, 2 * SEQ), "cu": _starts()},
+        _run_attention,
+        ("q", "k", "v"),
+    ),
+    Call(
+        "flash_attention, out",
+        "flash_attention",
+        lambda d: {**_attention(d), "out": numbers(BATCH, SEQ, HEADS, HEAD_DIM, seed=8, dtype=d)},
+        _run_out,
+        (),
+    ),
+    Call(
+        "layer_norm",
+        "layer_norm",
+        _norm,
+        lambda backend, **t: layer_norm(**t, backend=backend),
+        ("x", "weight", "bias"),
+    ),
     Call("parallel_block", "parallel_block", _block, _run_block, _PARAMETERS),
-    Call("parallel_block, positions", "parallel_block", lambda d: {**_block(d), "positions": _positions()}, _run_block, _PARAMETERS),
-    Call("parallel_block, documents", "parallel_block", lambda d: {**_block(d), "cu_seqlens": _starts()}, _run_block, _PARAMETERS),
-    Call("parallel_block, kv_cache", "parallel_block",
-         lambda d: {**_block(d), "keys": numbers(*_CACHE_SHAPE, seed=11, dtype=d), "values": numbers(*_CACHE_SHAPE, seed=12, dtype=d)},
-         _run_block, ()),
-    Call("linear_cross_entropy", "linear_cross_entropy", _loss,
-         lambda backend, **t: linear_cross_entropy(**t, backend=backend), ("hidden", "weight", "bias")),
-]  # fmt: skip
+    Call(
+        "parallel_block, positions",
+        "parallel_block",
+        lambda d: {**_block(d), "positions": _positions()},
+        _run_block,
+        _PARAMETERS,
+    ),
+    Call(
+        "parallel_block, documents",
+        "parallel_block",
+        lambda d: {**_block(d), "cu_seqlens": _starts()},
+        _run_block,
+        _PARAMETERS,
+    ),
+    Call(
+        "parallel_block, kv_cache",
+        "parallel_block",
+        lambda d: {
+            **_block(d),
+            "keys": numbers(*_CACHE_SHAPE, seed=11, dtype=d),
+            "values": numbers(*_CACHE_SHAPE, seed=12, dtype=d),
+        },
+        _run_block,
+        (),
+    ),
+    Call(
+        "linear_cross_entropy",
+        "linear_cross_entropy",
+        _loss,
+        lambda backend, **t: linear_cross_entropy(**t, backend=backend),
+        ("hidden", "weight", "bias"),
+    ),
+]

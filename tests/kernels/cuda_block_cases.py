@@ -59,7 +59,7 @@ CASES = [
     Case("relu2", seq=5, activation="relu2"),
     # More columns than one block of threads takes, of q, k and v, of u and of the residual.
     Case("strips", seq=3, heads=24, kv_heads=6, head_dim=64, rotary=32, hidden=1032, inner=1040, p=0.25),
-]  # fmt: skip
+]
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], dict[str, object]]:
@@ -71,11 +71,15 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[li
 
     width, attention = case.qkv_width + case.inner, case.heads * case.head_dim
     tensors = [
-        randn(case.batch, case.seq, case.hidden), randn(case.hidden), randn(case.hidden, scale=0.1),
-        randn(width, case.hidden, scale=case.hidden**-0.5), randn(width, scale=0.1),
-        randn(case.hidden, attention + case.inner, scale=0.1), randn(case.hidden, scale=0.1),
+        randn(case.batch, case.seq, case.hidden),
+        randn(case.hidden),
+        randn(case.hidden, scale=0.1),
+        randn(width, case.hidden, scale=case.hidden**-0.5),
+        randn(width, scale=0.1),
+        randn(case.hidden, attention + case.inner, scale=0.1),
+        randn(case.hidden, scale=0.1),
         *(t.to(device) for t in reference.rotary_table(96, case.rotary)),
-    ]  # fmt: skip
+    ]
     options: dict[str, object] = {
         "shape": case.shape,
         "dropout_seed": SEED,

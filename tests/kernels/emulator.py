@@ -42,9 +42,16 @@ def build() -> pathlib.Path:
     with (BUILD / "lock").open("w") as lock:  # pytest-xdist: one worker builds, the others wait
         fcntl.flock(lock, fcntl.LOCK_EX)
         configure = [
-            "cmake", "-S", str(ROOT / "csrc" / "emulator"), "-B", str(BUILD), "-G", "Ninja",
-            f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        ]  # fmt: skip
+            "cmake",
+            "-S",
+            str(ROOT / "csrc" / "emulator"),
+            "-B",
+            str(BUILD),
+            "-G",
+            "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]
         for command in (configure, ["cmake", "--build", str(BUILD)]):
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"

@@ -40,7 +40,9 @@ def test_philox_known_answers(counter: list[int], key: int, answer: list[int]) -
 
 
 def _attention_byte(seed: int, plane: int, query: int, key: int) -> int:
-    """The element's place among the 16 of a Philox call, looked up: queries {0, 1, 8, 9} + 2 b, keys {0, 1, 8, 9} + 2 d."""
+    """The element's place among the 16 of a Philox call, looked up: queries {0, 1, 8, 9} + 2 b, keys {0, 1, 8, 9} + 2
+    d.
+    """
     held = [0, 1, 8, 9]
     (a, b), (c, d) = (divmod(x // 16 * 4 + x % 8 // 2, 4) for x in (query, key))
     i, j = held.index(query - 16 * a - 2 * b), held.index(key - 16 * c - 2 * d)
@@ -65,8 +67,15 @@ def test_residual_keep_is_the_stated_layout() -> None:
 
 
 GOLDEN_ATTENTION = [
-    0xFA4417DA, 0x0AD6B100, 0xC51C823F, 0xD135C494, 0x3CB06889, 0x38762946, 0xD7F3126D, 0xF2262DCD,
-]  # fmt: skip
+    0xFA4417DA,
+    0x0AD6B100,
+    0xC51C823F,
+    0xD135C494,
+    0x3CB06889,
+    0x38762946,
+    0xD7F3126D,
+    0xF2262DCD,
+]
 GOLDEN_RESIDUAL = [0x09CD142E, 0xEBA792A8, 0x76EFED80, 0x2B85945E]
 """Bit j of word i: is element (i, j) kept."""
 
@@ -82,8 +91,9 @@ def test_dropout_masks_do_not_change() -> None:
 
 
 @pytest.mark.parametrize(
-    ("p", "threshold"), [(0.0, 0), (1e-9, 1), (0.002, 1), (0.1, 26), (0.125, 32), (0.5, 128), (0.999, 255), (1 - 1e-9, 255)]
-)  # fmt: skip
+    ("p", "threshold"),
+    [(0.0, 0), (1e-9, 1), (0.002, 1), (0.1, 26), (0.125, 32), (0.5, 128), (0.999, 255), (1 - 1e-9, 255)],
+)
 def test_dropout_threshold_is_the_nearest_of_256(p: float, threshold: int) -> None:
     """The least p drops something, the greatest not everything; the scale is one over the exact share that is kept."""
     assert reference.dropout_threshold(p) == threshold
@@ -127,7 +137,9 @@ def _dependence(a: Tensor, b: Tensor, share: float) -> float:
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_of_neighbours_is_independent(name: str, p: float) -> None:
-    """Of elements (down, right) apart, whether one Philox call, one word or calls with neighbouring counters drew them."""
+    """Of elements (down, right) apart, whether one Philox call, one word or calls with neighbouring counters drew
+    them.
+    """
     kept, share = MASKS[name](p), reference.dropout_threshold(p) / 256
     steps = [(i, j) for i in (0, 1, 2, 7, 8, 9, 16, 64) for j in (0, 1, 2, 4, 7, 8, 9, 16, 32, 64) if i or j]
     for down, right in steps:

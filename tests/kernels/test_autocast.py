@@ -1,4 +1,6 @@
-"""kernels/autocast.py's rule, for every op on every backend: as if the inputs had been cast by hand, and no cast within."""
+"""kernels/autocast.py's rule, for every op on every backend: as if the inputs had been cast by hand, and no cast
+within.
+"""
 
 import contextlib
 import importlib.util
@@ -50,9 +52,13 @@ OPS: dict[str, tuple[Op, list[Tensor], bool]] = {
     "parallel_block": (
         lambda *t, backend: parallel_block(*t, COS, SIN, BlockShape(2, 1, 32), backend=backend),
         [
-            randn(1, 9, 24, seed=4), randn(24, seed=5), randn(24, seed=6),
-            randn(168, 24, seed=7, scale=0.2), randn(168, seed=8, scale=0.1),
-            randn(24, 104, seed=9, scale=0.1), randn(24, seed=10),
+            randn(1, 9, 24, seed=4),
+            randn(24, seed=5),
+            randn(24, seed=6),
+            randn(168, 24, seed=7, scale=0.2),
+            randn(168, seed=8, scale=0.1),
+            randn(24, 104, seed=9, scale=0.1),
+            randn(24, seed=10),
         ],
         True,
     ),
@@ -71,7 +77,7 @@ OPS: dict[str, tuple[Op, list[Tensor], bool]] = {
         [randn(1, 9, 2, 32, seed=17), randn(1, 9, 1, 32, seed=18)],
         False,
     ),
-}  # fmt: skip
+}
 
 
 def call(name: str, backend: str, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -178,8 +184,8 @@ def test_compiled(backend, name, inside):
     found = [out] if isinstance(out, Tensor) else list(out)
     for a, b in zip([*found, *gradients(leaves, found)], [*outs, *grads], strict=True):
         assert a.dtype == b.dtype
-        # A graph may leave out the rounding between two of PyTorch's ops: two epsilons of bfloat16, of the greatest number,
-        # since a sum of such may cancel.
+        # A graph may leave out the rounding between two of PyTorch's ops: two epsilons of bfloat16, of the greatest
+        # number, since a sum of such may cancel.
         torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6 * max(1.0, float(b.abs().max())))
 
 

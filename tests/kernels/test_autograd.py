@@ -36,7 +36,9 @@ def test_gradients_of_gradients_are_those_of_finite_differences(backend: str, ca
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])  # triton: by the same autograd.Function
 @pytest.mark.parametrize("call", [c for c in DIFFERENTIABLE if c.op in OURS], ids=lambda call: call.name)
-def test_a_gradient_penalty_on_a_native_backend_is_an_error(request: pytest.FixtureRequest, backend: str, call: Call) -> None:  # fmt: skip
+def test_a_gradient_penalty_on_a_native_backend_is_an_error(
+    request: pytest.FixtureRequest, backend: str, call: Call
+) -> None:
     """Whichever way it is asked for: of a sum, whose gradient depends on inputs only; with respect to any input."""
     if backend == "cuda":
         request.getfixturevalue("emulator")

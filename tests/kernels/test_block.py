@@ -27,11 +27,14 @@ def make(batch: int = 2, seq: int = 11, dtype: torch.dtype = torch.float32) -> l
 
     return [
         randn(batch, seq, HIDDEN),
-        randn(HIDDEN), randn(HIDDEN, scale=0.1),
-        randn(WIDTH + INNER, HIDDEN, scale=HIDDEN**-0.5), randn(WIDTH + INNER, scale=0.1),
-        randn(HIDDEN, HEADS * HEAD_DIM + INNER, scale=0.1), randn(HIDDEN, scale=0.1),
+        randn(HIDDEN),
+        randn(HIDDEN, scale=0.1),
+        randn(WIDTH + INNER, HIDDEN, scale=HIDDEN**-0.5),
+        randn(WIDTH + INNER, scale=0.1),
+        randn(HIDDEN, HEADS * HEAD_DIM + INNER, scale=0.1),
+        randn(HIDDEN, scale=0.1),
         *reference.rotary_table(70, ROTARY),
-    ]  # fmt: skip
+    ]
 
 
 def shaped(options: dict[str, object]) -> dict[str, object]:
@@ -92,9 +95,16 @@ def test_equals_transformers_decoder_layer(name):
     from transformers.models.phi.modeling_phi import PhiDecoderLayer
 
     config = PhiConfig(
-        hidden_size=128, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1,
-        partial_rotary_factor=0.5, attention_dropout=0.0, resid_pdrop=0.0, attn_implementation="sdpa",
-    )  # fmt: skip
+        hidden_size=128,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=1,
+        partial_rotary_factor=0.5,
+        attention_dropout=0.0,
+        resid_pdrop=0.0,
+        attn_implementation="sdpa",
+    )
     torch.manual_seed(0)
     layer = PhiDecoderLayer(config, 0).double()
     with torch.no_grad():
@@ -110,11 +120,18 @@ def test_equals_transformers_decoder_layer(name):
     theirs = theirs[0] if isinstance(theirs, tuple) else theirs
     projections = [attention.q_proj, attention.k_proj, attention.v_proj, mlp.fc1]
     ours = parallel_block(
-        x, layer.input_layernorm.weight, layer.input_layernorm.bias,
-        torch.cat([p.weight for p in projections]), torch.cat([p.bias for p in projections]),
-        torch.cat([attention.dense.weight, mlp.fc2.weight], dim=1), attention.dense.bias + mlp.fc2.bias,
-        cos, sin, BlockShape(heads=4, kv_heads=2, head_dim=32), backend=name,
-    )  # fmt: skip
+        x,
+        layer.input_layernorm.weight,
+        layer.input_layernorm.bias,
+        torch.cat([p.weight for p in projections]),
+        torch.cat([p.bias for p in projections]),
+        torch.cat([attention.dense.weight, mlp.fc2.weight], dim=1),
+        attention.dense.bias + mlp.fc2.bias,
+        cos,
+        sin,
+        BlockShape(heads=4, kv_heads=2, head_dim=32),
+        backend=name,
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     wanted = [x, layer.input_layernorm.weight, attention.k_proj.weight, mlp.fc1.bias, mlp.fc2.weight]
     grad = torch.randn_like(theirs)
@@ -299,7 +316,11 @@ def test_rows_of_a_cache_are_checked() -> None:
     [
         (_changed(0, torch.zeros(11, HIDDEN)), {}, r"x.shape = \(11, 48\): must be \(batch, seq, hidden\)"),
         (_changed(0, torch.zeros(2, 11, HIDDEN).int()), {}, "x.dtype = torch.int32"),
-        (_changed(3, torch.zeros(WIDTH, HIDDEN)), {}, r"w_in.shape = \(256, 48\): must be \(128 \+ 2 \* 64 \+ inner, 48\)"),
+        (
+            _changed(3, torch.zeros(WIDTH, HIDDEN)),
+            {},
+            r"w_in.shape = \(256, 48\): must be \(128 \+ 2 \* 64 \+ inner, 48\)",
+        ),
         (_changed(3, torch.zeros(WIDTH + INNER, 3)), {}, r"w_in.shape = \(336, 3\)"),
         (_changed(4, torch.zeros(3)), {}, r"b_in.shape = \(3,\): must be \(336,\)"),
         (_changed(5, torch.zeros(3, 3)), {}, r"w_out.shape = \(3, 3\): must be \(48, 208\)"),
@@ -311,15 +332,30 @@ def test_rows_of_a_cache_are_checked() -> None:
         (make(), {"kv_cache": (*_CACHE, 0), "cu_seqlens": _CU}, r"kv_cache\[2\]: must be a number, or with cu_seqlens"),
         (make(), {"kv_cache": (*_CACHE, _SEEN)}, r"kv_cache\[2\]: must be a number, or with cu_seqlens"),
         (make(), {"kv_cache": (*_CACHE, _SEEN.long()), "cu_seqlens": _CU}, r"kv_cache\[2\].dtype = torch.int64"),
-        (make(), {"kv_cache": (*_CACHE, _SEEN[:1]), "cu_seqlens": _CU}, r"kv_cache\[2\].shape = \(1,\): must be \(2,\)"),
-        (make(), {"kv_cache": (*_CACHE, _SEEN), "cu_seqlens": _CU}, r"kv_cache\[0\] holds 3 of 16 tokens in row 1: 14 more do"),
-        (make(), {"kv_cache": (*_CACHE, _rows(16)), "cu_seqlens": _CU}, r"kv_cache\[2\] is of 2 tokens, x of 22: make another"),
-        (_changed(0, torch.zeros(1, 2, HIDDEN)), {"kv_cache": (*_CACHE, _rows(9)), "cu_seqlens": _TWO},
-         r"kv_cache\[0\].shape\[1\] = 16, kv_cache\[2\].capacity = 9: must be equal"),
+        (
+            make(),
+            {"kv_cache": (*_CACHE, _SEEN[:1]), "cu_seqlens": _CU},
+            r"kv_cache\[2\].shape = \(1,\): must be \(2,\)",
+        ),
+        (
+            make(),
+            {"kv_cache": (*_CACHE, _SEEN), "cu_seqlens": _CU},
+            r"kv_cache\[0\] holds 3 of 16 tokens in row 1: 14 more do",
+        ),
+        (
+            make(),
+            {"kv_cache": (*_CACHE, _rows(16)), "cu_seqlens": _CU},
+            r"kv_cache\[2\] is of 2 tokens, x of 22: make another",
+        ),
+        (
+            _changed(0, torch.zeros(1, 2, HIDDEN)),
+            {"kv_cache": (*_CACHE, _rows(9)), "cu_seqlens": _TWO},
+            r"kv_cache\[0\].shape\[1\] = 16, kv_cache\[2\].capacity = 9: must be equal",
+        ),
         (make(), {"kv_cache": (*_CACHE, _rows(16))}, r"kv_cache\[2\]: must be a number, or with cu_seqlens"),
         (make(), {"kv_cache": (*_CACHE, -_SEEN), "cu_seqlens": _CU}, r"kv_cache\[0\] holds -3 of 16 tokens in row 1"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(inputs, options, message):
     with pytest.raises(ValueError, match=message):
         run(inputs, **options)

@@ -1,4 +1,6 @@
-"""What every backend of attention, rotary and LayerNorm makes of arguments at the edge: the same value, or the same error."""
+"""What every backend of attention, rotary and LayerNorm makes of arguments at the edge: the same value, or the same
+error.
+"""
 
 import ast
 import contextlib
@@ -355,8 +357,24 @@ def test_defaults_of_pytorch_change_nothing(backend: str, call: Call, around: st
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-FACTORIES = ("arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "normal", "ones", "rand", "randint",
-             "randn", "randperm", "scalar_tensor", "tensor", "zeros")  # fmt: skip
+FACTORIES = (
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_strided",
+    "eye",
+    "full",
+    "linspace",
+    "normal",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "scalar_tensor",
+    "tensor",
+    "zeros",
+)
 TYPED = ("empty", "empty_strided", "full", "ones", "rand", "randn", "scalar_tensor", "tensor", "zeros")
 """Of which no argument tells the dtype."""
 

@@ -38,7 +38,9 @@ def test_bitwise_equal_for_any_thread_count(name: str, isa: str) -> None:
 @pytest.mark.parametrize(("short", "bound"), [(False, 2**-22), (True, 2**-18)])
 @pytest.mark.parametrize("isa", ISAS)
 def test_exp2_error_bound(isa: str, short: bool, bound: float) -> None:
-    """csrc/cpu/vector.h states 2^-22, in the short form 2^-18, from -126 up to 127, 0 up to -127, and that NaN stays."""
+    """csrc/cpu/vector.h states 2^-22, in the short form 2^-18, from -126 up to 127, 0 up to -127, and that NaN
+    stays.
+    """
     x = torch.cat([torch.linspace(-126, 127, 1_000_003), torch.linspace(-2, 2, 1_000_003), torch.arange(-126.0, 128.0)])
     y = torch.empty_like(x)
     kernels_of(isa).exp2(x, y, x.numel(), short)
@@ -159,15 +161,21 @@ def _call(**changes: object) -> None:
         ({"dropout_p": 1.0}, r"dropout_p = 1.0: must be in \[0, 1\)"),
         ({"cu_seqlens_q": torch.tensor([0, 8], dtype=torch.int32)}, "give both or neither"),
         (
-            {name: torch.tensor(ends, dtype=torch.int32) for name, ends in (("cu_seqlens_q", [0, 9]), ("cu_seqlens_k", [0, 8]))},
+            {
+                name: torch.tensor(ends, dtype=torch.int32)
+                for name, ends in (("cu_seqlens_q", [0, 9]), ("cu_seqlens_k", [0, 8]))
+            },
             r"cu_seqlens_q = \[0, 9\]: must rise from 0 to the sequence length, 8",
         ),
         (
-            {name: torch.tensor(ends, dtype=torch.int32) for name, ends in (("cu_seqlens_q", [0, 3, 8]), ("cu_seqlens_k", [0, 9, 8]))},
+            {
+                name: torch.tensor(ends, dtype=torch.int32)
+                for name, ends in (("cu_seqlens_q", [0, 3, 8]), ("cu_seqlens_k", [0, 9, 8]))
+            },
             r"cu_seqlens_k = \[0, 9, 8\]: must rise",
         ),
     ],
-)  # fmt: skip
+)
 def test_bad_input(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _call(**changes)

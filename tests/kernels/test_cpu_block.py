@@ -147,12 +147,16 @@ def test_is_the_automatic_choice_and_refuses_what_attention_refuses() -> None:
     ("changes", "error", "message"),
     [
         ({"positions": torch.full((11,), 70)}, IndexError, r"positions in \[70, 70\]: the rotary table has rows 0..69"),
-        ({"positions": torch.zeros(3).long()}, ValueError, r"positions = torch.int64 \(3,\): must be int64 of shape \(11,\)"),
+        (
+            {"positions": torch.zeros(3).long()},
+            ValueError,
+            r"positions = torch.int64 \(3,\): must be int64 of shape \(11,\)",
+        ),
         ({"cu_seqlens": torch.tensor([0, 9], dtype=torch.int32)}, ValueError, r"= \[0, 9\]: must rise from 0 to .* 22"),
         ({"cu_seqlens": torch.tensor([0, 22])}, ValueError, "cu_seqlens_q.dtype = torch.int64: must be int32"),
         ({"heads": 3, "kv_heads": 2}, ValueError, "kv_heads = 2: must divide heads = 3"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(changes: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         run(make(), backend="cpu", **changes)

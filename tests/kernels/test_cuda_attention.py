@@ -80,8 +80,18 @@ def test_dropout_mask_is_the_reference_bit_for_bit(emulator, force, version, hea
     """With q = 0 every probability is 1 / n, and with v = the identity's columns out is the row's mask itself."""
     force(version)
     columns = 50
-    case = Case("mask", batch=1, seqlen_q=40, seqlen_k=columns, heads=2, kv_heads=1, head_dim=head_dim, causal=False,
-                dropout_p=0.3, documents=documents)  # fmt: skip
+    case = Case(
+        "mask",
+        batch=1,
+        seqlen_q=40,
+        seqlen_k=columns,
+        heads=2,
+        kv_heads=1,
+        head_dim=head_dim,
+        causal=False,
+        dropout_p=0.3,
+        documents=documents,
+    )
     q, k, v, _, options = attention_cases.make_inputs(case, torch.float16)
     q.zero_()
     for first in range(0, columns, head_dim):  # which keys this pass looks at
@@ -93,9 +103,16 @@ def test_dropout_mask_is_the_reference_bit_for_bit(emulator, force, version, hea
                 v[0, start + j, 0, j - first] = 1.0
         out = flash_attention(q, k, v, **options, backend=_version)
         truth, _ = reference.attention_forward(
-            q, k, v, options.get("cu_seqlens_q"), options.get("cu_seqlens_k"), False, head_dim**-0.5, 0.3,
+            q,
+            k,
+            v,
+            options.get("cu_seqlens_q"),
+            options.get("cu_seqlens_k"),
+            False,
+            head_dim**-0.5,
+            0.3,
             attention_cases.SEED,
-        )  # fmt: skip
+        )
         assert torch.equal(out == 0, truth == 0)
         assert 0.2 < (out[..., : min(head_dim, columns - first)] == 0).float().mean() < 0.6
 
@@ -104,8 +121,18 @@ def test_dropout_mask_is_the_reference_bit_for_bit(emulator, force, version, hea
 @pytest.mark.parametrize("documents", ((), ((40, 40), (33, 50))))
 def test_dropout_mask_of_dv_is_the_reference_bit_for_bit(emulator, head_dim, documents):
     """With q = 0 every probability is 1 / n, and with grad_out = the identity's columns dv is the mask, transposed."""
-    case = Case("mask", batch=1, seqlen_q=45, seqlen_k=70, heads=2, kv_heads=1, head_dim=head_dim, causal=False,
-                dropout_p=0.3, documents=documents)  # fmt: skip
+    case = Case(
+        "mask",
+        batch=1,
+        seqlen_q=45,
+        seqlen_k=70,
+        heads=2,
+        kv_heads=1,
+        head_dim=head_dim,
+        causal=False,
+        dropout_p=0.3,
+        documents=documents,
+    )
     q, k, v, grad, options = attention_cases.make_inputs(case, torch.float16)
     q.zero_()
     starts = (0,) if not documents else (0, documents[0][0])
@@ -237,7 +264,13 @@ def test_a_version_that_cannot_serve_is_refused(emulator):
 
 def test_hopper_needs_its_card_and_its_build():
     def on(**machine):
-        return registry.select("flash_attention", Machine("cuda", "a GPU", "a GPU", **machine), "cuda/hopper", dtype=torch.bfloat16, head_dim=64)  # fmt: skip
+        return registry.select(
+            "flash_attention",
+            Machine("cuda", "a GPU", "a GPU", **machine),
+            "cuda/hopper",
+            dtype=torch.bfloat16,
+            head_dim=64,
+        )
 
     assert on(capability=(9, 0)) == "cuda/hopper"
     with pytest.raises(BackendError, match=r"a GPU has not compute capability 9\.0"):

@@ -125,8 +125,13 @@ def test_tensors_that_are_not_dense_give_the_same_bits(emulator):
     wide = torch.zeros(case.batch, case.seq, case.hidden + 5, dtype=torch.bfloat16)
     wide[..., 5:] = tensors[0]
     strided = [
-        wide[..., 5:], *tensors[1:3], tensors[3].T.contiguous().T, odd[1:], tensors[5].T.contiguous().T, *tensors[6:],
-    ]  # fmt: skip
+        wide[..., 5:],
+        *tensors[1:3],
+        tensors[3].T.contiguous().T,
+        odd[1:],
+        tensors[5].T.contiguous().T,
+        *tensors[6:],
+    ]
     with torch.no_grad():
         ours, dense = (parallel_block(*t, **options, backend="cuda") for t in (strided, tensors))
     assert torch.equal(ours, dense)
@@ -164,8 +169,14 @@ def test_opcheck(emulator):
     tensors, options = make_inputs(case, torch.bfloat16)
     x, parameters = tensors[0].view(case.tokens, case.hidden), tensors[1:7]
     operator_options = (
-        *tensors[7:], options["positions"], options["cu_seqlens"], case.seq, *options["shape"].values, 7, "cuda",
-    )  # fmt: skip
+        *tensors[7:],
+        options["positions"],
+        options["cu_seqlens"],
+        case.seq,
+        *options["shape"].values,
+        7,
+        "cuda",
+    )
     utilities = ("test_schema", "test_faketensor")  # autograd is FusedBlock's, above the ops
     forward, backward = torch.ops.phi1.parallel_block_forward.default, torch.ops.phi1.parallel_block_backward.default
     torch.library.opcheck(forward, (x, *parameters, True, *operator_options), test_utils=utilities)

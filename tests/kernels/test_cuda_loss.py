@@ -16,7 +16,8 @@ from kernels.registry import implementation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RESULTS = ("loss", "dhidden", "dweight", "dbias")
-# (rows, width, columns). 4,112 columns are more than a block of pass 1 takes in one turn, 1,032 more than one of pass 2.
+# (rows, width, columns). 4,112 columns are more than a block of pass 1 takes in one turn, 1,032 more than one of pass
+# 2.
 SHAPES = [(1, 1, 8), (2, 8, 40), (13, 16, 72), (40, 24, 512), (9, 17, 1032), (3, 8, 4112)]
 
 
@@ -76,8 +77,9 @@ def check_extremes(dtype: torch.dtype, device: str = "cpu") -> None:
 
 
 def check_parts(module: ModuleType) -> None:
-    """Each part of the rows adds its sums to its own row of `partial`: blocks on a GPU run at the same time. An ignored row
-    adds nothing, and its logits become zeros."""
+    """Each part of the rows adds its sums to its own row of `partial`: blocks on a GPU run at the same time. An ignored
+    row adds nothing, and its logits become zeros.
+    """
     generator = torch.Generator().manual_seed(7)
     logits, bias = torch.randn(13, 40, generator=generator), torch.randn(40, generator=generator)
     targets = torch.randint(40, (13,), generator=generator)

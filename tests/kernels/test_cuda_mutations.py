@@ -1,7 +1,8 @@
-"""Small mistakes, one at a time, in csrc/cuda: each must be noticed by a few of the cases that the kernels are tested on.
+"""Small mistakes, one at a time, in csrc/cuda: each must be noticed by a few of the cases that the kernels are tested
+on.
 
-A mutant that survives means that the tests cannot see such a mistake, or that the code it changed does nothing. `make mutants`
-runs them all, `make test` every third.
+A mutant that survives means that the tests cannot see such a mistake, or that the code it changed does nothing. `make
+mutants` runs them all, `make test` every third.
 """
 
 import functools
@@ -19,7 +20,8 @@ import emulator
 import pytest
 import torch
 from attention_cases import Case
-from cuda_mutations import MUTATIONS, Mutation
+from cuda_mutations import MMA_ATTENTION, OTHERS, Mutation
+from hopper_mutations import HOPPER
 from test_cuda_layer_norm import check_equal_numbers, check_layer_norm
 from test_cuda_loss import check_extremes, check_loss, check_parts, check_wrong_targets
 from test_extreme_values import check_extreme_scores
@@ -27,6 +29,7 @@ from test_extreme_values import check_extreme_scores
 from kernels import reference
 
 CUDA = emulator.ROOT / "csrc" / "cuda"
+MUTATIONS = [*MMA_ATTENTION, *HOPPER, *OTHERS]
 
 
 ATTENTION = [
@@ -35,7 +38,7 @@ ATTENTION = [
     Case("mutants_documents", batch=1, heads=4, kv_heads=2, documents=((5, 90), (40, 20), (4, 0), (0, 9), (33, 33))),
     Case("mutants_blind", batch=1, seqlen_q=139, seqlen_k=3, heads=1, kv_heads=1),
     Case("mutants_full", batch=1, seqlen_q=100, seqlen_k=150, heads=1, kv_heads=1, causal=False, dropout_p=0.5),
-]  # fmt: skip
+]
 
 
 def _check_attention(module: ModuleType) -> None:
@@ -54,7 +57,7 @@ HOPPER = [
     Case("mutants_documents", batch=1, heads=4, kv_heads=2, documents=((5, 90), (40, 20), (4, 0), (0, 9), (133, 133))),
     Case("mutants_blind", batch=1, seqlen_q=139, seqlen_k=3, heads=1, kv_heads=1),
     Case("mutants_full", batch=1, seqlen_q=100, seqlen_k=550, heads=1, kv_heads=1, causal=False, dropout_p=0.5),
-]  # fmt: skip
+]
 
 
 def _check_hopper(module: ModuleType, backward: bool) -> None:

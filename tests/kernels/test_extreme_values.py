@@ -49,9 +49,13 @@ def attention(backend: str, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, **opt
 
 
 def compare(
-    found: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype, skip: tuple[str, ...] = (),
-    terms: dict[str, float] | None = None, known: float = 1.0,
-) -> None:  # fmt: skip
+    found: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    dtype: torch.dtype,
+    skip: tuple[str, ...] = (),
+    terms: dict[str, float] | None = None,
+    known: float = 1.0,
+) -> None:
     """NaN and infinities where the truth has them; elsewhere within roundings of the greatest number or term.
 
     known: probabilities are known to this many epsilons of float32, the size of scores that are not exact.
@@ -68,9 +72,15 @@ def compare(
 
 
 def both(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, skip: tuple[str, ...] = (), known: float = 1.0,
-    truth_dtype: torch.dtype = torch.float64, **options: object,
-) -> None:  # fmt: skip
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    skip: tuple[str, ...] = (),
+    known: float = 1.0,
+    truth_dtype: torch.dtype = torch.float64,
+    **options: object,
+) -> None:
     """The backend against reference."""
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(3)).to(q.dtype)
     truth = attention("reference", *(x.to(truth_dtype) for x in (q, k, v, grad)), **options)
@@ -253,8 +263,14 @@ def test_gelu_far_out(power: int, dtype: torch.dtype, backend: str) -> None:
     b_in[3 * dim :] = torch.tensor([10.0**power, -(10.0**power)] * (inner // 2))
     w_out = torch.zeros(hidden, dim + inner, dtype=dtype)
     w_out[:, dim:] = torch.eye(hidden)
-    parameters = [torch.ones(hidden, dtype=dtype), torch.zeros(hidden, dtype=dtype), w_in, b_in.requires_grad_(), w_out,
-                  torch.zeros(hidden, dtype=dtype)]  # fmt: skip
+    parameters = [
+        torch.ones(hidden, dtype=dtype),
+        torch.zeros(hidden, dtype=dtype),
+        w_in,
+        b_in.requires_grad_(),
+        w_out,
+        torch.zeros(hidden, dtype=dtype),
+    ]
     table = reference.rotary_table(3, 16)
     y = parallel_block(x, *parameters, *table, BlockShape(1, 1, dim), backend=backend)
     expected = x.double() + b_in.double().clamp(min=0)[3 * dim :]

@@ -1,4 +1,5 @@
-"""Strides that fit 32 bits and whose products do not, in memory that is mapped and hardly touched: addresses are 64-bit arithmetic.
+"""Strides that fit 32 bits and whose products do not, in memory that is mapped and hardly touched: addresses are 64-bit
+arithmetic.
 
 Sliced caches and packed buffers of long sequences have such strides; 32 bits wrap and read somewhere else.
 """

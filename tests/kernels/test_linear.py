@@ -38,9 +38,11 @@ def test_the_product_is_ours_only_where_it_was_measured(monkeypatch: pytest.Monk
     isa = {name: SimpleNamespace(name=name) for name in ("avx2", "avx512", "portable")}
     (measured,) = cpu.PRODUCT_KINDS
     for kind, name, expected in (
-        (measured, "avx2", [2, 16]), (measured, "portable", []), ("GenuineIntel family 6, amx_bf16", "avx2", []),
+        (measured, "avx2", [2, 16]),
+        (measured, "portable", []),
+        ("GenuineIntel family 6, amx_bf16", "avx2", []),
         ("AuthenticAMD family 25, avx512_bf16", "avx512", []),
-    ):  # fmt: skip
+    ):
         monkeypatch.setattr(machine, "cpu", lambda kind=kind: machine.Machine("cpu", kind, "a CPU"))
         ours.clear()
         for rows in (1, 2, 16, 17):

@@ -117,12 +117,18 @@ def test_leading_dims_and_another_ignore_index(name):
 
 def test_all_ignored_is_zero_not_nan(name):
     inputs, targets = make(5, 4, 6, torch.float32)
-    found = with_grads(lambda *a: linear_cross_entropy(*a, torch.full_like(targets, -100), backend=name), inputs, torch.float32)  # fmt: skip
+    found = with_grads(
+        lambda *a: linear_cross_entropy(*a, torch.full_like(targets, -100), backend=name), inputs, torch.float32
+    )
     assert all(float(x.abs().max()) == 0 for x in found)
 
 
 def test_no_rows(name):
-    found = with_grads(lambda *a: linear_cross_entropy(*a, torch.zeros(0).long(), backend=name), make(0, 4, 6, torch.bfloat16)[0], torch.bfloat16)  # fmt: skip
+    found = with_grads(
+        lambda *a: linear_cross_entropy(*a, torch.zeros(0).long(), backend=name),
+        make(0, 4, 6, torch.bfloat16)[0],
+        torch.bfloat16,
+    )
     assert all(not x.any() for x in found) and found[2].shape == (6, 4)
 
 
@@ -179,7 +185,9 @@ print(peak() - before - sum(x.grad.nbytes for x in inputs) / 2**20)
 
 
 def _beyond_gradients(name: str, rows: int, width: int, dtype: str) -> float:
-    """MiB that the process gains in forward and backward pass, less the gradients: workspace, and the gradients' copies."""
+    """MiB that the process gains in forward and backward pass, less the gradients: workspace, and the gradients'
+    copies.
+    """
     command = [sys.executable, "-c", _MEASURE, name, str(rows), str(width), dtype]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

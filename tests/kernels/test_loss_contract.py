@@ -71,7 +71,8 @@ def test_the_upstream_factor_is_in_before_float16s_rounding(backend, scale):
     found = scaled_grads(backend, inputs, targets, scale)
     for what, a, c in zip(RESULTS[1:], found[1:], truth[1:], strict=True):
         wide = a.double()
-        # The softmax is rounded to 16 bits, and the result: 2^-24 at the least. At 65,520 numbers begin to round to inf.
+        # The softmax is rounded to 16 bits, and the result: 2^-24 at the least. At 65,520 numbers begin to round to
+        # inf.
         bound = 2e-3 * c.abs() + 1e-3 * scale / 40 + 2.0**-24
         over = c.abs() - bound > 65520
         assert wide[over].isinf().all(), what
@@ -159,11 +160,14 @@ def test_no_width_leaves_the_bias(backend):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.zeros(0, 4), "bias": torch.zeros(0)}, r"weight.shape = \(0, 4\): must be \(columns, 4\), with a"),
+        (
+            {"weight": torch.zeros(0, 4), "bias": torch.zeros(0)},
+            r"weight.shape = \(0, 4\): must be \(columns, 4\), with a",
+        ),
         ({"hidden": torch.zeros(())}, r"hidden.shape = \(\): must be \(..., width\)"),
         ({"bias": torch.zeros(23)}, r"bias.shape = \(23,\): must be \(24,\)"),
     ],
-)  # fmt: skip
+)
 def test_bad_shapes(backend, change, message):
     arguments = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(24, 4), "bias": torch.zeros(24)} | change
     with pytest.raises(ValueError, match=message):

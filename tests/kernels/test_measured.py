@@ -14,9 +14,15 @@ from kernels.machine import Machine
 from kernels.measured import Cell, Row
 
 ENTRY = {
-    "op": "apply_rotary", "kind": "a CPU", "dtype": "float32", "head_dim": None, "size": "long", "work": "forward",
-    "speed": {"cpu/avx2": 1.0, "torch": 0.5}, "results": ["rotary.json 2026-01-01"],
-}  # fmt: skip
+    "op": "apply_rotary",
+    "kind": "a CPU",
+    "dtype": "float32",
+    "head_dim": None,
+    "size": "long",
+    "work": "forward",
+    "speed": {"cpu/avx2": 1.0, "torch": 0.5},
+    "results": ["rotary.json 2026-01-01"],
+}
 
 
 def test_a_table_is_read(tmp_path):
@@ -38,7 +44,10 @@ def test_a_table_is_read(tmp_path):
         ("[", "not JSON"),
         ("{}", "must be a list of rows"),
         ("[3]", "row 3: 'int' object is not iterable"),
-        ([{k: v for k, v in ENTRY.items() if k != "results"}], "its fields must be dtype, head_dim, kind, op, results, size, speed, work"),
+        (
+            [{k: v for k, v in ENTRY.items() if k != "results"}],
+            "its fields must be dtype, head_dim, kind, op, results, size, speed, work",
+        ),
         ([{**ENTRY, "why": ""}], "its fields must be"),
         ([{**ENTRY, "dtype": "fp32"}], "dtype must be one of float64, float32, bfloat16, float16"),
         ([{**ENTRY, "head_dim": "64"}], "head_dim must be a whole number or null"),
@@ -52,7 +61,7 @@ def test_a_table_is_read(tmp_path):
         ([{**ENTRY, "results": []}], "results must name where it was measured"),
         ([ENTRY, ENTRY], "a second row for its cell"),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_table_is_a_clear_error(text, message, tmp_path):
     path = tmp_path / "measured.json"
     path.write_text(text if isinstance(text, str) else json.dumps(text))
@@ -71,9 +80,17 @@ def test_the_table_in_the_package_is_of_ops_and_versions_that_exist():
 
 @pytest.mark.parametrize(
     ("queries", "keys", "size"),
-    [(1, 1, "few"), (16, 9000, "few"), (17, 17, "short"), (17, 512, "short"), (17, 513, "long"), (512, None, "short"),
-     (513, None, "long"), (16, None, "few")],
-)  # fmt: skip
+    [
+        (1, 1, "few"),
+        (16, 9000, "few"),
+        (17, 17, "short"),
+        (17, 512, "short"),
+        (17, 513, "long"),
+        (512, None, "short"),
+        (513, None, "long"),
+        (16, None, "few"),
+    ],
+)
 def test_size_classes(queries, keys, size):
     assert measured.size_class(queries, keys) == size
 

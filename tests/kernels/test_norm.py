@@ -116,10 +116,15 @@ def test_compiles_to_one_graph(name):
         (torch.zeros(2, 4).int(), torch.zeros(4), torch.zeros(4), "x.dtype = torch.int32: must be float64"),
         (torch.zeros(2, 4), torch.zeros(3), torch.zeros(4), r"weight.shape = \(3,\): must be \(4,\)"),
         (torch.zeros(2, 4), torch.zeros(4), torch.zeros(1, 4), r"bias.shape = \(1, 4\): must be \(4,\)"),
-        (torch.zeros(2, 4).half(), torch.zeros(4), torch.zeros(4), r"weight.dtype = torch.float32, x.dtype = torch.float16"),
+        (
+            torch.zeros(2, 4).half(),
+            torch.zeros(4),
+            torch.zeros(4),
+            r"weight.dtype = torch.float32, x.dtype = torch.float16",
+        ),
         (torch.zeros(2, 4), torch.zeros(4, device="meta"), torch.zeros(4), "weight is on meta, x on cpu"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(x, weight, bias, message):
     with pytest.raises(ValueError, match=message):
         layer_norm(x, weight, bias)

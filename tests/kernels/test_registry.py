@@ -91,11 +91,16 @@ def test_the_automatic_choice_is_what_was_measured_fastest(rotary_calls):
 @pytest.mark.parametrize(
     "other",
     [
-        {"op": "layer_norm"}, {"kind": "NVIDIA H100, sm_90"}, {"kind": "AuthenticAMD family 25, other"},
-        {"dtype": torch.bfloat16}, {"head_dim": 4}, {"size": "long"}, {"work": "training"},
+        {"op": "layer_norm"},
+        {"kind": "NVIDIA H100, sm_90"},
+        {"kind": "AuthenticAMD family 25, other"},
+        {"dtype": torch.bfloat16},
+        {"head_dim": 4},
+        {"size": "long"},
+        {"work": "training"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_row_decides_its_own_cell_only(other, rotary_calls):
     measure("reference", **other)
     rotate()
@@ -344,7 +349,7 @@ def test_a_held_order_is_kept():
 def _python(code: str, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **variables}
-    )  # fmt: skip
+    )
 
 
 def test_environment_variable():
@@ -415,7 +420,9 @@ def test_a_forced_backend_is_never_replaced():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_backend_without_a_gpu_says_why():
-    with pytest.raises(BackendError, match=r"backend 'cuda' cannot serve this call: (torch.cuda.is_available|kernels._native)"):  # fmt: skip
+    with pytest.raises(
+        BackendError, match=r"backend 'cuda' cannot serve this call: (torch.cuda.is_available|kernels._native)"
+    ):
         rotate(backend="cuda")
 
 

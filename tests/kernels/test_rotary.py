@@ -37,7 +37,8 @@ class Case:
     positions: str = ""
     """"" (index), "seq" or "batch" (given, of that shape)."""
     strided: str = ""
-    """"packed": slices of one [q | k | v] buffer; "misaligned": one element further on; "transposed": last dim strided."""
+    """"packed": slices of one [q | k | v] buffer; "misaligned": one element further on; "transposed": last dim strided.
+    """
 
 
 CASES = [
@@ -176,7 +177,9 @@ def test_backends_agree_and_leave_their_inputs(backend):
 
 @pytest.mark.parametrize("name", ["reference", "torch"])
 def test_gradcheck_in_float64(name):
-    (q, k, cos, sin), options = make(Case("gradcheck", seq=3, heads=3, kv_heads=1, head_dim=8, rotary_dim=6, positions="batch"), torch.float64)  # fmt: skip
+    (q, k, cos, sin), options = make(
+        Case("gradcheck", seq=3, heads=3, kv_heads=1, head_dim=8, rotary_dim=6, positions="batch"), torch.float64
+    )
     q.requires_grad_(), k.requires_grad_()
     assert torch.autograd.gradcheck(lambda q, k: apply_rotary(q, k, cos, sin, **options, backend=name), (q, k))
 
@@ -184,7 +187,9 @@ def test_gradcheck_in_float64(name):
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
 def test_opcheck(name, inverse):
-    (q, k, cos, sin), options = make(Case("opcheck", seq=4, strided="packed", positions="seq"), torch.float32, device_of(name))  # fmt: skip
+    (q, k, cos, sin), options = make(
+        Case("opcheck", seq=4, strided="packed", positions="seq"), torch.float32, device_of(name)
+    )
     torch.library.opcheck(torch.ops.phi1.rotary.default, (q, k, cos, sin, options["positions"], inverse, name))
     torch.library.opcheck(torch.ops.phi1.rotary.default, (q, k, cos, sin, None, inverse, name))
 
@@ -218,7 +223,10 @@ def test_native_backends_refuse_float64():
     (q, k, cos, sin), _ = make(CASES[0], torch.float64)
     for name in ("cpu", "triton"):
         if device_of(name) == "cpu":
-            with pytest.raises(BackendError, match=r"float64: native kernels take float32, bfloat16 and float16; able: reference, torch"):  # fmt: skip
+            with pytest.raises(
+                BackendError,
+                match=r"float64: native kernels take float32, bfloat16 and float16; able: reference, torch",
+            ):
                 apply_rotary(q, k, cos, sin, backend=name)
     out, _ = apply_rotary(q, k, cos, sin)  # the automatic choice passes them over
     assert out.dtype == torch.float64
@@ -252,7 +260,7 @@ _COS = torch.zeros(3, 2)
         (_Q, _K, _COS, _COS, torch.zeros(3, 2).long(), r"positions = torch.int64 \(3, 2\): must be int64 of shape"),
         (_Q, _K.to("meta"), _COS, _COS, None, r"k is on meta, q on cpu"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(q, k, cos, sin, positions, message):
     with pytest.raises(ValueError, match=message):
         apply_rotary(q, k, cos, sin, positions=positions)

@@ -66,7 +66,10 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def _run(module: pathlib.Path, script: str) -> subprocess.CompletedProcess[str]:
-    found = [subprocess.run(["g++", f"-print-file-name={lib}"], capture_output=True, text=True).stdout.strip() for lib in ("libasan.so", "libstdc++.so")]  # fmt: skip
+    found = [
+        subprocess.run(["g++", f"-print-file-name={lib}"], capture_output=True, text=True).stdout.strip()
+        for lib in ("libasan.so", "libstdc++.so")
+    ]
     # libstdc++ too: the sanitizer looks for __cxa_throw when it starts, and python has none.
     environment = {**os.environ, "LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
     command = [sys.executable, "-c", LOAD + script, module, ROOT, ROOT / "tests" / "kernels"]

@@ -15,7 +15,9 @@ WRITTEN = ("out", "keys", "values")
 """Arguments whose memory an op writes: their elements must not overlap."""
 DTYPE = torch.bfloat16
 INTERPRETED = ("triton", "cuda")
-"""Slow here, and one layout goes their way as well as another: their kernels take strides or copies, and are given tensors."""
+"""Slow here, and one layout goes their way as well as another: their kernels take strides or copies, and are given
+tensors.
+"""
 needs_native = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
 
 
@@ -89,7 +91,13 @@ def test_a_binding_takes_tensors_not_addresses() -> None:
 
 def test_every_tensor_argument_is_tried() -> None:
     tried = {(call.op, name) for call, name in NAMES}
-    assert {("apply_rotary", "positions"), ("apply_rotary", "cos"), ("flash_attention", "cu"), ("flash_attention", "out"), ("parallel_block", "keys")} <= tried  # fmt: skip
+    assert {
+        ("apply_rotary", "positions"),
+        ("apply_rotary", "cos"),
+        ("flash_attention", "cu"),
+        ("flash_attention", "out"),
+        ("parallel_block", "keys"),
+    } <= tried
     for call, name in itertools.product(CALLS, ("q", "x", "hidden")):
         x = call.tensors(DTYPE).get(name)
         if x is not None:

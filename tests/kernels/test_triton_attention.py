@@ -47,8 +47,18 @@ def test_case(case, dtype, loads):
 def test_dropout_mask_is_the_reference_bit_for_bit(head_dim, documents):
     """v = the first unit vectors makes the output the dropped probabilities themselves: zero exactly where dropped."""
     n = 95 if documents else 70
-    case = Case("mask", batch=1 if documents else 2, seqlen_q=73, seqlen_k=n, heads=1 if documents else 2, kv_heads=1, head_dim=head_dim,
-                causal=False, dropout_p=0.3, documents=documents)  # fmt: skip
+    case = Case(
+        "mask",
+        batch=1 if documents else 2,
+        seqlen_q=73,
+        seqlen_k=n,
+        heads=1 if documents else 2,
+        kv_heads=1,
+        head_dim=head_dim,
+        causal=False,
+        dropout_p=0.3,
+        documents=documents,
+    )
     q, k, _, _, options = make_inputs(case, PRECISE, DEVICE)
     for first in range(0, n, head_dim):
         v = torch.zeros_like(k)
@@ -85,8 +95,19 @@ def test_negative_and_zero_scale():
 @pytest.mark.parametrize("documents", [(), ((33, 33), (37, 37))], ids=["batch", "documents"])
 def test_writes_where_the_caller_says(documents, strided):
     """out and grads: new tensors and views of wider ones hold the same bits, and what lies beside a view stays."""
-    case = Case("out", batch=1, seqlen_q=70, seqlen_k=70, heads=2, kv_heads=1, head_dim=32, documents=documents,
-                dropout_p=0.1, scale=-0.2, strided=strided)  # fmt: skip
+    case = Case(
+        "out",
+        batch=1,
+        seqlen_q=70,
+        seqlen_k=70,
+        heads=2,
+        kv_heads=1,
+        head_dim=32,
+        documents=documents,
+        dropout_p=0.1,
+        scale=-0.2,
+        strided=strided,
+    )
     q, k, v, grad, options = make_inputs(case, torch.bfloat16, DEVICE)
     out = make_inputs(case, torch.bfloat16, DEVICE)[0]  # a view of NaNs where strided
     base, here = out._base if out._base is not None else out, out.data_ptr()

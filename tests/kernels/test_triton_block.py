@@ -187,16 +187,30 @@ def test_cache_equals_the_whole_sequence(product):
 
 BOTH = [
     ("block_elementwise", "a * c - b * s, b * c + a * s", "a * c + b * s, b * c - a * s"),
-    ("block_elementwise", "first + tl.where(angle < HALF, HALF, 1), angle", "first + tl.where(angle < HALF, HALF + 1, 1), angle"),
+    (
+        "block_elementwise",
+        "first + tl.where(angle < HALF, HALF, 1), angle",
+        "first + tl.where(angle < HALF, HALF + 1, 1), angle",
+    ),
     ("block_elementwise", "tl.where(angle < HALF, angle, 2 * angle)", "tl.where(angle < HALF, angle, 2 * angle + 1)"),
     ("block_elementwise", "row = (token % seq)", "row = (token % seq * 0)"),
     ("block_elementwise", "return first, tl.where(in_u, width,", "return first, tl.where(in_u, width - 1,"),
     ("numeric", "(1.0 + 0.044715 * square) * (-LOG2E", "(1.0 + 0.044715 * y) * (-LOG2E"),
-]  # fmt: skip
+]
 ONE = [
     ("vendor", "block_elementwise", "pair_mask) + _load(bias_ptr + b_column, pair_inside)[None, :]", "pair_mask)"),
-    ("vendor", "block_elementwise", "x = _load(row + column[None, :], mask) + _load(bias_ptr + column, column < end)[None, :]", "x = _load(row + column[None, :], mask)"),
-    ("vendor", "block_elementwise", "_load(y_ptr + at, mask) + _load(bias_ptr + column, column < columns)[None, :]", "_load(y_ptr + at, mask)"),
+    (
+        "vendor",
+        "block_elementwise",
+        "x = _load(row + column[None, :], mask) + _load(bias_ptr + column, column < end)[None, :]",
+        "x = _load(row + column[None, :], mask)",
+    ),
+    (
+        "vendor",
+        "block_elementwise",
+        "_load(y_ptr + at, mask) + _load(bias_ptr + column, column < columns)[None, :]",
+        "_load(y_ptr + at, mask)",
+    ),
     ("vendor", "block_elementwise", "_load(x_ptr + at, mask) + h", "h"),
     ("vendor", "block_elementwise", "pair_mask), c, -s)", "pair_mask), c, s)"),
     ("vendor", "block_elementwise", "_load(activated, mask) * slope", "_load(activated, mask)"),
@@ -221,8 +235,15 @@ ONE = [
     ("descriptors", "block_product", "activate(u.to(tl.float32) + bias,", "activate(u.to(tl.float32),"),
     ("descriptors", "block_product", "h += tl.load(bias_ptr", "h -= tl.load(bias_ptr"),
     ("descriptors", "block_product", "within // rows", "within // GROUP"),
-    ("descriptors", "block_product", "tl.num_programs(0)):\n        row_tile, column_tile = _grouped(tile, row_tiles, column_tiles)\n        first, end", "2 * tl.num_programs(0)):\n        row_tile, column_tile = _grouped(tile, row_tiles, column_tiles)\n        first, end"),
-]  # fmt: skip
+    (
+        "descriptors",
+        "block_product",
+        "tl.num_programs(0)):\n        row_tile, column_tile = _grouped(tile, row_tiles, column_tiles)\n        first, "
+        "end",
+        "2 * tl.num_programs(0)):\n        row_tile, column_tile = _grouped(tile, row_tiles, column_tiles)\n        "
+        "first, end",
+    ),
+]
 
 
 @pytest.mark.usefixtures("reference_attention")
@@ -250,10 +271,20 @@ def test_mutations_fail(product_, module, old, new, monkeypatch, tmp_path):
         ("vendor", "numeric", "zero + c3, low, high", "zero, low, high"),
         ("vendor", "block_elementwise", "h *= tl.where(kept, keep_scale, 0.0)", "h *= tl.where(kept, 1.0, 0.0)"),
         ("vendor", "block_elementwise", "d *= tl.where(kept, keep_scale, 0.0)", "d *= tl.where(kept, 0.0, keep_scale)"),
-        ("descriptors", "block_product", "seed_high, first_row, first_column", "seed_high, first_row + 2, first_column"),
-        ("descriptors", "block_product", "h *= tl.where(kept, keep_scale, 0.0)", "h *= tl.where(kept, keep_scale, 1.0)"),
+        (
+            "descriptors",
+            "block_product",
+            "seed_high, first_row, first_column",
+            "seed_high, first_row + 2, first_column",
+        ),
+        (
+            "descriptors",
+            "block_product",
+            "h *= tl.where(kept, keep_scale, 0.0)",
+            "h *= tl.where(kept, keep_scale, 1.0)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_mutations_of_the_mask_fail(product_, module, old, new, monkeypatch, tmp_path):
     mutate(monkeypatch, tmp_path, module, old, new)
     choose(product_, monkeypatch)

@@ -38,7 +38,9 @@ def run(inputs: list[Tensor], targets: Tensor, dtype: torch.dtype, **options: ob
 
 
 def check_run(found: list[Tensor], inputs: list[Tensor], targets: Tensor, dtype: torch.dtype, reduction: str) -> None:
-    truth, low = (with_grads(lambda *a: plain(*a, targets, reduction=reduction), inputs, k) for k in (torch.float64, dtype))  # fmt: skip
+    truth, low = (
+        with_grads(lambda *a: plain(*a, targets, reduction=reduction), inputs, k) for k in (torch.float64, dtype)
+    )
     assert found[0].dtype == torch.float32 and found[0].shape == ()
     for what, a, b, c in zip(RESULTS, found, low, truth, strict=True):
         check(what, a.to(dtype) if what == "loss" else a, b, c, dtype)

@@ -44,10 +44,12 @@ def test_the_works_are_the_cells_that_a_model_meets():
     names = [work.cell.name for work in tune.works(HERE, CPU, shape, [torch.bfloat16])]
     assert len(set(names)) == len(names)
     for op, head_dim, few, sizes in (
-        ("flash_attention", "32", True, ("short", "long")), ("parallel_block", "32", True, ("short", "long")),
-        ("layer_norm", "-", True, ("short", "long")), ("apply_rotary", "-", True, ("short", "long")),
+        ("flash_attention", "32", True, ("short", "long")),
+        ("parallel_block", "32", True, ("short", "long")),
+        ("layer_norm", "-", True, ("short", "long")),
+        ("apply_rotary", "-", True, ("short", "long")),
         ("linear_cross_entropy", "-", False, ("long",)),
-    ):  # fmt: skip
+    ):
         expected = {f"{op} bfloat16 {head_dim} {size} {work}" for size in sizes for work in ("training", "forward")}
         expected |= {f"{op} bfloat16 {head_dim} few forward"} if few else set()
         assert {name for name in names if name.startswith(op)} == expected
@@ -144,7 +146,13 @@ COMMAND = [sys.executable, "-m", "kernels.tune", str(SHAPE), "--device", "cpu", 
 
 def environment(cache):
     root = pathlib.Path(tune.__file__).resolve().parents[1]
-    return {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "TRITON_INTERPRET": "0"}  # fmt: skip
+    return {
+        **os.environ,
+        "XDG_CACHE_HOME": str(cache),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(root),
+        "TRITON_INTERPRET": "0",
+    }
 
 
 def test_two_at_once_leave_one_whole_table(cache):

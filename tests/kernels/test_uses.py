@@ -259,13 +259,19 @@ def found() -> dict[tuple[str, str, str], str]:
 
 def table(cells: dict[tuple[str, str, str], str]) -> str:
     lines = [
-        "# What the ops can be used with", "",
-        "Written by `python tests/kernels/test_uses.py`, checked by the test of that name: each cell was run on a CPU, and what",
-        "works was compared with the plain call. `triton` and `cuda` are called as `cpu` is. Attention on `torch` with documents",
-        "is refused under torch.compile, since they are cut at places that only the run knows. A forked worker can hang in MKL if a",
-        "thread that computed products is just ending when it is forked (PyTorch's own products do, without ours).", "",
-        f"| op | use | {' | '.join(BACKENDS)} |", f"|---|---|{'---|' * len(BACKENDS)}",
-    ]  # fmt: skip
+        "# What the ops can be used with",
+        "",
+        "Written by `python tests/kernels/test_uses.py`, checked by the test of that name: each cell was run on a CPU, "
+        "and what",
+        "works was compared with the plain call. `triton` and `cuda` are called as `cpu` is. Attention on `torch` with "
+        "documents",
+        "is refused under torch.compile, since they are cut at places that only the run knows. A forked worker can "
+        "hang in MKL if a",
+        "thread that computed products is just ending when it is forked (PyTorch's own products do, without ours).",
+        "",
+        f"| op | use | {' | '.join(BACKENDS)} |",
+        f"|---|---|{'---|' * len(BACKENDS)}",
+    ]
     for call in USED:
         for use in [*USES, "spawned process"]:
             lines.append(f"| {call.name} | {use} | {' | '.join(cells[call.name, use, b] for b in BACKENDS)} |")

@@ -11,13 +11,25 @@ import kernels.triton
 SOURCE = pathlib.Path(kernels.triton.__file__).parent
 # A module after those that it imports.
 MODULES = (
-    "numeric", "column_sums", "norm", "block_elementwise", "block_product", "block", "loss",
-    "attention_tiles", "attention_forward", "attention_backward", "attention_tuning", "attention",
-)  # fmt: skip
+    "numeric",
+    "column_sums",
+    "norm",
+    "block_elementwise",
+    "block_product",
+    "block",
+    "loss",
+    "attention_tiles",
+    "attention_forward",
+    "attention_backward",
+    "attention_tuning",
+    "attention",
+)
 
 
 def mutate(monkeypatch: pytest.MonkeyPatch, folder: pathlib.Path, module: str, old: str, new: str) -> None:
-    """Until the test ends the backend runs on a copy of its modules in which `old`, found once in `module`, is `new`."""
+    """Until the test ends the backend runs on a copy of its modules in which `old`, found once in `module`, is
+    `new`.
+    """
     text = (SOURCE / f"{module}.py").read_text()
     assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in {module}.py"
     changed = folder / f"{module}.py"

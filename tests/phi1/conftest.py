@@ -67,7 +67,17 @@ def config(tmp_path, tokens):
     return TrainConfig(
         MODEL,
         DataConfig(tokens, sequence_length=32),
-        LoopConfig(tmp_path / "run", steps=8, sequences_per_step=8, micro_batch=4, precision="fp32", device="cpu", tune=False,
-                   log_every=2, checkpoint_every=3, keep_last=99),
+        LoopConfig(
+            tmp_path / "run",
+            steps=8,
+            sequences_per_step=8,
+            micro_batch=4,
+            precision="fp32",
+            device="cpu",
+            tune=False,
+            log_every=2,
+            checkpoint_every=3,
+            keep_last=99,
+        ),
         OptimizerConfig(lr=3e-3, warmup_steps=2),
-    )  # fmt: skip
+    )

@@ -26,9 +26,16 @@ from phi1.optimizer import make_optimizer
 from phi1.tokenizer import train_tokenizer
 
 CONFIG = ModelConfig(
-    vocab_size=300, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8,
-    rotary_dim=4, max_positions=32,
-)  # fmt: skip
+    vocab_size=300,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    rotary_dim=4,
+    max_positions=32,
+)
 
 
 @pytest.fixture(scope="module")

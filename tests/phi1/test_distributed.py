@@ -62,11 +62,21 @@ def test_torchrun_leaves_our_options_alone():
 
 
 def test_any_number_of_processes_gives_the_same_losses(config, tmp_path, masked_tokens, tokens):
-    """gloo: dropout included, two sets mixed, masks uneven; micro-batches of 2, 2, 2, 2 and 1, of which some process has one less. And a run
-    goes on with another number of processes."""
-    config = change(config, steps=6, sequences_per_step=9, micro_batch=2, tokens={"a": masked_tokens, "b": tokens},
-                    weights={"a": 2.5, "b": 1.0}, validation_tokens=masked_tokens, evaluation_sequences=11, checkpoint_every=4,
-                    **DROPOUT)  # fmt: skip
+    """gloo: dropout included, two sets mixed, masks uneven; micro-batches of 2, 2, 2, 2 and 1, of which some process
+    has one less. And a run goes on with another number of processes.
+    """
+    config = change(
+        config,
+        steps=6,
+        sequences_per_step=9,
+        micro_batch=2,
+        tokens={"a": masked_tokens, "b": tokens},
+        weights={"a": 2.5, "b": 1.0},
+        validation_tokens=masked_tokens,
+        evaluation_sequences=11,
+        checkpoint_every=4,
+        **DROPOUT,
+    )
     train(config)
     recipe = write_recipe(tmp_path, config)
     for size in (2, 3):
@@ -84,10 +94,26 @@ def test_under_torchrun(config, tmp_path):
     """As a module; and what torchrun does with a signal: it passes it on, waits, and ends with 1."""
     config = change(config, steps=100_000, checkpoint_every=100_000, **TINY)
     recipe, run = write_recipe(tmp_path, config), config.train.run_folder
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--signals-to-handle",
-               "SIGTERM,SIGUSR1", "--shutdown-timeout", "300", "-m", "phi1", "train", recipe]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--signals-to-handle",
+        "SIGTERM,SIGUSR1",
+        "--shutdown-timeout",
+        "300",
+        "-m",
+        "phi1",
+        "train",
+        recipe,
+    ]
     environ = environment() | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     until(
         lambda: (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_bytes().splitlines()) > 3, process
     )
@@ -116,7 +142,9 @@ def refused(config, tmp_path, *options):
 
 
 def test_processes_that_would_not_train_the_same_are_refused(config, tmp_path, tokenizer, texts):
-    """Run folders on disks that they do not share, other data, another recipe: one line, at once, and nothing is written."""
+    """Run folders on disks that they do not share, other data, another recipe: one line, at once, and nothing is
+    written.
+    """
     config = change(config, steps=4, checkpoint_every=2, keep_last=1)
     first, second = tmp_path / "first", tmp_path / "second"
     for folder, steps in ((first, 4), (second, 2)):
@@ -174,7 +202,9 @@ def test_what_one_process_finds_wrong_ends_all_with_one_line(config, tmp_path, t
 
 
 def test_a_signal_to_one_process_stops_all_after_the_micro_batch(config, tmp_path):
-    """With status 75, after a checkpoint of the last whole step; going on gives the bits of a run that was not stopped."""
+    """With status 75, after a checkpoint of the last whole step; going on gives the bits of a run that was not
+    stopped.
+    """
     config = change(config, steps=6, micro_batch=2, checkpoint_every=1000, **DROPOUT)
     recipe, run, whole = write_recipe(tmp_path, config), config.train.run_folder, tmp_path / "whole"
     found = processes(tmp_path, [recipe], [recipe], stopped=(1, 7))  # in the first of rank 1's two in step 4
@@ -189,7 +219,9 @@ def test_a_signal_to_one_process_stops_all_after_the_micro_batch(config, tmp_pat
 
 
 def test_no_thread_outlives_the_process_group(tmp_path):
-    """One that runs on into the interpreter's exit may find it half gone: "terminate called without an active exception"."""
+    """One that runs on into the interpreter's exit may find it half gone: "terminate called without an active
+    exception".
+    """
     script = tmp_path / "script.py"
     script.write_text(
         "import pathlib, torch\n"

@@ -25,11 +25,21 @@ def run_in(tmp_path, config, size, run, data_parallel):
 
 
 def test_shards_train_as_wholes_do(config, tmp_path, masked_tokens):
-    """FSDP2 on 4 processes, and from DDP to FSDP2 and back to DDP on 2, 3 and 2: as one process that was not stopped. Dropout
-    included, masks and micro-batches uneven, parameters whose rows the processes do not divide, an evaluation in which some
-    have no sequence. On the same number of processes a run that goes on gives the same bits."""
-    config = change(config, steps=6, sequences_per_step=9, micro_batch=2, tokens=masked_tokens, validation_tokens=masked_tokens,
-                    evaluation_sequences=5, checkpoint_every=2, **DROPOUT)  # fmt: skip
+    """FSDP2 on 4 processes, and from DDP to FSDP2 and back to DDP on 2, 3 and 2: as one process that was not stopped.
+    Dropout included, masks and micro-batches uneven, parameters whose rows the processes do not divide, an evaluation
+    in which some have no sequence. On the same number of processes a run that goes on gives the same bits.
+    """
+    config = change(
+        config,
+        steps=6,
+        sequences_per_step=9,
+        micro_batch=2,
+        tokens=masked_tokens,
+        validation_tokens=masked_tokens,
+        evaluation_sequences=5,
+        checkpoint_every=2,
+        **DROPOUT,
+    )
     train(config)
     said = run_in(tmp_path, config, 4, tmp_path / "4", "fsdp2")
     assert [text.count("step 6/6") for text in said] == [1, 0, 0, 0]
@@ -53,12 +63,23 @@ def test_shards_train_as_wholes_do(config, tmp_path, masked_tokens):
 
 @pytest.mark.parametrize(("precision", "data_parallel"), [("bf16", "ddp"), ("bf16", "fsdp2"), ("fp16", "fsdp2")])
 def test_lower_precision(config, tmp_path, precision, data_parallel):
-    """The same casts, of two micro-batches: a loss that differs by more than the order of float32 sums would show. In fp16 all processes see an
-    overflow that one has, and skip the same steps."""
-    config = change(config, precision=precision, loss_scale=2.0**26, steps=4, validation_tokens=config.data.tokens, **TINY | {"sequences_per_step": 8}, **DROPOUT)  # fmt: skip
+    """The same casts, of two micro-batches: a loss that differs by more than the order of float32 sums would show. In
+    fp16 all processes see an overflow that one has, and skip the same steps.
+    """
+    config = change(
+        config,
+        precision=precision,
+        loss_scale=2.0**26,
+        steps=4,
+        validation_tokens=config.data.tokens,
+        **TINY | {"sequences_per_step": 8},
+        **DROPOUT,
+    )
     train(config)
     run_in(tmp_path, config, 2, tmp_path / "shards", data_parallel)
-    skipped = [[record.get("skipped") for record in records(run)] for run in (config.train.run_folder, tmp_path / "shards")]  # fmt: skip
+    skipped = [
+        [record.get("skipped") for record in records(run)] for run in (config.train.run_folder, tmp_path / "shards")
+    ]
     assert skipped[0] == skipped[1] and any(skipped[0]) == (precision == "fp16")
     same_run(config.train.run_folder, tmp_path / "shards")
 
@@ -82,8 +103,10 @@ def test_what_is_exchanged_when(config, fake_world):
 
 @pytest.mark.parametrize(("dtype", "copied"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_compiled_shards_do_not_add_to_a_gradient_twice(config, fake_world, monkeypatch, dtype, copied):
-    """Inductor hands one tensor to two parameters. In float32 FSDP2 would add the micro-batches up in it (with 2 micro-batches
-    on 2 processes the gradient's norm was 3.34 instead of 2.49): there each is exchanged, which copies it."""
+    """Inductor hands one tensor to two parameters. In float32 FSDP2 would add the micro-batches up in it (with 2
+    micro-batches on 2 processes the gradient's norm was 3.34 instead of 2.49): there each is exchanged, which copies
+    it.
+    """
     monkeypatch.setattr(torch, "compile", lambda model: model)
     settings = change(config, data_parallel="fsdp2", compile=True).train
     engine, tokens = Engine(Phi1(MODEL, dtype), fake_world(4), settings), torch.zeros(1, 8, dtype=torch.long)

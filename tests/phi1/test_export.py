@@ -15,9 +15,17 @@ from phi1.model import Phi1
 from phi1.tokenizer import codegen_tokenizer, train_tokenizer
 
 CONFIG = ModelConfig(
-    vocab_size=320, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1,
-    head_dim=16, rotary_dim=8, max_positions=48, residual_dropout=0.1,
-)  # fmt: skip
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    rotary_dim=8,
+    max_positions=48,
+    residual_dropout=0.1,
+)
 
 
 @pytest.fixture
@@ -72,7 +80,8 @@ def test_the_published_shape_and_tokenizer_are_what_converters_know() -> None:
     assert "head_dim = 64 (hidden_size / num_attention_heads), here it is 32" in reason
     # How llama.cpp's convert_hf_to_gguf.py knows a tokenizer: this hash, of what becomes of this text, is its "phi-2".
     text = (
-        "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 3 33 333 3333 33333 "
+        "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 3 "
+        "33 333 3333 33333 "
         "333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= нещо на Български "
         "''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, "
         "'D you like some tea? We'Ve a'lL"

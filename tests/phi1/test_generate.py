@@ -20,9 +20,16 @@ from phi1.model import Cache, Phi1
 from phi1.tokenizer import Tokenizer, train_tokenizer
 
 CONFIG = ModelConfig(
-    vocab_size=400, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2,
-    head_dim=16, rotary_dim=8, max_positions=48,
-)  # fmt: skip
+    vocab_size=400,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rotary_dim=8,
+    max_positions=48,
+)
 PROMPTS = ["def f(x):\n", "a", "x = 1024\n    y = 2\n", "", "a", "def g():\n        return", "éé 😀", "zz\n\n"]
 
 
@@ -231,9 +238,16 @@ def test_progress_and_mode(model: Phi1, tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize(
     "option",
-    [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"stop": ["a", ""]}, {"seed": -1},
-     {"batch_size": 0}],
-)  # fmt: skip
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"stop": ["a", ""]},
+        {"seed": -1},
+        {"batch_size": 0},
+    ],
+)
 def test_senseless_options_are_refused(option: dict[str, object], model: Phi1, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match=f"^{next(iter(option))} = "):
         complete(model, tokenizer, ["a"], **option)  # type: ignore[arg-type]
@@ -247,8 +261,14 @@ def test_streamed_pieces_are_the_completion(stop: list[str], model: Phi1, tokeni
         prompts = ["a"] if network is scripted else PROMPTS
         pieces: list[list[str]] = [[] for _ in prompts]
         texts = complete(
-            network, tokenizer, prompts, stop=stop, max_new_tokens=40, batch_size=3, stream=lambda i, new, pieces=pieces: pieces[i].append(new),  # type: ignore[arg-type, misc]
-        )  # fmt: skip
+            network,
+            tokenizer,
+            prompts,
+            stop=stop,
+            max_new_tokens=40,
+            batch_size=3,
+            stream=lambda i, new, pieces=pieces: pieces[i].append(new),  # type: ignore[arg-type, misc]
+        )
         assert ["".join(parts) for parts in pieces] == texts
         assert all(piece for parts in pieces for piece in parts)
         if network is scripted:
@@ -280,9 +300,13 @@ def checkpoint(model: Phi1, tokenizer: Tokenizer, tmp_path_factory: pytest.TempP
 
 
 def test_command(
-    checkpoint: pathlib.Path, model: Phi1, tokenizer: Tokenizer, tmp_path: pathlib.Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    checkpoint: pathlib.Path,
+    model: Phi1,
+    tokenizer: Tokenizer,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     prompt = "def f(x):\r\n  "  # neither CRLF nor trailing blanks are touched
     (expected,) = complete(model, tokenizer, [prompt], max_new_tokens=9)
     options = ["generate", "--checkpoint", str(checkpoint), "--max-new-tokens", "9", "--device", "cpu"]

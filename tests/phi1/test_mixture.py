@@ -40,8 +40,14 @@ def small(tmp_path_factory, tokenizer, texts):
 @pytest.fixture
 def mixed(config, big, small):
     """Three of four sequences of the larger set; both sets are read more than twice in 8 steps of 9 sequences."""
-    return change(config, tokens={"big": big, "small": small}, weights={"big": 3.0, "small": 1.0},
-                  sequences_per_step=9, micro_batch=2, sequence_length=63)  # fmt: skip
+    return change(
+        config,
+        tokens={"big": big, "small": small},
+        weights={"big": 3.0, "small": 1.0},
+        sequences_per_step=9,
+        micro_batch=2,
+        sequence_length=63,
+    )
 
 
 def widest(choices, weights):
@@ -57,8 +63,9 @@ def widest(choices, weights):
 
 
 def test_every_stretch_meets_the_weights():
-    """For k sets fewer than max(1, k - 1) sequences away, in all stretches of 600, at weights of all kinds; drawn at random
-    they are not."""
+    """For k sets fewer than max(1, k - 1) sequences away, in all stretches of 600, at weights of all kinds; drawn at
+    random they are not.
+    """
     generator = random.Random(0)
     for sets in range(1, 8):
         for kind in range(6):

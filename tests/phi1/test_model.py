@@ -17,9 +17,16 @@ from phi1.errors import UserError
 from phi1.model import Phi1, document_positions
 
 TINY = ModelConfig(
-    vocab_size=97, hidden_size=48, intermediate_size=80, num_layers=3, num_heads=4, num_kv_heads=2,
-    head_dim=16, rotary_dim=8, max_positions=64,
-)  # fmt: skip
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rotary_dim=8,
+    max_positions=64,
+)
 
 # Logits here are of order 1 and sums have fewer than 100 terms: float32 rounding is below 100 * 2^-24 = 6e-6.
 TOLERANCE = 1e-5

@@ -112,8 +112,15 @@ def test_a_torch_without_muon_is_named(monkeypatch):
 
 def test_the_papers_learning_rates():
     paper = OptimizerConfig(lr=1e-3, warmup_steps=750)
-    expected = {0: 1e-3 / 750, 374: 0.5e-3, 749: 1e-3, 750: 1e-3, 18_375: 0.5e-3, 24_000: 1e-3 * 12_000 / 35_250,
-                35_999: 1e-3 / 35_250}  # fmt: skip
+    expected = {
+        0: 1e-3 / 750,
+        374: 0.5e-3,
+        749: 1e-3,
+        750: 1e-3,
+        18_375: 0.5e-3,
+        24_000: 1e-3 * 12_000 / 35_250,
+        35_999: 1e-3 / 35_250,
+    }
     assert {step: learning_rate(paper, step, 36_000) for step in expected} == pytest.approx(expected, rel=1e-12)
     floor = OptimizerConfig(lr=1e-3, lr_floor=1e-4, warmup_steps=0)
     assert learning_rate(floor, 0, 10) == 1e-3

@@ -54,8 +54,16 @@ def peak_of(run):
 )
 def test_memory_is_that_of_a_real_run(config, one_thread, precision, changes):
     """Two steps of a small model, the second with all its state, against the sum of the parts: within 10%."""
-    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32,
-             "max_positions": 64, "vocab_size": 1024}  # fmt: skip
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "head_dim": 32,
+        "max_positions": 64,
+        "vocab_size": 1024,
+    }
     config = change(config, **sizes | {"sequence_length": 64, "precision": precision} | changes)
 
     def two_steps():
@@ -80,8 +88,18 @@ def test_memory_is_that_of_a_real_run(config, one_thread, precision, changes):
 )
 def test_memory_of_shards_is_that_of_a_real_step(config, one_thread, fake_world, gpus, precision, rounds, changes):
     """Two steps of one process of many, whose exchange is faked, its buffers are not: within 10%."""
-    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_layers": 3, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32,
-             "max_positions": 64, "vocab_size": 1024, "sequence_length": 64, "precision": precision}  # fmt: skip
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_layers": 3,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "head_dim": 32,
+        "max_positions": 64,
+        "vocab_size": 1024,
+        "sequence_length": 64,
+        "precision": precision,
+    }
     sizes |= {"data_parallel": "fsdp2", "sequences_per_step": gpus * changes["micro_batch"] * rounds}
     config = change(config, **sizes | changes)
     model = Phi1(config.model, DTYPES[precision])
@@ -120,7 +138,8 @@ def test_flops_are_those_that_mfu_counts():
         flop = {part.name: part.flop * gpus for part in plan.work(config, gpus)}
         strict = flops_per_token(config.model, sum(count.values()), 2048) * tokens
         attention = strict - 6 * (sum(count.values()) - count["embedding"]) * tokens
-        # Products alike; of attention a causal half, and of 2 + 5 products where MFU counts 2 + 4. Biases are not products.
+        # Products alike; of attention a causal half, and of 2 + 5 products where MFU counts 2 + 4. Biases are not
+        # products.
         found = flop["block matrices"] + flop["lm_head and loss"] + flop["attention"] * 12 / 7
         assert found == pytest.approx(strict, rel=1e-3) and flop["attention"] == pytest.approx(attention * 7 / 12)
 
@@ -167,7 +186,8 @@ def test_the_papers_run(capsys, tmp_path):
     sharded.write_text(pathlib.Path(recipe).read_text().replace("[train]", '[train]\ndata_parallel = "fsdp2"'))
     assert main(["plan", str(sharded), "--device", "L4"]) == 0
     text = capsys.readouterr().out
-    # Of 1.4 billion parameters an eighth of each; and weights of 16 micro-batches' passes in bf16, gradients once, in GB.
+    # Of 1.4 billion parameters an eighth of each; and weights of 16 micro-batches' passes in bf16, gradients once, in
+    # GB.
     assert re.search(r"shards of AdamW's moments, float32 +1\.42\n", text) and "lower --micro-batch\n" in text
     passes = 16 * (2 * 2 * 1_207_959_552 + 4 * (1_418_270_720 - 1_207_959_552)) + 4 * 1_418_270_720
     assert re.search(rf"weights from, gradients to the other GPUs +{passes * 7 / 8 / 1e9:.1f}\n", text)

@@ -197,8 +197,22 @@ def test_a_missing_recipe(tmp_path, monkeypatch):
 
 def test_options_override_the_recipe(tmp_path):
     path = recipe(tmp_path, GOOD)
-    config = parse([str(path), "--steps", "100", "--precision", "fp16", "--document-masking", "--hidden-size", "64",
-                    "--validation-tokens", "held-out", "--lr", "2e-3"])  # fmt: skip
+    config = parse(
+        [
+            str(path),
+            "--steps",
+            "100",
+            "--precision",
+            "fp16",
+            "--document-masking",
+            "--hidden-size",
+            "64",
+            "--validation-tokens",
+            "held-out",
+            "--lr",
+            "2e-3",
+        ]
+    )
     assert (config.train.steps, config.train.precision, config.model.hidden_size) == (100, "fp16", 64)
     assert config.data.document_masking and config.data.validation_tokens == pathlib.Path("held-out")
     assert (config.optimizer.lr, config.data.sequence_length) == (2e-3, 512)

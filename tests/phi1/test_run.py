@@ -173,8 +173,11 @@ def test_a_full_disk_is_noticed_before_training(config, monkeypatch, capsys):
     train(change(config, steps=4))
     assert "room for 2 more is needed" in capsys.readouterr().out  # there are only two to come
     free[0] = size - 1
-    with pytest.raises(UserError, match=r"0\.5 MB, and room for 1 more is needed \(--keep-last 2, and one while it is "
-                       r"written\), but 0\.5 MB are free; free space there, lower --keep-last"):  # fmt: skip
+    with pytest.raises(
+        UserError,
+        match=r"0\.5 MB, and room for 1 more is needed \(--keep-last 2, and one while it is "
+        r"written\), but 0\.5 MB are free; free space there, lower --keep-last",
+    ):
         train(config)
     free[0] = size
     train(config)

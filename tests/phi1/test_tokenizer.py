@@ -22,9 +22,34 @@ TOKENIZERS = pytest.mark.parametrize("tokenizer", [CODEGEN, TRAINED], ids=["code
 
 # Texts of every kind, with what tokenizers trip over made likely.
 PIECES = st.sampled_from(
-    ["<|endoftext|>", "<|endo", "\r\n", "\n", "\t", " ", "    ", " " * 40, "\t" * 12, "\x00", "\x7f", "\u2028", "\xa0",
-     "😀", "👩‍👩‍👧", "e\u0301", "Ġ", "Ċ", "\ufeff", "\ufffd", "def f(x):", "123", "٣", "中文", "'s"]
-)  # fmt: skip
+    [
+        "<|endoftext|>",
+        "<|endo",
+        "\r\n",
+        "\n",
+        "\t",
+        " ",
+        "    ",
+        " " * 40,
+        "\t" * 12,
+        "\x00",
+        "\x7f",
+        "\u2028",
+        "\xa0",
+        "😀",
+        "👩‍👩‍👧",
+        "e\u0301",
+        "Ġ",
+        "Ċ",
+        "\ufeff",
+        "\ufffd",
+        "def f(x):",
+        "123",
+        "٣",
+        "中文",
+        "'s",
+    ]
+)
 TEXTS = st.lists(PIECES | st.text(max_size=8), max_size=12).map("".join)
 
 

@@ -49,14 +49,17 @@ def test_a_crashed_run_goes_on_as_if_it_had_not_crashed(config, tmp_path, monkey
 
 def test_interrupted_by_ctrl_c_then_resumed(config, tmp_path, capsys):
     """Through the real command line: exit status 130, then the same bits as a run that was left alone."""
-    # Endless, so that the signal comes in time however slow the machine is; in its warmup, where the learning rate does not
-    # depend on the number of steps.
+    # Endless, so that the signal comes in time however slow the machine is; in its warmup, where the learning rate does
+    # not depend on the number of steps.
     config = change(config, steps=100_000, warmup_steps=100_000, lr=30.0, checkpoint_every=100_000, **TINY, **DROPOUT)
     run = config.train.run_folder
     process = subprocess.Popen(
-        [sys.executable, ROOT / "phi1" / "train.py", write_recipe(tmp_path, config)], cwd=tmp_path, env=environment(),
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, ROOT / "phi1" / "train.py", write_recipe(tmp_path, config)],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 300
     while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes().count(b"\n") >= 3):
         assert process.poll() is None and time.monotonic() < deadline
@@ -95,8 +98,16 @@ def test_a_changed_setting_is_said_or_refused(config, tokens, masked_tokens, cap
 @pytest.mark.parametrize("where", ["micro-batch", "evaluation", "first step"])
 def test_a_signal_is_acted_on_within_the_step(config, tmp_path, tokens, monkeypatch, where):
     """The half step's gradients are dropped: a run that goes on gives the bits of one that was not stopped."""
-    config = change(config, steps=6, micro_batch=2, checkpoint_every=4, validation_tokens=tokens, evaluate_every=2,
-                    evaluation_sequences=8, **DROPOUT)  # fmt: skip
+    config = change(
+        config,
+        steps=6,
+        micro_batch=2,
+        checkpoint_every=4,
+        validation_tokens=tokens,
+        evaluate_every=2,
+        evaluation_sequences=8,
+        **DROPOUT,
+    )
     whole = train(change(config, run_folder=tmp_path / "whole"))
     at, passes = {"micro-batch": (5, 5 * 4 + 2 * 4 + 2), "evaluation": (2, 2 * 4 + 1), "first step": (0, 2)}[where], []
     real = Phi1.forward

@@ -47,9 +47,10 @@ def test_a_run_records_its_choice_and_keeps_it(config, rows, capfd):
     facts = checkpoint.read_facts(run / "step-000004")["kernels"]
     assert facts["kind"] == HERE.kind and facts["forced"] is None
     assert facts["orders"]["flash_attention float32 16 short training"][:2] == ["reference", "torch"]
-    assert facts["orders"]["layer_norm float32 - short training"][0] == registry.fixed_order(
-        HERE, Cell("layer_norm", HERE.kind, torch.float32, None, "short", "training")
-    )[0]  # fmt: skip
+    assert (
+        facts["orders"]["layer_norm float32 - short training"][0]
+        == registry.fixed_order(HERE, Cell("layer_norm", HERE.kind, torch.float32, None, "short", "training"))[0]
+    )
 
     (run / "last").unlink()
     for path in (run / "step-000004").iterdir():

@@ -26,9 +26,16 @@ from phi1.train import Trainer
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODEL = ModelConfig(
-    vocab_size=320, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16,
-    rotary_dim=8, max_positions=64,
-)  # fmt: skip
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=16,
+    rotary_dim=8,
+    max_positions=64,
+)
 TINY = {"sequence_length": 8, "sequences_per_step": 4, "micro_batch": 2}
 """For what is slow on a CPU: fp16, and whole processes."""
 DROPOUT = {"attention_dropout": 0.1, "residual_dropout": 0.1}
@@ -68,7 +75,9 @@ def losses(run):
 
 
 def same_run(one, other):
-    """Two runs alike. Only the order of float32 additions differs; Adam turns that into 1e-6 of the parameters in a few steps."""
+    """Two runs alike. Only the order of float32 additions differs; Adam turns that into 1e-6 of the parameters in a few
+    steps.
+    """
     assert losses(other) == pytest.approx(losses(one), rel=2e-6)
     norms = [[record.get("grad_norm", 0.0) for record in records(run) if "loss" in record] for run in (one, other)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)  # Adam hides a gradient of the wrong size, this does not
@@ -103,8 +112,14 @@ def _signal_in(passes):
 def _process(rank, size, port, arguments, output, passes):
     with open(output, "wb") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")  # fmt: skip
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(200, exit=True)  # says where, should it hang
     if passes:
@@ -113,7 +128,8 @@ def _process(rank, size, port, arguments, output, passes):
 
 
 def processes(folder, *arguments, stopped=None):
-    """Runs `phi1 train` in as many processes as there are lists of arguments, as torchrun would; each one's status and output.
+    """Runs `phi1 train` in as many processes as there are lists of arguments, as torchrun would; each one's status and
+    output.
 
     stopped: (a rank, its forward pass in which it gets SIGTERM).
     """

@@ -114,8 +114,9 @@ class Program(Peer):
 
 
 def _courtesies() -> None:
-    """Inside the job's own folder, setting a mode or a time succeeds and does nothing, and there are no attributes: what
-    shutil.copy and copy2 ask for. The kernel refuses these calls whatever Python says, so nothing depends on this."""
+    """Inside the job's own folder, setting a mode or a time succeeds and does nothing, and there are no attributes:
+    what shutil.copy and copy2 ask for. The kernel refuses these calls whatever Python says, so nothing depends on this.
+    """
     own = os.getcwd()
     refused = {name: getattr(os, name) for name in ("chmod", "utime", "listxattr")}
 

@@ -10,8 +10,8 @@ from phi1.evaluate.inside.frames import TooLarge
 from phi1.evaluate.inside.wire import Codec
 
 _DEPTH = 8  # of causes and of exceptions within exceptions
-# Modules of the standard library whose exceptions are the same class on both sides, where the test has imported them. Not
-# all: one of unittest's would tell a test's runner to skip it.
+# Modules of the standard library whose exceptions are the same class on both sides, where the test has imported them.
+# Not all: one of unittest's would tell a test's runner to skip it.
 _LIBRARY = frozenset(
     (
         "_csv",

@@ -10,7 +10,9 @@ MAX_MESSAGE = 16 << 20
 
 
 class Gone(BaseException):
-    """The other process ended, or said what no peer says. Not an Exception: a test or program cannot catch it by that."""
+    """The other process ended, or said what no peer says. Not an Exception: a test or program cannot catch it by
+    that.
+    """
 
 
 class TooLarge(ValueError):

@@ -13,11 +13,29 @@ SMALL = range(-(1 << 63), 1 << 63)
 ATOMIC = frozenset({type(None), bool, float, str})
 # Builtin functions that are the same on both sides. None of them reaches beyond its arguments.
 PURE = {
-    "builtins": ("abs", "all", "any", "bin", "chr", "divmod", "hash", "hex", "len", "max", "min", "oct", "ord", "pow",
-                 "repr", "round", "sorted", "sum"),
+    "builtins": (
+        "abs",
+        "all",
+        "any",
+        "bin",
+        "chr",
+        "divmod",
+        "hash",
+        "hex",
+        "len",
+        "max",
+        "min",
+        "oct",
+        "ord",
+        "pow",
+        "repr",
+        "round",
+        "sorted",
+        "sum",
+    ),
     "math": tuple(name for name in vars(math) if not name.startswith("_")),
     "_operator": tuple(name for name in vars(operator) if not name.startswith("_")),
-}  # fmt: skip
+}
 TYPES = {name: kind for name, kind in vars(builtins).items() if isinstance(kind, type)}
 
 
@@ -85,7 +103,16 @@ VALUES: dict[tuple[str, str], Callable[[Any], list[Any]]] = {
     ("fractions", "Fraction"): lambda v: [v.numerator, v.denominator],
     ("decimal", "Decimal"): lambda v: [sys.modules["decimal"].Decimal.__str__(v)],  # a subclass may print otherwise
     ("datetime", "datetime"): lambda v: [
-        v.year, v.month, v.day, v.hour, v.minute, v.second, v.microsecond, v.tzinfo, v.fold],
+        v.year,
+        v.month,
+        v.day,
+        v.hour,
+        v.minute,
+        v.second,
+        v.microsecond,
+        v.tzinfo,
+        v.fold,
+    ],
     ("datetime", "date"): lambda v: [v.year, v.month, v.day],
     ("datetime", "time"): lambda v: [v.hour, v.minute, v.second, v.microsecond, v.tzinfo, v.fold],
     ("datetime", "timedelta"): lambda v: [v.days, v.seconds, v.microseconds],
@@ -104,7 +131,7 @@ VALUES: dict[tuple[str, str], Callable[[Any], list[Any]]] = {
     ("builtins", "dict_values"): lambda v: [list(v)],
     ("builtins", "dict_items"): lambda v: [list(v)],
     ("builtins", "memoryview"): lambda v: [v.tobytes()],
-}  # fmt: skip
+}
 
 
 def make_value(module: str, name: str, arguments: list[Any]) -> Any:
@@ -129,10 +156,14 @@ def _parts(value: complex) -> tuple[float, float]:
 
 # The plain value of an object whose class derives from a plain type, by that type's own methods.
 BASE_VALUE: dict[type, Callable[[Any], Any]] = {
-    str: lambda value: str.__str__(value)[:], int: lambda value: int.__int__(value), float: lambda value: float.__float__(value),
-    bytes: lambda value: bytes.__getitem__(value, slice(None)), complex: lambda value: complex(*_parts(value)),
-    tuple: lambda value: tuple(tuple.__iter__(value)), frozenset: lambda value: frozenset(frozenset.__iter__(value)),
-}  # fmt: skip
+    str: lambda value: str.__str__(value)[:],
+    int: lambda value: int.__int__(value),
+    float: lambda value: float.__float__(value),
+    bytes: lambda value: bytes.__getitem__(value, slice(None)),
+    complex: lambda value: complex(*_parts(value)),
+    tuple: lambda value: tuple(tuple.__iter__(value)),
+    frozenset: lambda value: frozenset(frozenset.__iter__(value)),
+}
 PLAIN = frozenset({*BASE_VALUE, list, dict, set, bytearray})
 MODULES_OF_VALUES = frozenset({module for module, _ in VALUES} | {"pathlib._local"})
 

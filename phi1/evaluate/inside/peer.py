@@ -1,4 +1,6 @@
-"""The conversation of the two processes of a job: each asks for operations on the other's objects, and does those asked of its own."""
+"""The conversation of the two processes of a job: each asks for operations on the other's objects, and does those asked
+of its own.
+"""
 
 import _thread
 import sys
@@ -14,9 +16,7 @@ from phi1.evaluate.inside.remote import (
     Entry,
     Remote,
     class_for,
-    coroutine_of,
     derived_class,
-    generator_of,
     special_methods,
 )
 
@@ -32,8 +32,8 @@ class Peer(Exceptions):
     """One side's conversation: asks for operations on the other's objects, carries out those asked of its own.
 
     careful: this side is the test's: its values are not handed to the other's operators, and of its objects the
-    other may call functions, advance iterators, and use the public attributes of instances of the test's own classes, of
-    its files in memory and of its mocks.
+    other may call functions, advance iterators, and use the public attributes of instances of the test's own classes,
+    of its files in memory and of its mocks.
     """
 
     def __init__(self, descriptor: int, *, careful: bool) -> None:
@@ -48,7 +48,9 @@ class Peer(Exceptions):
         self.said: dict[tuple[int, str], Any] = {}  # numbers that objects said since anything else was asked
         self.lock = _thread.RLock()
         self.failure: BaseException | None = None
-        """What catching does not undo: the first failed assertion of the test within a call by the program, or `refuse`."""
+        """What catching does not undo: the first failed assertion of the test within a call by the program, or
+        `refuse`.
+        """
 
     # ---- the conversation
 
@@ -134,7 +136,9 @@ class Peer(Exceptions):
             self.to_drop.append(number)
 
     def refuse(self, what: str) -> Exception:
-        """The exception for an answer that does not count. It stays the test's verdict even where the test catches it."""
+        """The exception for an answer that does not count. It stays the test's verdict even where the test catches
+        it.
+        """
         error = TypeError(f"{what}, does not count; compare with another of its objects")
         self.failure = self.failure or error
         return error
@@ -220,9 +224,9 @@ class Peer(Exceptions):
         remote = class_for(special, fields)(self, number, facts)
         value: Any = remote
         if facts.get("is") == "generator":
-            value = generator_of(remote)
+            value = _generator_of(remote)
         elif facts.get("is") == "coroutine":
-            value = coroutine_of(remote)
+            value = _coroutine_of(remote)
         self.remotes[number] = value
         return value
 
@@ -246,7 +250,9 @@ class Peer(Exceptions):
 
 
 def _is_for_use(value: Any) -> bool:
-    """An instance of a class that the test wrote, a file in memory, a mock: what is made to be used through attributes."""
+    """An instance of a class that the test wrote, a file in memory, a mock: what is made to be used through
+    attributes.
+    """
     return type(value).__module__ in ("test", "_io", "unittest.mock") and not isinstance(value, type)
 
 
@@ -257,3 +263,32 @@ def _unheld() -> int:
 
 
 _UNHELD = _unheld()
+
+
+def _generator_of(remote: Any) -> Any:
+    peer = remote._peer
+
+    def forward() -> Any:
+        step: tuple[Any, ...] = ("__next__",)
+        while True:
+            try:
+                item = peer.ask(step[0], remote, *step[1:])
+            except StopIteration as stop:
+                return stop.value
+            try:
+                sent = yield item
+                step = ("__next__",) if sent is None else ("send", sent)
+            except GeneratorExit:
+                peer.ask("close", remote)
+                raise
+            except BaseException as error:
+                step = ("throw", error)
+
+    return forward()
+
+
+def _coroutine_of(remote: Any) -> Any:
+    async def forward() -> Any:
+        return remote._peer.ask("run", remote)
+
+    return forward()

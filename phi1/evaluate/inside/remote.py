@@ -6,7 +6,8 @@ what it says it holds (a number, items, keys), which it must say without knowing
 other process are its own matter: its `__eq__` decides, as in one process.
 
 Arithmetic with a number or string of the test's (`vector * 3`) is the object's only where it is no number itself. What
-comes back knows the operand: it may be compared with objects of its kind, printed and taken apart, but it says no number.
+comes back knows the operand: it may be compared with objects of its kind, printed and taken apart, but it says no
+number.
 """
 
 import copy
@@ -24,30 +25,72 @@ if TYPE_CHECKING:
 
 # What a class may define, and the function that does it in the process that holds the object.
 _UNARY: dict[str, Callable[..., Any]] = {
-    "__len__": len, "__iter__": iter, "__next__": next, "__reversed__": reversed, "__int__": int, "__float__": float,
-    "__complex__": complex, "__index__": operator.index, "__bool__": bool, "__abs__": abs, "__neg__": operator.neg,
-    "__pos__": operator.pos, "__invert__": operator.invert, "__round__": round, "__trunc__": math.trunc,
-    "__floor__": math.floor, "__ceil__": math.ceil, "__str__": str, "__repr__": repr, "__format__": format,
-    "__bytes__": bytes, "__fspath__": os.fspath, "__getitem__": operator.getitem, "__setitem__": operator.setitem,
-    "__delitem__": operator.delitem, "__missing__": lambda value, key: type(value).__missing__(value, key),
+    "__len__": len,
+    "__iter__": iter,
+    "__next__": next,
+    "__reversed__": reversed,
+    "__int__": int,
+    "__float__": float,
+    "__complex__": complex,
+    "__index__": operator.index,
+    "__bool__": bool,
+    "__abs__": abs,
+    "__neg__": operator.neg,
+    "__pos__": operator.pos,
+    "__invert__": operator.invert,
+    "__round__": round,
+    "__trunc__": math.trunc,
+    "__floor__": math.floor,
+    "__ceil__": math.ceil,
+    "__str__": str,
+    "__repr__": repr,
+    "__format__": format,
+    "__bytes__": bytes,
+    "__fspath__": os.fspath,
+    "__getitem__": operator.getitem,
+    "__setitem__": operator.setitem,
+    "__delitem__": operator.delitem,
+    "__missing__": lambda value, key: type(value).__missing__(value, key),
     "__enter__": lambda value: type(value).__enter__(value),
     "__exit__": lambda value, error: type(value).__exit__(value, *_thrown(error)),
     "__aenter__": lambda value: type(value).__aenter__(value),
     "__aexit__": lambda value, error: type(value).__aexit__(value, *_thrown(error)),
-    "__aiter__": lambda value: type(value).__aiter__(value), "__anext__": lambda value: type(value).__anext__(value),
-}  # fmt: skip
+    "__aiter__": lambda value: type(value).__aiter__(value),
+    "__anext__": lambda value: type(value).__anext__(value),
+}
 _EXITS = ("__exit__", "__aexit__")
 _BINARY: dict[str, Callable[..., Any]] = {
     f"__{name}__": getattr(operator, f"{name}_" if name in ("and", "or") else name)
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "lshift", "rshift", "and", "or",
-                 "xor", "lt", "le", "gt", "ge", "eq", "ne")
-} | {"__divmod__": divmod}  # fmt: skip
+    for name in (
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "matmul",
+        "lshift",
+        "rshift",
+        "and",
+        "or",
+        "xor",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "eq",
+        "ne",
+    )
+} | {"__divmod__": divmod}
 _COMPARISONS = ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__")
 _IN_PLACE = {
     f"__i{name[2:]}": getattr(operator, f"i{name[2:-2]}")
-    for name in _BINARY if name not in _COMPARISONS and name != "__divmod__"
-}  # fmt: skip
-# By these an object says a number: once, until something else is asked. Else it could say another each time it is asked.
+    for name in _BINARY
+    if name not in _COMPARISONS and name != "__divmod__"
+}
+# By these an object says a number: once, until something else is asked. Else it could say another each time it is
+# asked.
 NUMBERS = ("__int__", "__float__", "__complex__", "__index__")
 _ANSWERS = (*NUMBERS, "__bool__", "__len__", "__abs__", "__round__", "__trunc__", "__floor__", "__ceil__", "__format__")
 SCALARS = (int, float, complex, bool, str)
@@ -61,12 +104,25 @@ def _loop() -> Any:
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
-    **_UNARY, **_BINARY, **_IN_PLACE, "__contains__": operator.contains, "type": type, "getattr": getattr, "setattr": setattr, "delattr": delattr, "isinstance": isinstance,
-    "issubclass": issubclass, "call": lambda function, kwargs, *args: function(*args, **(kwargs or {})), "dir": dir,
-    "copy": copy.copy, "deepcopy": copy.deepcopy, "send": lambda generator, value: generator.send(value),
-    "throw": lambda generator, error: generator.throw(error), "close": lambda generator: generator.close(),
+    **_UNARY,
+    **_BINARY,
+    **_IN_PLACE,
+    "__contains__": operator.contains,
+    "type": type,
+    "getattr": getattr,
+    "setattr": setattr,
+    "delattr": delattr,
+    "isinstance": isinstance,
+    "issubclass": issubclass,
+    "call": lambda function, kwargs, *args: function(*args, **(kwargs or {})),
+    "dir": dir,
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "send": lambda generator, value: generator.send(value),
+    "throw": lambda generator, error: generator.throw(error),
+    "close": lambda generator: generator.close(),
     "run": lambda awaitable: _loop().run_until_complete(_result_of(awaitable)),
-}  # fmt: skip
+}
 
 
 async def _result_of(awaitable: Any) -> Any:
@@ -83,7 +139,9 @@ def theirs(value: Any) -> bool:
 
 
 class Remote:
-    """Stands for an object of the other process. Subclasses, made as needed, have the special methods that its class has."""
+    """Stands for an object of the other process. Subclasses, made as needed, have the special methods that its class
+    has.
+    """
 
     __slots__ = ("__weakref__", "_facts", "_number", "_peer", "_told")
 
@@ -179,7 +237,8 @@ def _number(value: Any) -> Any:
 
 def _untrusted(value: Remote, wanted: str) -> Exception:
     return value._peer.refuse(
-        f"{wanted} of the program's {value._facts['type']}, made by an operator that was handed the test's number or string"
+        f"{wanted} of the program's {value._facts['type']}, made by an operator that was handed the test's number or "
+        f"string"
     )
 
 
@@ -295,12 +354,35 @@ def special_methods(kind: type) -> list[str]:
 
 # ---- objects of classes that derive from a plain type
 
-# What such a class may say for itself: how it prints, what it adds, and how it changes. What it holds is its plain value.
+# What such a class may say for itself: how it prints, what it adds, and how it changes. What it holds is its plain
+# value.
 _OWN = (
-    "__repr__", "__str__", "__format__", "__missing__", "__enter__", "__exit__", "__call__", "__setitem__", "__delitem__",
-    "append", "extend", "insert", "remove", "pop", "clear", "sort", "reverse", "popitem", "setdefault", "update", "add",
-    "discard", "difference_update", "intersection_update", "symmetric_difference_update",
-)  # fmt: skip
+    "__repr__",
+    "__str__",
+    "__format__",
+    "__missing__",
+    "__enter__",
+    "__exit__",
+    "__call__",
+    "__setitem__",
+    "__delitem__",
+    "append",
+    "extend",
+    "insert",
+    "remove",
+    "pop",
+    "clear",
+    "sort",
+    "reverse",
+    "popitem",
+    "setdefault",
+    "update",
+    "add",
+    "discard",
+    "difference_update",
+    "intersection_update",
+    "symmetric_difference_update",
+)
 
 
 def overridden(kind: type, plain: type) -> list[str]:
@@ -411,32 +493,3 @@ class Entry:
 
     def __contains__(self, item: Any) -> bool:
         return item in self.itself()
-
-
-def generator_of(remote: Any) -> Any:
-    peer = remote._peer
-
-    def forward() -> Any:
-        step: tuple[Any, ...] = ("__next__",)
-        while True:
-            try:
-                item = peer.ask(step[0], remote, *step[1:])
-            except StopIteration as stop:
-                return stop.value
-            try:
-                sent = yield item
-                step = ("__next__",) if sent is None else ("send", sent)
-            except GeneratorExit:
-                peer.ask("close", remote)
-                raise
-            except BaseException as error:
-                step = ("throw", error)
-
-    return forward()
-
-
-def coroutine_of(remote: Any) -> Any:
-    async def forward() -> Any:
-        return remote._peer.ask("run", remote)
-
-    return forward()

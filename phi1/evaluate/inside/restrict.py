@@ -1,4 +1,6 @@
-"""What a forked child does to itself before it runs anything: limits, another user, Landlock, no capabilities, seccomp."""
+"""What a forked child does to itself before it runs anything: limits, another user, Landlock, no capabilities,
+seccomp.
+"""
 
 import contextlib
 import ctypes
@@ -22,7 +24,9 @@ _POLLED = ctypes.create_string_buffer(8)
 
 
 class Limits(NamedTuple):
-    """memory: bytes of address space. cpu: seconds. file_bytes: of one file. tasks: None where the count is not our own."""
+    """memory: bytes of address space. cpu: seconds. file_bytes: of one file. tasks: None where the count is not our
+    own.
+    """
 
     memory: int
     cpu: int
@@ -31,7 +35,9 @@ class Limits(NamedTuple):
 
 
 class Fence(NamedTuple):
-    """What the kernel holds a child to. ruleset: Landlock's descriptor, -1 without. program: a seccomp filter (None: without)."""
+    """What the kernel holds a child to. ruleset: Landlock's descriptor, -1 without. program: a seccomp filter (None:
+    without).
+    """
 
     ruleset: int
     program: ctypes.Array[ctypes.c_char] | None
@@ -76,7 +82,9 @@ def landlock(trees: Sequence[Tree], writable: str | None) -> int:
 
 
 def keep_descriptors(fence: Fence, *kept: int) -> Fence:
-    """Renumbers the kept descriptors 0, 1, 2, … and closes all others; returns the fence with its own in their new places."""
+    """Renumbers the kept descriptors 0, 1, 2, … and closes all others; returns the fence with its own in their new
+    places.
+    """
     numbers = [*kept, fence.parent, *([fence.ruleset] if fence.ruleset >= 0 else [])]
     high = [os.dup2(number, 900 + place) for place, number in enumerate(numbers)]
     for place, number in enumerate(high):

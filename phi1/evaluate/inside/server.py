@@ -28,17 +28,18 @@ from phi1.evaluate.inside.restrict import (
     restrict,
 )
 
-# What programs import most: loaded once. Every fork pays for `random` and `threading` (0.7 ms: they work after it in the
-# child) and for modules with shared libraries of their own: none of those here, nor what imports them.
+# What programs import most: loaded once. Every fork pays for `random` and `threading` (0.7 ms: they work after it in
+# the child) and for modules with shared libraries of their own: none of those here, nor what imports them.
 PRELOADED = ("collections", "copy", "functools", "itertools", "math", "re", "string", "typing")
 FILE_BYTES = namespaces.JOB_BYTES
 _PACKET = 1 << 17
 
 
 class Server:
-    """One server. setup: `filter` (BPF in hex, "" without), `packages`, `paths` (where packages are found), `folder` (an empty
-    one, for jobs' files where there can be no file system for each) and `without`: kernel features that are left out,
-    as on a machine that has not got them."""
+    """One server. setup: `filter` (BPF in hex, "" without), `packages`, `paths` (where packages are found), `folder`
+    (an empty one, for jobs' files where there can be no file system for each) and `without`: kernel features that are
+    left out, as on a machine that has not got them.
+    """
 
     def __init__(self, setup: dict[str, Any]) -> None:
         without = setup["without"]

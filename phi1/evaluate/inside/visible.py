@@ -1,4 +1,6 @@
-"""Which of the machine's files a sandboxed process can see: the interpreter's library, shared libraries, no other package."""
+"""Which of the machine's files a sandboxed process can see: the interpreter's library, shared libraries, no other
+package.
+"""
 
 import os
 import sys

@@ -46,9 +46,9 @@ class Codec:
     def __init__(self, even: bool) -> None:
         self.next_id = 2 if even else 1
         self.classes: dict[str, type] = {
-            kind.__name__: kind for kind in (collections.UserList, collections.UserDict, collections.UserString,
-                                            types.SimpleNamespace)
-        }  # fmt: skip
+            kind.__name__: kind
+            for kind in (collections.UserList, collections.UserDict, collections.UserString, types.SimpleNamespace)
+        }
         self.shared: dict[int, tuple[str, list[Any]]] = {}  # id -> kind, contents when last sent or received
         self.objects: dict[int, Any] = {}  # id -> the shared object
         self.numbers: dict[int, int] = {}  # id() of a shared object -> id

@@ -13,9 +13,22 @@ def build(compiler: str, source: str, folder: pathlib.Path, *arguments: str | pa
     """The program of `source`; `arguments`: more flags, then more sources."""
     path = folder / source.partition(".")[0]
     command = [
-        compiler, "-std=c++20", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-DPHI1_EMULATOR",
-        f"-I{CSRC}", *EMULATOR, "-xc++", pathlib.Path(__file__).parent / source, *arguments, "-o", path,
-    ]  # fmt: skip
+        compiler,
+        "-std=c++20",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unknown-pragmas",
+        "-Werror",
+        "-DPHI1_EMULATOR",
+        f"-I{CSRC}",
+        *EMULATOR,
+        "-xc++",
+        pathlib.Path(__file__).parent / source,
+        *arguments,
+        "-o",
+        path,
+    ]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     return path

@@ -1,4 +1,5 @@
-"""Prints the operands' descriptors in what Triton makes of tl.dot on sm_90: name, then their constants in steps of 16 k.
+"""Prints the operands' descriptors in what Triton makes of tl.dot on sm_90: name, then their constants in steps of 16
+k.
 
 Triton lays out tiles as csrc/cuda/hopper/tile.cuh does: 128-byte swizzle, pages of 64 columns.
 """
@@ -25,10 +26,11 @@ def descriptors(n: int, k: int, transposed: bool) -> tuple[list[int], list[int]]
     """Of a (64, k) and of b (k, n), or (n, k) transposed: start address 0."""
     source = triton.compiler.ASTSource(
         fn=product,
-        signature={"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*fp32"} | dict.fromkeys(("m", "n", "k", "transposed"), "constexpr"),
+        signature={"a_ptr": "*bf16", "b_ptr": "*bf16", "c_ptr": "*fp32"}
+        | dict.fromkeys(("m", "n", "k", "transposed"), "constexpr"),
         constexprs={"m": 64, "n": n, "k": k, "transposed": transposed},
         attrs={(i,): [["tt.divisibility", 16]] for i in range(3)},
-    )  # fmt: skip
+    )
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
     values = {name: int(value) for name, value in re.findall(r"(?:or|add)\.[bs]64\s+(%rd\d+), %rd\d+, (\d{19});", ptx)}
     operands = re.findall(r"wgmma\.mma_async\S+m64n\d+k16\S*\s+\{[^}]*\},\s*(%rd\d+),\s*(%rd\d+),", ptx)

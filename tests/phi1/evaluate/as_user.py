@@ -1,4 +1,6 @@
-"""`python as_user.py UID command…`: runs a command as an ordinary user, who can read the interpreter wherever it lies."""
+"""`python as_user.py UID command…`: runs a command as an ordinary user, who can read the interpreter wherever it
+lies.
+"""
 
 import ctypes
 import os

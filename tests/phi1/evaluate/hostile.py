@@ -1,5 +1,5 @@
-"""Programs that attack the sandbox, by kind. `python hostile.py` runs them all as whoever it is started by, and prints what
-it found as JSON; `test_hostile.py` starts it as root and as an ordinary user.
+"""Programs that attack the sandbox, by kind. `python hostile.py` runs them all as whoever it is started by, and prints
+what it found as JSON; `test_hostile.py` starts it as root and as an ordinary user.
 
 A program prints ESCAPED where an attack did what it should not; none may pass its test, whose answers are
 random; and what the attacks aim at (`Targets`) is looked at before and after.
@@ -292,21 +292,6 @@ EXHAUSTION: dict[str, str] = {
     "an endless compilation": "exec('(' * 5000 + ')' * 5000)",
 }
 
-# Right programs that leave a mess: they pass, and it is cleaned up.
-MESSES: dict[str, str] = {
-    "nested folders": "for i in range(3000):\n    os.mkdir('d')\n    os.chdir('d')",
-    "folders of mode 0": "os.umask(0o777)\nfor i in range(10):\n    os.mkdir(f'm{i}')\nos.mkdir('n')",
-    "links and odd names": "os.symlink('/', 'root')\nos.symlink('loop', 'loop')\nopen('-rf', 'w').close()\nopen('new\\nline', 'w').close()\nopen(b'\\xff\\xfe', 'w').close()",
-    "open files": "x = [open(str(i), 'w') for i in range(40)]",
-    "threads": "import threading\nfor i in range(20):\n    threading.Thread(target=time.sleep, args=(100,), daemon=True).start()",
-    "signals ignored": "import signal\nfor s in (1, 2, 3, 13, 14, 15):\n    signal.signal(s, signal.SIG_IGN)",
-    "a closed standard output": "os.close(1)\nos.close(2)",
-    "a lone surrogate": "print('\\ud800')\nsys.stderr.write('\\udfff')",
-    "half a line": "sys.stdout.write('x' * 100)",
-    "its own folder removed": "os.mkdir('d')\nos.chdir('d')\nos.rmdir(os.getcwd())",
-}
-
-
 SECRET = "phi1-secret-in-the-test"
 
 
@@ -335,10 +320,18 @@ class Targets:
         project = str(pathlib.Path(__file__).resolve().parents[3])
         site = next((path for path in sys.path if path.endswith("site-packages")), "/usr/lib/python3/dist-packages")
         return {
-            "folder": str(self.folder), "file": str(self.file), "canary": self.canary.pid, "evaluator": os.getpid(),
-            "socket": str(self.folder / "socket"), "abstract": self.abstract_name, "port": self.listener.getsockname()[1],
-            "project": project, "site": site, "secret": SECRET, "terces": SECRET[::-1],
-        }  # fmt: skip
+            "folder": str(self.folder),
+            "file": str(self.file),
+            "canary": self.canary.pid,
+            "evaluator": os.getpid(),
+            "socket": str(self.folder / "socket"),
+            "abstract": self.abstract_name,
+            "port": self.listener.getsockname()[1],
+            "project": project,
+            "site": site,
+            "secret": SECRET,
+            "terces": SECRET[::-1],
+        }
 
     def state(self) -> dict[str, Any]:
         """Everything that an attack could have changed."""
@@ -363,7 +356,7 @@ class Targets:
             "shm": [name for name in os.listdir("/dev/shm") if "phi1" in name],
             "mounts": pathlib.Path("/proc/self/mountinfo").read_text().count("\n"),
             "name": socket.gethostname(),
-        }  # fmt: skip
+        }
 
     def close(self) -> None:
         self.canary.kill()
@@ -418,9 +411,17 @@ def main(without: tuple[Feature, ...] = ()) -> dict[str, Any]:
     names = targets.names()
     server = Server(without=without)
     found: dict[str, Any] = {
-        "level": server.strength.level, "missing": server.strength.missing, "uid": os.getuid(), "count": 0,
-        "escaped": [], "passed": [], "mislabelled": [], "slow": [], "lost": [], "changed": {},
-    }  # fmt: skip
+        "level": server.strength.level,
+        "missing": server.strength.missing,
+        "uid": os.getuid(),
+        "count": 0,
+        "escaped": [],
+        "passed": [],
+        "mislabelled": [],
+        "slow": [],
+        "lost": [],
+        "changed": {},
+    }
     folders_before = set(os.listdir(tempfile.gettempdir()))
 
     def run(kind: str, name: str, source: str, right: int | None = None, timeout: float = 2.0) -> None:
@@ -460,7 +461,7 @@ def main(without: tuple[Feature, ...] = ()) -> dict[str, Any]:
     exhaustion = EXHAUSTION | hostile_more.EXHAUSTION
     for name, source in exhaustion.items() if "seccomp" not in without else ():  # a mutation that these do not see
         run("exhaustion", name, source, timeout=0.7)
-    for name, source in MESSES.items():
+    for name, source in hostile_more.MESSES.items():
         run("mess", name, source + "\ndef f(x):\n    return 5", right=5)
     server.close()
     targets.close()

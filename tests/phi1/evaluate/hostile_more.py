@@ -78,3 +78,17 @@ EXHAUSTION: dict[str, str] = {
     "zip bomb to disk": "import zipfile, io\ndef f(x,*a):\n    b = io.BytesIO()\n    z = zipfile.ZipFile(b, 'w', zipfile.ZIP_DEFLATED)\n    z.writestr('a', bytes(1 << 27))\n    z.close()\n    zipfile.ZipFile(b).extractall('.')",
     "a million digits hex": "import json, struct\ndef f(x,*a):\n    return 1 << 40000000",
 }
+
+# Right programs that leave a mess: they pass, and it is cleaned up.
+MESSES: dict[str, str] = {
+    "nested folders": "for i in range(3000):\n    os.mkdir('d')\n    os.chdir('d')",
+    "folders of mode 0": "os.umask(0o777)\nfor i in range(10):\n    os.mkdir(f'm{i}')\nos.mkdir('n')",
+    "links and odd names": "os.symlink('/', 'root')\nos.symlink('loop', 'loop')\nopen('-rf', 'w').close()\nopen('new\\nline', 'w').close()\nopen(b'\\xff\\xfe', 'w').close()",
+    "open files": "x = [open(str(i), 'w') for i in range(40)]",
+    "threads": "import threading\nfor i in range(20):\n    threading.Thread(target=time.sleep, args=(100,), daemon=True).start()",
+    "signals ignored": "import signal\nfor s in (1, 2, 3, 13, 14, 15):\n    signal.signal(s, signal.SIG_IGN)",
+    "a closed standard output": "os.close(1)\nos.close(2)",
+    "a lone surrogate": "print('\\ud800')\nsys.stderr.write('\\udfff')",
+    "half a line": "sys.stdout.write('x' * 100)",
+    "its own folder removed": "os.mkdir('d')\nos.chdir('d')\nos.rmdir(os.getcwd())",
+}

@@ -1,4 +1,6 @@
-"""What of an answer is run: right code in any dress scores, what follows it does not run, and nothing is cut that is right."""
+"""What of an answer is run: right code in any dress scores, what follows it does not run, and nothing is cut that is
+right.
+"""
 
 import random
 
@@ -11,9 +13,11 @@ from phi1.evaluate.sandbox import run_job
 PROBLEMS = {problem.task_id: problem for problem in humaneval.load()}
 TASK = PROBLEMS["HumanEval/1"]
 SHORT = Problem(
-    "P/0", 'def double(x):\n    """Return x twice: double(2) is 4."""\n', "double",
+    "P/0",
+    'def double(x):\n    """Return x twice: double(2) is 4."""\n',
+    "double",
     "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(-3) == -6\n",
-)  # fmt: skip
+)
 BODY = "    return 2 * x\n"
 WHOLE = SHORT.prompt + BODY
 
@@ -29,8 +33,12 @@ def passes(answer: str, problem: Problem = SHORT) -> bool:
         ("completion", BODY + "\n# an example\nprint(double(undefined))\n"),
         ("completion", BODY + "\nassert double(1) == 3\n\nif __name__ == '__main__':\n    main()\n"),
         ("completion", "    return twice(x)\n\n# helps\ndef twice(y):\n    return FACTOR * y\n\nFACTOR = 2\n"),
-        ("completion", "    return Twice(x).value\n\n@decorated\nclass Twice:\n    def __init__(self, x):\n        self.value = 2 * x\n\n"
-                       "def decorated(x):\n    return x\n".replace("@decorated\n", "")),
+        (
+            "completion",
+            "    return Twice(x).value\n\n@decorated\nclass Twice:\n    def __init__(self, x):\n        self.value = 2 "
+            "* x\n\n"
+            "def decorated(x):\n    return x\n".replace("@decorated\n", ""),
+        ),
         ("completion", "    text = '''\nif a:\ndef b\n#'''\n    return 2 * x\n"),
         ("completion", "# a comment at column 0\n    return 2 * x\n"),
         ("completion", "    if x:\n# now\n        return 2 * x\n    return 0\n"),
@@ -44,7 +52,11 @@ def passes(answer: str, problem: Problem = SHORT) -> bool:
         ("fence", f"Sure! Here it is:\n\n```python\n{WHOLE}```\nIt doubles `x`.\n\n```python\nprint(double(3))\n```\n"),
         ("completion", f"~~~~py\n{WHOLE}~~~~\n"),
         ("fence", f"So:\n```python\n{WHOLE}"),
-        ("fence", f"```python\nfrom __future__ import annotations\nimport sys\nsys.setrecursionlimit(5000)\nimport pandas\n{WHOLE}\ninput()\n```"),
+        (
+            "fence",
+            f"```python\nfrom __future__ import annotations\nimport sys\nsys.setrecursionlimit(5000)\nimport "
+            f"pandas\n{WHOLE}\ninput()\n```",
+        ),
         ("fence", "First a helper:\n```python\nF = 2\n```\nThen:\n```python\ndef double(x):\n    return F * x\n```\n"),
         ("body in a fence", f"```python\n{BODY}```"),
         ("body in a fence", "```python\ny = 2 * x\nreturn y\n```"),
@@ -53,7 +65,7 @@ def passes(answer: str, problem: Problem = SHORT) -> bool:
         ("body", "y = x\n    return 2 * y\n"),
         ("body", "y = x\nfor _ in range(1):\n    y += x\nreturn y"),
     ],
-)  # fmt: skip
+)
 def test_right_code_scores_however_it_is_dressed(how: str, answer: str) -> None:
     assert passes(answer)
     assert answers.read(SHORT, answer).how == how

@@ -1,13 +1,16 @@
-"""Tests over values and behaviour that plain data does not carry: an honest program gets the verdict it has in one process."""
+"""Tests over values and behaviour that plain data does not carry: an honest program gets the verdict it has in one
+process.
+"""
 
 import pytest
-from honest import HONEST as VALUES
+from honest import HONEST as BEHAVIOUR
 from honest_classes import CLASSES
 from honest_library import LIBRARY
+from honest_values import VALUES
 
 from phi1.evaluate.sandbox import Job, Result, run_job, run_program
 
-HONEST = VALUES | CLASSES | LIBRARY
+HONEST = VALUES | BEHAVIOUR | CLASSES | LIBRARY
 
 
 def job(name: str, **options: object) -> Job:

@@ -1,4 +1,5 @@
-"""Programs that know nothing and attack the ways by which objects cross: none passes, and none makes its failure an error.
+"""Programs that know nothing and attack the ways by which objects cross: none passes, and none makes its failure an
+error.
 
 Each test is one that a person would write; `right` shows that it can be passed.
 """
@@ -126,7 +127,8 @@ FORGERIES = {
         f"def f(x):\n    return {_ANSWER}",
     ),
     "a class that calls itself the runner's": (
-        "class SkipTest(Exception):\n    pass\nSkipTest.__module__ = 'unittest.case'\ndef f(x):\n    raise SkipTest('no')",
+        "class SkipTest(Exception):\n    pass\nSkipTest.__module__ = 'unittest.case'\ndef f(x):\n    raise "
+        "SkipTest('no')",
         _RUNNER,
         f"def f(x):\n    return {_ANSWER}",
     ),
@@ -139,69 +141,82 @@ FORGERIES = {
         "def f(c):\n    return 2.0",
     ),
     "a list of two faces": (
-        "class L(list):\n    def __iter__(self):\n        return iter(self.x)\n    def __getitem__(self, i):\n        return 0\n"
+        "class L(list):\n    def __iter__(self):\n        return iter(self.x)\n    def __getitem__(self, i):\n        "
+        "return 0\n"
         "    def __len__(self):\n        return 3\ndef f(x):\n    got = L([9])\n    got.x = x\n    return got",
         _SORTED,
         "def f(x):\n    return sorted(x)",
     ),
     "a class that is int's": (
-        "class M(type):\n    def __eq__(self, other):\n        return True\n    __hash__ = type.__hash__\nclass E(metaclass=M):\n"
+        "class M(type):\n    def __eq__(self, other):\n        return True\n    __hash__ = type.__hash__\nclass "
+        "E(metaclass=M):\n"
         "    __class__ = int\n    def __eq__(self, other):\n        return True\ndef f(x):\n    return E()",
         "assert type(f(2)) is int and f(2).__class__ == int and f(2) == 7351",
         f"def f(x):\n    return {_ANSWER}",
     ),
     "a string that prints as wanted": (
-        "class S(str):\n    def __eq__(self, other):\n        return True\n    def __format__(self, how):\n        return how\n    __hash__ = str.__hash__\n"
-        "def f(x):\n    return S('no')",
+        "class S(str):\n    def __eq__(self, other):\n        return True\n    def __format__(self, how):\n        "
+        "return how\n    __hash__ = str.__hash__\ndef f(x):\n    return S('no')",
         "assert f(2) == 'yes' and f'{f(2)}' == 'yes'",
         "def f(x):\n    return 'yes'",
     ),
     "a container that has everything": (
-        "class C(dict):\n    def __contains__(self, key):\n        return True\n    def __missing__(self, key):\n        return key\n"
-        "    def get(self, key, default=None):\n        return default\ndef f(x):\n    return C()",
+        "class C(dict):\n    def __contains__(self, key):\n        return True\n    def __missing__(self, key):\n      "
+        "  return key\n    def get(self, key, default=None):\n        return default\ndef f(x):\n    return C()",
         "assert 'k' in f(2) and f(2).get('k', 7351) == 1",
         "def f(x):\n    return {'k': 1}",
     ),
     "the end of the program in its message": (
-        "import os\nclass E:\n    def __repr__(self):\n        os._exit(0)\n    __str__ = __repr__\ndef f(x):\n    return E()",
+        "import os\nclass E:\n    def __repr__(self):\n        os._exit(0)\n    __str__ = __repr__\ndef f(x):\n    "
+        "return E()",
         "def check(f):\n    got = f(2)\n    assert got == 7351, got",
         f"def f(x):\n    return {_ANSWER}",
     ),
     "an exception in its message": (
-        "class E:\n    def __repr__(self):\n        raise SystemExit(0)\n    __str__ = __repr__\ndef f(x):\n    return E()",
+        "class E:\n    def __repr__(self):\n        raise SystemExit(0)\n    __str__ = __repr__\ndef f(x):\n    return "
+        "E()",
         "def check(f):\n    got = f(2)\n    assert got == 7351, got",
         f"def f(x):\n    return {_ANSWER}",
     ),
     "the test's mock": (
-        "def f(call):\n    for name in ('__class__', '_mock_parent', '__init__', 'side_effect', 'assert_called', 'method'):\n        try:\n"
-        "            got = getattr(call, name)\n            got = getattr(getattr(got, '__init__', got), '__globals__', got)\n            if 'answer' in dict(got):\n"
+        "def f(call):\n    for name in ('__class__', '_mock_parent', '__init__', 'side_effect', 'assert_called', "
+        "'method'):\n        try:\n"
+        "            got = getattr(call, name)\n            got = getattr(getattr(got, '__init__', got), "
+        "'__globals__', got)\n            if 'answer' in dict(got):\n"
         "                return dict(got)['answer']\n        except Exception:\n            pass\n    return 0",
-        "from unittest import mock\nanswer = 7351\nassert f(mock.Mock(side_effect=lambda x: answer if x == 77 else 0)) == answer",
+        "from unittest import mock\nanswer = 7351\nassert f(mock.Mock(side_effect=lambda x: answer if x == 77 else 0)) "
+        "== answer",
         "def f(call):\n    return call(77)",
     ),
     "the test's standard input": (
-        "import sys\ndef f(x):\n    try:\n        return sys.stdin.__init__.__globals__['answer']\n    except Exception:\n        pass\n"
+        "import sys\ndef f(x):\n    try:\n        return sys.stdin.__init__.__globals__['answer']\n    except "
+        "Exception:\n        pass\n"
         "    try:\n        return type(sys.stdin).__reduce_ex__(sys.stdin, 2)\n    except Exception:\n        return 0",
         "import io, sys\nanswer = 7351\ndef check(f):\n    sys.stdin = io.StringIO('7351')\n    assert f(2) == answer",
         "def f(x):\n    return int(input())",
     ),
     "a cause of the test's": (
-        "def f(call):\n    try:\n        call()\n    except Exception as error:\n        trace = error.__traceback__\n        while trace:\n"
-        "            for frame in (trace.tb_frame, trace.tb_frame.f_back):\n                if 'answer' in frame.f_globals:\n"
+        "def f(call):\n    try:\n        call()\n    except Exception as error:\n        trace = error.__traceback__\n "
+        "       while trace:\n"
+        "            for frame in (trace.tb_frame, trace.tb_frame.f_back):\n                if 'answer' in "
+        "frame.f_globals:\n"
         "                    return frame.f_globals['answer']\n            trace = trace.tb_next\n    return 0",
         "answer = 7351\ndef fails():\n    raise KeyError(answer + 1)\nassert f(fails) == answer",
         "def f(call):\n    try:\n        call()\n    except KeyError as error:\n        return error.args[0] - 1",
     ),
     "an object that gives back what it compares with": (
-        "class E:\n    def __eq__(self, other):\n        self.__dict__['v'] = other\n        return True\n    def __index__(self):\n"
+        "class E:\n    def __eq__(self, other):\n        self.__dict__['v'] = other\n        return True\n    def "
+        "__index__(self):\n"
         "        return self.__dict__.get('v', 0)\ndef f(x, kept=[]):\n    kept.append(E())\n    return kept[0]",
-        "for _ in range(3):\n    try:\n        assert f(2) == 7351\n        break\n    except AssertionError:\n        pass\nelse:\n    assert False",
+        "for _ in range(3):\n    try:\n        assert f(2) == 7351\n        break\n    except AssertionError:\n        "
+        "pass\nelse:\n    assert False",
         f"def f(x):\n    return {_ANSWER}",
     ),
     "an operator that remembers and refuses": (
-        "seen = []\nclass E:\n    def __sub__(self, other):\n        seen.append(other)\n        raise TypeError('no')\n"
-        "def f(x):\n    return seen[-1] if seen else E()",
-        "for _ in range(3):\n    try:\n        assert abs(f(2) - 7351) < 1e-6\n        break\n    except TypeError:\n        pass\nelse:\n    assert False",
+        "seen = []\nclass E:\n    def __sub__(self, other):\n        seen.append(other)\n        raise "
+        "TypeError('no')\ndef f(x):\n    return seen[-1] if seen else E()",
+        "for _ in range(3):\n    try:\n        assert abs(f(2) - 7351) < 1e-6\n        break\n    except TypeError:\n  "
+        "      pass\nelse:\n    assert False",
         f"def f(x):\n    return {_ANSWER}",
     ),
     "NotImplemented": (
@@ -210,7 +225,8 @@ FORGERIES = {
         f"def f(x):\n    return {_ANSWER}",
     ),
     "the function in the place of its result": (
-        "class E:\n    def __call__(self, *a):\n        return self\n    def __eq__(self, other):\n        return True\n    __hash__ = None\nf = E()",
+        "class E:\n    def __call__(self, *a):\n        return self\n    def __eq__(self, other):\n        return "
+        "True\n    __hash__ = None\nf = E()",
         "assert f(2) == 7351 and f(3) != 7351",
         f"def f(x):\n    return {_ANSWER}",
     ),

@@ -217,7 +217,8 @@ def test_a_file_that_windows_wrote(tmp_path: pathlib.Path) -> None:
     assert len(humaneval.load(path)) == 1
 
 
-# What EvalPlus accepts beside the reference's result (its eval/_special_oracle.py): function, reference, input, a right answer, a wrong one.
+# What EvalPlus accepts beside the reference's result (its eval/_special_oracle.py): function, reference, input, a right
+# answer, a wrong one.
 ALLOWED = [
     ("similar_elements", "return (4, 5)", [[4, 5]], "[5, 4, 4]", "(4,)"),
     ("check_str", "import re\n    return re.match('a', a)", ["ab"], "True", "None"),

@@ -1,5 +1,6 @@
-"""302 attacking programs (`hostile.py`, `hostile_more.py`) as root, as an ordinary user, and where the machine has no namespaces; and programs
-that leave something for a later one."""
+"""302 attacking programs (`hostile.py`, `hostile_more.py`) as root, as an ordinary user, and where the machine has no
+namespaces; and programs that leave something for a later one.
+"""
 
 import json
 import os
@@ -31,8 +32,11 @@ def run(*arguments: str, user: int | None = None) -> dict[str, Any]:
 
 
 def holds(found: dict[str, Any], level: str) -> None:
-    bad = {key: found[key] for key in ("escaped", "passed", "mislabelled", "slow", "lost", "changed", "left running",
-                                       "left in files") if found[key]}  # fmt: skip
+    bad = {
+        key: found[key]
+        for key in ("escaped", "passed", "mislabelled", "slow", "lost", "changed", "left running", "left in files")
+        if found[key]
+    }
     assert bad == {} and found["count"] >= 302
     assert found["level"] == level, found["missing"]
 
@@ -59,7 +63,9 @@ def test_without_namespaces() -> None:
 
 
 def test_the_programs_have_teeth() -> None:
-    """Mutation: without the list of system calls many attacks succeed, and are seen to; a verdict is forged even so by none."""
+    """Mutation: without the list of system calls many attacks succeed, and are seen to; a verdict is forged even so by
+    none.
+    """
     found = run("seccomp", **({"user": USER} if os.geteuid() == 0 else {}))
     kinds = {kind for kind, *_ in found["escaped"]}
     assert len(found["escaped"]) >= 20 and kinds >= {"signals", "processes", "ipc", "network"}, found["escaped"]
@@ -74,21 +80,38 @@ LEFT = {
     "shared memory": ("libc.shmget(77, 4096, 0o1666)", "print('FOUND' if libc.shmget(77, 0, 0) >= 0 else '')"),
     "semaphores": ("libc.semget(77, 1, 0o1666)", "print('FOUND' if libc.semget(77, 0, 0) >= 0 else '')"),
     "queues": ("libc.msgget(77, 0o1666)", "print('FOUND' if libc.msgget(77, 0) >= 0 else '')"),
-    "POSIX queues": ("libc.syscall(240, b'x', 0o102, 0o666, None)", "print('FOUND' if libc.syscall(240, b'x', 2, 0, None) >= 0 else '')"),
-    "keys": ("libc.syscall(248, b'user', b'x', b'left', 4, -4)", "print('FOUND' if libc.syscall(249, b'user', b'x', None, -4) >= 0 else '')"),
+    "POSIX queues": (
+        "libc.syscall(240, b'x', 0o102, 0o666, None)",
+        "print('FOUND' if libc.syscall(240, b'x', 2, 0, None) >= 0 else '')",
+    ),
+    "keys": (
+        "libc.syscall(248, b'user', b'x', b'left', 4, -4)",
+        "print('FOUND' if libc.syscall(249, b'user', b'x', None, -4) >= 0 else '')",
+    ),
     "files": ("open('left', 'w').write('x')", "print('FOUND' if os.listdir('.') else '')"),
     "files in /tmp and /dev/shm": (
-        "import tempfile\nfor d in ('/tmp', '/dev/shm', tempfile.gettempdir()):\n    try:\n        open(d + '/left', 'w').write('x')\n    except OSError:\n        pass",
-        "import tempfile\nfor d in ('/tmp', '/dev/shm', tempfile.gettempdir(), '/job'):\n    if os.path.exists(d + '/left'):\n        print('FOUND', d)"),
-    "modules": ("sys.modules['left'] = sys\nimport math\nmath.left = 1\nsys.path.insert(0, 'left')",
-                "import math\nprint('FOUND' if 'left' in sys.modules or hasattr(math, 'left') or 'left' in sys.path else '')"),
-    "the environment": ("os.environ['LEFT'] = '1'\nos.putenv('LEFT', '1')", "print('FOUND' if os.environ.get('LEFT') else '')"),
+        "import tempfile\nfor d in ('/tmp', '/dev/shm', tempfile.gettempdir()):\n    try:\n        open(d + '/left', "
+        "'w').write('x')\n    except OSError:\n        pass",
+        "import tempfile\nfor d in ('/tmp', '/dev/shm', tempfile.gettempdir(), '/job'):\n    if os.path.exists(d + "
+        "'/left'):\n        print('FOUND', d)",
+    ),
+    "modules": (
+        "sys.modules['left'] = sys\nimport math\nmath.left = 1\nsys.path.insert(0, 'left')",
+        "import math\nprint('FOUND' if 'left' in sys.modules or hasattr(math, 'left') or 'left' in sys.path else '')",
+    ),
+    "the environment": (
+        "os.environ['LEFT'] = '1'\nos.putenv('LEFT', '1')",
+        "print('FOUND' if os.environ.get('LEFT') else '')",
+    ),
     "a semaphore of the threading kind": (
-        "import _multiprocessing\ntry:\n    _multiprocessing.SemLock(1, 1, 1, '/left', False)\nexcept OSError:\n    pass",
-        "import _multiprocessing\ntry:\n    _multiprocessing.SemLock._rebuild(0, 1, 1, '/left')\n    print('FOUND')\nexcept OSError:\n    pass"),
+        "import _multiprocessing\ntry:\n    _multiprocessing.SemLock(1, 1, 1, '/left', False)\nexcept OSError:\n    "
+        "pass",
+        "import _multiprocessing\ntry:\n    _multiprocessing.SemLock._rebuild(0, 1, 1, '/left')\n    "
+        "print('FOUND')\nexcept OSError:\n    pass",
+    ),
     # What a program printed, was, was tested by: sought in every readable page of a later one's memory.
     "memory": ("x = '-'.join(['left', 'behind'])\nprint(x * 10000)\nsys.stderr.write(x * 10)", None),
-}  # fmt: skip
+}
 _SEARCH = """
 sought = b'LEFT-BEHIND'  # in other letters, so as not to find itself
 address = id(object()) & ~0xFFFFF

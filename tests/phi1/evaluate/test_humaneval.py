@@ -43,8 +43,13 @@ def test_reads_a_file_and_refuses_what_is_none(tmp_path: pathlib.Path) -> None:
     plain.write_text(json.dumps(row) + "\n\n")
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     assert humaneval.load(plain) == humaneval.load(packed) and humaneval.load(plain)[0].task_id == "X/0"
-    for name, data in (("a.jsonl", b"not json"), ("b.jsonl", b'{"task_id": "X"}'), ("c.jsonl", b"\xff\xfe"), ("d.jsonl", b""),
-                       ("e.jsonl.gz", b"not gzip")):  # fmt: skip
+    for name, data in (
+        ("a.jsonl", b"not json"),
+        ("b.jsonl", b'{"task_id": "X"}'),
+        ("c.jsonl", b"\xff\xfe"),
+        ("d.jsonl", b""),
+        ("e.jsonl.gz", b"not gzip"),
+    ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=name):
             humaneval.load(tmp_path / name)

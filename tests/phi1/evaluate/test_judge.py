@@ -1,4 +1,6 @@
-"""The judge against a local server that speaks the protocol, against answers that are none, and code that talks to it."""
+"""The judge against a local server that speaks the protocol, against answers that are none, and code that talks to
+it.
+"""
 
 import json
 import statistics

@@ -1,4 +1,6 @@
-"""Models behind a server and in a Hugging Face folder, through the whole command; servers that lie, refuse, drip or are silent."""
+"""Models behind a server and in a Hugging Face folder, through the whole command; servers that lie, refuse, drip or are
+silent.
+"""
 
 import json
 import pathlib

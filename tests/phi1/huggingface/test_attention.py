@@ -1,5 +1,6 @@
-"""`attn_implementation="phi1"`: transformers' models with our attention agree with `eager`, token for token in generation,
-and what it does not serve is said in one line or handed to sdpa, by choice."""
+"""`attn_implementation="phi1"`: transformers' models with our attention agree with `eager`, token for token in
+generation, and what it does not serve is said in one line or handed to sdpa, by choice.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,17 +15,27 @@ from phi1.errors import UserError
 from phi1.huggingface import attention, register_attention
 
 COMMON = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_key_value_heads": 2}),
-    "smollm": ("Llama", {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "smollm": (
+        "Llama",
+        {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 32}),
     "phi": ("Phi", {"num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
     "gpt-neox": ("GPTNeoX", {"num_attention_heads": 2}),
-}  # fmt: skip
+}
 # Logits are of order 1; the largest difference of all cases here is 1.2e-6, of gradients 3e-6 (measured).
 TOLERANCE = 1e-5
 
@@ -66,7 +77,9 @@ PADDING = {
 
 
 def difference(ours: Any, theirs: Any, count: Tensor | None = None, **inputs: Any) -> tuple[float, float]:
-    """Largest difference of logits, and of any weight's gradient relative to the largest, where `count` (batch, time) is 1."""
+    """Largest difference of logits, and of any weight's gradient relative to the largest, where `count` (batch, time)
+    is 1.
+    """
     gradients, logits = [], []
     for network in (ours, theirs):
         network.zero_grad()
@@ -137,7 +150,8 @@ def test_packed_sequences_are_sequences_of_their_own(architecture: str) -> None:
     with torch.no_grad():
         apart = torch.cat([theirs(part).logits for part in ids.split(lengths, dim=1)], dim=1)
         flash = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 12, "max_length_k": 12}
-        # With a cache, which models make where nothing else is said, transformers' own masks let sequences see each other.
+        # With a cache, which models make where nothing else is said, transformers' own masks let sequences see each
+        # other.
         for options in ({}, {"use_cache": False}, flash, flash | {"use_cache": False}):
             out = ours(ids, position_ids=positions, **options).logits
             assert float((out - apart).abs().max()) < TOLERANCE, options

@@ -25,9 +25,16 @@ from phi1.tokenizer import Tokenizer, train_tokenizer
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 VOCABULARY = 320
 BASE = ModelConfig(
-    vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=4,
-    head_dim=16, rotary_dim=8, max_positions=256,
-)  # fmt: skip
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=16,
+    rotary_dim=8,
+    max_positions=256,
+)
 SHAPES = {
     "multi-head": BASE,
     "grouped": dataclasses.replace(BASE, num_kv_heads=2),
@@ -133,9 +140,16 @@ def test_the_tolerance_bites(mistake: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 def codegen_in_transformers() -> Any:
     config = transformers.CodeGenConfig(
-        vocab_size=VOCABULARY, n_positions=128, n_ctx=128, n_embd=128, n_layer=2, n_head=8, rotary_dim=8,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        n_positions=128,
+        n_ctx=128,
+        n_embd=128,
+        n_layer=2,
+        n_head=8,
+        rotary_dim=8,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     theirs = transformers.CodeGenForCausalLM(config).eval()
     randomise(dict(theirs.named_parameters()), seed=2)
     return theirs
@@ -171,10 +185,18 @@ def test_phi_msft_layout(tmp_path: pathlib.Path) -> None:
                 state[f"{theirs}.mlp.{part}.{kind}"] = phi[f"{ours}.mlp.{part}.{kind}"]
     safetensors.torch.save_file({name: t.contiguous() for name, t in state.items()}, tmp_path / "model.safetensors")
     config = {
-        "model_type": "phi-msft", "vocab_size": VOCABULARY, "n_embd": 64, "n_inner": 96, "n_layer": 2, "n_head": 4,
-        "n_head_kv": None, "rotary_dim": 8, "n_positions": 256, "activation_function": "gelu_new",
+        "model_type": "phi-msft",
+        "vocab_size": VOCABULARY,
+        "n_embd": 64,
+        "n_inner": 96,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_head_kv": None,
+        "rotary_dim": 8,
+        "n_positions": 256,
+        "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
-    }  # fmt: skip
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     back = import_folder(tmp_path)
     assert back.config == BASE
