@@ -79,8 +79,7 @@ def texts(
             if digest(text) != snippet.sha256:
                 raise UserError(
                     f"{package} {version}: lines {snippet.first} to {snippet.last} of {snippet.path} are not those "
-                    f"that were "
-                    "labelled; the package was changed, install it again"
+                    f"that were labelled; the package was changed, install it again"
                 )
             yield snippet, text, metadata
 

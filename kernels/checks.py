@@ -82,8 +82,7 @@ def check_not_captured(dropout_p: float, x: Tensor) -> None:
     if dropout_p > 0 and x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError(
             f"dropout_p = {dropout_p} while a CUDA graph is captured: every replay would drop the same elements; "
-            f"capture "
-            "without dropout, or call outside of the graph"
+            f"capture without dropout, or call outside of the graph"
         )
 
 
