@@ -103,7 +103,7 @@ def complete(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), model.cast_once():
             for finished in _decode(model, tokenizer.vocab_size, waiting, batch_size, temperature, top_p):
                 for sequence in finished:
                     completions[sequence.index] = sequence.text
