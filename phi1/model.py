@@ -163,9 +163,9 @@ class Phi1(nn.Module):
     def cast_once(self) -> Iterator[None]:
         """Within the block all forward passes share one copy of the weights in the compute type, made at its beginning.
 
-        For the micro-batches of one step, or the tokens of a completion: parameters must not change meanwhile. Each pass may have a backward pass of its
-        own, whose gradients go through the copies to the parameters as if it had made them. The embedding is not
-        copied: its rows are cast as they are looked up.
+        For the micro-batches of one step, or the tokens of a completion: parameters must not change meanwhile. Each
+        pass may have a backward pass of its own, whose gradients go through the copies to the parameters as if it had
+        made them. The embedding is not copied: its rows are cast as they are looked up.
         """
         dtype = self.compute_dtype or self.embedding.dtype
         blocks = [block for block in self.blocks if isinstance(block, Block)]  # all of them, as far as mypy can see
