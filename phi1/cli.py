@@ -60,14 +60,14 @@ def _run(arguments: Sequence[str] | None) -> int:
         if not asked_for_help:
             print(f"\nphi1: error: no command {name!r}", file=sys.stderr)
         return 0 if asked_for_help else 2
-    import tyro
+    from phi1 import options  # tyro takes a while to import
 
     try:
         module = importlib.import_module(COMMANDS[name][0])
         if hasattr(module, "parse"):
             config = module.parse(words[depth:])
         else:
-            config = tyro.cli(module.Config, prog=f"phi1 {name}", args=words[depth:], description=module.__doc__)
+            config = options.parse(module.Config, f"phi1 {name}", words[depth:], module.__doc__)
         module.run(config)
     except (UserError, ValueError) as error:
         if not isinstance(error, (UserError, *_kernels_error())):
