@@ -115,9 +115,8 @@ def run(config: Config) -> pathlib.Path:
 
 def embedder(embeddings: Dataset) -> dict[str, Any]:
     """How a dataset was embedded: model, weights, tokens read."""
-    return {
-        key: value for key, value in embeddings.manifest["config"].items() if key != "model"
-    }  # "auto" is one of others
+    # "auto" is one of others.
+    return {key: value for key, value in embeddings.manifest["config"].items() if key != "model"}
 
 
 def load_forest(folder: pathlib.Path) -> "RandomForestClassifier":

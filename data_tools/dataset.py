@@ -213,9 +213,8 @@ def run_stage(
     progress, rows = Progress(stage, len(todo), "shards", quiet=quiet), 0
     if len(todo) < shards:
         _say(quiet, f"{stage}: going on after {shards - len(todo)} of {shards} shards")
-    if (
-        engine.workers > 1 and inputs and len(inputs[0].shards) == shards
-    ):  # the largest first, so that none is left alone at the end
+    # The largest first, so that none is left alone at the end.
+    if engine.workers > 1 and inputs and len(inputs[0].shards) == shards:
         todo.sort(key=lambda shard: -inputs[0].shards[shard]["bytes"])
     make = functools.partial(_make_shard, config, inputs, produce, schema, output, tuple(parts))
     with Timing(output, engine, started) as timing:
