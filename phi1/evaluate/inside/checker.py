@@ -1,6 +1,5 @@
 """The process that holds the test: asks the program's process for what the test asks, and writes the verdict."""
 
-import builtins
 import contextlib
 import enum
 import marshal
@@ -9,9 +8,11 @@ import sys
 from typing import Any
 
 from phi1.evaluate.inside.candidate import line_of
+from phi1.evaluate.inside.deriving import ClassPatterns, SuperOf
 from phi1.evaluate.inside.exceptions import found, message_of
 from phi1.evaluate.inside.frames import Gone, read_all, send_frame
 from phi1.evaluate.inside.peer import Peer
+from phi1.evaluate.inside.places import Given
 from phi1.evaluate.inside.remote import NUMBERS, SCALARS, Entry, Remote, theirs
 
 CHANNEL, TEST, VERDICT = 3, 4, 5
@@ -27,7 +28,7 @@ class Test(Peer):
         self.calls = 0
         self.stops = False  # whether the test speaks of StopIteration
         self.own_outputs = {"stdout": sys.stdout, "stderr": sys.stderr}
-        self.own_inputs = {"stdin": sys.stdin, "input": builtins.input}
+        self.places = Given()
 
     def ask(self, operation: str, *values: Any) -> Any:
         try:
@@ -37,6 +38,7 @@ class Test(Peer):
             if operation in ("__next__", "send", "throw") or self.stops:
                 raise
             raise RuntimeError(f"{operation} raised StopIteration") from stop
+        self.calls += operation == "call"
         if self.told and operation in ("entry", *NUMBERS) and type(answer) in SCALARS and answer in self.told:
             raise self.refuse("what the program was handed by an operator of the test, and says again")
         return answer
@@ -48,17 +50,21 @@ class Test(Peer):
         """`type(value)` in the test: of an object that stands for one of the program's, that one's."""
         return self.ask("type", value) if theirs(value) else type(value)
 
+    def super_of(self, kind: Any, value: Any) -> Any:
+        """`super()` in a class of the test's, which may derive from one of the program's."""
+        return SuperOf(self, kind, value) if theirs(kind) else super(kind, value)
+
     def beside(self) -> dict[str, Any]:
-        """What the test put in the place of standard output, error and input, and of `input`."""
+        """Which outputs the test listens to, and what it seeded."""
         more: dict[str, Any] = {}
         if listen := [name for name, own in self.own_outputs.items() if getattr(sys, name) is not own]:
             more["listen"] = listen
-        inputs = {"stdin": sys.stdin, "input": builtins.input}
-        if given := {
-            name: self.reference(value) for name, value in inputs.items() if value is not self.own_inputs[name]
-        }:
-            more["given"] = given
+        if self.places.seeds:
+            more["seed"], self.places.seeds = self.places.seeds, []
         return more
+
+    def given(self) -> dict[str, Any]:
+        return self.places.values()
 
     def take_beside(self, message: dict[str, Any]) -> None:
         if "heard" in message:
@@ -69,7 +75,8 @@ class Test(Peer):
 
 def run(peer: Test) -> None:
     """Judges, then waits to be ended: the program sees its test stop in the same way whatever the verdict."""
-    preamble, test, names, entry_point, peer.stops = marshal.loads(read_all(TEST))
+    preamble, test, names, entry_point, peer.stops, places, watched = marshal.loads(read_all(TEST))
+    peer.places.watch(places, watched)
     status, detail, line = _judged(preamble, test, names, entry_point, peer)
     detail = detail.encode("utf-8", "backslashreplace").decode()
     send_frame(VERDICT, {"status": status, "detail": detail, "line": line})
@@ -107,6 +114,7 @@ def _judged(preamble: Any, test: Any, names: list[str], entry_point: str, peer: 
 def _space(preamble: Any, names: list[str], entry_point: str, peer: Test) -> dict[str, Any]:
     """The test's names: those of the preamble, the function, and what else it uses of the program's."""
     space: dict[str, Any] = {"__name__": "test", "exactly_equal": exactly_equal, "type_of": peer.type_of}
+    space |= {"super_of": peer.super_of, "class_pattern": ClassPatterns(space)}
     exec(preamble, space)
     known = {name: kind for name, kind in space.items() if isinstance(kind, type) and kind.__module__ == "test"}
     known = {name: kind for name, kind in known.items() if name != entry_point and _by_attributes(kind)}

@@ -11,7 +11,7 @@ from typing import Any
 from phi1.evaluate.inside.exceptions import Exceptions
 from phi1.evaluate.inside.frames import Frames, Gone, send_frame
 from phi1.evaluate.inside.remote import (
-    NUMBERS,
+    ASKED_ONCE,
     OPERATIONS,
     Entry,
     Remote,
@@ -57,7 +57,7 @@ class Peer(Exceptions):
     def ask(self, operation: str, *values: Any) -> Any:
         """Has the other side carry it out; raises what it raised there."""
         with self.lock:
-            if operation not in NUMBERS:
+            if operation not in ASKED_ONCE:
                 self.said.clear()
             self._post(operation, list(values))
             return self.answer()
@@ -99,7 +99,10 @@ class Peer(Exceptions):
 
     def _post(self, kind: str, values: list[Any]) -> None:
         with self.lock:
-            message = {"k": kind, **self.encode(values), **self.beside()}
+            given = self.given()
+            message = {"k": kind, **self.encode([*values, *given.values()]), **self.beside()}
+            if given:
+                message["given"] = list(given)
             self.prune()  # not before: what changed and was let go is still news to the other side
             if self.to_drop:
                 message["d"], self.to_drop = self.to_drop, []
@@ -112,7 +115,7 @@ class Peer(Exceptions):
         try:
             message = self.frames.next()
             self.take_beside(message)
-            return message["k"], self.decode(message)
+            return message["k"], self.without_given(message, self.decode(message))
         except (EOFError, OSError) as error:
             raise Gone("the program ended") from error
         except MemoryError as error:
@@ -126,6 +129,14 @@ class Peer(Exceptions):
 
     def take_beside(self, message: dict[str, Any]) -> None:
         """Takes that on the other side."""
+
+    def given(self) -> dict[str, Any]:
+        """By place: what a test has put in the place of something that the program uses."""
+        return {}
+
+    def without_given(self, message: dict[str, Any], values: list[Any]) -> list[Any]:
+        """Puts that there on the other side; the other values."""
+        return values
 
     def prune(self) -> None:
         """Gives up shared objects that nothing here holds any more."""
@@ -176,10 +187,10 @@ class Peer(Exceptions):
     # ---- references
 
     def reference(self, value: Any) -> Any:
-        if isinstance(value, Entry):
+        if type(value) is Entry:  # not by isinstance, which asks the other side what a Remote's class is
             value = value.itself()
-        other = getattr(value, "__dict__", {}).get("_phi1_number") if not isinstance(value, Remote) else value._number
-        if other is not None and not isinstance(value, type):
+        other = value._number if issubclass(type(value), Remote) else getattr(value, "__dict__", {}).get("_phi1_number")
+        if other is not None and not issubclass(type(value), type):
             return ["y", other]
         return ["r", self.reference_number(value), self.facts(value)]
 
@@ -196,6 +207,8 @@ class Peer(Exceptions):
             facts["is"] = "coroutine"
         elif hasattr(kind, "__dataclass_fields__"):
             facts["fields"] = list(kind.__dataclass_fields__)
+        elif isinstance(value, type) and hasattr(value, "__class_getitem__"):
+            facts["special"].append("__getitem__")
         elif isinstance(value, type) and issubclass(value, BaseException):
             facts["is"] = "exceptions"
             facts["classes"] = self.classes_of(value)

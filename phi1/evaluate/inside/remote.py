@@ -20,6 +20,10 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from phi1.evaluate.inside.deriving import base_for, derive
+from phi1.evaluate.inside.holding import KINDS, held, kind_of
+from phi1.evaluate.inside.kinds import TYPES
+
 if TYPE_CHECKING:
     from phi1.evaluate.inside.peer import Peer
 
@@ -92,9 +96,22 @@ _IN_PLACE = {
 # By these an object says a number: once, until something else is asked. Else it could say another each time it is
 # asked.
 NUMBERS = ("__int__", "__float__", "__complex__", "__index__")
+ASKED_ONCE = (*NUMBERS, "held", "type")
 _ANSWERS = (*NUMBERS, "__bool__", "__len__", "__abs__", "__round__", "__trunc__", "__floor__", "__ceil__", "__format__")
 SCALARS = (int, float, complex, bool, str)
 _OF_NUMBERS = frozenset(name for kind in (int, float, complex) for name in dir(kind) if name[0] != "_")
+
+
+_pickled_by: "list[Peer]" = []
+
+
+def _pickle() -> Any:
+    return importlib.import_module("pickle")
+
+
+def _unpickled(data: bytes) -> Any:
+    """An object of the other process again, for the `pickle` of this one."""
+    return _pickled_by[0].ask("unpickle", data)
 
 
 @functools.cache
@@ -121,6 +138,11 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "send": lambda generator, value: generator.send(value),
     "throw": lambda generator, error: generator.throw(error),
     "close": lambda generator: generator.close(),
+    "held": held,
+    "derive": derive,
+    "super": lambda kind, value, name: getattr(super(kind, value), name),
+    "pickle": lambda value: _pickle().dumps(value),
+    "unpickle": lambda data: _pickle().loads(data),
     "run": lambda awaitable: _loop().run_until_complete(_result_of(awaitable)),
 }
 
@@ -172,13 +194,20 @@ class Remote:
         return self._facts["hash"]
 
     def __instancecheck__(self, value: Any) -> bool:
-        return theirs(value) and self._peer.ask("isinstance", value, self) is True
+        if theirs(value) or type(value).__module__ == "test":
+            return self._peer.ask("isinstance", value, self) is True
+        kind = type(value)
+        return TYPES.get(kind.__name__) is kind and issubclass(kind, self)  # type: ignore[arg-type]
 
     def __subclasscheck__(self, value: Any) -> bool:
-        return theirs(value) and self._peer.ask("issubclass", value, self) is True
+        return self._peer.ask("issubclass", value, self) is True
 
     def __mro_entries__(self, bases: Any) -> Any:
-        raise TypeError("a test cannot derive a class from one of the program's, which is in another process")
+        return (base_for(self._peer),)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _pickled_by[:] = [self._peer]
+        return _unpickled, (self._peer.ask("pickle", self),)
 
     def __copy__(self) -> Any:
         return self._peer.ask("copy", self)
@@ -199,7 +228,7 @@ class Remote:
             return NotImplemented
         if theirs(other):
             return self._peer.ask("__eq__", self, other)
-        plain = _as_kind_of(self, other)
+        plain = _held(self, other)
         return NotImplemented if plain is NotImplemented else plain == other
 
     def __ne__(self, other: Any) -> Any:
@@ -207,21 +236,18 @@ class Remote:
         return NotImplemented if equal is NotImplemented else not equal
 
 
-def _as_kind_of(value: Remote, other: Any) -> Any:
-    """What the object says it holds, as plain data of the other's kind; NotImplemented where it is of no such kind."""
-    special = value._facts["special"]
-    items: Any = value
-    if isinstance(other, (int, float, complex)):
-        return _number(value)
-    if isinstance(other, (list, tuple)) and "__iter__" in special:
-        return type(other)(items) if type(other) in (list, tuple) else NotImplemented
-    if isinstance(other, (set, frozenset)) and "__iter__" in special:
-        return set(items)
-    if isinstance(other, dict) and "__getitem__" in special and "__iter__" in special:
-        return {key: items[key] for key in items}
-    if isinstance(other, str) and "__str__" in special and "__len__" in special:
-        return str(value)
-    return NotImplemented
+def _held(value: Remote, other: Any) -> Any:
+    """What the object says it holds, as plain data of the other's kind; NotImplemented where it holds no such."""
+    wanted = kind_of(other)
+    if wanted is None:
+        return NotImplemented
+    if value._told and wanted == "number":
+        raise _untrusted(value, "a number")
+    said, key = value._peer.said, (value._number, wanted)
+    if key not in said:
+        said[key] = value._peer.ask("held", value, wanted)
+    plain = said[key]
+    return plain if isinstance(plain, KINDS[wanted]) and not theirs(plain) else NotImplemented
 
 
 def _number(value: Any) -> Any:
@@ -256,9 +282,11 @@ def _operated(name: str, self: Remote, operator: Callable[[Any, Any], Any], swap
             raise _untrusted(self, f"{type(result).__name__} by {name}")
         object.__setattr__(result, "_told", True)
         # With every method by which a number could be had of it, so that the attempt is seen.
-        object.__setattr__(result, "__class__", class_for((*result._facts["special"], *_ANSWERS, *_COMPARISONS)))
+        _SET_CLASS(result, class_for((*result._facts["special"], *_ANSWERS, *_COMPARISONS)))
         return result
     plain = _number(self)
+    if plain is NotImplemented and name in _COMPARISONS and kind_of(other) == "number":
+        plain = _held(self, other)
     return NotImplemented if plain is NotImplemented else operator(*((other, plain) if swapped else (plain, other)))
 
 
@@ -299,6 +327,10 @@ def _says_number(name: str) -> Callable[[Any], Any]:
 _DOC = property(lambda self: self._peer.ask("getattr", self, "__doc__"))  # else it would be the docstring of Remote
 
 
+_SET_CLASS = vars(object)["__class__"].__set__
+_CLASS = property(lambda self: self._peer.ask("type", self))
+
+
 def _exit(name: str) -> Callable[..., Any]:
     return lambda self, kind, error, trace: self._peer.ask(name, self, error)
 
@@ -319,6 +351,7 @@ def class_for(special: tuple[str, ...], fields: tuple[str, ...] = ()) -> type[Re
     """fields: of a dataclass, for what the test's `dataclasses` does with it."""
     methods: dict[str, Any] = {"__slots__": (), "__hash__": Remote.__hash__, "__doc__": _DOC}
     if fields and "dataclasses" in sys.modules:
+        methods["__class__"] = _CLASS  # dataclasses.replace makes another of it
         methods["__dataclass_fields__"] = vars(sys.modules["dataclasses"].make_dataclass("_", fields))[
             "__dataclass_fields__"
         ]
