@@ -5,9 +5,9 @@ object would only have to say yes, and `abs(x - 4) < 0.1` is no harder. A `Remot
 what it says it holds (a number, items, keys), which it must say without knowing what is expected. Two objects of the
 other process are its own matter: its `__eq__` decides, as in one process.
 
-Arithmetic with a number or string of the test's (`vector * 3`) is the object's only where it is no number itself. What
-comes back knows the operand: it may be compared with objects of its kind, printed and taken apart, but it says no
-number.
+Arithmetic with a number, a string, or a list or tuple of them (`vector * 3`) is the object's only where it is no number
+itself. What comes back knows the operand: it may be compared with objects of its kind and printed, but it says no
+number, and it is not taken apart where the operand had items.
 """
 
 import copy
@@ -98,6 +98,7 @@ _IN_PLACE = {
 NUMBERS = ("__int__", "__float__", "__complex__", "__index__")
 ASKED_ONCE = (*NUMBERS, "held", "type")
 _ANSWERS = (*NUMBERS, "__bool__", "__len__", "__abs__", "__round__", "__trunc__", "__floor__", "__ceil__", "__format__")
+_ITEMS = ("__iter__", "__next__", "__reversed__", "__getitem__", "__call__", "__enter__", "__missing__")
 SCALARS = (int, float, complex, bool, str)
 _OF_NUMBERS = frozenset(name for kind in (int, float, complex) for name in dir(kind) if name[0] != "_")
 
@@ -168,14 +169,14 @@ class Remote:
     __slots__ = ("__weakref__", "_facts", "_number", "_peer", "_told")
 
     def __init__(self, peer: "Peer", number: int, facts: dict[str, Any]) -> None:
-        for name, value in (("_peer", peer), ("_number", number), ("_facts", facts), ("_told", False)):
+        for name, value in (("_peer", peer), ("_number", number), ("_facts", facts), ("_told", "")):
             object.__setattr__(self, name, value)
 
     def __del__(self) -> None:
         self._peer.to_drop.append(self._number)
 
     def __getattr__(self, name: str) -> Any:
-        if self._told and name in _OF_NUMBERS:
+        if self._told == "items" or (self._told and name in _OF_NUMBERS):
             raise _untrusted(self, f".{name}")
         return self._peer.ask("getattr", self, name)
 
@@ -241,8 +242,8 @@ def _held(value: Remote, other: Any) -> Any:
     wanted = kind_of(other)
     if wanted is None:
         return NotImplemented
-    if value._told and wanted == "number":
-        raise _untrusted(value, "a number")
+    if value._told == "items" or (value._told and wanted == "number"):
+        raise _untrusted(value, f"a {wanted}")
     said, key = value._peer.said, (value._number, wanted)
     if key not in said:
         said[key] = value._peer.ask("held", value, wanted)
@@ -263,8 +264,7 @@ def _number(value: Any) -> Any:
 
 def _untrusted(value: Remote, wanted: str) -> Exception:
     return value._peer.refuse(
-        f"{wanted} of the program's {value._facts['type']}, made by an operator that was handed the test's number or "
-        f"string"
+        f"{wanted} of the program's {value._facts['type']}, made by an operator that was handed the test's plain data"
     )
 
 
@@ -274,13 +274,14 @@ def _operated(name: str, self: Remote, operator: Callable[[Any, Any], Any], swap
     if theirs(other) or not peer.careful:
         return peer.ask(name, *operands)
     if not any(number in self._facts["special"] for number in NUMBERS) and name not in _COMPARISONS:
-        if type(other) not in SCALARS:
+        handed = other if type(other) in (list, tuple) else (other,)
+        if not all(type(item) in SCALARS for item in handed):
             return NotImplemented
-        peer.told.add(other)
+        peer.told.update(handed)
         result = peer.ask(name, *operands)
         if not isinstance(result, Remote):
             raise _untrusted(self, f"{type(result).__name__} by {name}")
-        object.__setattr__(result, "_told", True)
+        object.__setattr__(result, "_told", "scalar" if type(other) in SCALARS else "items")
         # With every method by which a number could be had of it, so that the attempt is seen.
         _SET_CLASS(result, class_for((*result._facts["special"], *_ANSWERS, *_COMPARISONS)))
         return result
@@ -304,7 +305,8 @@ def _in_place(name: str) -> Callable[[Any, Any], Any]:
 
 def _unary(name: str) -> Callable[..., Any]:
     def method(self: Any, *arguments: Any) -> Any:
-        if name in _ANSWERS and getattr(self, "_told", False):
+        told = getattr(self, "_told", "")
+        if told and (name in _ANSWERS or (told == "items" and name in _ITEMS)):
             raise _untrusted(self, name)
         return self._peer.ask(name, self, *arguments)
 
