@@ -11,9 +11,11 @@ from phi1.evaluate.inside.candidate import line_of
 from phi1.evaluate.inside.deriving import ClassPatterns, SuperOf
 from phi1.evaluate.inside.exceptions import found, message_of
 from phi1.evaluate.inside.frames import Gone, read_all, send_frame
+from phi1.evaluate.inside.operations import NUMBERS, SCALARS
 from phi1.evaluate.inside.peer import Peer
 from phi1.evaluate.inside.places import Given
-from phi1.evaluate.inside.remote import NUMBERS, SCALARS, Entry, Remote, theirs
+from phi1.evaluate.inside.remote import Entry, Remote, theirs
+from phi1.evaluate.inside.texts import Texts, guard_pickles
 
 CHANNEL, TEST, VERDICT = 3, 4, 5
 """Descriptors: the conversation with the program, the prepared test, and where the verdict goes."""
@@ -93,7 +95,7 @@ def _judged(preamble: Any, test: Any, names: list[str], entry_point: str, peer: 
     except BaseException as raised:
         return "failed", _line(raised), 0
     try:
-        space = _space(preamble, names, entry_point, peer)
+        space = _space(preamble, test, names, entry_point, peer)
         exec(test, space)
         check = space.get("check")
         if callable(check) and not isinstance(check, Remote):
@@ -111,10 +113,14 @@ def _judged(preamble: Any, test: Any, names: list[str], entry_point: str, peer: 
     return "failed" if peer.calls else "error", _line(error), line_of(error, _FILE)
 
 
-def _space(preamble: Any, names: list[str], entry_point: str, peer: Test) -> dict[str, Any]:
+def _space(preamble: Any, test: Any, names: list[str], entry_point: str, peer: Test) -> dict[str, Any]:
     """The test's names: those of the preamble, the function, and what else it uses of the program's."""
     space: dict[str, Any] = {"__name__": "test", "exactly_equal": exactly_equal, "type_of": peer.type_of}
     space |= {"super_of": peer.super_of, "class_pattern": ClassPatterns(space)}
+    if "pickle" in peer.places.watched:
+        guard_pickles(peer)
+    if "eval" in peer.places.watched:
+        space |= Texts(peer, preamble, test).names()
     exec(preamble, space)
     known = {name: kind for name, kind in space.items() if isinstance(kind, type) and kind.__module__ == "test"}
     known = {name: kind for name, kind in known.items() if name != entry_point and _by_attributes(kind)}

@@ -54,7 +54,7 @@ def derive(name: str, bases: tuple[Any, ...], keywords: dict[str, Any], *members
 def _put_together(key: str, kind: str, *parts: Any) -> Any:
     if kind == "value":
         return parts[0]
-    functions = [_function(key, part) for part in parts]
+    functions = [function_for(key, part) for part in parts]
     if kind == "method":
         return functions[0]
     if kind == "cached_property":
@@ -62,7 +62,7 @@ def _put_together(key: str, kind: str, *parts: Any) -> Any:
     return {"staticmethod": staticmethod, "classmethod": classmethod, "property": property}[kind](*functions)
 
 
-def _function(name: str, callback: Any) -> Any:
+def function_for(name: str, callback: Any) -> Any:
     """A function, which binds `self`, for a callback, which does not."""
     if callback is None:
         return None

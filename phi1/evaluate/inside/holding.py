@@ -46,7 +46,7 @@ def _candidates(value: Any, wanted: str) -> Iterator[Any]:
     elif wanted == "str" and has & {"__str__", "__repr__"}:
         yield str(value)
     elif wanted == "dict" and "__getitem__" in has and has & {"__iter__", "keys"}:
-        yield {key: value[key] for key in (value.keys() if "keys" in has else value)}
+        yield {key: value[key] for key in list(value.keys() if "keys" in has else value)}
     elif wanted in _MAKE and has & ({"__bytes__"} if wanted == "bytes" else {"__iter__", "__getitem__"}):
         yield _MAKE[wanted](value)
     attributes = _attributes(value)

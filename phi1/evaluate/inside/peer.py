@@ -10,17 +10,12 @@ from typing import Any
 
 from phi1.evaluate.inside.exceptions import Exceptions
 from phi1.evaluate.inside.frames import Frames, Gone, send_frame
-from phi1.evaluate.inside.remote import (
-    ASKED_ONCE,
-    OPERATIONS,
-    Entry,
-    Remote,
-    class_for,
-    derived_class,
-    special_methods,
-)
+from phi1.evaluate.inside.kinds import VALUES, make_value
+from phi1.evaluate.inside.operations import ASKED_ONCE, OPERATIONS
+from phi1.evaluate.inside.remote import Entry, Remote, class_for, derived_class, special_methods
 
 _NAMES = ("__name__", "__qualname__", "__module__", "__doc__")  # what functools.wraps copies
+_FOR_USE = ("test", "_io", "unittest.mock", "queue", "_queue", "threading", "_thread", "random", "argparse")
 _OF_NAMED_TUPLES = ("_replace", "_asdict", "_fields")
 
 
@@ -162,7 +157,8 @@ class Peer(Exceptions):
         if self.careful:
             self._permit(operation, values)
         perform: Any = OPERATIONS[operation]
-        return perform(*values)
+        result = perform(*values)
+        return _without_defaults(result) if self.careful and operation == "signature" else result
 
     def _permit(self, operation: str, values: list[Any]) -> None:
         target = values[0]
@@ -172,11 +168,14 @@ class Peer(Exceptions):
             name = str(values[1])
             named = operation == "getattr" and name in _NAMES and isinstance(target, types.FunctionType)
             named = named or (isinstance(target, tuple) and name in _OF_NAMED_TUPLES)
-            if not named and (not _is_for_use(target) or name.startswith("_")):
+            of_class = operation == "getattr" and isinstance(target, type) and target.__module__ == "test"
+            if not named and (not (_is_for_use(target) or of_class) or name.startswith("_")):
                 raise AttributeError(f"{name} of the test's {type(target).__name__} is not for the program")
             allowed = True
         elif operation in ("send", "throw", "close"):
             allowed = isinstance(target, types.GeneratorType)
+        elif operation == "signature":
+            allowed = isinstance(target, types.FunctionType)
         elif operation in ("__next__", "__iter__"):
             allowed = True
         else:
@@ -205,6 +204,8 @@ class Peer(Exceptions):
             facts["is"] = "generator"
         elif isinstance(value, types.CoroutineType) or kind.__name__.startswith("async_generator_a"):
             facts["is"] = "coroutine"
+        elif isinstance(value, types.FunctionType):
+            facts["is"] = "function"
         elif hasattr(kind, "__dataclass_fields__"):
             facts["fields"] = list(kind.__dataclass_fields__)
         elif isinstance(value, type) and hasattr(value, "__class_getitem__"):
@@ -212,6 +213,8 @@ class Peer(Exceptions):
         elif isinstance(value, type) and issubclass(value, BaseException):
             facts["is"] = "exceptions"
             facts["classes"] = self.classes_of(value)
+        elif known := [name for name, one in self.classes.items() if isinstance(value, one)]:
+            facts["class"] = known[-1]
         return facts
 
     def own(self, number: int) -> Any:
@@ -234,7 +237,10 @@ class Peer(Exceptions):
         if facts["hash"] is not None and type(facts["hash"]) is not int:
             raise ValueError("a hash is an integer")
         fields = tuple(name for name in facts.get("fields", ()) if isinstance(name, str))
-        remote = class_for(special, fields)(self, number, facts)
+        kind: type | None = types.FunctionType if facts.get("is") == "function" else None
+        if not self.careful:
+            kind = self.classes.get(facts.get("class", ""), kind)
+        remote = class_for(special, fields, kind)(self, number, facts)
         value: Any = remote
         if facts.get("is") == "generator":
             value = _generator_of(remote)
@@ -250,7 +256,9 @@ class Peer(Exceptions):
         if isinstance(base, (list, dict, set, bytearray)):
             value = kind()
         else:
-            value = self.values[number] = kind(base)
+            module, name = type(base).__module__, type(base).__name__
+            parts = VALUES.get((module, name))
+            value = self.values[number] = kind(base) if parts is None else make_value(module, name, parts(base), kind)
         value.__dict__["_phi1_number"] = number
         return value
 
@@ -263,10 +271,18 @@ class Peer(Exceptions):
 
 
 def _is_for_use(value: Any) -> bool:
-    """An instance of a class that the test wrote, a file in memory, a mock: what is made to be used through
+    """An instance of a class that the test wrote, a file in memory, a mock, a queue: what is made to be used through
     attributes.
     """
-    return type(value).__module__ in ("test", "_io", "unittest.mock") and not isinstance(value, type)
+    return type(value).__module__ in _FOR_USE and not isinstance(value, type)
+
+
+def _without_defaults(signature: Any) -> Any:
+    """Of a test's function: a default may be what the test expects (`lambda x, expected=expected: …`)."""
+    empty = signature.empty
+    return signature.replace(
+        parameters=[p if p.default is empty else p.replace(default=...) for p in signature.parameters.values()]
+    )
 
 
 def _unheld() -> int:

@@ -1,5 +1,5 @@
 """What a test puts in the place of something that the program uses: standard input, `input`, `time.sleep` and whatever
-else it patches, `os.environ`, filters of warnings, seeds.
+else it patches, `os.environ`, filters of warnings, loggers, seeds.
 
 The test does it in its own process; while it lasts, the program's has the same. Nothing of the program's is put
 anywhere in the test's process.
@@ -13,8 +13,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from phi1.evaluate.inside.kinds import VALUES, value_type
+
 _ABSENT = object()
-_ENVIRONMENT, _WARNINGS = "os.environ", "warnings"
+_ENVIRONMENT, _WARNINGS, _LOGGING = "os.environ", "warnings", "logging"
+_OF_RECORDS = ("name", "msg", "args", "levelname", "levelno", "pathname", "filename", "module", "lineno", "funcName")
 
 
 class Given:
@@ -30,6 +33,7 @@ class Given:
     def watch(self, places: list[tuple[str, str]], watched: list[str]) -> None:
         for module, name in places:
             try:
+                _keep(module, name)
                 self.own[module, name] = getattr(importlib.import_module(module), name, _ABSENT)
             except ImportError:
                 continue  # for the test to say
@@ -65,7 +69,29 @@ class Given:
             filters, at_first, show = self.filters
             if warnings.filters is not filters or warnings.filters != at_first or warnings.showwarning is not show:
                 found[_WARNINGS] = tuple(warnings.filters), _warned
+        if "log" in self.watched and "logging" in sys.modules:
+            found |= _loggers()
         return found
+
+
+def _loggers() -> dict[str, Any]:
+    """Levels of the test's loggers, and what its handlers are given, where it has any."""
+    logging = sys.modules["logging"]
+    named = [one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)]
+    loggers = [logging.root, *named]
+    if (
+        logging.root.level == logging.WARNING
+        and not any(one.handlers for one in loggers)
+        and not any(one.level for one in named)
+    ):
+        return {}
+    return {_LOGGING: (tuple((one.name, one.level) for one in loggers), _logged)}
+
+
+def _logged(facts: dict[str, Any]) -> None:
+    """In the test's process, for a record of the program's loggers."""
+    record = sys.modules["logging"].makeLogRecord(facts)
+    sys.modules["logging"].getLogger(record.name).handle(record)
 
 
 def _warned(message: Any, filename: str, line: int) -> None:
@@ -88,10 +114,14 @@ class Taken:
                 self._take_environment(value)
             elif place == _WARNINGS:
                 self._take_warnings(*value)
+            elif place == _LOGGING:
+                self.undo.pop(_LOGGING, lambda: None)()
+                self.undo[_LOGGING] = _take_loggers(*value)
             else:
                 module_name, _, name = place.rpartition(".")
                 module = importlib.import_module(module_name)
                 if place not in self.undo:
+                    _keep(module_name, name)
                     self.undo[place] = _restoring(module, name)
                 setattr(module, name, value)
 
@@ -113,8 +143,35 @@ class Taken:
             warnings.filters[:] = filters  # type: ignore[index]
 
 
+def _take_loggers(levels: tuple[tuple[str, int], ...], logged: Callable[..., None]) -> Callable[[], None]:
+    logging: Any = importlib.import_module("logging")
+
+    class Forward(logging.Handler):
+        def emit(self, record: Any) -> None:
+            logged({name: getattr(record, name) for name in _OF_RECORDS})
+
+    loggers = [(logging.getLogger("" if name == "root" else name), level) for name, level in levels]
+    before = [(logger, logger.level) for logger, _ in loggers]
+    handler = Forward()
+    logging.root.addHandler(handler)
+    for logger, level in loggers:
+        logger.setLevel(level)
+
+    def undo() -> None:
+        logging.root.removeHandler(handler)
+        for logger, level in before:
+            logger.setLevel(level)
+
+    return undo
+
+
 def seed(module: str, value: Any) -> None:
     importlib.import_module(module).seed(value)
+
+
+def _keep(module: str, name: str) -> None:
+    if (module, name) in VALUES:
+        value_type(module, name)
 
 
 def _restoring(module: Any, name: str) -> Callable[[], None]:

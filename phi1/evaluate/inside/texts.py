@@ -1,0 +1,179 @@
+"""What a test evaluates or unpickles that may be the program's: it is not to run in the test's process.
+
+Text that the test's source holds is the test's own and is evaluated as always; so is any other that computes with
+literals, pure functions and the program's. Whatever else a text does, it does in the program's process, where the test
+gives it names of its own (`exec(text, space)`); where it does not, it is refused. Pickles likewise: plain data is read
+here, objects are made where they come from.
+"""
+
+import ast
+import builtins
+import importlib
+import io
+import sys
+import types
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from phi1.evaluate.inside.kinds import PURE
+from phi1.evaluate.inside.remote import theirs
+
+if TYPE_CHECKING:
+    from phi1.evaluate.inside.peer import Peer
+
+_HARMLESS = (
+    ast.Expression,
+    ast.Constant,
+    ast.UnaryOp,
+    ast.BinOp,
+    ast.BoolOp,
+    ast.Compare,
+    ast.IfExp,
+    ast.List,
+    ast.Tuple,
+    ast.Set,
+    ast.Dict,
+    ast.Subscript,
+    ast.Slice,
+    ast.Starred,
+    ast.Call,
+    ast.keyword,
+    ast.operator,
+    ast.unaryop,
+    ast.boolop,
+    ast.cmpop,
+    ast.expr_context,
+)
+_TYPES = (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, range, enumerate, zip, reversed)
+_PICKLED = {
+    "builtins": ("set", "frozenset", "bytearray", "complex", "range", "slice", "object"),
+    "collections": ("OrderedDict", "defaultdict", "deque"),
+    "datetime": ("date", "datetime", "time", "timedelta", "timezone"),
+    "decimal": ("Decimal",),
+    __package__ + ".operations": ("unpickled",),
+}
+
+
+class Texts:
+    """`eval`, `exec` and `compile` of a test. own: strings of its source."""
+
+    def __init__(self, peer: "Peer", *codes: types.CodeType) -> None:
+        self.peer = peer
+        self.own = {text for code in codes for text in _strings(code)}
+        self.others: list[types.CodeType] = []
+
+    def names(self) -> dict[str, Any]:
+        return {"eval": self.eval, "exec": self.exec, "compile": self.compile}
+
+    def compile(self, source: Any, *arguments: Any, **options: Any) -> Any:
+        code = builtins.compile(source, *arguments, **options)
+        if isinstance(source, str) and source not in self.own and isinstance(code, types.CodeType):
+            self.others.append(code)
+        return code
+
+    def eval(self, text: Any, space: Any = None, names: Any = None) -> Any:
+        frame = sys._getframe(1)
+        if self._is_own(text) or (isinstance(text, str) and self._is_harmless(text, frame, space, names)):
+            return builtins.eval(text, *_spaces(frame, space, names))
+        return self._elsewhere("eval", text, space, names)
+
+    def exec(self, text: Any, space: Any = None, names: Any = None) -> None:
+        frame = sys._getframe(1)
+        if self._is_own(text):
+            builtins.exec(text, *_spaces(frame, space, names))
+        else:
+            self._elsewhere("exec", text, space, names)
+
+    def _is_own(self, text: Any) -> bool:
+        return text in self.own if isinstance(text, str) else not any(text is code for code in self.others)
+
+    def _is_harmless(self, text: str, frame: types.FrameType, space: Any, names: Any) -> bool:
+        """Whether it is an expression of literals, of names that the test gives it, and of calls that reach nothing."""
+        tree = ast.parse(text.strip(), mode="eval")
+        given = {**(space or {}), **(names or {})}
+        known = {**vars(builtins), **frame.f_globals, **frame.f_locals}
+        called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Name, ast.Attribute)):
+                if isinstance(node, ast.Name) and node.id in given and id(node) not in called:
+                    continue
+                if isinstance(node, ast.Name) and isinstance(known.get(node.id), types.ModuleType):
+                    continue
+                if not _is_pure(_found(node, known)):
+                    return False
+            elif not isinstance(node, _HARMLESS):
+                return False
+        return True
+
+    def _elsewhere(self, operation: str, text: Any, space: Any, names: Any) -> Any:
+        if not isinstance(text, str) or not isinstance(space, dict):
+            raise self.peer.refuse("text that is not the test's own, evaluated by it without names of its own")
+        return self.peer.ask(operation, text, space, names)
+
+
+def _spaces(frame: types.FrameType, space: Any, names: Any) -> tuple[Any, Any]:
+    """Global and local names for a text, as the builtin functions take them."""
+    if space is None:
+        return frame.f_globals, frame.f_locals if names is None else names
+    return space, space if names is None else names
+
+
+def _found(node: ast.AST, known: dict[str, Any]) -> Any:
+    """What a name, or a name in a module, stands for; None for any other expression."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id)
+    value = node.value if isinstance(node, ast.Attribute) else None
+    module = known.get(value.id) if isinstance(value, ast.Name) else None
+    return getattr(module, node.attr, None) if isinstance(module, types.ModuleType) else None  # type: ignore[attr-defined]
+
+
+def _is_pure(value: Any) -> bool:
+    if theirs(value) or value in _TYPES:
+        return True
+    if isinstance(value, float):  # of a module: math.pi
+        return True
+    return isinstance(value, types.BuiltinFunctionType) and value.__name__ in PURE.get(value.__module__ or "", ())
+
+
+def _strings(code: types.CodeType) -> Iterator[str]:
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _strings(constant)
+        for item in constant if isinstance(constant, (tuple, frozenset)) else (constant,):
+            if isinstance(item, str):
+                yield item
+
+
+def guard_pickles(peer: "Peer") -> None:
+    """From now on `pickle` in this process reads plain data, and what was pickled in it; other objects are made in the
+    program's process.
+    """
+    pickle: Any = importlib.import_module("pickle")
+    loads, dumps = pickle.loads, pickle.dumps
+    made: list[bytes] = []
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if name not in _PICKLED.get(module, ()):
+                raise _NotPlain
+            return super().find_class(module, name)
+
+    def dumped(*arguments: Any, **options: Any) -> bytes:
+        made.append(dumps(*arguments, **options))
+        return made[-1]
+
+    def loaded(data: Any, **options: Any) -> Any:
+        data = bytes(data)
+        if data in made:
+            return loads(data, **options)
+        try:
+            return Unpickler(io.BytesIO(data), **options).load()
+        except _NotPlain:
+            return peer.ask("unpickle", data)
+
+    pickle.dumps, pickle.loads, pickle.Unpickler = dumped, loaded, Unpickler
+    pickle.load = lambda file, **options: loaded(file.read(), **options)
+
+
+class _NotPlain(Exception):
+    pass
