@@ -27,12 +27,13 @@ class Test(Peer):
 
     def __init__(self) -> None:
         super().__init__(CHANNEL, careful=True)
-        self.calls = 0
+        self.used = False  # whether the test has asked anything of the program's function, classes or values
         self.stops = False  # whether the test speaks of StopIteration
         self.own_outputs = {"stdout": sys.stdout, "stderr": sys.stderr}
         self.places = Given()
 
     def ask(self, operation: str, *values: Any) -> Any:
+        self.used = self.used or operation not in ("global", "classes")
         try:
             answer = super().ask(operation, *values)
         except StopIteration as stop:
@@ -40,10 +41,13 @@ class Test(Peer):
             if operation in ("__next__", "send", "throw") or self.stops:
                 raise
             raise RuntimeError(f"{operation} raised StopIteration") from stop
-        self.calls += operation == "call"
-        if self.told and operation in ("entry", *NUMBERS) and type(answer) in SCALARS and answer in self.told:
+        if self.told and operation in ("entry", *NUMBERS) and self._was_told(answer):
             raise self.refuse("what the program was handed by an operator of the test, and says again")
         return answer
+
+    def _was_told(self, answer: Any) -> bool:
+        items = answer if type(answer) in (list, tuple) and answer else (answer,)
+        return all(type(item) in SCALARS and item in self.told for item in items)
 
     def line_of(self, error: BaseException) -> int:
         return line_of(error, _FILE)
@@ -102,15 +106,15 @@ def _judged(preamble: Any, test: Any, names: list[str], entry_point: str, peer: 
             check(space["candidate"])
         error = peer.failure
         if error is None:
-            return ("passed", "", 0) if peer.calls else ("error", "the test never calls the function", 0)
+            return ("passed", "", 0) if peer.used else ("error", "the test never calls the function", 0)
     except Gone as gone:
         return "failed", f"during a call, {gone}", 0
     except BaseException as raised:
         error = peer.failure or raised
         if isinstance(error, MemoryError) and not hasattr(error, "_phi1_facts"):
             return "error", "the test takes more memory than it may have", 0
-    # What goes wrong before the first call is the test's own fault.
-    return "failed" if peer.calls else "error", _line(error), line_of(error, _FILE)
+    # What goes wrong before that is the test's own fault.
+    return "failed" if peer.used else "error", _line(error), line_of(error, _FILE)
 
 
 def _space(preamble: Any, test: Any, names: list[str], entry_point: str, peer: Test) -> dict[str, Any]:
@@ -119,8 +123,7 @@ def _space(preamble: Any, test: Any, names: list[str], entry_point: str, peer: T
     space |= {"super_of": peer.super_of, "class_pattern": ClassPatterns(space)}
     if "pickle" in peer.places.watched:
         guard_pickles(peer)
-    if "eval" in peer.places.watched:
-        space |= Texts(peer, preamble, test).names()
+    Texts(peer, preamble, test).guard()
     exec(preamble, space)
     known = {name: kind for name, kind in space.items() if isinstance(kind, type) and kind.__module__ == "test"}
     known = {name: kind for name, kind in known.items() if name != entry_point and _by_attributes(kind)}
@@ -131,6 +134,7 @@ def _space(preamble: Any, test: Any, names: list[str], entry_point: str, peer: T
         if name not in space:
             with contextlib.suppress(NameError):  # the test's own, or it raises the NameError itself
                 space[name] = peer.ask("global", name)
+                peer.used = True
     space["candidate"] = space[entry_point] = Entry(peer, entry_point)
     return space
 

@@ -12,10 +12,24 @@ from phi1.evaluate.inside.exceptions import Exceptions
 from phi1.evaluate.inside.frames import Frames, Gone, send_frame
 from phi1.evaluate.inside.kinds import VALUES, make_value
 from phi1.evaluate.inside.operations import ASKED_ONCE, OPERATIONS
-from phi1.evaluate.inside.remote import Entry, Remote, class_for, derived_class, special_methods
+from phi1.evaluate.inside.remote import Entry, Remote, class_for, derived_class, special_methods, theirs
 
 _NAMES = ("__name__", "__qualname__", "__module__", "__doc__")  # what functools.wraps copies
 _FOR_USE = ("test", "_io", "unittest.mock", "queue", "_queue", "threading", "_thread", "random", "argparse")
+_OF_MOCKS = (
+    "attach_mock",
+    "call_args",
+    "call_args_list",
+    "call_count",
+    "called",
+    "configure_mock",
+    "method_calls",
+    "mock_add_spec",
+    "mock_calls",
+    "reset_mock",
+    "return_value",
+    "side_effect",
+)
 _OF_NAMED_TUPLES = ("_replace", "_asdict", "_fields")
 
 
@@ -166,6 +180,10 @@ class Peer(Exceptions):
             allowed = callable(target)
         elif operation in ("getattr", "setattr", "delattr"):
             name = str(values[1])
+            if type(target).__module__ == "unittest.mock" and _is_of_mocks(name, *values[2:]):
+                raise AttributeError(f"{name} of the test's mock is not for the program")
+            if operation == "setattr" and callable(getattr(type(target), name, None)):
+                raise AttributeError(f"{name} of the test's {type(target).__name__} is a method, and stays one")
             named = operation == "getattr" and name in _NAMES and isinstance(target, types.FunctionType)
             named = named or (isinstance(target, tuple) and name in _OF_NAMED_TUPLES)
             of_class = operation == "getattr" and isinstance(target, type) and target.__module__ == "test"
@@ -268,6 +286,11 @@ class Peer(Exceptions):
             self.export_numbers[id(value)] = self.next_id
             self.next_id += 2
         return self.export_numbers[id(value)]
+
+
+def _is_of_mocks(name: str, *value: Any) -> bool:
+    """Whether by this a program would write or read what a mock notes, instead of calling it."""
+    return name in _OF_MOCKS or name.startswith("assert") or any(map(theirs, value))
 
 
 def _is_for_use(value: Any) -> bool:

@@ -360,12 +360,11 @@ class Entry:
         self._peer, self._name, self._remote = peer, name, None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._peer.calls += 1
         return self._peer.ask("entry", self._name, kwargs or None, *args)
 
     def itself(self) -> Any:
         if self._remote is None:
-            self._peer.calls += 1
+            self._peer.used = True
             self._remote = self._peer.ask("global", self._name)
         return self._remote
 

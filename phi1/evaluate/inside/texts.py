@@ -8,6 +8,7 @@ here, objects are made where they come from.
 
 import ast
 import builtins
+import functools
 import importlib
 import io
 import sys
@@ -44,6 +45,8 @@ _HARMLESS = (
     ast.cmpop,
     ast.expr_context,
 )
+# Modules of tests, and of the library where it evaluates text that may be the program's: annotations, docstrings.
+_FOR_TESTS = ("test", "typing", "inspect", "doctest", "timeit", "annotationlib")
 _TYPES = (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, range, enumerate, zip, reversed)
 _PICKLED = {
     "builtins": ("set", "frozenset", "bytearray", "complex", "range", "slice", "object"),
@@ -54,42 +57,52 @@ _PICKLED = {
 }
 
 
+_eval, _exec, _compile = eval, exec, compile
+
+
 class Texts:
-    """`eval`, `exec` and `compile` of a test. own: strings of its source."""
+    """`eval`, `exec` and `compile` in a test's process, for the test and for what evaluates for it (`_FOR_TESTS`).
+
+    codes: the test's, whose strings are its own.
+    """
 
     def __init__(self, peer: "Peer", *codes: types.CodeType) -> None:
-        self.peer = peer
-        self.own = {text for code in codes for text in _strings(code)}
-        self.others: list[types.CodeType] = []
+        self.peer, self.codes = peer, codes
+        self.sources: dict[types.CodeType, str] = {}  # of compiled text that is not the test's
 
-    def names(self) -> dict[str, Any]:
-        return {"eval": self.eval, "exec": self.exec, "compile": self.compile}
+    def guard(self) -> None:
+        vars(builtins).update(eval=self.eval, exec=self.exec, compile=self.compile)
+
+    @functools.cached_property
+    def own(self) -> set[str]:
+        return {text for code in self.codes for text in _strings(code)}
 
     def compile(self, source: Any, *arguments: Any, **options: Any) -> Any:
-        code = builtins.compile(source, *arguments, **options)
-        if isinstance(source, str) and source not in self.own and isinstance(code, types.CodeType):
-            self.others.append(code)
+        code = _compile(source, *arguments, **options)
+        if _is_guarded(sys._getframe(1)) and isinstance(source, str) and isinstance(code, types.CodeType):
+            self.sources[code] = source
         return code
 
-    def eval(self, text: Any, space: Any = None, names: Any = None) -> Any:
-        frame = sys._getframe(1)
-        if self._is_own(text) or (isinstance(text, str) and self._is_harmless(text, frame, space, names)):
-            return builtins.eval(text, *_spaces(frame, space, names))
-        return self._elsewhere("eval", text, space, names)
+    def eval(self, text: Any, space: Any = None, names: Any = None, /) -> Any:
+        frame, source = sys._getframe(1), self.sources.get(text, text) if isinstance(text, types.CodeType) else text
+        if self._is_own(frame, source) or self._is_harmless(source, frame, space, names):
+            return _eval(text, *_spaces(frame, space, names))
+        return self._elsewhere("eval", source, space, names)
 
-    def exec(self, text: Any, space: Any = None, names: Any = None) -> None:
-        frame = sys._getframe(1)
-        if self._is_own(text):
-            builtins.exec(text, *_spaces(frame, space, names))
+    def exec(self, text: Any, space: Any = None, names: Any = None, /, **options: Any) -> None:
+        frame, source = sys._getframe(1), self.sources.get(text, text) if isinstance(text, types.CodeType) else text
+        if self._is_own(frame, source):
+            _exec(text, *_spaces(frame, space, names), **options)
         else:
-            self._elsewhere("exec", text, space, names)
+            self._elsewhere("exec", source, space, names)
 
-    def _is_own(self, text: Any) -> bool:
-        return text in self.own if isinstance(text, str) else not any(text is code for code in self.others)
+    def _is_own(self, frame: types.FrameType, source: Any) -> bool:
+        """Code is: what was compiled of a text that is not the test's comes as that text."""
+        return not _is_guarded(frame) or isinstance(source, types.CodeType) or source in self.own
 
-    def _is_harmless(self, text: str, frame: types.FrameType, space: Any, names: Any) -> bool:
+    def _is_harmless(self, text: Any, frame: types.FrameType, space: Any, names: Any) -> bool:
         """Whether it is an expression of literals, of names that the test gives it, and of calls that reach nothing."""
-        tree = ast.parse(text.strip(), mode="eval")
+        tree: ast.AST = _compile(text.strip(), "<text>", "eval", ast.PyCF_ONLY_AST)
         given = {**(space or {}), **(names or {})}
         known = {**vars(builtins), **frame.f_globals, **frame.f_locals}
         called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
@@ -109,6 +122,10 @@ class Texts:
         if not isinstance(text, str) or not isinstance(space, dict):
             raise self.peer.refuse("text that is not the test's own, evaluated by it without names of its own")
         return self.peer.ask(operation, text, space, names)
+
+
+def _is_guarded(frame: types.FrameType) -> bool:
+    return frame.f_globals.get("__name__") in _FOR_TESTS
 
 
 def _spaces(frame: types.FrameType, space: Any, names: Any) -> tuple[Any, Any]:
