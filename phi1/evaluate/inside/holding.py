@@ -5,14 +5,12 @@ test compares that. An `__eq__` that says no to such data says so here; one that
 the object said before.
 """
 
-import decimal
-import fractions
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-_NUMBER = (int, float, complex, fractions.Fraction, decimal.Decimal)
-KINDS: dict[str, tuple[type, ...]] = {
-    "number": _NUMBER,
+_KINDS: dict[str, tuple[type, ...]] = {
+    "number": (int, float, complex),
     "str": (str,),
     "bytes": (bytes, bytearray),
     "list": (list,),
@@ -23,9 +21,17 @@ KINDS: dict[str, tuple[type, ...]] = {
 _MAKE: dict[str, Callable[[Any], Any]] = {"list": list, "tuple": tuple, "set": set, "bytes": bytes}
 
 
+def types_of(kind: str) -> tuple[type, ...]:
+    """The plain types of a kind of data; of numbers also those of the library that are loaded."""
+    if kind != "number":
+        return _KINDS[kind]
+    loaded = [(sys.modules.get(module), name) for module, name in (("decimal", "Decimal"), ("fractions", "Fraction"))]
+    return *_KINDS[kind], *(getattr(module, name) for module, name in loaded if module is not None)
+
+
 def kind_of(value: Any) -> str | None:
-    """The name in KINDS of a plain value's kind."""
-    return next((name for name, types in KINDS.items() if isinstance(value, types)), None)
+    """The kind of a plain value, None where it is no such."""
+    return next((kind for kind in _KINDS if isinstance(value, types_of(kind))), None)
 
 
 def held(value: Any, wanted: str) -> Any:
@@ -51,7 +57,7 @@ def _candidates(value: Any, wanted: str) -> Iterator[Any]:
         yield _MAKE[wanted](value)
     attributes = _attributes(value)
     for attribute in attributes.values():
-        if isinstance(attribute, KINDS[wanted]):
+        if isinstance(attribute, types_of(wanted)):
             yield attribute
     if wanted in ("list", "tuple"):
         yield _MAKE[wanted](attributes.values())

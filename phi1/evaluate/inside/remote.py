@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from phi1.evaluate.inside.deriving import base_for
-from phi1.evaluate.inside.holding import KINDS, kind_of
+from phi1.evaluate.inside.holding import kind_of, types_of
 from phi1.evaluate.inside.kinds import TYPES
 from phi1.evaluate.inside.operations import (
     ANSWERS,
@@ -131,7 +131,7 @@ def _held(value: Remote, other: Any) -> Any:
     if key not in said:
         said[key] = value._peer.ask("held", value, wanted)
     plain = said[key]
-    return plain if isinstance(plain, KINDS[wanted]) and not theirs(plain) else NotImplemented
+    return plain if isinstance(plain, types_of(wanted)) and not theirs(plain) else NotImplemented
 
 
 def _number(value: Any) -> Any:

@@ -6,7 +6,6 @@ gives it names of its own (`exec(text, space)`); where it does not, it is refuse
 here, objects are made where they come from.
 """
 
-import ast
 import builtins
 import functools
 import importlib
@@ -22,28 +21,29 @@ from phi1.evaluate.inside.remote import theirs
 if TYPE_CHECKING:
     from phi1.evaluate.inside.peer import Peer
 
+# Kinds of syntax that reach nothing. By name: `ast` is not loaded for tests that evaluate no text.
 _HARMLESS = (
-    ast.Expression,
-    ast.Constant,
-    ast.UnaryOp,
-    ast.BinOp,
-    ast.BoolOp,
-    ast.Compare,
-    ast.IfExp,
-    ast.List,
-    ast.Tuple,
-    ast.Set,
-    ast.Dict,
-    ast.Subscript,
-    ast.Slice,
-    ast.Starred,
-    ast.Call,
-    ast.keyword,
-    ast.operator,
-    ast.unaryop,
-    ast.boolop,
-    ast.cmpop,
-    ast.expr_context,
+    "Expression",
+    "Constant",
+    "UnaryOp",
+    "BinOp",
+    "BoolOp",
+    "Compare",
+    "IfExp",
+    "List",
+    "Tuple",
+    "Set",
+    "Dict",
+    "Subscript",
+    "Slice",
+    "Starred",
+    "Call",
+    "keyword",
+    "operator",
+    "unaryop",
+    "boolop",
+    "cmpop",
+    "expr_context",
 )
 # Modules of tests, and of the library where it evaluates text that may be the program's: annotations, docstrings.
 _FOR_TESTS = ("test", "typing", "inspect", "doctest", "timeit", "annotationlib")
@@ -102,7 +102,9 @@ class Texts:
 
     def _is_harmless(self, text: Any, frame: types.FrameType, space: Any, names: Any) -> bool:
         """Whether it is an expression of literals, of names that the test gives it, and of calls that reach nothing."""
-        tree: ast.AST = _compile(text.strip(), "<text>", "eval", ast.PyCF_ONLY_AST)
+        ast: Any = importlib.import_module("ast")
+        harmless = tuple(getattr(ast, name) for name in _HARMLESS)
+        tree = _compile(text.strip(), "<text>", "eval", ast.PyCF_ONLY_AST)
         given = {**(space or {}), **(names or {})}
         known = {**vars(builtins), **frame.f_globals, **frame.f_locals}
         called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
@@ -114,7 +116,7 @@ class Texts:
                     continue
                 if not _is_pure(_found(node, known)):
                     return False
-            elif not isinstance(node, _HARMLESS):
+            elif not isinstance(node, harmless):
                 return False
         return True
 
@@ -135,13 +137,12 @@ def _spaces(frame: types.FrameType, space: Any, names: Any) -> tuple[Any, Any]:
     return space, space if names is None else names
 
 
-def _found(node: ast.AST, known: dict[str, Any]) -> Any:
+def _found(node: Any, known: dict[str, Any]) -> Any:
     """What a name, or a name in a module, stands for; None for any other expression."""
-    if isinstance(node, ast.Name):
+    if hasattr(node, "id"):
         return known.get(node.id)
-    value = node.value if isinstance(node, ast.Attribute) else None
-    module = known.get(value.id) if isinstance(value, ast.Name) else None
-    return getattr(module, node.attr, None) if isinstance(module, types.ModuleType) else None  # type: ignore[attr-defined]
+    module = known.get(getattr(node.value, "id", ""))
+    return getattr(module, node.attr, None) if isinstance(module, types.ModuleType) else None
 
 
 def _is_pure(value: Any) -> bool:
