@@ -33,7 +33,7 @@ MUTATIONS = [*MMA_ATTENTION, *HOPPER, *OTHERS]
 
 
 ATTENTION = [
-    Case("mutants_causal", batch=2, seqlen_q=40, seqlen_k=70, heads=2, kv_heads=1, dropout_p=0.25),
+    Case("mutants_causal", batch=4, seqlen_q=40, seqlen_k=70, heads=2, kv_heads=1, dropout_p=0.25, seed_in_memory=True),
     Case("mutants_tall", batch=1, seqlen_q=140, seqlen_k=129, heads=1, kv_heads=1),
     Case("mutants_documents", batch=1, heads=4, kv_heads=2, documents=((5, 90), (40, 20), (4, 0), (0, 9), (33, 33))),
     Case("mutants_blind", batch=1, seqlen_q=139, seqlen_k=3, heads=1, kv_heads=1),
@@ -51,7 +51,9 @@ def _check_attention(module: ModuleType) -> None:
 
 # The hopper kernels' tiles are 128 x 128, in blocks that take several: more rows, several tiles for each of 3 blocks.
 HOPPER = [
-    Case("mutants_causal", batch=3, seqlen_q=140, seqlen_k=300, heads=2, kv_heads=1, dropout_p=0.25),
+    Case(
+        "mutants_causal", batch=3, seqlen_q=140, seqlen_k=300, heads=2, kv_heads=1, dropout_p=0.25, seed_in_memory=True
+    ),
     Case("mutants_peaked", batch=1, seqlen_q=20, seqlen_k=300, heads=1, kv_heads=1, causal=False, magnitude=100.0),
     Case("mutants_corner", batch=1, seqlen_q=140, seqlen_k=141, heads=1, kv_heads=1),
     Case("mutants_documents", batch=1, heads=4, kv_heads=2, documents=((5, 90), (40, 20), (4, 0), (0, 9), (133, 133))),
