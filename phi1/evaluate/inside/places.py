@@ -21,9 +21,7 @@ _OF_RECORDS = ("name", "msg", "args", "levelname", "levelno", "pathname", "filen
 
 
 class Given:
-    """In the test's process: what it has changed. places: names of modules and of what the test may replace in them,
-    besides standard input. watched: which of "seed", "environ", "warnings" the test speaks of.
-    """
+    """In the test's process: what it has changed."""
 
     def __init__(self) -> None:
         self.own = {("sys", "stdin"): sys.stdin, ("builtins", "input"): builtins.input}
@@ -31,6 +29,9 @@ class Given:
         self.seeds: list[tuple[str, Any]] = []
 
     def watch(self, places: list[tuple[str, str]], watched: list[str]) -> None:
+        """places: names of modules and of what the test may replace in them, besides standard input. watched: which of
+        "seed", "environ", "warn", "log" (and "pickle": `texts.py`) the test speaks of.
+        """
         for module, name in places:
             try:
                 _keep(module, name)
@@ -42,8 +43,10 @@ class Given:
             for module in ("random", "numpy.random"):
                 if module == "random" or "numpy" in sys.modules:
                     self._hear_seeds(module, importlib.import_module(module))
-        self.environment = dict(os.environ)
-        self.filters = warnings.filters, list(warnings.filters), warnings.showwarning
+        if "environ" in watched:
+            self.environment = dict(os.environ)
+        if "warn" in watched:
+            self.filters = warnings.filters, list(warnings.filters), warnings.showwarning
 
     def _hear_seeds(self, name: str, module: Any) -> None:
         seed = module.seed

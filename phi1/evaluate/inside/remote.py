@@ -2,8 +2,8 @@
 
 The test's side never hands one of its own values to an operator of the program's object: asked `x == 4`, such an
 object would only have to say yes, and `abs(x - 4) < 0.1` is no harder. A `Remote` is compared with a plain value by
-what it says it holds (a number, items, keys), which it must say without knowing what is expected. Two objects of the
-other process are its own matter: its `__eq__` decides, as in one process.
+what it says it holds (`holding.py`), which it must say without knowing what is expected. Two objects of the other
+process are its own matter: its `__eq__` decides, as in one process.
 
 Arithmetic with a number, a string, or a list or tuple of them (`vector * 3`) is the object's only where it is no number
 itself. What comes back knows the operand: it may be compared with objects of its kind and printed, but it says no

@@ -14,6 +14,7 @@ import time
 import pytest
 
 from phi1.evaluate import sandbox, sandbox_server
+from phi1.evaluate.inside import cleaning
 from phi1.evaluate.sandbox import Job, run_each, run_many, run_program
 
 TEST = """
@@ -439,3 +440,19 @@ def test_declared_packages_and_no_others() -> None:
     assert result.status == "passed" and "FOUND" not in result.output, result
     absent = run_program("pass", packages=("no_such_package",))
     assert absent.status == "error" and "not installed: no_such_package" in absent.detail
+
+
+def test_a_folder_is_measured_until_it_is_too_large(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file or folder counts as a page at least, at any depth; a program makes files as fast as they are counted."""
+    for place in range(40):
+        (tmp_path / str(place)).mkdir()
+    (tmp_path / "0" / "deep").mkdir()
+    (tmp_path / "0" / "deep" / "file").write_bytes(bytes(10_000))  # three pages
+    assert not cleaning.exceeds(str(tmp_path), (40 + 1 + 3) * 4096)
+    assert cleaning.exceeds(str(tmp_path), (40 + 1 + 3) * 4096 - 1)
+    opened: list[str] = []
+    is_open = os.open
+    monkeypatch.setattr(
+        os, "open", lambda path, *more, **options: opened.append(path) or is_open(path, *more, **options)
+    )
+    assert cleaning.exceeds(str(tmp_path), 10 * 4096) and opened == [str(tmp_path)]
