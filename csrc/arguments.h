@@ -46,6 +46,7 @@ struct AttentionArgs {
   uint32_t dropout_threshold;  // elements whose random byte is below it are dropped; 0: no dropout
   float dropout_scale;         // what kept elements are multiplied by
   uint64_t seed;
+  const uint64_t* seed_memory;  // a GPU's: where the seed is instead, or null
   DType dtype;
 };
 
@@ -96,6 +97,7 @@ struct ResidualArgs {
   uint32_t dropout_threshold;  // as in AttentionArgs
   float dropout_scale;
   uint64_t seed;
+  const uint64_t* seed_memory;
   DType dtype;
 };
 

@@ -43,7 +43,16 @@ inline RotaryArgs rotary_args(HeadsTensor q, HeadsTensor k, HeadsTensor q_out, H
 }
 
 // The arguments of one call, as kernels/native.py packs them, without its threads or stream.
-using Dropout = std::tuple<uint32_t, float, uint64_t>;  // threshold, scale, seed
+// Threshold, scale, seed, and where the seed is instead (a GPU's), or null.
+using Dropout = std::tuple<uint32_t, float, uint64_t, Memory>;
+
+// Into AttentionArgs or ResidualArgs.
+template <typename Args>
+void set_dropout(Args& args, const Dropout& dropout) {
+  Memory seed;
+  std::tie(args.dropout_threshold, args.dropout_scale, args.seed, seed) = dropout;
+  args.seed_memory = address<const uint64_t>(seed);
+}
 
 // sizes: batch, seqlen_q, seqlen_k, heads, kv_heads, head_dim. documents: the offsets of queries and keys, and how
 // many.
@@ -59,7 +68,7 @@ inline AttentionArgs attention_args(HeadsTensor q, HeadsTensor k, HeadsTensor v,
   args.documents = std::get<2>(documents);
   args.causal = causal;
   args.scale = scale;
-  std::tie(args.dropout_threshold, args.dropout_scale, args.seed) = dropout;
+  set_dropout(args, dropout);
   args.dtype = static_cast<DType>(dtype);
   return args;
 }
@@ -90,7 +99,7 @@ inline ResidualArgs residual_args(Memory h, std::array<int64_t, 2> sizes, Dropou
   ResidualArgs args = {};
   args.h = address(h);
   args.rows = sizes[0], args.columns = sizes[1];
-  std::tie(args.dropout_threshold, args.dropout_scale, args.seed) = dropout;
+  set_dropout(args, dropout);
   args.dtype = static_cast<DType>(dtype);
   return args;
 }

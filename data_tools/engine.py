@@ -116,9 +116,8 @@ def run(
     """Yields what `task(shard)` returns, a JSON-able dict, in the order in which shards are done.
 
     folder: where a cluster's tasks are told what to do and leave results and logs (removed if all went well); all nodes
-        must see
-    it. told: called while tasks run here, with what they `tell` (those of a cluster cannot). Raises UserError if a task
-    does or a worker dies, Whatever it is if a task raises something else here.
+    must see it. told: called while tasks run here, with what they `tell` (those of a cluster cannot). Raises UserError
+    if a task does or a worker dies, Whatever it is if a task raises something else here.
     """
     if engine.engine != "local":
         yield from _on_cluster(engine, task, shards, folder / "cluster")

@@ -126,8 +126,7 @@ def _plan_tables(
             if not set(alternatives) & set(names):
                 raise UserError(
                     f"{file}: has no column {' or '.join(f'`{name}`' for name in alternatives)}, but "
-                    f"{', '.join(names)}; "
-                    "say which holds the text: parquet:PATH?content=COLUMN"
+                    f"{', '.join(names)}; say which holds the text: parquet:PATH?content=COLUMN"
                 )
         groups = metadata.num_row_groups
         content = remote.content_of(file) if remote.is_url(file) else hashes.of(pathlib.Path(file))

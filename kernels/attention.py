@@ -14,18 +14,17 @@ from kernels.checks import (
     check_dtype,
     check_int32,
     check_like,
-    check_not_captured,
     check_rank,
     overlaps_itself,
-    seed_bits,
     share_memory,
 )
 from kernels.measured import size_class
 from kernels.registry import choose, differentiated, implementation, in_graph, register
+from kernels.seeds import Seed, check_not_captured, check_seed, for_backward, of_operands, operands
 
 _OPTIONS = (
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float scale, float dropout_p, SymInt dropout_seed, "
-    "str backend"
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed_tensor, bool causal, float scale, float dropout_p, "
+    "SymInt dropout_seed, str backend"
 )
 torch.library.define("phi1::attention_forward", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)")
 torch.library.define(
@@ -34,11 +33,21 @@ torch.library.define(
 )
 
 
+def _backend_options(cu_q, cu_k, seed_tensor, causal, scale, p, dropout_seed, _) -> tuple:  # type: ignore[no-untyped-def]
+    """What a backend takes, of an operator's options."""
+    return cu_q, cu_k, causal, scale, p, of_operands(seed_tensor, dropout_seed)
+
+
+def _forward_options(x: Tensor, options: tuple) -> tuple:
+    *_, p, seed = found = _backend_options(*options)
+    check_not_captured(p, seed, x)
+    return found
+
+
 @torch.library.impl("phi1::attention_forward", ("cpu", "cuda"))
 @without_autocast
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    check_not_captured(options[4], q)
-    return implementation("flash_attention", options[-1]).forward(q, k, v, *options[:-1])
+    return implementation("flash_attention", options[-1]).forward(q, k, v, *_forward_options(q, options))
 
 
 # The same, into the caller's tensor.
@@ -50,9 +59,9 @@ torch.library.define(
 @torch.library.impl("phi1::attention_forward_out", ("cpu", "cuda"))
 @without_autocast
 def _forward_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options) -> Tensor:  # type: ignore[no-untyped-def]
-    check_not_captured(options[4], q)
+    arguments = _forward_options(q, options)
     torch.autograd.graph.increment_version(out)  # a native kernel's writing PyTorch does not see
-    return implementation("flash_attention", options[-1]).forward(q, k, v, *options[:-1], out=out)[1]
+    return implementation("flash_attention", options[-1]).forward(q, k, v, *arguments, out=out)[1]
 
 
 @torch.library.register_fake("phi1::attention_forward_out")
@@ -65,7 +74,7 @@ def _forward_out_fake(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options) ->
 def _backward(grad_out, q, k, v, out, lse, *options) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
     backward = implementation("flash_attention", options[-1]).backward
     assert backward is not None
-    return backward(grad_out, q, k, v, out, lse, *options[:-1])
+    return backward(grad_out, q, k, v, out, lse, *_backend_options(*options))
 
 
 @torch.library.register_fake("phi1::attention_forward")
@@ -85,17 +94,16 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, *options):  # type: ignore[no-untyped-def]
         out, lse = torch.ops.phi1.attention_forward(q, k, v, *options)
-        ctx.save_for_backward(q, k, v, out, lse, options[0], options[1])
-        ctx.options = options[2:]
+        ctx.save_for_backward(q, k, v, out, lse, *options[:3])
+        ctx.options = options[3:]
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     @once_differentiable("flash_attention")
     def backward(ctx, saved, grad_out, _):  # type: ignore[no-untyped-def]
-        q, k, v, out, lse, cu_q, cu_k = saved
-        grads = torch.ops.phi1.attention_backward(grad_out, q, k, v, out, lse, cu_q, cu_k, *ctx.options)
-        return *grads, None, None, None, None, None, None, None
+        grads = torch.ops.phi1.attention_backward(grad_out, *saved, *ctx.options)
+        return *grads, *(None,) * (3 + len(ctx.options))
 
 
 # (q, k, v, cu_q, cu_k, causal, scale, p, seed, out=) -> (out, lse);
@@ -138,8 +146,7 @@ def check_documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, x: Tensor) -> No
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"cu_seqlens_q and cu_seqlens_k hold {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1} "
-            f"documents: "
-            "must agree"
+            f"documents: must agree"
         )
 
 
@@ -152,7 +159,7 @@ def flash_attention(
     causal: bool = True,
     scale: float | None = None,
     dropout_p: float = 0.0,
-    dropout_seed: int = 0,
+    dropout_seed: Seed = 0,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     deterministic: bool = True,
@@ -169,7 +176,10 @@ def flash_attention(
     dropout_p, dropout_seed: dropout of the probabilities; the mask is `kernels.reference.attention_keep`, bit for bit
         the same on every backend that serves dropout. p is rounded to a multiple of 1/256 (for p > 0 at least 1/256, at
         most 255/256): 0.1 becomes 26/256 = 0.1016, and what is kept is divided by one minus that. A seed has 64 bits, a
-        negative one those of its two's complement.
+        negative one those of its two's complement. It is a number, or an int64 tensor of one element on q's device,
+        which the kernels read where it is: a CUDA graph that was captured draws anew when the tensor's value was
+        changed, where a number is an error. The backward pass, and a non-reentrant checkpoint's recomputation, take the
+        value that the tensor had in the forward pass.
     cu_seqlens_q, cu_seqlens_k: packed documents: batch is 1, int32 (documents + 1,) offsets into the sequence that rise
         from 0 to its length; document i's queries see document i's keys only. In the mask, plane counts documents, and
         rows and columns start at 0 in each. Other offsets are an error, but on a GPU, where looking at them would stop
@@ -205,8 +215,6 @@ def flash_attention(
         raise ValueError(f"q.shape = {tuple(q.shape)}: heads and head_dim must be at least 1")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p = {dropout_p}: must be in [0, 1)")
-    if not torch.compiler.is_compiling():  # what is compiled is captured later: the operator looks again
-        check_not_captured(dropout_p, q)
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         raise ValueError("cu_seqlens_q and cu_seqlens_k: give both or neither")
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
@@ -216,7 +224,7 @@ def flash_attention(
     scale = head_dim**-0.5 if scale is None else scale
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale = {scale}: must be finite")
-    dropout_seed = seed_bits("dropout_seed", dropout_seed)
+    seed = check_seed(dropout_seed, dropout_p, "q", q)
     if out is not None:
         _check_out(out, q, k, v)
     name = choose(
@@ -231,13 +239,16 @@ def flash_attention(
         return_lse=return_lse,
         packed=cu_seqlens_q is not None,
     )
+    if isinstance(seed, Tensor) and differentiated(q, k, v):
+        seed = for_backward(seed)
     forward = in_graph("flash_attention", name)
     if forward is not None:
-        result, lse = forward(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p, dropout_seed, out=out)
+        result, lse = forward(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p, seed, out=out)
         return (result, lse.detach()) if return_lse else result
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         cu_seqlens_q, cu_seqlens_k = distinct(cu_seqlens_q, cu_seqlens_k)
-    arguments = (cu_seqlens_q, cu_seqlens_k, causal, scale, dropout_p, dropout_seed, name)
+    seed_tensor, number = operands(seed)
+    arguments = (cu_seqlens_q, cu_seqlens_k, seed_tensor, causal, scale, dropout_p, number, name)
     if out is None:
         result, lse = _Attention.apply(*distinct(q, k, v), *arguments)
     else:

@@ -15,11 +15,11 @@ from torch import Tensor
 from kernels import composed_block, reference  # noqa: F401  (composed_block registers `reference` and `torch`)
 from kernels.autocast import cast_inputs
 from kernels.block_checks import check_block, check_rows
-from kernels.checks import seed_bits
 from kernels.fused_block import FusedBlock
 from kernels.measured import size_class
 from kernels.reference import BlockShape, CacheRows, KVCache
 from kernels.registry import choose, differentiated, forced_backend, in_graph
+from kernels.seeds import Seed, check_seed, for_backward, operands
 
 
 @cast_inputs("x", "norm_weight", "norm_bias", "w_in", "b_in", "w_out", "b_out")
@@ -37,7 +37,7 @@ def parallel_block(
     *,
     positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    dropout_seed: int = 0,
+    dropout_seed: Seed = 0,
     kv_cache: KVCache | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -53,7 +53,8 @@ def parallel_block(
     shape: heads, head_dim, the LayerNorm's eps, the activation, and the probabilities of dropout, which are those of
         this call: a model has one BlockShape for training and one without dropout.
     cu_seqlens: int32 (documents + 1,), offsets into the folded batch * seq tokens; attention stays inside a document.
-    dropout_seed: masks are `kernels.reference.attention_keep` and `residual_keep` of it. 64 bits.
+    dropout_seed: masks are `kernels.reference.attention_keep` and `residual_keep` of it. 64 bits, a number or
+        an int64 tensor, as in `flash_attention`.
     kv_cache: (k, v, length): this call's keys and values are written at [length, length + seq), then attention
         runs over the first length + seq. With cu_seqlens document i goes on in row i, and length is int32 (documents,),
         the tokens that each row holds, or what `cache_rows` made of them; a document may be empty. k and v have x's
@@ -71,7 +72,7 @@ def parallel_block(
     """
     parameters = (norm_weight, norm_bias, w_in, b_in, w_out, b_out)
     inner = check_block(x, parameters, (cos, sin), shape, positions, cu_seqlens, kv_cache)
-    dropout_seed = seed_bits("dropout_seed", dropout_seed)
+    seed = check_seed(dropout_seed, max(shape.attention_dropout, shape.residual_dropout), "x", x)
     batch, seq, hidden = x.shape
     queries, seen = seq, seq
     if kv_cache is not None:
@@ -95,13 +96,16 @@ def parallel_block(
         inner=inner,
         rotary_dim=2 * cos.shape[-1],
     )
+    if isinstance(seed, Tensor) and kv_cache is None and differentiated(x, *parameters):
+        seed = for_backward(seed)
     forward = in_graph("parallel_block", name)
     if forward is not None:
         piece = "reference" if name == "reference" else forced_backend(backend)
         with torch.set_grad_enabled(torch.is_grad_enabled() and kv_cache is None):
-            return forward(x, *parameters, cos, sin, shape, positions, cu_seqlens, dropout_seed, kv_cache, piece=piece)
+            return forward(x, *parameters, cos, sin, shape, positions, cu_seqlens, seed, kv_cache, piece=piece)
     rows = x.reshape(batch * seq, hidden)
-    options = (cos, sin, positions, cu_seqlens, seq, *shape.values, dropout_seed, name)
+    seed_tensor, number = operands(seed)
+    options = (cos, sin, positions, cu_seqlens, seed_tensor, seq, *shape.values, number, name)
     if kv_cache is not None:
         with torch.no_grad():
             each = (0, length[:4]) if isinstance(length, CacheRows) else (length, [])
@@ -115,8 +119,7 @@ def cache_rows(lengths: Tensor, cu_seqlens: Tensor, tokens: int, capacity: int) 
     """Where the documents of a call go on in the rows of a cache, for `kv_cache`: once for all layers of a model.
 
     lengths: int32 (documents,), the tokens that each row holds. cu_seqlens: int32 (documents + 1,), the offsets of the
-        new
-    tokens, `tokens` in all. capacity: the tokens that a row has room for.
+    new tokens, `tokens` in all. capacity: the tokens that a row has room for.
     Raises ValueError for arguments that do not fit.
     """
     check_rows("the cache", lengths, cu_seqlens, capacity)

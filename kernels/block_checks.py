@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import check_documents
-from kernels.checks import check_device, check_dtype, check_int32, check_like, check_not_captured, check_shape
+from kernels.checks import check_device, check_dtype, check_int32, check_like, check_shape
 from kernels.reference import BlockShape, CacheRows, KVCache
 from kernels.rotary import check_table
 
@@ -48,8 +48,6 @@ def check_block(
     ):
         check_shape(name, parameter, dims, meaning)
         check_like(name, parameter, "x", x)
-    if not torch.compiler.is_compiling():  # what is compiled is captured later: the operator looks again
-        check_not_captured(max(shape.attention_dropout, shape.residual_dropout), x)
     if cu_seqlens is not None:
         check_documents(cu_seqlens, cu_seqlens, x)
     if kv_cache is not None:

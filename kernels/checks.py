@@ -1,6 +1,5 @@
 """Argument checks shared by the ops: each raises a ValueError that names the argument, its value and the remedy."""
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -68,25 +67,6 @@ def check_int32(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}.dtype = {x.dtype}: must be int32; use {name}.int()")
 
 
-def seed_bits(name: str, seed: int) -> int:
-    """The 64 bits of a seed as an int64, which operators of PyTorch take; a negative one is its two's complement."""
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"{name} = {seed}: must fit 64 bits; use {name} % 2**64")
-    return seed - 2**64 if seed >= 2**63 else seed
-
-
-def check_not_captured(dropout_p: float, x: Tensor) -> None:
-    """Raises ValueError for dropout while a CUDA graph is captured: the seed is a number, which each replay would
-    repeat.
-    """
-    if dropout_p > 0 and x.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise ValueError(
-            f"dropout_p = {dropout_p} while a CUDA graph is captured: every replay would drop the same elements; "
-            f"capture "
-            "without dropout, or call outside of the graph"
-        )
-
-
 def check_offsets(name: str, offsets: Tensor, length: int) -> None:
     """`offsets` of documents rise from 0 to length. On a GPU, where looking would stop the stream, nothing is
     checked.
@@ -94,7 +74,7 @@ def check_offsets(name: str, offsets: Tensor, length: int) -> None:
     if offsets.device.type != "cpu":
         return
     values = offsets.tolist()
-    if values[0] != 0 or values[-1] != length or any(a > b for a, b in itertools.pairwise(values)):
+    if values[0] != 0 or values[-1] != length or values != sorted(values):
         raise ValueError(f"{name} = {values}: must rise from 0 to the sequence length, {length}")
 
 

@@ -14,6 +14,7 @@ from kernels.norm import layer_norm
 from kernels.reference import Dropout
 from kernels.registry import machine_of, register
 from kernels.rotary import apply_rotary
+from kernels.seeds import check_not_captured, of_operands, operands
 
 
 def _attention(
@@ -34,7 +35,7 @@ def _attention(
 def _dropped(y: Tensor, dropout: Dropout) -> Tensor:
     if dropout.p == 0:
         return y
-    return y * torch.ops.phi1.residual_factor(y.detach(), dropout.seed, dropout.p)
+    return y * torch.ops.phi1.residual_factor(y.detach(), *operands(dropout.seed), dropout.p)
 
 
 def _composed(
@@ -55,11 +56,15 @@ register("parallel_block", "torch", functools.partial(_composed, F.linear, _TORC
 
 # What residual dropout multiplies each element by: 0, or 1 / (1 - p). An op, so that torch.compile carries the seed as
 # a symbol (no new graph for each seed) and does not look inside.
-torch.library.define("phi1::residual_factor", "(Tensor like, SymInt seed, float p) -> Tensor")
+torch.library.define(
+    "phi1::residual_factor", "(Tensor like, Tensor? seed_tensor, SymInt dropout_seed, float p) -> Tensor"
+)
 
 
 @torch.library.impl("phi1::residual_factor", ("cpu", "cuda"))
-def _residual_factor(like: Tensor, seed: int, p: float) -> Tensor:
+def _residual_factor(like: Tensor, seed_tensor: Tensor | None, dropout_seed: int, p: float) -> Tensor:
+    seed = of_operands(seed_tensor, dropout_seed)
+    check_not_captured(p, seed, like)
     # The reference's integer tensors are 142 kernels and 61.8 GB for a layer of phi-1 with 16,384 tokens.
     batch, seq, hidden = like.shape
     shape, scale = (batch * seq, hidden), reference.dropout_scale(p)
@@ -73,5 +78,5 @@ def _residual_factor(like: Tensor, seed: int, p: float) -> Tensor:
 
 
 @torch.library.register_fake("phi1::residual_factor")
-def _residual_factor_fake(like: Tensor, seed: int, p: float) -> Tensor:
+def _residual_factor_fake(like: Tensor, seed_tensor: Tensor | None, dropout_seed: int, p: float) -> Tensor:
     return like.new_empty(like.shape)

@@ -14,6 +14,7 @@ from kernels import chunked_loss, fused_block, machine, native, reference
 from kernels.checks import check_offsets
 from kernels.fused_block import Dropout, Layout, Pieces, vendor_product
 from kernels.registry import register
+from kernels.seeds import Seed
 
 
 def rotary(
@@ -43,7 +44,9 @@ def attention_forward(
     cu_k: Tensor | None,
     causal: bool,
     scale: float,
-    *dropout: Any,
+    p: float,
+    seed: Seed,
+    *,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (a new tensor, or the one given) and the log-sum-exp; see `kernels.flash_attention`."""
@@ -55,7 +58,8 @@ def attention_forward(
     result = q.new_empty(q.shape) if out is None or out.stride(-1) != 1 else out
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     isa.attention_forward(
-        *native.attention_arguments(q, k, v, result, lse, cu_q, cu_k, causal, scale, *dropout), torch.get_num_threads()
+        *native.attention_arguments(q, k, v, result, lse, cu_q, cu_k, causal, scale, p, int(seed)),
+        torch.get_num_threads(),
     )
     return result if out is None or out is result else out.copy_(result), lse
 
@@ -72,7 +76,9 @@ def attention_backward(
     cu_k: Tensor | None,
     causal: bool,
     scale: float,
-    *dropout: Any,
+    p: float,
+    seed: Seed,
+    *,
     grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in new tensors or in `grads` (contiguous last dims). Each (problem, key/value head) is
@@ -85,18 +91,18 @@ def attention_backward(
     lse = lse.contiguous()
     isa.attention_backward(
         (grad_out, *grads),
-        *native.attention_arguments(q, k, v, out, lse, cu_q, cu_k, causal, scale, *dropout),
+        *native.attention_arguments(q, k, v, out, lse, cu_q, cu_k, causal, scale, p, int(seed)),
         torch.get_num_threads(),
     )
     return grads
 
 
-def residual_keep(seed: int, rows: int, columns: int, p: float, isa: Any = None) -> Tensor:
+def residual_keep(seed: Seed, rows: int, columns: int, p: float, isa: Any = None) -> Tensor:
     """`kernels.reference.residual_keep` on the CPU, the same bits. isa: default the most capable."""
     isa = isa or next(isa for isa in native.ISAS if isa.missing is None)
     keep = torch.empty((rows, columns), dtype=torch.bool, device="cpu")
     isa.residual_keep(
-        keep, rows, columns, reference.dropout_threshold(p), seed & (1 << 64) - 1, torch.get_num_threads()
+        keep, rows, columns, reference.dropout_threshold(p), int(seed) & (1 << 64) - 1, torch.get_num_threads()
     )
     return keep
 
@@ -192,6 +198,10 @@ def _project_in_backward(
     return grad_bias
 
 
+def _dropout_arguments(dropout: Dropout) -> tuple[object, ...]:
+    return native.dropout_arguments(Dropout(dropout.p, int(dropout.seed)))
+
+
 def _project_out(isa: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
     y, b_out, x = product(isa, g, w_out), b_out.contiguous(), x.contiguous()
     isa.residual(
@@ -199,7 +209,7 @@ def _project_out(isa: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, d
         b_out,
         x,
         tuple(y.shape),
-        native.dropout_arguments(dropout),
+        _dropout_arguments(dropout),
         native.DTYPE_CODES[y.dtype],
         torch.get_num_threads(),
     )
@@ -207,7 +217,7 @@ def _project_out(isa: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, d
 
 
 def _project_out_backward(isa: Any, grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
-    threshold, *rest = native.dropout_arguments(dropout)
+    threshold, *rest = _dropout_arguments(dropout)
     grad_h = grad_y if threshold == 0 else torch.empty_like(grad_y)
     grad_bias = grad_y.new_empty(grad_y.shape[1])
     isa.residual_backward(

@@ -27,9 +27,10 @@ from torch import Tensor
 from kernels import reference
 from kernels.autocast import without_autocast
 from kernels.autograd import once_differentiable
-from kernels.checks import check_not_captured, check_positions
+from kernels.checks import check_positions
 from kernels.reference import BlockShape, Dropout
 from kernels.registry import implementation
+from kernels.seeds import Seed, check_not_captured, of_operands
 
 
 class Layout(NamedTuple):
@@ -106,12 +107,13 @@ def block_forward(
     b_out: Tensor,
     layout: Layout,
     cu_seqlens: Tensor | None,
-    dropout_seed: int,
+    dropout_seed: Seed,
     kv_cache: reference.KVCache | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y (tokens, hidden), z, attention's part of g, lse) for x (tokens, hidden)."""
     check_positions(layout.positions, layout.cos.shape[0])
     shape, documents = layout.shape, cu_seqlens is not None
+    # Both halves of g are written where the product behind them reads: nothing is concatenated.
     g = x.new_empty((layout.tokens, shape.attention_width + layout.inner))
     normed = pieces.norm_forward(x, norm_weight, norm_bias, shape.eps)[0]
     z = pieces.project_in(normed, w_in, b_in, g[:, shape.attention_width :], layout)
@@ -149,24 +151,28 @@ def block_backward(
     w_out: Tensor,
     layout: Layout,
     cu_seqlens: Tensor | None,
-    dropout_seed: int,
+    dropout_seed: Seed,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, norm_weight, norm_bias, w_in, b_in, w_out, b_out."""
     shape, documents = layout.shape, cu_seqlens is not None
     options = (cu_seqlens, cu_seqlens, True, shape.head_dim**-0.5, shape.attention_dropout, dropout_seed)
     q, k, v = layout.qkv(z, documents)
 
+    # Through the output: dropout's mask is drawn again, W_out's product gives the gradient of both halves of g.
     grad_h, grad_b_out = pieces.project_out_backward(grad_y, Dropout(shape.residual_dropout, dropout_seed))
     g = torch.mm(grad_h, w_out)  # the gradient of g at first, g itself in the end
+    # Through attention and the activation, which both write their part of z's gradient in place.
     grad_z = torch.empty_like(z)
     pieces.attention_backward(
         layout.attention(g, documents), q, k, v, attention, lse, *options, grads=layout.qkv(grad_z, documents)
     )
     grad_b_in = pieces.project_in_backward(grad_z, z, b_in, g[:, shape.attention_width :], layout)
+    # g's left half is no longer a gradient: with attention's output it is what W_out was multiplied by.
     layout.attention(g, documents).copy_(attention)
     grad_w_out = torch.mm(grad_h.T, g)
-    del g, attention
+    del g, attention  # the largest of what is left, before LN(x) is made again
 
+    # Through W_in and LayerNorm; grad_y comes in once more as the gradient of the residual.
     normed, stats = pieces.norm_forward(x, norm_weight, norm_bias, shape.eps)
     grad_w_in = torch.mm(grad_z.T, normed)
     grad_normed = torch.mm(grad_z, w_in)
@@ -181,7 +187,7 @@ def operators(pieces: Pieces) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 # ------------------------------------------------------------------------------------------- as torch operators
 
-_TABLE = "Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens"
+_TABLE = "Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens, Tensor? seed_tensor"
 _SHAPE = ", ".join(f"{field.type.__name__} {field.name}" for field in dataclasses.fields(BlockShape))  # type: ignore[union-attr]
 _OPTIONS = f"{_TABLE}, int seq, {_SHAPE}, SymInt dropout_seed, str backend"
 torch.library.define(
@@ -204,11 +210,18 @@ torch.library.define(
 _shape_of = functools.cache(BlockShape)  # a model has few
 
 
-def _arguments(x, w_in, cos, sin, positions, cu_seqlens, seq, *rest):  # type: ignore[no-untyped-def]
+def _arguments(x, w_in, cos, sin, positions, cu_seqlens, seed_tensor, seq, *rest):  # type: ignore[no-untyped-def]
     *values, dropout_seed, _ = rest
     shape = _shape_of(*values)
     inner = w_in.shape[0] - shape.attention_width - 2 * shape.kv_width
-    return Layout(shape, x.shape[0] // seq, seq, inner, cos, sin, positions), cu_seqlens, dropout_seed
+    layout = Layout(shape, x.shape[0] // seq, seq, inner, cos, sin, positions)
+    return layout, cu_seqlens, of_operands(seed_tensor, dropout_seed)
+
+
+def _forward_arguments(x, w_in, *options):  # type: ignore[no-untyped-def]
+    layout, _, seed = found = _arguments(x, w_in, *options)
+    check_not_captured(max(layout.shape.attention_dropout, layout.shape.residual_dropout), seed, x)
+    return found
 
 
 def _saved_shapes(layout: Layout, documents: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -221,9 +234,7 @@ def _saved_shapes(layout: Layout, documents: bool) -> tuple[tuple[int, ...], tup
 @without_autocast
 def _forward(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grads, *options):  # type: ignore[no-untyped-def]
     forward = implementation("parallel_block", options[-1]).forward
-    arguments = _arguments(x, w_in, *options)
-    shape = arguments[0].shape
-    check_not_captured(max(shape.attention_dropout, shape.residual_dropout), x)
+    arguments = _forward_arguments(x, w_in, *options)
     y, z, attention, lse = forward(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, *arguments)
     if not with_grads:
         return y, z, x.new_empty(0), x.new_empty(0, dtype=torch.float32)
@@ -241,7 +252,7 @@ def _forward_fake(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grad
 @torch.library.impl("phi1::parallel_block_cached", ("cpu", "cuda"))
 @without_autocast
 def _cached(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, keys, values, length, rows, *options):  # type: ignore[no-untyped-def]
-    arguments = _arguments(x, w_in, *options)
+    arguments = _forward_arguments(x, w_in, *options)
     parameters = (norm_weight, norm_bias, w_in, b_in, w_out, b_out)
     forward = implementation("parallel_block", options[-1]).forward
     return forward(
@@ -295,7 +306,7 @@ class FusedBlock(torch.autograd.Function):
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
         x, norm_weight, norm_bias, w_in, b_in, w_out, _, _, *options = inputs
         _, z, attention, lse = output
-        tables, ctx.options = options[:4], options[4:]
+        tables, ctx.options = options[:5], options[5:]
         ctx.mark_non_differentiable(z, attention, lse)
         ctx.set_materialize_grads(False)  # theirs would be as large as they are
         ctx.save_for_backward(x, z, attention, lse, norm_weight, norm_bias, w_in, b_in, w_out, *tables)
@@ -303,7 +314,7 @@ class FusedBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, *_):  # type: ignore[no-untyped-def]
         grads = (None,) * 7 if grad_y is None else _gradients(ctx, grad_y)
-        return *grads, *(None,) * (5 + len(ctx.options))
+        return *grads, *(None,) * (6 + len(ctx.options))
 
 
 @once_differentiable("parallel_block")

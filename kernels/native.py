@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.reference import Dropout
+from kernels.seeds import Seed
 
 if TYPE_CHECKING:
     from kernels.fused_block import Layout
@@ -70,9 +71,11 @@ def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
     return (-q, -scale, -1.0) if scale < 0 else (q * 0.0, 2.0**-64, 0.0)
 
 
-def dropout_arguments(dropout: Dropout) -> tuple[int, float, int]:
-    """(threshold, scale, seed): csrc/bindings.h, Dropout."""
-    return reference.dropout_threshold(dropout.p), reference.dropout_scale(dropout.p), dropout.seed % 2**64
+def dropout_arguments(dropout: Dropout) -> tuple[int, float, int, Tensor | None]:
+    """(threshold, scale, seed, the memory that holds the seed, or None): csrc/bindings.h, Dropout."""
+    seed = dropout.seed
+    number, memory = (0, seed) if isinstance(seed, Tensor) else (seed % 2**64, None)
+    return reference.dropout_threshold(dropout.p), reference.dropout_scale(dropout.p), number, memory
 
 
 def attention_arguments(
@@ -86,7 +89,7 @@ def attention_arguments(
     causal: bool,
     scale: float,
     dropout_p: float,
-    dropout_seed: int,
+    dropout_seed: Seed,
 ) -> tuple[object, ...]:
     """csrc/bindings.h, attention_args."""
     (batch, seqlen_q, heads, head_dim), (_, seqlen_k, kv_heads, _) = q.shape, k.shape

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels.autocast import without_autocast
 from kernels.checks import check_offsets
+from kernels.seeds import Seed
 
 ATTENTION_OFFSET = 0
 """Philox offset of the attention mask."""
@@ -29,11 +30,11 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 # ------------------------------------------------------------------------------------------------ dropout
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Seed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox 4x32-7 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011).
 
     Seven rounds are the fewest that pass BigCrush (there, table 2).
-    counter: four int64 tensors holding 32-bit words, broadcastable. seed: 64 bits, the key.
+    counter: four int64 tensors holding 32-bit words, broadcastable. seed: 64 bits, the key; a tensor: int64 ().
     Returns four int64 tensors of 32-bit words.
     """
     mask = 0xFFFFFFFF
@@ -60,13 +61,13 @@ def dropout_scale(p: float) -> float:
     return 256 / (256 - dropout_threshold(p))
 
 
-def _random_byte(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int, word: Tensor, byte: Tensor) -> Tensor:
+def _random_byte(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Seed, word: Tensor, byte: Tensor) -> Tensor:
     words = torch.stack(torch.broadcast_tensors(*philox(counter, seed)))
     chosen = words.gather(0, word.expand(words[0].shape)[None])[0]
     return (chosen >> 8 * byte) & 0xFF
 
 
-def attention_keep(seed: int, plane: Tensor, query: Tensor, key: Tensor, p: float) -> Tensor:
+def attention_keep(seed: Seed, plane: Tensor, query: Tensor, key: Tensor, p: float) -> Tensor:
     """Which probabilities dropout keeps: a pure function of (seed, plane, query, key), on every backend.
 
     plane, query, key: int64 tensors, broadcast together. plane is batch * heads + head, or document * heads + head.
@@ -88,7 +89,7 @@ def attention_keep(seed: int, plane: Tensor, query: Tensor, key: Tensor, p: floa
     return _random_byte(counter, seed, word, byte) >= dropout_threshold(p)
 
 
-def residual_keep(seed: int, rows: int, columns: int, p: float, device: torch.device) -> Tensor:
+def residual_keep(seed: Seed, rows: int, columns: int, p: float, device: torch.device) -> Tensor:
     """The (rows, columns) residual mask of a block: row is the token in the folded batch, column the hidden index.
 
     A pure function of (seed, row, column), on every backend. One Philox counter (column / 8, row / 2, 0,
@@ -157,7 +158,7 @@ def _probabilities(q: Tensor, k: Tensor, lse: Tensor | None, causal: bool, scale
     return p, lse
 
 
-def _attention_keep(p: Tensor, dropout_p: float, seed: int, first_batch: int) -> Tensor:
+def _attention_keep(p: Tensor, dropout_p: float, seed: Seed, first_batch: int) -> Tensor:
     batch, heads, m, n = p.shape
     index = [torch.arange(size, device=p.device) for size in (batch, heads, m, n)]
     plane = ((first_batch + index[0])[:, None] * heads + index[1])[:, :, None, None]
@@ -198,7 +199,7 @@ def attention_forward(
     causal: bool,
     scale: float,
     dropout_p: float,
-    dropout_seed: int,
+    dropout_seed: Seed,
     *,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -227,7 +228,7 @@ def attention_backward(
     causal: bool,
     scale: float,
     dropout_p: float,
-    dropout_seed: int,
+    dropout_seed: Seed,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v from the saved log-sum-exp (FlashAttention, arXiv 2205.14135, appendix B.4)."""
     heads, kv_heads = q.shape[2], k.shape[2]
@@ -301,7 +302,7 @@ class Dropout(NamedTuple):
     """p and the seed of a mask."""
 
     p: float
-    seed: int
+    seed: Seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -437,7 +438,7 @@ def parallel_block(
     shape: BlockShape,
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
-    dropout_seed: int,
+    dropout_seed: Seed,
     kv_cache: KVCache | None,
 ) -> Tensor:
     """phi-1's layer: attention and MLP side by side on one LayerNorm. See `kernels.parallel_block` for the

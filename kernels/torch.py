@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernels.native import positive_scale
 from kernels.reference import document_starts
+from kernels.seeds import Seed
 
 
 def attention_refuses(
@@ -30,7 +31,7 @@ def attention(
     causal: bool,
     scale: float,
     dropout_p: float,
-    dropout_seed: int,
+    dropout_seed: Seed,
     *,
     out: Tensor | None = None,
 ) -> tuple[Tensor, None]:

@@ -119,12 +119,13 @@ PHI1_DEVICE float probability(float score, float lse) { return ex2(min_nan(score
 template <bool kTransposed, int kM, int kN, class F>
 PHI1_DEVICE void for_kept(const AttentionArgs& args, int plane, int row, int column, F&& kept) {
   static_assert(kN % 4 == 0);
+  const uint64_t seed = seed_of(args);
 #pragma unroll
   for (int m = 0; m < kM; ++m)
 #pragma unroll
     for (int group = 0; group < kN / 4; ++group) {
       uint32_t word[2][2];
-      attention_random<kTransposed>(word, args.seed, plane, row + 16 * m, column + 32 * group);
+      attention_random<kTransposed>(word, seed, plane, row + 16 * m, column + 32 * group);
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll

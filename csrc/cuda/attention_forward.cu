@@ -13,7 +13,7 @@ void attention_forward(const AttentionArgs& args, void* stream) {
            count_tiles(args, args.seqlen_q, Sizes::kRows) * args.heads, kAttentionThreads, Sizes::kSharedBytes, stream,
            {query_region(args, args.q), key_region(args, args.k), key_region(args, args.v),
             query_region(args, args.out), stats_region(args, args.lse, 4), offsets_region(args, args.cu_seqlens_q),
-            offsets_region(args, args.cu_seqlens_k)},
+            offsets_region(args, args.cu_seqlens_k), seed_region(args)},
            args);
   });
 }

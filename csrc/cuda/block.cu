@@ -70,7 +70,7 @@ void residual(const ResidualArgs& args, void* stream) {
     const int64_t all = bytes<T>(args.rows * args.columns);
     launch("residual", args.dropout_threshold ? residual_kernel<T, true> : residual_kernel<T, false>,
            blocks_for(args.columns / 8, kBlockThreads) * blocks_for(args.rows, kBlockRows), kBlockThreads, 0, stream,
-           {{args.h, all}, {args.x, all}, {args.bias, bytes<T>(args.columns)}}, args);
+           {{args.h, all}, {args.x, all}, {args.bias, bytes<T>(args.columns)}, seed_region(args)}, args);
   });
 }
 
@@ -82,7 +82,8 @@ void residual_backward(const ResidualArgs& args, void* stream) {
            blocks_for(args.columns / 8, kBlockThreads) * args.chunks, kBlockThreads, 0, stream,
            {{args.grad_y, all},
             {args.h, args.dropout_threshold ? all : 0},
-            {args.partial, args.chunks * args.columns * 4}},
+            {args.partial, args.chunks * args.columns * 4},
+            seed_region(args)},
            args);
     launch_sum<T>({args.partial, args.grad_bias, args.chunks, args.columns}, stream);
   });

@@ -167,9 +167,9 @@ __global__ void __launch_bounds__(kBlockThreads) after_in_grad_kernel(const __gr
 
 // Multiplies x by dropout's factor, 0 or the scale (a NaN stays one). A draw serves an even row and the next: `word`
 // keeps it from one row to the next of a thread that starts at row `begin`.
-PHI1_DEVICE void drop_residual(float (&x)[8], uint32_t (&word)[4], const ResidualArgs& args, int row, int begin,
-                               int column) {
-  if (row == begin || row % 2 == 0) residual_random(word, args.seed, row, column);
+PHI1_DEVICE void drop_residual(float (&x)[8], uint32_t (&word)[4], const ResidualArgs& args, uint64_t seed, int row,
+                               int begin, int column) {
+  if (row == begin || row % 2 == 0) residual_random(word, seed, row, column);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     bool keep[4];
@@ -192,6 +192,7 @@ __global__ void __launch_bounds__(kBlockThreads) residual_kernel(const __grid_co
   if (column >= args.columns) return;
   float bias[8];
   uint32_t word[4];
+  const uint64_t seed = kDropout ? seed_of(args) : 0;
   ld_global_8(bias, static_cast<const T*>(args.bias) + column);
   for (int row = begin; row < end; ++row) {
     const int64_t at = row * args.columns + column;
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(kBlockThreads) residual_kernel(const __grid_co
     ld_global_8(y, static_cast<const T*>(args.h) + at);
 #pragma unroll
     for (int j = 0; j < 8; ++j) y[j] += bias[j];
-    if constexpr (kDropout) drop_residual(y, word, args, row, begin, column);
+    if constexpr (kDropout) drop_residual(y, word, args, seed, row, begin, column);
     ld_global_8(x, static_cast<const T*>(args.x) + at);
 #pragma unroll
     for (int j = 0; j < 8; ++j) y[j] += x[j];
@@ -216,12 +217,13 @@ __global__ void __launch_bounds__(kBlockThreads) residual_grad_kernel(const __gr
   if (column >= args.columns) return;
   float sum[8] = {};
   uint32_t word[4];
+  const uint64_t seed = kDropout ? seed_of(args) : 0;
   for (int row = chunk.begin; row < chunk.end; ++row) {
     const int64_t at = row * args.columns + column;
     float d[8];
     ld_global_8(d, static_cast<const T*>(args.grad_y) + at);
     if constexpr (kDropout) {
-      drop_residual(d, word, args, row, chunk.begin, column);
+      drop_residual(d, word, args, seed, row, chunk.begin, column);
       st_global_8(static_cast<T*>(args.h) + at, d);
     }
 #pragma unroll

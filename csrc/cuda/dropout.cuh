@@ -22,6 +22,12 @@ PHI1_DEVICE void philox(uint32_t (&c)[4], uint64_t seed) {
   }
 }
 
+// The seed of a call. In memory it may change between the replays of a CUDA graph.
+template <typename Args>
+PHI1_DEVICE uint64_t seed_of(const Args& args) {
+  return args.seed_memory ? ld_global(args.seed_memory) : args.seed;
+}
+
 // Which of a word's four elements dropout keeps: keep[i] = byte i >= threshold. Two bytes, widened to 16 bits, are
 // compared as subnormal half-precision numbers, in one instruction; their order is that of the integers.
 PHI1_DEVICE void keep_bytes(bool (&keep)[4], uint32_t word, uint32_t threshold) {

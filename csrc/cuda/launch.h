@@ -31,6 +31,12 @@ inline Region heads_region(const HeadsTensor& x, int64_t batch, int64_t seq, int
   return {x.data, (last + head_dim) * element};
 }
 
+// Of attention's arguments, or the residual's.
+template <typename Args>
+Region seed_region(const Args& args) {
+  return {args.seed_memory, args.seed_memory ? 8 : 0};
+}
+
 inline int64_t blocks_for(int64_t work, int64_t per_block) { return (work + per_block - 1) / per_block; }
 
 // Calls f with a value of the C++ type that dtype names.

@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.checks import check_offsets
 from kernels.native import on_device, positive_scale, rows_contiguous
 from kernels.reference import dropout_scale, dropout_threshold
+from kernels.seeds import Seed
 from kernels.triton import descriptors
 from kernels.triton.attention_backward import dkv_kernel, dq_kernel
 from kernels.triton.attention_forward import forward_kernel
@@ -31,7 +32,7 @@ def _common(
     causal: bool,
     scale: float,
     dropout_p: float,
-    seed: int,
+    seed: Seed,
     by_descriptors: bool,
 ) -> tuple:
     """The arguments from `documents` on, but for the candidate's; loaded: q, k, and what else is loaded by tiles.
@@ -51,7 +52,7 @@ def _common(
         scale,
         dropout_scale(dropout_p),
         threshold,
-        *seed_words(seed),
+        *seed_words(seed if threshold else 0),
         # Calls of one power of two share a winner; from 8,192 queries on the choice has settled.
         min(max(seqlen_q.bit_length(), 7), 14),
         head_dim,
@@ -87,7 +88,7 @@ def attention_forward(
     causal: bool,
     scale: float,
     dropout_p: float,
-    dropout_seed: int,
+    dropout_seed: Seed,
     *,
     out: Tensor | None = None,
     by_descriptors: bool,
@@ -130,7 +131,7 @@ def attention_backward(
     causal: bool,
     scale: float,
     dropout_p: float,
-    dropout_seed: int,
+    dropout_seed: Seed,
     *,
     grads: tuple[Tensor, Tensor, Tensor] | None = None,
     by_descriptors: bool,

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.fused_block import Dropout, Layout, vendor_product
 from kernels.native import on_device
 from kernels.reference import dropout_scale, dropout_threshold
+from kernels.seeds import Seed
 from kernels.triton import INTERPRETED, descriptors, trial
 from kernels.triton.block_elementwise import (
     after_in_backward_kernel,
@@ -176,7 +177,8 @@ def project_in_backward(grad_z: Tensor, z: Tensor, b_in: Tensor, activated: Tens
 
 
 def _dropout_arguments(dropout: Dropout) -> tuple:
-    return dropout_scale(dropout.p), dropout_threshold(dropout.p), *seed_words(dropout.seed)
+    threshold = dropout_threshold(dropout.p)
+    return dropout_scale(dropout.p), threshold, *seed_words(dropout.seed if threshold else 0)
 
 
 def project_out(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
@@ -192,7 +194,7 @@ def project_out(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dro
     return y
 
 
-def residual_factor(like: Tensor, seed: int, p: float) -> Tensor:
+def residual_factor(like: Tensor, seed: Seed, p: float) -> Tensor:
     """`phi1::residual_factor` of kernels/composed_block.py: 0 or 1 / (1 - p), in like's (batch, seq, hidden) and
     dtype.
     """

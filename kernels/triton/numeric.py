@@ -1,10 +1,13 @@
 """What Triton kernels share: products, rounding, activations, the dropout mask, and how they are launched."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.random import philox_impl
 
 from kernels import reference
+from kernels.seeds import Seed
 from kernels.triton import INTERPRETED
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -128,7 +131,7 @@ def _kept(seed_low, seed_high, c0, c1, c2, c3, threshold):
 
     The higher bit of the byte's index, the lower one; the lower bit of the word's index, the higher one.
     """
-    low, high = tl.cast(seed_low, tl.uint32, bitcast=True), tl.cast(seed_high, tl.uint32, bitcast=True)
+    low, high = _seed_word(seed_low), _seed_word(seed_high)
     zero = (c0 + c1) * 0
     w0, w1, w2, w3 = philox_impl(zero + c0, zero + c1, zero + tl.cast(c2, tl.uint32), zero + c3, low, high, n_rounds=7)
     first, second = (
@@ -136,6 +139,14 @@ def _kept(seed_low, seed_high, c0, c1, c2, c3, threshold):
         tl.join(_bytes(w2, threshold), _bytes(w3, threshold)),
     )
     return tl.join(first, second)
+
+
+@triton.jit
+def _seed_word(word):
+    """A word of the seed, given as an int32 or as a pointer to one."""
+    if word.dtype.is_ptr():
+        word = tl.load(word)
+    return tl.cast(word, tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -152,6 +163,9 @@ def int32(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-def seed_words(seed: int) -> tuple[int, int]:
-    """A 64-bit seed as the two int32 that the masks take."""
+def seed_words(seed: Seed) -> tuple[int, int] | tuple[Tensor, Tensor]:
+    """A 64-bit seed as the two int32 that the masks take, the lower first; of a tensor, where these are."""
+    if isinstance(seed, Tensor):
+        low, high = seed.view(1).view(torch.int32).unbind()
+        return low, high
     return int32(seed), int32(seed >> 32)

@@ -41,6 +41,8 @@ class Case:
     scale: float | None = None
     magnitude: float = 1.0
     """Standard deviation of q: at 10, most probabilities are 0 or 1 and sums without a running maximum overflow."""
+    seed_in_memory: bool = False
+    """The seed of dropout is in a tensor."""
 
 
 CASES = [
@@ -67,7 +69,7 @@ CASES = [
     Case("dropout", batch=2, seqlen_q=137, seqlen_k=137, heads=3, kv_heads=3, dropout_p=0.1),
     Case("dropout_full_128", seqlen_q=65, seqlen_k=99, head_dim=128, causal=False, dropout_p=0.5),
     Case("dropout_gqa_32", seqlen_q=70, seqlen_k=150, heads=4, kv_heads=2, head_dim=32, dropout_p=0.25),
-    Case("dropout_tall", batch=1, seqlen_q=150, seqlen_k=70, dropout_p=0.1),
+    Case("dropout_tall", batch=1, seqlen_q=150, seqlen_k=70, dropout_p=0.1, seed_in_memory=True),
     Case("documents", batch=1, heads=2, documents=((1, 1), (64, 64), (0, 0), (97, 97), (3, 3))),
     Case("documents_unequal", batch=1, heads=4, kv_heads=2, documents=((5, 130), (70, 64), (4, 0), (0, 9), (1, 33))),
     Case(
@@ -131,7 +133,8 @@ def make_inputs(
     generator = torch.Generator().manual_seed(1234)
     m, n = case.seqlen_q, case.seqlen_k
     options: dict[str, Any] = {"causal": case.causal, "scale": case.scale}
-    options |= {"dropout_p": case.dropout_p, "dropout_seed": SEED}
+    options |= {"dropout_p": case.dropout_p}
+    options["dropout_seed"] = torch.tensor(SEED, device=device) if case.seed_in_memory else SEED
     if case.documents:
         ends = torch.tensor([(0, 0), *case.documents], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         m, n = int(ends[-1, 0]), int(ends[-1, 1])

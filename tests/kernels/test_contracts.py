@@ -16,16 +16,11 @@ from calls import CALLS, ROWS, Call
 from torch import Tensor
 
 from kernels import (
-    BlockShape,
     apply_rotary,
-    attention,
-    block_checks,
     checks,
     cuda,
     flash_attention,
-    fused_block,
     layer_norm,
-    parallel_block,
     reference,
 )
 from kernels.triton import attention as triton_attention
@@ -245,22 +240,6 @@ def test_a_scale_that_is_no_number_is_an_error(backend: str, scale: float) -> No
         flash_attention(*qkv(), scale=scale, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "triton", "cuda"], indirect=True)
-def test_a_seed_is_64_bits(backend: str) -> None:
-    def run(seed: int, name: str = backend) -> Tensor:
-        out = flash_attention(*qkv(), dropout_p=0.5, dropout_seed=seed, backend=name)
-        assert isinstance(out, Tensor)
-        return out
-
-    for seed in (2**63, 2**64 - 1, -1, -(2**63)):
-        assert torch.equal(run(seed), run(seed % 2**64))
-        torch.testing.assert_close(run(seed), run(seed, "reference"), rtol=2**-6, atol=2**-6)
-        assert not torch.equal(run(seed), run((seed + 2**33) % 2**64))
-    for seed in (2**64, -(2**63) - 1):
-        with pytest.raises(ValueError, match=rf"dropout_seed = {seed}: must fit 64 bits; use dropout_seed % 2\*\*64"):
-            run(seed)
-
-
 # ------------------------------------------------------------------------------------- nothing, and what is missing
 
 
@@ -395,34 +374,3 @@ def test_every_tensor_that_kernels_make_has_its_device_and_dtype_named() -> None
             wanted = {"device", "dtype"} if node.func.attr in TYPED else {"device"}
             assert wanted <= named, f"{path.name}:{node.lineno}: torch.{node.func.attr} without {wanted - named}"
     assert found > 15
-
-
-def test_dropout_in_a_captured_graph_is_refused(monkeypatch):
-    """A replay would draw the same mask: the seed is a number. On a CPU the stream that captures is pretended."""
-
-    class OnGpu:
-        is_cuda = True
-
-    for capturing, p in ((False, 0.5), (True, 0.0)):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-        checks.check_not_captured(p, OnGpu())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(ValueError, match=r"dropout_p = 0.5 while a CUDA graph is captured: every replay"):
-        checks.check_not_captured(0.5, OnGpu())
-    seen = set()
-    for module in (attention, block_checks, fused_block):
-        monkeypatch.setattr(module, "check_not_captured", lambda p, x, module=module: seen.add((module, p)))
-    q = torch.randn(1, 4, 1, 32)
-    flash_attention(q, q, q, dropout_p=0.25, backend="reference")
-    with torch.no_grad():
-        torch.ops.phi1.attention_forward(q, q, q, None, None, True, 1.0, 0.125, 0, "cpu")
-    x, weight = torch.randn(1, 4, 32), torch.randn(32)
-    tensors = (weight, weight, torch.randn(128, 32), torch.randn(128), torch.randn(32, 64), weight)
-    parallel_block(
-        x,
-        *tensors,
-        *reference.rotary_table(4, 16),
-        BlockShape(1, 1, 32, residual_dropout=0.5),
-        backend="cpu",
-    )
-    assert seen == {(attention, 0.25), (attention, 0.125), (block_checks, 0.5), (fused_block, 0.5)}

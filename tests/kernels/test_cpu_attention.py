@@ -100,7 +100,7 @@ def test_is_the_automatic_choice_and_equals_itself_out_of_place() -> None:
 def test_opcheck(name: str) -> None:
     q, k, v, grad_out, options = make_inputs(_case(name), torch.float32)
     cu = (options.get("cu_seqlens_q"), options.get("cu_seqlens_k"))
-    arguments = (*cu, options["causal"], 0.125, options["dropout_p"], options["dropout_seed"], "cpu")
+    arguments = (*cu, None, options["causal"], 0.125, options["dropout_p"], options["dropout_seed"], "cpu")
     utilities = ("test_schema", "test_faketensor")  # autograd is kernels.attention's, above the ops
     torch.library.opcheck(torch.ops.phi1.attention_forward.default, (q, k, v, *arguments), test_utils=utilities)
     out, lse = torch.ops.phi1.attention_forward(q, k, v, *arguments)

@@ -111,7 +111,16 @@ def test_opcheck(with_grads: bool) -> None:
     inputs = make(batch=2, seq=9)
     x, parameters = inputs[0].view(18, HIDDEN), inputs[1:7]
     cu = torch.tensor([0, 4, 18], dtype=torch.int32)
-    options = (*inputs[7:], torch.arange(18).view(2, 9), cu, 9, *dataclasses.replace(SHAPE, **DROPOUT).values, 7, "cpu")
+    options = (
+        *inputs[7:],
+        torch.arange(18).view(2, 9),
+        cu,
+        None,
+        9,
+        *dataclasses.replace(SHAPE, **DROPOUT).values,
+        7,
+        "cpu",
+    )
     utilities = ("test_schema", "test_faketensor")  # autograd is FusedBlock's, above the ops
     torch.library.opcheck(
         torch.ops.phi1.parallel_block_forward.default, (x, *parameters, with_grads, *options), test_utils=utilities

@@ -202,8 +202,8 @@ def test_compiles_to_one_graph(emulator):
 def test_opcheck(emulator):
     q, k, v = (torch.randn(1, 5, 2, 32).to(torch.bfloat16) for _ in range(3))
     cu = torch.tensor([0, 2, 5], dtype=torch.int32)
-    for documents in ((None, None), (cu, cu)):
-        options = (*documents, True, 0.2, 0.1, 7, "cuda")
+    for documents, seed in (((None, None), torch.tensor(7)), ((cu, cu), None)):
+        options = (*documents, seed, True, 0.2, 0.1, 7, "cuda")
         torch.library.opcheck(torch.ops.phi1.attention_forward, (q, k, v, *options))
         out, lse = torch.ops.phi1.attention_forward(q, k, v, *options)
         torch.library.opcheck(torch.ops.phi1.attention_backward, (q, q, k, v, out, lse, *options))

@@ -172,6 +172,7 @@ def test_opcheck(emulator):
         *tensors[7:],
         options["positions"],
         options["cu_seqlens"],
+        torch.tensor(7),
         case.seq,
         *options["shape"].values,
         7,

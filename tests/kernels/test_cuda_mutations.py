@@ -33,7 +33,7 @@ MUTATIONS = [*MMA_ATTENTION, *HOPPER, *OTHERS]
 
 
 ATTENTION = [
-    Case("mutants_causal", batch=2, seqlen_q=40, seqlen_k=70, heads=2, kv_heads=1, dropout_p=0.25),
+    Case("mutants_causal", batch=4, seqlen_q=40, seqlen_k=70, heads=2, kv_heads=1, dropout_p=0.25, seed_in_memory=True),
     Case("mutants_tall", batch=1, seqlen_q=140, seqlen_k=129, heads=1, kv_heads=1),
     Case("mutants_documents", batch=1, heads=4, kv_heads=2, documents=((5, 90), (40, 20), (4, 0), (0, 9), (33, 33))),
     Case("mutants_blind", batch=1, seqlen_q=139, seqlen_k=3, heads=1, kv_heads=1),
@@ -51,7 +51,9 @@ def _check_attention(module: ModuleType) -> None:
 
 # The hopper kernels' tiles are 128 x 128, in blocks that take several: more rows, several tiles for each of 3 blocks.
 HOPPER = [
-    Case("mutants_causal", batch=3, seqlen_q=140, seqlen_k=300, heads=2, kv_heads=1, dropout_p=0.25),
+    Case(
+        "mutants_causal", batch=3, seqlen_q=140, seqlen_k=300, heads=2, kv_heads=1, dropout_p=0.25, seed_in_memory=True
+    ),
     Case("mutants_peaked", batch=1, seqlen_q=20, seqlen_k=300, heads=1, kv_heads=1, causal=False, magnitude=100.0),
     Case("mutants_corner", batch=1, seqlen_q=140, seqlen_k=141, heads=1, kv_heads=1),
     Case("mutants_documents", batch=1, heads=4, kv_heads=2, documents=((5, 90), (40, 20), (4, 0), (0, 9), (133, 133))),
@@ -73,9 +75,8 @@ def _check_rotary(module: ModuleType) -> None:
     generator = torch.Generator().manual_seed(1)
     q, k = (torch.randn(2, 3, heads, 64, generator=generator).to(torch.bfloat16) for heads in (9, 2))
     where = torch.randint(32, (2, 3), generator=generator)
-    for dims, positions, inverse in itertools.product(
-        (36, 16, 32), (None, where), (False, True)
-    ):  # by element, in runs
+    # By element, in runs.
+    for dims, positions, inverse in itertools.product((36, 16, 32), (None, where), (False, True)):
         cos, sin = reference.rotary_table(32, dims)
         ours = torch.ops.phi1.rotary(q, k, cos, sin, positions, inverse, "cuda")
         for x, y in zip(ours, reference.rotary(q, k, cos, sin, positions, inverse), strict=True):
@@ -180,9 +181,8 @@ def control(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, lis
     (folder / "prefix.h").write_text(PREFIX)
     _run("c++", *FLAGS, "-xc++-header", folder / "prefix.h", "-o", folder / "prefix.h.gch")
     every = list((emulator.BUILD / "CMakeFiles").rglob("*.o"))
-    others = [
-        x for x in every if not x.as_posix().endswith(tuple(f"/cuda/{source}.o" for source in SOURCES))
-    ]  # one instance only
+    # One instance only.
+    others = [x for x in every if not x.as_posix().endswith(tuple(f"/cuda/{source}.o" for source in SOURCES))]
     _build(folder / "control", others, None)
     return folder, others + sorted((folder / "control").glob("*.o"))
 

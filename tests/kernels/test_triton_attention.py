@@ -208,7 +208,7 @@ def test_every_candidate_of_phi1(kernel, monkeypatch):
 def test_opcheck():
     case = Case("opcheck", batch=1, seqlen_q=5, seqlen_k=7, heads=2, kv_heads=1, head_dim=32, strided="packed")
     q, k, v, grad, _ = make_inputs(case, torch.float32, DEVICE)
-    options = (None, None, True, 0.2, 0.1, SEED, "triton")
+    options = (None, None, None, True, 0.2, 0.1, SEED, "triton")
     torch.library.opcheck(torch.ops.phi1.attention_forward.default, (q, k, v, *options))
     out, lse = torch.ops.phi1.attention_forward(q, k, v, *options)
     torch.library.opcheck(torch.ops.phi1.attention_backward.default, (grad, q, k, v, out, lse, *options))

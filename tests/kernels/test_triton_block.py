@@ -135,8 +135,9 @@ def test_residual_mask_is_the_reference_bit_for_bit(product):
     y = project("out", g, w, bias + 1, x, dropout).cpu()
     assert torch.equal(y, expected * torch.tensor(reference.dropout_scale(p)))
     for dtype in (torch.float32, torch.bfloat16):  # what the composed block multiplies by
-        factor = block().residual_factor(x.to(dtype).view(2, rows // 2, columns), seed, p)
-        assert torch.equal(factor.cpu().view_as(y), y.to(dtype))
+        for value in (seed, torch.tensor(seed, device=DEVICE)):
+            factor = block().residual_factor(x.to(dtype).view(2, rows // 2, columns), value, p)
+            assert torch.equal(factor.cpu().view_as(y), y.to(dtype))
     grad, grad_bias = block().project_out_backward(x + 1, dropout)
     assert torch.equal(grad.cpu(), y)
     torch.testing.assert_close(grad_bias.cpu(), y.sum(0))
@@ -310,7 +311,7 @@ def test_opcheck():
     x, parameters = inputs[0].view(18, HIDDEN), inputs[1:7]
     cu = torch.tensor([0, 4, 18], dtype=torch.int32, device=DEVICE)
     positions = torch.arange(18, device=DEVICE).view(2, 9)
-    options = (*inputs[7:], positions, cu, 9, *dataclasses.replace(SHAPE, **DROPOUT).values, 7, "triton")
+    options = (*inputs[7:], positions, cu, None, 9, *dataclasses.replace(SHAPE, **DROPOUT).values, 7, "triton")
     utilities = ("test_schema", "test_faketensor")  # autograd is FusedBlock's, above the ops
     torch.library.opcheck(
         torch.ops.phi1.parallel_block_forward.default, (x, *parameters, True, *options), test_utils=utilities

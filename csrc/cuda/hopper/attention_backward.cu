@@ -14,12 +14,12 @@ void attention_backward(const AttentionArgs& args, void* stream) {
         {query_region(args, args.q), key_region(args, args.k), key_region(args, args.v),
          query_region(args, args.grad_out), stats_region(args, args.row_stats, 8), key_region(args, args.grad_k),
          key_region(args, args.grad_v), offsets_region(args, args.cu_seqlens_q),
-         offsets_region(args, args.cu_seqlens_k)});
+         offsets_region(args, args.cu_seqlens_k), seed_region(args)});
     launch_queries<hopper::QueryGradTile<kHeadDim>>(
         "hopper_attention_query_grad", hopper::attention_query_grad_kernel<T, kHeadDim>, args, stream,
         {query_region(args, args.q), key_region(args, args.k), key_region(args, args.v),
          query_region(args, args.grad_out), stats_region(args, args.row_stats, 8), query_region(args, args.grad_q),
-         offsets_region(args, args.cu_seqlens_q), offsets_region(args, args.cu_seqlens_k)});
+         offsets_region(args, args.cu_seqlens_q), offsets_region(args, args.cu_seqlens_k), seed_region(args)});
   });
 }
 
