@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         from bench.harness import RESULTS, environment  # not before: it imports torch
 
         facts = environment("cpu")
-        document = {"benchmark": "data", "size": dataclasses.asdict(size), "environment": facts}
+        document: dict[str, Any] = {"benchmark": "data", "size": dataclasses.asdict(size), "environment": facts}
         document["rows"] = [dataclasses.asdict(row) for row in rows]
         if options.json:
             options.json.write_text(json.dumps(document, indent=1) + "\n")

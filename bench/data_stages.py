@@ -126,6 +126,9 @@ def ingesting(source: str, workers: int) -> Callable[[Path, Path, Size], Prepare
     """Documents of installed packages, or of the parquet file."""
 
     def prepare(inputs: Path, work: Path, size: Size) -> Prepared:
+        import numpy  # noqa: F401  not to be timed
+        import pyarrow.parquet  # noqa: F401
+
         from data_tools import ingest
 
         packages = tuple(f"pypi:{name}" for name in PACKAGES)
@@ -199,6 +202,7 @@ def twins(inputs: Path, work: Path, size: Size) -> Prepared:
     from data_tools.diversity import Twins
 
     texts = _masked(size)
+    Twins()  # imports numpy
 
     def run() -> dict[str, float]:
         known = Twins()

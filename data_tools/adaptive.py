@@ -12,7 +12,8 @@ _SAID_FROM = 5.0  # seconds: a shorter wait is not worth a line
 
 
 class AdaptiveLimit:
-    """How many requests may be in flight: one more per round of successes, half after a failure. Thread-safe.
+    """How many requests may be in flight: half after a failure, and one more per round of successes; twice as many per
+    round before the first failure (TCP's slow start). Thread-safe.
 
     maximum: never more than this. Starts at 4, or the maximum if that is less.
     """
@@ -52,7 +53,7 @@ class AdaptiveLimit:
     def succeeded(self) -> None:
         """Counts a success."""
         with self._changed:
-            self._limit = min(self.maximum, self._limit + 1 / self._limit)
+            self._limit = min(self.maximum, self._limit + (1 / self._limit if self._decreased else 1))
             self._changed.notify()
 
     def failed(self, sent: float, after: float | None, reason: str = "") -> None:

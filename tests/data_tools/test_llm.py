@@ -298,6 +298,21 @@ def test_429_waits_as_told_and_lowers_the_number_in_flight(server: FakeServer, t
     assert server.times[1] - server.times[0] >= 1.0
 
 
+def test_the_number_in_flight_doubles_a_round_until_the_first_failure() -> None:
+    limit = AdaptiveLimit(32)
+    rounds = [limit.value]
+    while limit.value < 32:
+        for _ in range(limit.value):
+            limit.succeeded()
+        rounds.append(limit.value)
+    assert rounds == [4, 8, 16, 32]
+    limit.failed(time.monotonic(), None)
+    assert limit.value == 16
+    for _ in range(17):
+        limit.succeeded()
+    assert limit.value == 17
+
+
 def test_a_rate_limit_is_waited_out_however_often_it_refuses(
     server: FakeServer, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
