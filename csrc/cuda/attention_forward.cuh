@@ -19,8 +19,8 @@ struct ForwardTile {
   static constexpr int kSharedBytes = kQBytes + 4 * kKBytes;
 };
 
-// grid: a block for each tile of queries and head; block: kAttentionThreads. At head_dim 32 three fit a multiprocessor: of
-// 168 registers, where ptxas takes 169 for sm_80 if it is not asked.
+// grid: a block for each tile of queries and head; block: kAttentionThreads. At head_dim 32 three fit a multiprocessor:
+// of 168 registers, where ptxas takes 169 for sm_80 if it is not asked.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kAttentionThreads, kHeadDim == 32 ? 3 : 2)
     attention_forward_kernel(const __grid_constant__ ScheduledArgs scheduled) {

@@ -115,9 +115,9 @@ MMA_ATTENTION = [
         ("document's rows in lse forgotten", "* args.seqlen_q + work.q_row", "* args.seqlen_q"),
         ("document's first query forgotten", "work.q_row = q_end, work.k_row = k_end;", "work.k_row = k_end;"),
         (
-            "a tile of the documents too few",
+            "two tiles of the documents too few",
             "args.cu_seqlens_q ? seqlen / rows + args.documents :",
-            "args.cu_seqlens_q ? seqlen / rows + args.documents - 1 :",
+            "args.cu_seqlens_q ? seqlen / rows + args.documents - 2 :",
         ),
         ("dropout's rows 16 apart confused", "plane, row + 16 * m, column", "plane, row, column"),
         ("dropout's groups of columns confused", "column + 32 * group);", "column);"),
