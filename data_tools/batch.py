@@ -296,9 +296,8 @@ class Batches:
     def _collect(self, batch: OpenBatch, told: Any) -> None:
         """Reads a batch that is over into the ledger."""
         calls = self._ledger.batch_calls(batch.token)
-        whole = (
-            told.request_counts is None or len(calls) == told.request_counts.total
-        )  # else it was read in part before
+        # Else it was read in part before.
+        whole = told.request_counts is None or len(calls) == told.request_counts.total
         self._progressed = self._progressed or not calls
         doubts: dict[str, Verdict] = {}
         stop: Verdict | None = None

@@ -13,9 +13,8 @@ from data_tools.provider_errors import Remedy, Verdict, one_line, sort
 from phi1.errors import UserError
 from phi1.files import sha256_json
 
-_FENCED = re.compile(
-    r"\A\s*```(?:json)?[ \t]*\n(.*?)\n?```\s*\Z", re.DOTALL
-)  # JSON as a model without structured output writes it
+# JSON as a model without structured output writes it.
+_FENCED = re.compile(r"\A\s*```(?:json)?[ \t]*\n(.*?)\n?```\s*\Z", re.DOTALL)
 _NO_LOGPROB = -9999.0  # OpenAI's value for a token that is too unlikely to have one
 
 

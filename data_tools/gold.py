@@ -34,8 +34,7 @@ class Snippet:
     textbook).
 
     held_out: never used to choose or tune anything, all snippets of its package alike. again: a second label, given
-        without
-    sight of the first.
+    without sight of the first.
     """
 
     package: str
@@ -66,9 +65,8 @@ def texts(
     """Each snippet with its text and its package's metadata, package by package.
 
     cache: folder for wheels; none: phi1/packages in the cache folder of the XDG base directory specification. Raises
-        UserError
-    for a package that is neither installed in that version nor can be downloaded, and for a text that is not the
-    labelled one.
+    UserError for a package that is neither installed in that version nor can be downloaded, and for a text that is not
+    the labelled one.
     """
     by_package: dict[tuple[str, str], list[Snippet]] = collections.defaultdict(list)
     for snippet in snippets:
@@ -81,8 +79,7 @@ def texts(
             if digest(text) != snippet.sha256:
                 raise UserError(
                     f"{package} {version}: lines {snippet.first} to {snippet.last} of {snippet.path} are not those "
-                    f"that were "
-                    "labelled; the package was changed, install it again"
+                    f"that were labelled; the package was changed, install it again"
                 )
             yield snippet, text, metadata
 

@@ -191,18 +191,13 @@ class Ledger:
                 return claim
             self._learn(claim, prompt, completion)
             self._add(prompt + completion - claim.prompt_tokens - claim.completion_tokens, usd - claim.usd, claim.scope)
+            # ASCII: half a surrogate pair can be stored too.
             self._database.execute(
                 # A call that was taken for lost may have been asked again meanwhile: that one's answer counts.
                 "UPDATE calls SET state = iif(EXISTS (SELECT 1 FROM calls AS other WHERE other.key = calls.key "
                 "AND other.id <> calls.id AND other.state IN ('open', 'done')), 'lost', 'done'), prompt_tokens = ?, "
                 "completion_tokens = ?, usd = ?, response = ? WHERE id = ?",
-                (
-                    prompt,
-                    completion,
-                    usd,
-                    json.dumps(response),
-                    claim.id,
-                ),  # ASCII: half a surrogate pair can be stored too
+                (prompt, completion, usd, json.dumps(response), claim.id),
             )
         return Claim(claim.id, response, prompt, completion, usd)
 

@@ -284,9 +284,8 @@ def own(made: Sequence[Made]) -> list[str]:
     total = [0.0, 0.0]
     places = {each.folder for each in made}
     for each in made:
-        if (
-            each.folder.parent in places or not each.work
-        ):  # a part of that one, as a forest's scores are; or nothing to do
+        # A part of that one, as a forest's scores are; or nothing to do.
+        if each.folder.parent in places or not each.work:
             continue
         planned = each.start + each.took.busy / each.took.workers
         total = [total[0] + planned, total[1] + each.took.wall]

@@ -21,6 +21,7 @@ content by hash; where it lies and when it was written is no part of what it is.
 document.
 """
 
+import collections
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -42,6 +43,7 @@ from phi1.errors import UserError
 from phi1.files import sha256_file, sha256_json
 
 UNIT_BYTES = 32 << 20  # of source files in one unit: a shard of about that size
+_GOLD_PART = 100  # snippets in one: 5 s to embed on a core
 _PERMISSIVE = re.compile(
     r"\b(mit|bsd|apache|isc|psf|python-2\.0|python software foundation|unlicense|zlib|0bsd|cc0|public domain|hpnd)\b",
     re.I,
@@ -79,7 +81,7 @@ def read(unit: Unit, spool: pathlib.Path, tag: str) -> Iterator[Raw | Failure | 
     elif unit.kind == "stackoverflow":
         yield from read_questions(unit, spool, tag)
     elif unit.kind == "gold":
-        yield from _read_gold()
+        yield from _read_gold(unit)
     else:
         yield from _read_files(unit)
 
@@ -122,7 +124,17 @@ def _plan_distribution(name: str, any_license: bool, hashes: ContentHashes) -> l
 
 
 def _plan_gold(_: str, any_license: bool, hashes: ContentHashes) -> list[Unit]:
-    return [Unit("gold", "", "gold", "gold", content=sha256_file(gold.LABELS))]
+    """Whole packages, so many that a part is worth a core where it is embedded."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for package, snippets in collections.Counter(snippet.package for snippet in gold.load()).items():
+        if size >= _GOLD_PART:
+            parts.append([])
+            size = 0
+        parts[-1].append(package)
+        size += snippets
+    whole = Unit("gold", "", "gold", "gold", content=sha256_file(gold.LABELS))
+    return [dataclasses.replace(whole, items=tuple(packages), part=(i, len(parts))) for i, packages in enumerate(parts)]
 
 
 def _plan_folder(place: str, any_license: bool, hashes: ContentHashes) -> list[Unit]:
@@ -211,8 +223,9 @@ def _read_files(unit: Unit) -> Iterator[Raw | Failure | Counted]:
         yield Raw(content, name, unit.name, unit.source, unit.licenses, lang, prose)
 
 
-def _read_gold() -> Iterator[Raw]:
-    for snippet, text, metadata in gold.texts(gold.load()):
+def _read_gold(unit: Unit) -> Iterator[Raw]:
+    mine = [snippet for snippet in gold.load() if snippet.package in unit.items]
+    for snippet, text, metadata in gold.texts(mine):
         place = f"{snippet.path}#L{snippet.first}-L{snippet.last}"
         source = f"gold:{snippet.package}=={snippet.version}"
         yield Raw(text, place, snippet.package, source, tuple(_licenses(metadata)))

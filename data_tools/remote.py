@@ -79,12 +79,8 @@ def explained(url: str) -> Iterator[None]:
 
     try:
         yield
-    except (
-        OSError,
-        pyarrow.ArrowException,
-        ValueError,
-        RuntimeError,
-    ) as error:  # huggingface_hub's are OSErrors, or RuntimeErrors
+    # Those of huggingface_hub are OSErrors, or RuntimeErrors.
+    except (OSError, pyarrow.ArrowException, ValueError, RuntimeError) as error:
         told: list[str] = []
         cause: BaseException | None = error
         while cause is not None:  # the hub's file system says "not found" of what its cause says is closed

@@ -186,8 +186,7 @@ def _scores(evaluations: list[pathlib.Path]) -> str:
         return ""
     note = (
         "HumanEval is 164 problems written by people; a model of a few million parameters is expected near 0 there. "
-        "The "
-        "held-out exercises come from the offline teacher, a program that composes exercises from families: the "
+        "The held-out exercises come from the offline teacher, a program that composes exercises from families: the "
         "families were seen in training, the function names, constants and compositions of these were not."
     )
     head = ["benchmark", "model", "measure", "problems", "score", "95% interval"]

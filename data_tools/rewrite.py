@@ -97,9 +97,8 @@ def run(config: Config) -> Dataset:
         waiting = set(range(len(documents.shards)))
 
         def produce(_: Config, __: Sequence[Dataset], shard: int) -> Iterator[Produced]:
-            if (
-                config.batch and shard in waiting
-            ):  # a batch takes what many shards ask; each then finds it in the ledger
+            # A batch takes what many shards ask; each then finds it in the ledger.
+            if config.batch and shard in waiting:
                 _asked(config, llm, selected(config, documents.read(shards=_group(documents, shard, waiting)))[0])
             yield from _rewritten(config, llm, documents.read(shards=[shard]))
 

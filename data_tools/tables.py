@@ -1,5 +1,6 @@
 """Rows of tables as documents: parquet files, The Stack's among them, and JSON lines."""
 
+import collections
 import dataclasses
 import glob
 import io
@@ -116,6 +117,8 @@ def _plan_tables(
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{file}: not a whole parquet file ({_one_line(error)}); fetch it again") from error
         names = metadata.schema.to_arrow_schema().names
+        if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
+            raise UserError(f"{file}: has more than one column `{twice[0]}`; write it with a name for each")
         for field, column in columns:
             if column not in names:
                 raise UserError(f"{file}: has no column `{column}` ({field}); it has {', '.join(names)}")
@@ -123,8 +126,7 @@ def _plan_tables(
             if not set(alternatives) & set(names):
                 raise UserError(
                     f"{file}: has no column {' or '.join(f'`{name}`' for name in alternatives)}, but "
-                    f"{', '.join(names)}; "
-                    "say which holds the text: parquet:PATH?content=COLUMN"
+                    f"{', '.join(names)}; say which holds the text: parquet:PATH?content=COLUMN"
                 )
         groups = metadata.num_row_groups
         content = remote.content_of(file) if remote.is_url(file) else hashes.of(pathlib.Path(file))
@@ -231,13 +233,13 @@ def _cells(array: "pyarrow.Array") -> list[Any]:
         array = array.cast(pyarrow.large_binary())  # whether it is UTF-8 is looked at cell by cell
     unreadable = (ValueError, OverflowError, pyarrow.ArrowException)  # a text inside of a list, a date out of range
     try:
-        return array.to_pylist()
+        return array.to_pylist(maps_as_pydicts="lossy")  # a map is a record
     except unreadable:
         pass  # which cell it is
     cells: list[Any] = []
     for cell in array:
         try:
-            cells.append(cell.as_py())
+            cells.append(cell.as_py(maps_as_pydicts="lossy"))
         except unreadable as error:
             cells.append(error)
     return cells

@@ -146,8 +146,7 @@ def check_documents(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, x: Tensor) -> No
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"cu_seqlens_q and cu_seqlens_k hold {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1} "
-            f"documents: "
-            "must agree"
+            f"documents: must agree"
         )
 
 

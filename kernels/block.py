@@ -119,8 +119,7 @@ def cache_rows(lengths: Tensor, cu_seqlens: Tensor, tokens: int, capacity: int) 
     """Where the documents of a call go on in the rows of a cache, for `kv_cache`: once for all layers of a model.
 
     lengths: int32 (documents,), the tokens that each row holds. cu_seqlens: int32 (documents + 1,), the offsets of the
-        new
-    tokens, `tokens` in all. capacity: the tokens that a row has room for.
+    new tokens, `tokens` in all. capacity: the tokens that a row has room for.
     Raises ValueError for arguments that do not fit.
     """
     check_rows("the cache", lengths, cu_seqlens, capacity)

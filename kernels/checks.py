@@ -1,6 +1,5 @@
 """Argument checks shared by the ops: each raises a ValueError that names the argument, its value and the remedy."""
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -75,7 +74,7 @@ def check_offsets(name: str, offsets: Tensor, length: int) -> None:
     if offsets.device.type != "cpu":
         return
     values = offsets.tolist()
-    if values[0] != 0 or values[-1] != length or any(a > b for a, b in itertools.pairwise(values)):
+    if values[0] != 0 or values[-1] != length or values != sorted(values):
         raise ValueError(f"{name} = {values}: must rise from 0 to the sequence length, {length}")
 
 

@@ -113,6 +113,7 @@ def block_forward(
     """(y (tokens, hidden), z, attention's part of g, lse) for x (tokens, hidden)."""
     check_positions(layout.positions, layout.cos.shape[0])
     shape, documents = layout.shape, cu_seqlens is not None
+    # Both halves of g are written where the product behind them reads: nothing is concatenated.
     g = x.new_empty((layout.tokens, shape.attention_width + layout.inner))
     normed = pieces.norm_forward(x, norm_weight, norm_bias, shape.eps)[0]
     z = pieces.project_in(normed, w_in, b_in, g[:, shape.attention_width :], layout)
@@ -157,17 +158,21 @@ def block_backward(
     options = (cu_seqlens, cu_seqlens, True, shape.head_dim**-0.5, shape.attention_dropout, dropout_seed)
     q, k, v = layout.qkv(z, documents)
 
+    # Through the output: dropout's mask is drawn again, W_out's product gives the gradient of both halves of g.
     grad_h, grad_b_out = pieces.project_out_backward(grad_y, Dropout(shape.residual_dropout, dropout_seed))
     g = torch.mm(grad_h, w_out)  # the gradient of g at first, g itself in the end
+    # Through attention and the activation, which both write their part of z's gradient in place.
     grad_z = torch.empty_like(z)
     pieces.attention_backward(
         layout.attention(g, documents), q, k, v, attention, lse, *options, grads=layout.qkv(grad_z, documents)
     )
     grad_b_in = pieces.project_in_backward(grad_z, z, b_in, g[:, shape.attention_width :], layout)
+    # g's left half is no longer a gradient: with attention's output it is what W_out was multiplied by.
     layout.attention(g, documents).copy_(attention)
     grad_w_out = torch.mm(grad_h.T, g)
-    del g, attention
+    del g, attention  # the largest of what is left, before LN(x) is made again
 
+    # Through W_in and LayerNorm; grad_y comes in once more as the gradient of the residual.
     normed, stats = pieces.norm_forward(x, norm_weight, norm_bias, shape.eps)
     grad_w_in = torch.mm(grad_z.T, normed)
     grad_normed = torch.mm(grad_z, w_in)

@@ -171,8 +171,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Within the block every op that this thread or task calls without `backend=` runs on `name`.
 
     name: a backend, or one version of it ("cpu/avx512"). Functions under torch.compile follow the block that was
-        entered
-    last in the whole process: what they guard on knows no threads.
+    entered last in the whole process: what they guard on knows no threads.
     """
     token = _forced.set(_checked(name, "use_backend(name)"))
     _FORCED_COMPILED.append(name)

@@ -105,6 +105,9 @@ def tune(
             registry.read_tables()
             return path
         say(f"measuring {of.kind} for at most {seconds:.0f} s, {torch.get_num_threads()} threads, {shape}")
+        load = os.getloadavg()[0]
+        if of.device == "cpu" and load > 0.5 * (os.cpu_count() or 1):
+            say(f"load {load:.1f} on {os.cpu_count()} CPUs: other work runs; measure again when it is done")
         todo = works(of, device, shape, dtypes)
         rows: dict[Cell, Row] = {}
         ends = time.monotonic() + seconds
@@ -127,7 +130,10 @@ def tune(
         finally:
             if rows:
                 _write(
-                    path, measured.document(of, _now(), {"shape": str(shape), "threads": torch.get_num_threads()}, rows)
+                    path,
+                    measured.document(
+                        of, _now(), {"shape": str(shape), "threads": torch.get_num_threads(), "load": load}, rows
+                    ),
                 )
                 registry.read_tables()
                 say(f"wrote {path}: {len(rows)} of {len(todo)} kinds of calls")
@@ -156,9 +162,8 @@ def _alone(path: Path, say: Callable[[str], None]) -> Iterator[bool]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_suffix(".lock").open("w")
-        tempfile.TemporaryFile(
-            dir=path.parent
-        ).close()  # whether a table can be written, before an hour's... a minute's work
+        # Whether a table can be written, before an hour's... a minute's work.
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise TuneError(
             f"{path.parent}: cannot be written ({error.strerror}), so nothing is measured and the fixed order decides; "

@@ -179,7 +179,6 @@ def _open(option: str, folders: pathlib.Path | dict[str, pathlib.Path] | None) -
         if other != name:
             raise UserError(
                 f"data.{option}: {other} ({sets[other].folder}) and {name} ({dataset.folder}) hold the same tokens; "
-                f"name a "
-                "set once, and give it the weight of both"
+                f"name a set once, and give it the weight of both"
             )
     return sets

@@ -323,8 +323,7 @@ def atomic_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         if code:  # read-only by now, a limit on the size of files, a disk that fails, …
             raise UserError(
                 f"the checkpoint {folder} cannot be written ({os.strerror(code)}): mend that and run the same command "
-                f"again; "
-                "earlier checkpoints are whole"
+                f"again; earlier checkpoints are whole"
             ) from error
         raise
     finally:

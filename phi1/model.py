@@ -162,17 +162,17 @@ class Phi1(nn.Module):
 
     @contextlib.contextmanager
     def cast_once(self) -> Iterator[None]:
-        """Within the block all forward passes share one copy of the weights in compute_dtype, made at its beginning.
+        """Within the block all forward passes share one copy of the weights in the compute type, made at its beginning.
 
-        For micro-batches of one step: parameters must not change meanwhile. Each pass may have a backward pass of its
-        own, whose gradients go through the copies to the parameters as if it had made them. The embedding is not
-        copied: its rows are cast as they are looked up.
+        For the micro-batches of one step, or the tokens of a completion: parameters must not change meanwhile. Each
+        pass may have a backward pass of its own, whose gradients go through the copies to the parameters as if it had
+        made them. The embedding is not copied: its rows are cast as they are looked up.
         """
-        assert self.compute_dtype is not None
+        dtype = self.compute_dtype or self.embedding.dtype
         blocks = [block for block in self.blocks if isinstance(block, Block)]  # all of them, as far as mypy can see
         for block in blocks:
-            block.cast = block.weights(self.compute_dtype)
-        self._cast = self._norm(self.compute_dtype), self._head(self.compute_dtype)
+            block.cast = block.weights(dtype)
+        self._cast = self._norm(dtype), self._head(dtype)
         try:
             yield
         finally:

@@ -57,19 +57,21 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     """
     import tyro
 
+    from phi1 import options
+
     recipe = arguments[0] if arguments and not arguments[0].startswith("-") else None
     default: dict[str, Any] = {}  # without one, --help shows the dataclasses' own
     if recipe is not None:
         default["default"] = load_recipe(pathlib.Path(recipe))
     elif not {"-h", "--help"} & set(arguments):
         raise UserError(f"RECIPE is missing: phi1 train RECIPE [--option value]; {_recipes()}")
-    return tyro.cli(
+    return options.parse(
         TrainConfig,
-        **default,
-        args=arguments[recipe is not None :],
-        prog="phi1 train RECIPE",
-        description=__doc__,
+        "phi1 train RECIPE",
+        arguments[recipe is not None :],
+        __doc__,
         config=(tyro.conf.OmitArgPrefixes,),
+        **default,
     )
 
 

@@ -100,8 +100,7 @@ class Run:
         if needed * size > free:
             raise UserError(
                 f"{self.folder}: {facts}, but {_gigabytes(free)} are free; free space there, lower --keep-last, or "
-                f"choose "
-                "another --run-folder"
+                f"choose another --run-folder"
             )
         later = f"; --keep-every {settings.keep_every} keeps {kept} more in time" if kept else ""
         self.world.say(f"{facts}{later}; {_gigabytes(free)} are free")

@@ -10,12 +10,10 @@ them, so neither accumulation nor the number of devices nor an uneven loss mask 
 A run writes a checkpoint every `checkpoint_every` steps, at the end, and when it is told to stop (Ctrl-C, SIGTERM,
 SIGHUP, SIGUSR1). Told to stop it drops the step that it is in after the micro-batch at hand, so that the checkpoint is
 of the last step that was done, and exits with status 75 ("try again"; 130 after Ctrl-C). torchrun passes signals on,
-waits for
---shutdown-timeout seconds (30 unless given) before it kills, and exits with 1 whatever its processes do; SIGUSR1 it
-  passes
-on with --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1. Started again, by hand or by --max-restarts, a run
-goes on from its last whole checkpoint as if it had not stopped: the same samples, the same dropout, the same bits on
-the same machine. What becomes of steps that go wrong is in phi1/trouble.py.
+waits for --shutdown-timeout seconds (30 unless given) before it kills, and exits with 1 whatever its processes do;
+SIGUSR1 it passes on with --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1. Started again, by hand or by
+--max-restarts, a run goes on from its last whole checkpoint as if it had not stopped: the same samples, the same
+dropout, the same bits on the same machine. What becomes of steps that go wrong is in phi1/trouble.py.
 """
 
 if __name__ == "__main__":
@@ -54,7 +52,7 @@ from phi1.profiling import traced
 from phi1.run import Run, opened, plain
 from phi1.tokens import TokenDataset
 from phi1.trouble import IN_A_ROW, Trouble, require_finite
-from phi1.tune import tune_first
+from phi1.tune import choose_kernels, tune_first
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -132,7 +130,7 @@ class Trainer:
         self.waits: list[float] = []  # of each checkpoint the seconds that training stood still for it
         self.writer = Background()  # rank 0's, of the checkpoint that was taken last
         self.metrics: Metrics | None = None  # rank 0's, once training begins
-        self.kernels = self._choose_kernels()
+        self.kernels = choose_kernels(config.model, world, DTYPES[run.precision], run.facts.get("kernels"))
 
     def train(self) -> pathlib.Path:
         """Trains to the last step; returns the final checkpoint."""
@@ -186,12 +184,13 @@ class Trainer:
         began = time.monotonic()
         batches = world.each(self._next_batches)
         waited = time.monotonic() - began
+        # The loss is over this many targets, of all processes: known before the first backward pass.
         counted = world.sum(sum(batch.counted for batch in batches))[0]
         lr = learning_rate(config.optimizer, self.step, config.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad(set_to_none=False)  # the buffers are the engine's
         losses = [0.0] * len(batches)  # summed over a micro-batch
         with self.engine.step():
             for index, batch in enumerate(batches if counted else []):
@@ -210,6 +209,7 @@ class Trainer:
         mean = total / counted if counted else None
         scaled = self.scaler.is_enabled()
         overflow = scaled and mean is not None and math.isfinite(mean) and not math.isfinite(norm)
+        # An overflow is the scaler's business, which halves its scale: no trouble, but no update either.
         wrong, skip = (None, True) if overflow else self.trouble.judge(number, mean, norm)
         if not skip:
             self.scaler.step(self.optimizer)
@@ -255,9 +255,7 @@ class Trainer:
             raise Interrupted(number)
 
     def _to_blame(self, batches: list[Batch], losses: list[float]) -> list[int]:
-        """Indices of the sequences of a step that went wrong: of the micro-batches whose loss is not finite, or of
-        all.
-        """
+        """Indices of a step's sequences that went wrong: of the micro-batches whose loss is not finite, or all."""
         shares = self.world.gather([(batch.sequences, loss) for batch, loss in zip(batches, losses, strict=True)])
         everything = [pair for share in shares for pair in share]
         guilty = [sequences for sequences, loss in everything if not math.isfinite(loss)]
@@ -310,21 +308,20 @@ class Trainer:
             self.metrics.sync()
         content = None
         if world.rank == 0 or self.engine.sharded:
+            # A copy on the CPU, after which training may go on. FSDP2 gathers the shards: all processes take part.
             content = checkpoint.snapshot(self.model, self.optimizer, keep=world.rank == 0)
-        step, facts = (
-            self.step,
-            {
-                "step": self.step,
-                "tokens": self.tokens_seen,
-                "recipe": plain(self.config),
-                "data_hash": self.data.training.hash,
-                "sequences": self.data.taken(0, self.step),
-                "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
-                "trouble": self.trouble.state(),
-                "init_from": opened.facts.get("init_from"),
-                "kernels": self.kernels,
-            },
-        )
+        step = self.step
+        facts = {
+            "step": step,
+            "tokens": self.tokens_seen,
+            "recipe": plain(self.config),
+            "data_hash": self.data.training.hash,
+            "sequences": self.data.taken(0, step),
+            "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
+            "trouble": self.trouble.state(),
+            "init_from": opened.facts.get("init_from"),
+            "kernels": self.kernels,
+        }
 
         def begin() -> None:
             assert content is not None
@@ -357,24 +354,6 @@ class Trainer:
     def _record(self, **facts: Any) -> None:
         if self.metrics is not None:
             self.metrics.record(self.step, **facts)
-
-    def _choose_kernels(self) -> dict[str, Any]:
-        """The machine's kind, the backend that is asked for, and the orders of `kernels.registry`. Those of a run that
-        goes on are kept, so that its numbers stay the same; what this machine would choose otherwise is said."""
-        machine = registry.machine_of(self.world.device)
-        now = registry.orders(machine, DTYPES[self.opened.precision], self.config.model.head_dim)
-        chosen: dict[str, Any] = {"kind": machine.kind, "forced": registry.forced_backend(None), "orders": now}
-        before = self.opened.facts.get("kernels") or chosen
-        for name in ("kind", "forced"):
-            if before[name] != chosen[name]:
-                self.world.say(f"  changed since then: kernels, {name} = {before[name]} -> {chosen[name]}")
-        for name, order in now.items():
-            # Of another kind of machine some may not run here: this one's order stands behind what is kept.
-            kept = tuple(version for version in before["orders"].get(name, ()) if version in order)
-            if kept and kept[0] != order[0]:
-                self.world.say(f"  kept: {name} on {kept[0]}; a new run would take {order[0]} on this machine")
-            now[name] = (*kept, *(version for version in order if version not in kept))
-        return chosen
 
     def _introduce(self) -> StepLine:
         """Says what is about to run."""

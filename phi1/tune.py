@@ -9,7 +9,7 @@ machine, its driver, torch, triton or phi1 change; `phi1 doctor` shows it. Ctrl-
 
 import dataclasses
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from phi1.config import PRESETS, ModelConfig, TrainConfig
 from phi1.errors import UserError
@@ -102,3 +102,29 @@ def tune_first(config: TrainConfig, world: "World", dtype: "torch.dtype") -> Non
 
     world.first(tune)
     registry.read_tables()
+
+
+def choose_kernels(
+    model: ModelConfig, world: "World", dtype: "torch.dtype", before: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The machine's kind, the backend that is asked for, and the orders of `kernels.registry`: what a checkpoint keeps.
+
+    before: what the run that is gone on with had. Its orders are kept, so that its numbers stay the same; what this
+    machine would choose otherwise is said.
+    """
+    from kernels import registry
+
+    machine = registry.machine_of(world.device)
+    now = registry.orders(machine, dtype, model.head_dim)
+    chosen: dict[str, Any] = {"kind": machine.kind, "forced": registry.forced_backend(None), "orders": now}
+    before = before or chosen
+    for name in ("kind", "forced"):
+        if before[name] != chosen[name]:
+            world.say(f"  changed since then: kernels, {name} = {before[name]} -> {chosen[name]}")
+    for name, order in now.items():
+        # Of another kind of machine some may not run here: this one's order stands behind what is kept.
+        kept = tuple(version for version in before["orders"].get(name, ()) if version in order)
+        if kept and kept[0] != order[0]:
+            world.say(f"  kept: {name} on {kept[0]}; a new run would take {order[0]} on this machine")
+        now[name] = (*kept, *(version for version in order if version not in kept))
+    return chosen

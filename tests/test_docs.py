@@ -15,7 +15,7 @@ import sys
 import pytest
 
 from data_tools import ingest
-from phi1.cli import COMMANDS
+from phi1.commands import COMMANDS
 from phi1.config import TrainConfig
 from phi1.tokenizer import train_tokenizer
 

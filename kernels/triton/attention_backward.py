@@ -28,15 +28,15 @@ def _probabilities(scores, lse, scale):
 
 @triton.jit
 def _dq_loop(
-    dq,
-    q,
+    dq,  # float32 (BLOCK_M, HEAD_DIM), not yet scaled
+    q,  # (BLOCK_M, HEAD_DIM), as grad
     grad,
-    lse,
-    delta,
-    keys,
+    lse,  # float32 (BLOCK_M,), as `_load_lse` gives it
+    delta,  # float32 (BLOCK_M,)
+    keys,  # matrices as `matrix_of` gives them, (seqlen_k, HEAD_DIM)
     values,
     first_row,
-    begin,
+    begin,  # the keys to go over
     end,
     seqlen_q,
     seqlen_k,
@@ -73,17 +73,17 @@ def _dq_loop(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "length_class"])
 def dq_kernel(
-    grad_ptr,
+    grad_ptr,  # of out; all of these (batch, seqlen_q, heads, head_dim)
     q_ptr,
-    k_ptr,
+    k_ptr,  # (batch, seqlen_k, heads / group, head_dim), as v
     v_ptr,
     out_ptr,
-    lse_ptr,
+    lse_ptr,  # float32 (batch, heads, seqlen_q), as delta
     dq_ptr,
-    delta_ptr,
-    cu_q_ptr,
+    delta_ptr,  # written here, for `dkv_kernel`
+    cu_q_ptr,  # int32 (documents + 1,), read with DOCUMENTS only
     cu_k_ptr,
-    grad_batch,
+    grad_batch,  # elements from one batch, token or head to the next; along head_dim they are 1 apart
     grad_seq,
     grad_head,
     q_batch,
@@ -105,22 +105,22 @@ def dq_kernel(
     seqlen_q,
     seqlen_k,
     heads,
-    group,
+    group,  # query heads of a key/value head
     scale,
-    keep_scale,
-    threshold,
-    seed_low,
+    keep_scale,  # 1 / (1 - dropout_p)
+    threshold,  # a byte of the random words below it is dropped
+    seed_low,  # the seed's two words, or pointers to them
     seed_high,
-    length_class,
+    length_class,  # which tuning counts; not used
     HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     DOCUMENTS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # queries and keys of a tile
     BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,
-    grad_rows,
+    TMA: tl.constexpr,  # tiles are loaded through descriptors
+    grad_rows,  # descriptors, or None
     q_rows,
     k_rows,
     v_rows,
@@ -210,16 +210,16 @@ def dq_kernel(
 
 @triton.jit
 def _dkv_loop(
-    dk,
-    dv,
-    k,
+    dk,  # float32 (BLOCK_N, HEAD_DIM), not yet scaled
+    dv,  # float32 (BLOCK_N, HEAD_DIM)
+    k,  # (BLOCK_N, HEAD_DIM), as v
     v,
-    grads,
+    grads,  # matrices as `matrix_of` gives them, (seqlen_q, HEAD_DIM)
     queries,
-    lse_ptr,
+    lse_ptr,  # of the head's first query, as delta_ptr
     delta_ptr,
     first_column,
-    begin,
+    begin,  # the queries to go over
     end,
     seqlen_q,
     seqlen_k,
@@ -263,17 +263,17 @@ def _dkv_loop(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "length_class"])
 def dkv_kernel(
-    grad_ptr,
+    grad_ptr,  # of out: (batch, seqlen_q, heads, head_dim), as q
     q_ptr,
-    k_ptr,
+    k_ptr,  # (batch, seqlen_k, heads / group, head_dim), as v, dk and dv
     v_ptr,
-    lse_ptr,
+    lse_ptr,  # float32 (batch, heads, seqlen_q), as delta
     delta_ptr,
     dk_ptr,
     dv_ptr,
-    cu_q_ptr,
+    cu_q_ptr,  # int32 (documents + 1,), read with DOCUMENTS only
     cu_k_ptr,
-    grad_batch,
+    grad_batch,  # elements from one batch, token or head to the next; along head_dim they are 1 apart
     grad_seq,
     grad_head,
     q_batch,
@@ -295,22 +295,22 @@ def dkv_kernel(
     seqlen_q,
     seqlen_k,
     heads,
-    group,
+    group,  # query heads of a key/value head, which this program sums over
     scale,
-    keep_scale,
-    threshold,
-    seed_low,
+    keep_scale,  # 1 / (1 - dropout_p)
+    threshold,  # a byte of the random words below it is dropped
+    seed_low,  # the seed's two words, or pointers to them
     seed_high,
-    length_class,
+    length_class,  # which tuning counts; not used
     HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     DOCUMENTS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # queries and keys of a tile
     BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,
-    grad_rows,
+    TMA: tl.constexpr,  # tiles are loaded through descriptors
+    grad_rows,  # descriptors, or None
     q_rows,
     k_rows,
     v_rows,

@@ -9,19 +9,19 @@ from kernels.triton.numeric import LOG2E, attention_keep, dot, round_to
 
 @triton.jit
 def _forward_loop(
-    accumulated,
-    total,
-    maximum,
-    q,
-    keys,
+    accumulated,  # float32 (BLOCK_M, HEAD_DIM): the sum of P V so far, not yet divided by `total`
+    total,  # float32 (BLOCK_M,): the sum of P
+    maximum,  # float32 (BLOCK_M,): the largest score, not scaled
+    q,  # (BLOCK_M, HEAD_DIM)
+    keys,  # matrices as `matrix_of` gives them, (seqlen_k, HEAD_DIM)
     values,
     first_row,
-    begin,
+    begin,  # the keys to go over
     end,
     seqlen_q,
     seqlen_k,
-    scale,
-    plane,
+    scale,  # of the scores, times log2(e)
+    plane,  # the head's number among all, of all documents: its part of the random stream
     threshold,
     seed_low,
     seed_high,
@@ -61,14 +61,14 @@ def _forward_loop(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "length_class"])
 def forward_kernel(
-    q_ptr,
-    k_ptr,
+    q_ptr,  # (batch, seqlen_q, heads, head_dim); documents: (1, tokens, heads, head_dim)
+    k_ptr,  # (batch, seqlen_k, heads / group, head_dim), as v
     v_ptr,
-    out_ptr,
-    lse_ptr,
-    cu_q_ptr,
+    out_ptr,  # as q
+    lse_ptr,  # float32 (batch, heads, seqlen_q), by natural logarithm
+    cu_q_ptr,  # int32 (documents + 1,), read with DOCUMENTS only
     cu_k_ptr,
-    q_batch,
+    q_batch,  # elements from one batch, token or head to the next; along head_dim they are 1 apart
     q_seq,
     q_head,
     k_batch,
@@ -84,22 +84,22 @@ def forward_kernel(
     seqlen_q,
     seqlen_k,
     heads,
-    group,
-    scale,
-    keep_scale,
-    threshold,
-    seed_low,
+    group,  # query heads of a key/value head
+    scale,  # of the scores
+    keep_scale,  # 1 / (1 - dropout_p)
+    threshold,  # a byte of the random words below it is dropped
+    seed_low,  # the seed's two words, or pointers to them
     seed_high,
-    length_class,
+    length_class,  # which tuning counts; not used
     HEAD_DIM: tl.constexpr,
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     DOCUMENTS: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # queries and keys of a tile
     BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,
-    q_rows,
+    TMA: tl.constexpr,  # tiles are loaded through descriptors
+    q_rows,  # descriptors of q, k and v, or None
     k_rows,
     v_rows,
 ):

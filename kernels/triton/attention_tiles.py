@@ -8,17 +8,17 @@ from kernels.triton.numeric import round_to
 
 @triton.jit
 def find_problem(
-    cu_q_ptr,
+    cu_q_ptr,  # int32 (documents + 1,), read with DOCUMENTS only
     cu_k_ptr,
     documents,
-    tile,
+    tile,  # number of the tile
     index,
     heads,
     seqlen_q,
     seqlen_k,
     DOCUMENTS: tl.constexpr,
-    BY_KEYS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BY_KEYS: tl.constexpr,  # tiles are of keys, else of queries
+    BLOCK: tl.constexpr,  # rows of a tile
 ):
     """(batch, document or batch, head, first row, and where queries and keys start and how many there are).
 

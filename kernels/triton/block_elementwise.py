@@ -79,24 +79,24 @@ def _store(ptr, value, mask):
 
 @triton.jit
 def after_in_kernel(
-    z_ptr,
-    bias_ptr,
-    activated_ptr,
-    cos_ptr,
+    z_ptr,  # (tokens, width): n W_in^T
+    bias_ptr,  # (width,)
+    activated_ptr,  # (tokens, width - first_u), rows activated_stride apart
+    cos_ptr,  # float32 (positions, HALF), as sin
     sin_ptr,
-    position_ptr,
+    position_ptr,  # int64, a token's row of the table, read with POSITIONS only
     tokens,
     seq,
-    turned,
-    first_u,
+    turned,  # columns of q and k
+    first_u,  # the first column of u
     width,
     activated_stride,
-    position_batch,
+    position_batch,  # elements from one batch's positions to the next's
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     POSITIONS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr,  # tokens and columns of a tile
     BLOCK: tl.constexpr,
 ):
     """In place: q, k and v get their bias, q and k are turned; act(u + bias) goes to activated."""
@@ -128,27 +128,27 @@ def after_in_kernel(
 
 @triton.jit
 def after_in_backward_kernel(
-    grad_ptr,
-    z_ptr,
-    bias_ptr,
-    activated_ptr,
-    partial_ptr,
-    cos_ptr,
+    grad_ptr,  # (tokens, width): of the turned q and k and of v; gets that of all of z
+    z_ptr,  # (tokens, width), of the forward pass
+    bias_ptr,  # (width,)
+    activated_ptr,  # (tokens, width - first_u), rows activated_stride apart: its gradient
+    partial_ptr,  # float32 (chunks, width)
+    cos_ptr,  # float32 (positions, HALF), as sin
     sin_ptr,
-    position_ptr,
+    position_ptr,  # int64, a token's row of the table, read with POSITIONS only
     tokens,
     seq,
-    turned,
-    first_u,
+    turned,  # columns of q and k
+    first_u,  # the first column of u
     width,
     activated_stride,
-    position_batch,
+    position_batch,  # elements from one batch's positions to the next's
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     POSITIONS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,  # tokens of a program
+    ROWS: tl.constexpr,  # tokens at a time, and columns
     BLOCK: tl.constexpr,
 ):
     """In place: the gradients of q and k are turned back, u's comes from activated's, which gets act(u + bias) again.
@@ -207,14 +207,14 @@ def after_in_backward_kernel(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 def after_out_kernel(
-    y_ptr,
-    bias_ptr,
-    x_ptr,
+    y_ptr,  # (rows, columns): g W_out^T
+    bias_ptr,  # (columns,)
+    x_ptr,  # (rows, columns)
     rows,
     columns,
-    keep_scale,
-    threshold,
-    seed_low,
+    keep_scale,  # 1 / (1 - p)
+    threshold,  # a byte of the random words below it is dropped
+    seed_low,  # the seed's two words, or pointers to them
     seed_high,
     DROPOUT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -234,17 +234,17 @@ def after_out_kernel(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 def after_out_backward_kernel(
-    grad_ptr,
-    dh_ptr,
-    partial_ptr,
+    grad_ptr,  # of y: (rows, columns)
+    dh_ptr,  # (rows, columns)
+    partial_ptr,  # float32 (chunks, columns)
     rows,
     columns,
-    keep_scale,
-    threshold,
-    seed_low,
+    keep_scale,  # 1 / (1 - p)
+    threshold,  # a byte of the random words below it is dropped
+    seed_low,  # the seed's two words, or pointers to them
     seed_high,
     DROPOUT: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr,  # rows of a program
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):

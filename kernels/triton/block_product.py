@@ -49,13 +49,13 @@ def _grouped(tile, row_tiles, column_tiles, GROUP: tl.constexpr = 8):
 
 @triton.jit
 def _tile_product(
-    a_ptr,
+    a_ptr,  # (rows, summed), as b
     b_ptr,
-    a_tiles,
+    a_tiles,  # descriptors of both, or None
     b_tiles,
-    a_row,
+    a_row,  # (BLOCK_M,): the rows of a, and (BLOCK_N,) those of b, loaded by pointers
     b_row,
-    first_a,
+    first_a,  # the first row of each, loaded by descriptors
     first_b,
     summed,
     EVEN: tl.constexpr,
@@ -90,33 +90,33 @@ def _tile_product(
 
 @triton.jit(do_not_specialize=["row_class"])
 def project_in_kernel(
-    n_ptr,
-    weight_ptr,
-    bias_ptr,
-    z_ptr,
-    activated_ptr,
-    cos_ptr,
+    n_ptr,  # (tokens, hidden): LN(x)
+    weight_ptr,  # (width, hidden)
+    bias_ptr,  # (width,)
+    z_ptr,  # (tokens, width)
+    activated_ptr,  # (tokens, width - first_u), rows activated_stride apart
+    cos_ptr,  # float32 (positions, HALF), as sin
     sin_ptr,
-    position_ptr,
+    position_ptr,  # int64, a token's row of the table, read with POSITIONS only
     tokens,
     hidden,
     seq,
-    turned,
-    first_u,
+    turned,  # columns of q and k
+    first_u,  # the first column of u
     width,
     activated_stride,
-    position_batch,
-    row_class,
+    position_batch,  # elements from one batch's positions to the next's
+    row_class,  # which tuning counts; not used
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     POSITIONS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr,  # hidden is a multiple of BLOCK_K
     DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr,  # operands are loaded through descriptors
 ):
     """z = n W^T with bias and rotary on q and k, bias on v, u as it is; act(u + bias) to activated."""
     n_tiles, weight_tiles = None, None
@@ -185,26 +185,26 @@ def project_in_kernel(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "row_class"])
 def project_out_kernel(
-    g_ptr,
-    weight_ptr,
-    bias_ptr,
-    x_ptr,
+    g_ptr,  # (tokens, summed): attention's output, then the activated u
+    weight_ptr,  # (columns, summed)
+    bias_ptr,  # (columns,)
+    x_ptr,  # (tokens, columns), as y
     y_ptr,
     tokens,
     summed,
     columns,
-    row_class,
-    keep_scale,
-    threshold,
-    seed_low,
+    row_class,  # which tuning counts; not used
+    keep_scale,  # 1 / (1 - p)
+    threshold,  # a byte of the random words below it is dropped
+    seed_low,  # the seed's two words, or pointers to them
     seed_high,
     DROPOUT: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr,  # summed is a multiple of BLOCK_K
     DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr,  # operands are loaded through descriptors
     WARP_SPECIALIZE: tl.constexpr,
 ):
     """y = x + dropout(g W^T + bias)."""

@@ -20,17 +20,17 @@ MOST_COLUMNS = 8192
 
 @triton.jit
 def layer_norm_forward_kernel(
-    x_ptr,
-    weight_ptr,
+    x_ptr,  # (rows, hidden), rows x_stride apart
+    weight_ptr,  # (hidden,), as bias
     bias_ptr,
-    y_ptr,
-    stats_ptr,
+    y_ptr,  # (rows, hidden)
+    stats_ptr,  # float32 (rows, 2): mean, 1 / sqrt(variance + eps)
     rows,
     hidden,
     x_stride,
     eps,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,  # rows of a program
+    BLOCK: tl.constexpr,  # hidden, up to a power of 2
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
@@ -51,20 +51,20 @@ def layer_norm_forward_kernel(
 
 @triton.jit
 def layer_norm_backward_kernel(
-    grad_ptr,
-    x_ptr,
-    weight_ptr,
-    stats_ptr,
-    residual_ptr,
-    dx_ptr,
-    partial_ptr,
+    grad_ptr,  # of y: (rows, hidden)
+    x_ptr,  # (rows, hidden), rows x_stride apart
+    weight_ptr,  # (hidden,)
+    stats_ptr,  # float32 (rows, 2), of the forward kernel
+    residual_ptr,  # (rows, hidden), read with RESIDUAL only
+    dx_ptr,  # (rows, hidden)
+    partial_ptr,  # float32 (chunks, 2, hidden): sums over a chunk for weight and bias
     rows,
     hidden,
     x_stride,
     RESIDUAL: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,  # rows of a program
+    ROWS: tl.constexpr,  # rows at a time
+    BLOCK: tl.constexpr,  # hidden, up to a power of 2
 ):
     """With n = (x - mean) factor and d = grad weight: dx = factor (d - mean(d) - n mean(d n)) (+ residual)."""
     chunk = tl.program_id(0)

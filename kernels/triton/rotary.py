@@ -14,9 +14,9 @@ from kernels.triton.numeric import round_to
 
 @triton.jit
 def _turn(
-    x_ptr,
+    x_ptr,  # one token's (heads, HEAD_DIM), as out
     out_ptr,
-    c,
+    c,  # float32 (1, BLOCK_HALF): cosines, as s of the sines
     s,
     x_head_stride,
     out_head_stride,
@@ -44,14 +44,14 @@ def _turn(
 
 @triton.jit
 def rotary_kernel(
-    q_ptr,
-    k_ptr,
+    q_ptr,  # (batch, seq, heads, head_dim), as q_out
+    k_ptr,  # (batch, seq, kv_heads, head_dim), as k_out
     q_out_ptr,
     k_out_ptr,
-    cos_ptr,
+    cos_ptr,  # float32 (positions, HALF), as sin
     sin_ptr,
-    position_ptr,
-    q_batch,
+    position_ptr,  # int64 (seq,) or (batch, seq), read with HAS_POSITIONS only
+    q_batch,  # elements from one batch, token or head to the next; along head_dim they are 1 apart
     q_seq,
     q_head,
     k_batch,
@@ -63,16 +63,16 @@ def rotary_kernel(
     k_out_batch,
     k_out_seq,
     k_out_head,
-    position_batch,
+    position_batch,  # elements from one batch's positions to the next's, 0 where they share them
     seq,
     heads,
     kv_heads,
-    HALF: tl.constexpr,
+    HALF: tl.constexpr,  # pairs that are turned
     HEAD_DIM: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-    INVERSE: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,  # heads at a time
+    BLOCK_HALF: tl.constexpr,  # HALF, up to a power of 2
+    BLOCK_REST: tl.constexpr,  # dims that are not turned, up to a power of 2
+    INVERSE: tl.constexpr,  # turn back
     HAS_POSITIONS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)

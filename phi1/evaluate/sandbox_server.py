@@ -42,6 +42,7 @@ _ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",  # else each thread reserves 64 MiB of the address space that a job may have
 }
 _PATIENCE = 30.0  # seconds for an answer of the server, which does little before it
+_CLEANING = 300.0  # seconds to end a job: some thousand files on a slow disk may have to be removed
 _TICK = 0.05  # seconds between two looks at a job's clocks
 
 
@@ -289,7 +290,7 @@ class _Run:
                 return f"no verdict within {self.job.timeout:g} s ({used:.1f} s of CPU time, {idle:.1f} s of waiting)"
             if now - started > 60 + 20 * self.job.timeout:
                 return f"no verdict within {now - started:.0f} s of wall time"
-            if self.server.watch_folder and cleaning.size(str(self.server.folder)) > JOB_BYTES:
+            if self.server.watch_folder and cleaning.exceeds(str(self.server.folder), JOB_BYTES):
                 return "disk"
 
     def _take(self, handle: int, into: bytearray, limit: int) -> bool:
@@ -306,7 +307,7 @@ class _Run:
 
     def _end(self) -> list[tuple[int, float]]:
         self.server._send({"end": True})
-        return [(code, cpu) for code, cpu in self.server._receive(_PATIENCE)]
+        return [(code, cpu) for code, cpu in self.server._receive(_CLEANING)]
 
     def _verdict(self, stopped: str, codes: list[int], cpu: float) -> tuple[Status, str]:
         late = f"no verdict within {self.job.timeout:g} s of CPU time ({cpu:.1f} s used)"

@@ -4,7 +4,8 @@ What is not named here is refused with EPERM; a call of another architecture's (
 Left out on purpose, besides what reaches other processes, the network or the machine: System V and POSIX IPC and
 keys (they outlive a process), `memfd_create` (memory that no limit counts), locks (seen outside on the interpreter's
 files), every call that changes a file's times, mode or owner, `sendmsg` and addresses in `sendto` (a datagram to
-a foreign socket), and whatever directs a signal: kill, F_SETOWN, F_SETSIG, O_ASYNC, FIOASYNC, the parent-death signal.
+a foreign socket), out-of-band data (code of the kernel that had holes), and whatever directs a signal: kill,
+F_SETOWN, F_SETSIG, O_ASYNC, FIOASYNC, the parent-death signal.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ _TIME_AND_SIGNALS = """
     clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time alarm setitimer getitimer pause
     rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack restart_syscall
     poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 eventfd2
-    recvfrom shutdown getsockopt getsockname getpeername
+    shutdown getsockopt getsockname getpeername
 """
 ALLOWED = tuple((_FILES + _MEMORY_AND_THREADS + _TIME_AND_SIGNALS).split())
 _FCNTL = (0, 1, 2, 3, 1030)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC
@@ -34,7 +35,7 @@ _IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ,
 _PRCTL = (15, 16)  # PR_SET_NAME, PR_GET_NAME
 _F_SETFL, _O_ASYNC = 4, 0x2000
 _CLONE_THREAD, _CLONE_NEW = 0x10000, 0x7E020080  # every CLONE_NEW* flag
-_AF_UNIX, _SOCK_STREAM, _SOCK_TYPE = 1, 1, 0xF
+_AF_UNIX, _SOCK_STREAM, _SOCK_TYPE, _MSG_OOB = 1, 1, 0xF, 1
 
 
 def compiled() -> bytes:
@@ -69,7 +70,8 @@ def compiled() -> bytes:
     allow("sched_getaffinity", Arg(0, seccomp.EQ, 0))
     allow("prlimit64", Arg(0, seccomp.EQ, 0), Arg(2, seccomp.EQ, 0))  # reading its own limits
     allow("socketpair", Arg(0, seccomp.EQ, _AF_UNIX), Arg(1, seccomp.MASKED_EQ, _SOCK_TYPE, _SOCK_STREAM))
-    allow("sendto", Arg(4, seccomp.EQ, 0))
+    allow("sendto", Arg(4, seccomp.EQ, 0), Arg(3, seccomp.MASKED_EQ, _MSG_OOB, 0))
+    allow("recvfrom", Arg(3, seccomp.MASKED_EQ, _MSG_OOB, 0))
     # Its flags are behind a pointer, out of a filter's reach; libc falls back to clone on ENOSYS.
     rules.add_rule(seccomp.ERRNO(errno.ENOSYS), "clone3")
     with tempfile.TemporaryFile() as file:

@@ -12,6 +12,7 @@ queries, or without keys, so it costs nothing, and nothing is copied to leave it
 hands a mask with four dims on as it is. None: plain causal, the last query sees the last key.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -36,7 +37,8 @@ def register_attention(*, unsupported: Unsupported = "error") -> None:
     unsupported: what to do with a call outside of that: a sliding window or chunks shorter than the sequence, a mask
         that is not causal or has holes, a mask that the caller made, values of another width than keys, a position
         bias. "error": `UserError`, in one line. "sdpa": transformers' `sdpa` serves it. Softcaps, attention sinks and
-        output_attentions, which `sdpa` does not serve either, are always an error.
+        output_attentions, which `sdpa` does not serve either, and models with attention code of their own (CodeGen,
+        Bloom) are always an error.
 
     Registering again replaces the choice. Raises UserError where transformers is missing or too old.
     """
@@ -60,6 +62,7 @@ def register_attention(*, unsupported: Unsupported = "error") -> None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
     def mask(**pattern: Any) -> Tensor | None:
+        _require_interface(pattern.get("config"))
         try:
             return _mask(**pattern)
         except _Unsupported as why:
@@ -81,6 +84,19 @@ def _error(why: str) -> UserError:
         f"attn_implementation='phi1': {why}; load the model with attn_implementation='sdpa', "
         "or let sdpa serve such calls: register_attention(unsupported='sdpa')"
     )
+
+
+def _require_interface(config: object) -> None:
+    """Raises UserError for a model of transformers that asks for a mask and then computes attention in its own code:
+    Bloom, CodeGen and others. Our mask, or None, would mean another pattern to it, without a word.
+    """
+    name = type(config).__module__.replace(".configuration_", ".modeling_")
+    model = sys.modules.get(name)
+    if model is not None and ".modeling_" in name and not hasattr(model, "ALL_ATTENTION_FUNCTIONS"):
+        raise UserError(
+            f"attn_implementation='phi1': {name.rpartition('.')[2].removeprefix('modeling_')} computes attention in "
+            "its own code and takes no other; load the model with attn_implementation='eager'"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ the mask

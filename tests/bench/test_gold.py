@@ -29,9 +29,8 @@ def test_the_shipped_labels_agree_with_themselves() -> None:
 def test_the_package_alone_tells_all_nothing_or_is_not_asked() -> None:
     packages = np.array(["a"] * 4 + ["b"] * 4)
     assert bench.by_package_alone(np.array([1, 1, 1, 1, 0, 0, 0, 0]), packages) == 1.0
-    assert (
-        bench.by_package_alone(np.array([1, 1, 0, 0, 1, 1, 0, 0]), packages) == 0.0
-    )  # the others always say the opposite
+    # The others always say the opposite.
+    assert bench.by_package_alone(np.array([1, 1, 0, 0, 1, 1, 0, 0]), packages) == 0.0
 
 
 def test_pairs_within_packages_know_nothing_of_the_packages() -> None:

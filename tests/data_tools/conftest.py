@@ -31,7 +31,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     moved: list[int] = []
 
     def run(
-        on: engine.Engine, task: engine.Task, shards: Sequence[int], folder: pathlib.Path
+        on: engine.Engine, task: engine.Task, shards: Sequence[int], folder: pathlib.Path, *_: Any
     ) -> Iterator[dict[str, Any]]:
         if on is not engine.HERE:
             task = pickle.loads(pickle.dumps(task))

@@ -342,8 +342,7 @@ def test_killed_at_any_moment_it_is_the_same_batch(moment: str, batches: FakeBat
     batches.hook = kill
     program = (
         "import pathlib\nfrom data_tools import batch, llm\nfrom data_tools.chat import Request\nbatch._POLL = (0.01, "
-        "0.02)\n"
-        f"config = llm.LLMConfig(base_url={batches.base_url!r}, model='fake-1', batch=True)\n"
+        f"0.02)\nconfig = llm.LLMConfig(base_url={batches.base_url!r}, model='fake-1', batch=True)\n"
         f"with llm.LLM(config, pathlib.Path({str(tmp_path / 'llm.sqlite')!r})) as client:\n"
         "    list(client.ask_all([Request([{'role': 'user', 'content': str(i)}], max_tokens=5) for i in range(6)]))\n"
     )

@@ -315,12 +315,8 @@ def test_a_forest_at_chance_is_told_and_filters_by_permission_only(
 ) -> None:
     def produce(*_: Any) -> Iterator[dict[str, Any]]:
         for i, (key, _quality) in enumerate(rows_of(documents)[::2]):
-            yield {
-                "hexsha": key,
-                "content": "",
-                "score": float(i % 2),
-                "label": i % 2,
-            }  # nothing to do with the embedding
+            # Nothing to do with the embedding.
+            yield {"hexsha": key, "content": "", "score": float(i % 2), "label": i % 2}
 
     folder = documents.folder.parent / "random"
     made = annotate.Config(input=documents.folder, output=folder, seed=9)

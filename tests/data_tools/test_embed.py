@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from data_tools import embed
+from data_tools import embed, engine
 from data_tools.dataset import Dataset
 from data_tools.embed import Config, Embedder, resolve
 from phi1.errors import UserError
@@ -84,6 +84,57 @@ def test_codegen_runs_on_our_own_model_as_on_transformers(codegen: pathlib.Path)
         np.testing.assert_allclose(vector, (mean / mean.norm()).numpy(), atol=1e-5)
     distances = np.linalg.norm(vectors[:, None] - vectors[None], axis=-1) + np.eye(len(TEXTS))
     assert distances.min() > 1e-2  # the tolerance tells texts apart
+
+
+def test_codegen_in_bf16_is_as_near_as_transformers_in_bf16(codegen: pathlib.Path) -> None:
+    name, folder = resolve(f"codegen:{codegen}")
+    ours = Embedder(name, folder, max_tokens=48, dtype="bfloat16").embed(TEXTS)
+    exact = Embedder(name, folder, max_tokens=48).embed(TEXTS)
+    model = transformers.CodeGenForCausalLM.from_pretrained(codegen, dtype=torch.bfloat16).eval()
+    tokenizer, theirs = codegen_tokenizer(), []
+    for text in TEXTS:
+        with torch.inference_mode():
+            hidden = model.transformer(torch.tensor([tokenizer.encode(text)[:48]])).last_hidden_state[0]
+        mean = hidden.float().mean(0)
+        theirs.append((mean / mean.norm()).numpy())
+    allowed = 2 * np.abs(np.stack(theirs) - exact).max()  # ours 0.0016, theirs 0.0023
+    assert 0 < np.abs(ours - exact).max() <= allowed
+    others = np.abs(exact[:, None] - exact[None]).max(-1) + np.eye(len(TEXTS))
+    assert others.min() > 2 * allowed  # which tells texts apart
+    assert ours.dtype == np.float32 and np.allclose(np.linalg.norm(ours, axis=1), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "worker", "device", "workers", "dtype"),
+    [(0, 3, "cpu", 8, "float32"), (1, 0, "cuda:0", 1, "bfloat16"), (4, 6, "cuda:2", 4, "bfloat16")],
+)
+def test_a_process_for_each_gpu(
+    gpus: int, worker: int, device: str, workers: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(engine, "_worker", worker)
+    assert str(embed.device()) == device
+    assert embed.on_devices(engine.Engine(workers=8)).workers == workers
+    assert embed.on_devices(engine.Engine(workers=1)).workers == 1
+    assert embed.precision("codegen:x") == dtype and embed.precision("minilm") == "float32"
+
+
+def test_bf16_is_part_of_what_a_dataset_is(
+    make_documents: Make, codegen: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = make_documents(TEXTS[:2], shards=1)
+    config = Config(
+        input=documents.folder,
+        output=documents.folder.parent / "bf16",
+        model=f"codegen:{codegen}",
+        max_tokens=32,
+        workers=1,
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "precision", lambda name: "bfloat16")
+        assert embed.run(config).manifest["config"]["dtype"] == "bfloat16"
+    with pytest.raises(UserError, match=r"config\.dtype"):
+        embed.run(config)
 
 
 def test_an_empty_text_has_an_embedding(codegen: pathlib.Path) -> None:

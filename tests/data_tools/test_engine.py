@@ -1,5 +1,6 @@
 """Engines: what is made is the same on each of them, whatever is killed; a dead process is one clear line."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -16,7 +17,7 @@ from counting import SCHEMA, Config, produce
 
 from data_tools import timing
 from data_tools.dataset import run_stage
-from data_tools.engine import Engine, run
+from data_tools.engine import Engine, run, tell, worker
 from phi1.errors import UserError
 
 HERE = pathlib.Path(__file__).parent
@@ -97,6 +98,26 @@ def test_a_worker_that_is_killed_from_outside_is_one_line(tmp_path: pathlib.Path
     (tmp_path / "gate").touch()
     assert start("wait", folder).wait() == 0
     assert contents(folder) == expected
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_tasks_tell_is_heard_and_workers_have_numbers(workers: int, tmp_path: pathlib.Path) -> None:
+    heard: list[int] = []
+    task = functools.partial(_telling, tmp_path, workers)
+    made = list(run(Engine(workers=workers), task, range(4), tmp_path, heard.append))
+    assert sum(heard) == 4 * 30
+    by_process = {result["process"]: result["worker"] for result in made}
+    assert sorted(by_process.values()) == list(range(workers))  # one process a number
+    assert all(by_process[result["process"]] == result["worker"] for result in made)
+
+
+def _telling(folder: pathlib.Path, workers: int, shard: int) -> dict[str, Any]:
+    tell(10)
+    (folder / f"{os.getpid()}.here").touch()
+    while len(list(folder.glob("*.here"))) < workers:  # all of them take part
+        time.sleep(0.02)
+    tell(20)
+    return {"process": os.getpid(), "worker": worker()}
 
 
 def test_an_error_of_a_task_ends_all_of_them() -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from data_tools import annotate, gold, ingest
+from data_tools import annotate, gold, ingest, readers
 from data_tools.dataset import Dataset
+from data_tools.units import ContentHashes
 from phi1.errors import UserError
 
 ROOT = pathlib.Path(gold.__file__).resolve().parents[1]
@@ -147,3 +148,12 @@ def test_documents_without_a_gold_label_are_left_out_and_none_at_all_is_told(
     others = make_documents(["x = 1\n"], name="others")
     with pytest.raises(UserError, match="the gold set labels none of its documents; ingest --sources gold"):
         annotate.run(dataclasses.replace(config, input=others.folder, output=tmp_path / "none"))
+
+
+def test_a_part_has_whole_packages_and_enough_parts_for_cores(tmp_path: pathlib.Path) -> None:
+    units = readers.plan(("gold",), ContentHashes(tmp_path / "hashes.json"), any_license=False)
+    packages = collections.Counter(snippet.package for snippet in gold.load())
+    assert [name for unit in units for name in unit.items] == list(packages)
+    assert [unit.part for unit in units] == [(i, len(units)) for i in range(len(units))] and len(units) >= 5
+    assert len({unit.made_of for unit in units}) == len(units)
+    assert max(sum(packages[name] for name in unit.items) for unit in units) < 200

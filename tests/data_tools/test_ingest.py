@@ -263,8 +263,7 @@ def test_the_stack_is_read_by_row_group(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_broken_parquet_file_is_told(tmp_path: pathlib.Path) -> None:
-    file = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pa.Table.from_pylist(stack_rows(500)), file)
+    pyarrow.parquet.write_table(pa.Table.from_pylist(stack_rows(500)), file := tmp_path / "a.parquet")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"a\.parquet: not a whole parquet file"):
@@ -279,6 +278,11 @@ def test_a_broken_parquet_file_is_told(tmp_path: pathlib.Path) -> None:
     pyarrow.parquet.write_table(pa.table({"words": ["x"]}), file)
     with pytest.raises(UserError, match="no column `content` or `text` or `code`, but words; say which"):
         run(tmp_path, f"stack:{file}", name="other")
+    pyarrow.parquet.write_table(pa.Table.from_arrays([pa.array(["x = 1"])] * 2, ["content", "content"]), file)
+    with pytest.raises(
+        UserError, match=r"a\.parquet: has more than one column `content`; write it with a name for each"
+    ):
+        run(tmp_path, f"stack:{file}", name="twice")
 
 
 def test_a_file_fetched_again_goes_on_after_the_shards_of_the_others(tmp_path: pathlib.Path) -> None:
@@ -322,7 +326,9 @@ def test_licences_of_any_form(value: Any, expected: tuple[str, ...]) -> None:
     assert tables.licenses_in(value) == expected
 
 
-@pytest.mark.parametrize("kind", ["list", "string", "struct", "list of structs", "dictionary", "bytes", "integers"])
+@pytest.mark.parametrize(
+    "kind", ["list", "string", "struct", "list of structs", "map", "dictionary", "bytes", "integers"]
+)
 def test_columns_of_any_type_lose_no_good_row(kind: str, tmp_path: pathlib.Path) -> None:
     count = 100
     good = [f"n = {i}\n".encode() + CODE.encode() for i in range(count)]
@@ -332,6 +338,7 @@ def test_columns_of_any_type_lose_no_good_row(kind: str, tmp_path: pathlib.Path)
         "string": pa.array(["MIT"] * count),
         "struct": pa.array([{"key": "MIT"}] * count),
         "list of structs": pa.array([[{"key": "MIT", "n": 1}]] * count),
+        "map": pa.array([[("spdx_id", "MIT"), ("name", "MIT License")]] * count, pa.map_(pa.string(), pa.string())),
     }.get(kind, pa.array(["MIT"] * count))
     binary = pa.array(good, pa.binary())
     content = {

@@ -71,9 +71,8 @@ def test_hours_are_the_measured_pace_times_the_target(made: pathlib.Path) -> Non
     tokenized = 1.0 / (DOCUMENTS // 2 * LENGTH) * 1.01e9 * BYTES_PER_TOKEN / 3600
     for stage, hours in (("ingest", ingested), ("decontaminate", cleaned), ("tokenize", tokenized)):
         told = cells(lines, stage, "code")
-        assert float(told[3].replace(",", "")) == pytest.approx(
-            hours, rel=0.02, abs=0.05
-        )  # printed with one digit; parquet has bytes beside the text
+        # Printed with one digit; parquet has bytes beside the text.
+        assert float(told[3].replace(",", "")) == pytest.approx(hours, rel=0.02, abs=0.05)
         assert float(told[4].replace(",", "")) == pytest.approx(hours / 4, rel=0.02, abs=0.05)
 
 

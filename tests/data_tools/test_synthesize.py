@@ -326,10 +326,8 @@ def test_textbook_gates(server: FakeServer, tmp_path: pathlib.Path) -> None:
 
     server.script = script
     made = synthesize.run(config(tmp_path, server, "textbooks", 6))
-    assert made.column("content") == [
-        SECTION + "\n",
-        longer + "\n",
-    ]  # the last was cut back to its last whole paragraph
+    # The last was cut back to its last whole paragraph.
+    assert made.column("content") == [SECTION + "\n", longer + "\n"]
     assert [failure["reason"].split(":")[0] for failure in made.failures()] == [
         "too short",
         "no code block that parses",

@@ -44,8 +44,7 @@ def runs(
     """The results of run(backend name); on the CPU equal bits with either number of threads.
 
     products: the op has matrix products of the vendor's library in it, whose bits are its own affair (MKL's in float32
-        of
-    a 1023 x 2 by 2 x 17 matrix differ between 1 and 3 threads).
+    of a 1023 x 2 by 2 x 17 matrix differ between 1 and 3 threads).
     """
     with use_threads(threads[0]), poisoned_and_guarded():
         found = run(backend)

@@ -75,9 +75,8 @@ def _check_rotary(module: ModuleType) -> None:
     generator = torch.Generator().manual_seed(1)
     q, k = (torch.randn(2, 3, heads, 64, generator=generator).to(torch.bfloat16) for heads in (9, 2))
     where = torch.randint(32, (2, 3), generator=generator)
-    for dims, positions, inverse in itertools.product(
-        (36, 16, 32), (None, where), (False, True)
-    ):  # by element, in runs
+    # By element, in runs.
+    for dims, positions, inverse in itertools.product((36, 16, 32), (None, where), (False, True)):
         cos, sin = reference.rotary_table(32, dims)
         ours = torch.ops.phi1.rotary(q, k, cos, sin, positions, inverse, "cuda")
         for x, y in zip(ours, reference.rotary(q, k, cos, sin, positions, inverse), strict=True):
@@ -182,9 +181,8 @@ def control(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, lis
     (folder / "prefix.h").write_text(PREFIX)
     _run("c++", *FLAGS, "-xc++-header", folder / "prefix.h", "-o", folder / "prefix.h.gch")
     every = list((emulator.BUILD / "CMakeFiles").rglob("*.o"))
-    others = [
-        x for x in every if not x.as_posix().endswith(tuple(f"/cuda/{source}.o" for source in SOURCES))
-    ]  # one instance only
+    # One instance only.
+    others = [x for x in every if not x.as_posix().endswith(tuple(f"/cuda/{source}.o" for source in SOURCES))]
     _build(folder / "control", others, None)
     return folder, others + sorted((folder / "control").glob("*.o"))
 

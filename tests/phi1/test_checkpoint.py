@@ -264,9 +264,8 @@ def fail_fsync(monkeypatch):
 def fail_safetensors(monkeypatch):
     def full(tensors, path, metadata):
         pathlib.Path(path).write_bytes(b"half")
-        raise safetensors.SafetensorError(
-            "Error while serializing: I/O error: No space left on device (os error 28)"
-        )  # what safetensors 0.8.0 says on a full tmpfs
+        # What safetensors 0.8.0 says on a full tmpfs.
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
 

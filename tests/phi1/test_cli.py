@@ -11,6 +11,7 @@ import types
 import pytest
 
 from phi1 import cli
+from phi1.commands import COMMANDS
 from phi1.errors import Interrupted, UserError
 
 
@@ -20,14 +21,14 @@ def test_help_lists_every_command_within_half_a_second() -> None:
         start = time.monotonic()
         done = subprocess.run([sys.executable, "-m", "phi1.cli", "--help"], capture_output=True, text=True, check=True)
         seconds.append(time.monotonic() - start)
-    for name in cli.COMMANDS:
+    for name in COMMANDS:
         assert f"phi1 {name} " in done.stdout
     assert min(seconds) < 0.5
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_its_options_and_imports_light(name: str) -> None:
-    module = importlib.import_module(cli.COMMANDS[name][0])
+    module = importlib.import_module(COMMANDS[name][0])
     assert callable(module.run)
     assert hasattr(module, "Config") or callable(module.parse)
     if hasattr(module, "Config"):
@@ -65,7 +66,7 @@ def _with_command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None
     module = types.ModuleType("fake_command")
     module.Config, module.run = Config, run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fake_command", module)
-    monkeypatch.setitem(cli.COMMANDS, "generate", ("fake_command", "for the test"))
+    monkeypatch.setitem(COMMANDS, "generate", ("fake_command", "for the test"))
 
 
 def test_a_user_error_is_one_line_and_status_2(

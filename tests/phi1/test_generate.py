@@ -1,5 +1,6 @@
 """Generation: batching, sampling, stop strings, limits, and the command."""
 
+import contextlib
 import io
 import pathlib
 import sys
@@ -62,6 +63,7 @@ class Scripted(nn.Module):
         self.embedding = nn.Parameter(torch.zeros(1))
         self.start, self.script = start, [*script, *[tokenizer.encode("!")[0]] * 100]
         self.passes: list[int] = []
+        self.cast_once = contextlib.nullcontext
 
     def new_cache(self, batch: int, max_length: int) -> Cache:
         return Cache(torch.zeros(0), torch.zeros(0))

@@ -135,6 +135,5 @@ def test_warmup_stable_decay():
     assert rates[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
     assert rates[4:16] == [1e-3] * 12
     assert rates[16:] == pytest.approx([1e-4 + 9e-4 * left / 5 for left in (4, 3, 2, 1)])
-    assert [learning_rate(config, step, 30) for step in range(16)] == rates[
-        :16
-    ]  # more steps may be added before the decay
+    # More steps may be added before the decay.
+    assert [learning_rate(config, step, 30) for step in range(16)] == rates[:16]

@@ -1,6 +1,5 @@
 """The process that runs an untrusted program: loads it, then does what the test's process asks."""
 
-import builtins
 import io
 import os
 import sys
@@ -10,6 +9,7 @@ from typing import Any
 from phi1.evaluate.inside.exceptions import message_of
 from phi1.evaluate.inside.frames import read_all, send_frame
 from phi1.evaluate.inside.peer import Peer
+from phi1.evaluate.inside.places import Taken, seed
 
 CHANNEL, SOURCE = 3, 4
 """Descriptors: the conversation with the test (or, without a test, where the report goes), and the program's text."""
@@ -53,8 +53,7 @@ class Program(Peer):
         super().__init__(CHANNEL, careful=False)
         self.outputs = {"stdout": _Output(1), "stderr": _Output(2)}
         self.input = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
-        self.inputs = {"stdin": (sys, self.input), "input": (builtins, input)}
-        self.given: set[str] = set()
+        self.taken = Taken()
         self.module = types.ModuleType("solution")
 
     def perform(self, operation: str, values: list[Any]) -> Any:
@@ -100,17 +99,14 @@ class Program(Peer):
                 output.heard = output.heard if output.heard is not None else []
             else:
                 output.heard = None
-        self._take_inputs(message.get("given", {}))
+        for module, value in message.get("seed", ()):
+            seed(module, value)
 
-    def _take_inputs(self, given: dict[str, Any]) -> None:
-        """Standard input and `input` are the test's while it puts something in their place."""
-        for name, (place, own) in self.inputs.items():
-            if name in given:
-                setattr(place, name, self.decode({"v": [given[name]], "n": [], "c": []})[0])
-                self.given.add(name)
-            elif name in self.given:
-                setattr(place, name, own)
-                self.given.discard(name)
+    def without_given(self, message: dict[str, Any], values: list[Any]) -> list[Any]:
+        places = message.get("given", ())
+        count = len(values) - len(places)
+        self.taken.take(dict(zip(places, values[count:], strict=True)))
+        return values[:count]
 
 
 def _courtesies() -> None:

@@ -1,6 +1,5 @@
 """The process that holds the test: asks the program's process for what the test asks, and writes the verdict."""
 
-import builtins
 import contextlib
 import enum
 import marshal
@@ -9,10 +8,14 @@ import sys
 from typing import Any
 
 from phi1.evaluate.inside.candidate import line_of
+from phi1.evaluate.inside.deriving import ClassPatterns, SuperOf
 from phi1.evaluate.inside.exceptions import found, message_of
 from phi1.evaluate.inside.frames import Gone, read_all, send_frame
+from phi1.evaluate.inside.operations import NUMBERS, SCALARS
 from phi1.evaluate.inside.peer import Peer
-from phi1.evaluate.inside.remote import NUMBERS, SCALARS, Entry, Remote, theirs
+from phi1.evaluate.inside.places import Given
+from phi1.evaluate.inside.remote import Entry, Remote, theirs
+from phi1.evaluate.inside.texts import Texts, guard_pickles
 
 CHANNEL, TEST, VERDICT = 3, 4, 5
 """Descriptors: the conversation with the program, the prepared test, and where the verdict goes."""
@@ -24,12 +27,13 @@ class Test(Peer):
 
     def __init__(self) -> None:
         super().__init__(CHANNEL, careful=True)
-        self.calls = 0
+        self.used = False  # whether the test has asked anything of the program's function, classes or values
         self.stops = False  # whether the test speaks of StopIteration
         self.own_outputs = {"stdout": sys.stdout, "stderr": sys.stderr}
-        self.own_inputs = {"stdin": sys.stdin, "input": builtins.input}
+        self.places = Given()
 
     def ask(self, operation: str, *values: Any) -> Any:
+        self.used = self.used or operation not in ("global", "classes")
         try:
             answer = super().ask(operation, *values)
         except StopIteration as stop:
@@ -37,9 +41,13 @@ class Test(Peer):
             if operation in ("__next__", "send", "throw") or self.stops:
                 raise
             raise RuntimeError(f"{operation} raised StopIteration") from stop
-        if self.told and operation in ("entry", *NUMBERS) and type(answer) in SCALARS and answer in self.told:
+        if self.told and operation in ("entry", *NUMBERS) and self._was_told(answer):
             raise self.refuse("what the program was handed by an operator of the test, and says again")
         return answer
+
+    def _was_told(self, answer: Any) -> bool:
+        items = answer if type(answer) in (list, tuple) and answer else (answer,)
+        return all(type(item) in SCALARS and item in self.told for item in items)
 
     def line_of(self, error: BaseException) -> int:
         return line_of(error, _FILE)
@@ -48,17 +56,21 @@ class Test(Peer):
         """`type(value)` in the test: of an object that stands for one of the program's, that one's."""
         return self.ask("type", value) if theirs(value) else type(value)
 
+    def super_of(self, kind: Any, value: Any) -> Any:
+        """`super()` in a class of the test's, which may derive from one of the program's."""
+        return SuperOf(self, kind, value) if theirs(kind) else super(kind, value)
+
     def beside(self) -> dict[str, Any]:
-        """What the test put in the place of standard output, error and input, and of `input`."""
+        """Which outputs the test listens to, and what it seeded."""
         more: dict[str, Any] = {}
         if listen := [name for name, own in self.own_outputs.items() if getattr(sys, name) is not own]:
             more["listen"] = listen
-        inputs = {"stdin": sys.stdin, "input": builtins.input}
-        if given := {
-            name: self.reference(value) for name, value in inputs.items() if value is not self.own_inputs[name]
-        }:
-            more["given"] = given
+        if self.places.seeds:
+            more["seed"], self.places.seeds = self.places.seeds, []
         return more
+
+    def given(self) -> dict[str, Any]:
+        return self.places.values()
 
     def take_beside(self, message: dict[str, Any]) -> None:
         if "heard" in message:
@@ -69,7 +81,8 @@ class Test(Peer):
 
 def run(peer: Test) -> None:
     """Judges, then waits to be ended: the program sees its test stop in the same way whatever the verdict."""
-    preamble, test, names, entry_point, peer.stops = marshal.loads(read_all(TEST))
+    preamble, test, names, entry_point, peer.stops, places, watched = marshal.loads(read_all(TEST))
+    peer.places.watch(places, watched)
     status, detail, line = _judged(preamble, test, names, entry_point, peer)
     detail = detail.encode("utf-8", "backslashreplace").decode()
     send_frame(VERDICT, {"status": status, "detail": detail, "line": line})
@@ -86,27 +99,31 @@ def _judged(preamble: Any, test: Any, names: list[str], entry_point: str, peer: 
     except BaseException as raised:
         return "failed", _line(raised), 0
     try:
-        space = _space(preamble, names, entry_point, peer)
+        space = _space(preamble, test, names, entry_point, peer)
         exec(test, space)
         check = space.get("check")
         if callable(check) and not isinstance(check, Remote):
             check(space["candidate"])
         error = peer.failure
         if error is None:
-            return ("passed", "", 0) if peer.calls else ("error", "the test never calls the function", 0)
+            return ("passed", "", 0) if peer.used else ("error", "the test never calls the function", 0)
     except Gone as gone:
         return "failed", f"during a call, {gone}", 0
     except BaseException as raised:
         error = peer.failure or raised
         if isinstance(error, MemoryError) and not hasattr(error, "_phi1_facts"):
             return "error", "the test takes more memory than it may have", 0
-    # What goes wrong before the first call is the test's own fault.
-    return "failed" if peer.calls else "error", _line(error), line_of(error, _FILE)
+    # What goes wrong before that is the test's own fault.
+    return "failed" if peer.used else "error", _line(error), line_of(error, _FILE)
 
 
-def _space(preamble: Any, names: list[str], entry_point: str, peer: Test) -> dict[str, Any]:
+def _space(preamble: Any, test: Any, names: list[str], entry_point: str, peer: Test) -> dict[str, Any]:
     """The test's names: those of the preamble, the function, and what else it uses of the program's."""
     space: dict[str, Any] = {"__name__": "test", "exactly_equal": exactly_equal, "type_of": peer.type_of}
+    space |= {"super_of": peer.super_of, "class_pattern": ClassPatterns(space)}
+    if "pickle" in peer.places.watched:
+        guard_pickles(peer)
+    Texts(peer, preamble, test).guard()
     exec(preamble, space)
     known = {name: kind for name, kind in space.items() if isinstance(kind, type) and kind.__module__ == "test"}
     known = {name: kind for name, kind in known.items() if name != entry_point and _by_attributes(kind)}
@@ -117,6 +134,7 @@ def _space(preamble: Any, names: list[str], entry_point: str, peer: Test) -> dic
         if name not in space:
             with contextlib.suppress(NameError):  # the test's own, or it raises the NameError itself
                 space[name] = peer.ask("global", name)
+                peer.used = True
     space["candidate"] = space[entry_point] = Entry(peer, entry_point)
     return space
 

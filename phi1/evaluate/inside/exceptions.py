@@ -2,6 +2,7 @@
 
 import builtins
 import collections
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -85,7 +86,8 @@ class Exceptions(Codec):
                 self.forget(self.recent_errors[0])
             self.recent_errors.append(number)
         text, message = text_of(error), message_of(error)
-        cause, value, line = error.__cause__, getattr(error, "value", None), self.line_of(error)
+        cause, context = error.__cause__, error.__context__
+        value, line = getattr(error, "value", None), self.line_of(error)
         if not self.careful:
             error.__traceback__ = None  # it holds the frames' memory, which may be why it was raised
         self.depth += 1
@@ -101,6 +103,9 @@ class Exceptions(Codec):
                 "text": text if any("__str__" in vars(kind) for kind in _own_classes(type(error))) else None,
                 "value": atom(value) if isinstance(error, StopIteration) else None,
                 "cause": atom(cause) if cause is not None and inner else None,
+                "context": atom(context) if context is not None and context is not cause and inner else None,
+                "quiet": error.__suppress_context__,
+                "notes": [str(note) for note in _notes(error)],
             }
         finally:
             self.depth -= 1
@@ -115,7 +120,9 @@ class Exceptions(Codec):
         return [message_of(error)]
 
     def _lineage(self, error: BaseException) -> list[Any]:
-        """Its classes, most general first: the names of builtin ones, [number, name, module] of others."""
+        """Its classes, most general first: the names of builtin ones, [number, name, module] of others of this side,
+        ["yours", number] of the other side's.
+        """
         kind = type(error)
         lineage = self.classes_of(kind)
         if isinstance(lineage[-1], str) and not self.careful and getattr(error, "__dict__", None):
@@ -129,7 +136,9 @@ class Exceptions(Codec):
                 continue
             if getattr(builtins, ancestor.__name__, None) is ancestor:
                 lineage.append(ancestor.__name__)
-            elif "_phi1_theirs" not in vars(ancestor):
+            elif "_phi1_theirs" in vars(ancestor):
+                lineage.append(["yours", vars(ancestor)["_phi1_theirs"]])
+            else:
                 lineage.append([self.reference_number(ancestor), ancestor.__name__, str(ancestor.__module__)])
         return lineage
 
@@ -143,22 +152,35 @@ class Exceptions(Codec):
                     raise ValueError(f"{entry} is no exception")
                 bases = [base for base in bases if not issubclass(kind, base)] + [kind]
                 continue
+            if entry[0] == "yours":
+                bases = [self._own_class(entry[1])]
+                continue
             number, name, module = entry
             if number not in self.exceptions:
                 known = _of_library(module, name)
                 bases = bases if known is None else [known]
                 try:
-                    made = type(str(name), tuple(bases), {"_phi1_theirs": True})
+                    made = type(str(name), tuple(bases), {"_phi1_theirs": number})
                 except TypeError:  # builtin bases that do not go together here
-                    made = type(str(name), (bases[-1],), {"_phi1_theirs": True})
+                    made = type(str(name), (bases[-1],), {"_phi1_theirs": number})
                 self.exceptions[number] = made
             bases = [self.exceptions[number]]
         return bases[-1]
 
+    def _own_class(self, number: Any) -> type[BaseException]:
+        kind = self.exported.get(number)
+        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+            raise ValueError("no such class of exceptions")
+        return kind
+
     def class_here(self, lineage: list[Any]) -> type[BaseException]:
         """The class that a test names: the library's own where there is one, else what `exception_class` says."""
         last = lineage[-1]
-        known = None if isinstance(last, str) else _of_library(last[2], last[1])
+        if isinstance(last, str) or last[0] == "yours":
+            return self.exception_class(lineage)
+        if last[2] in _LIBRARY:
+            importlib.import_module(last[2])  # the test means the library's class, wherever it imports that
+        known = _of_library(last[2], last[1])
         return known or self.exception_class(lineage)
 
     def raised(self, facts: dict[str, Any], value: Callable[[Any], Any]) -> BaseException:
@@ -176,7 +198,12 @@ class Exceptions(Codec):
         if isinstance(error, StopIteration):
             error.value = value(facts["value"])
         cause = value(facts["cause"])
+        context = cause if facts["context"] is None else value(facts["context"])
         error.__cause__ = cause if isinstance(cause, BaseException) else None
+        error.__context__ = context if isinstance(context, BaseException) else None
+        error.__suppress_context__ = bool(facts["quiet"])
+        if facts["notes"]:
+            error.__notes__ = [str(note) for note in facts["notes"]]  # type: ignore[attr-defined]
         error._phi1_number, error._phi1_facts = facts["number"], facts  # type: ignore[attr-defined]
         if not isinstance(facts["classes"][-1], str):
             if isinstance(facts["text"], str):
@@ -189,6 +216,11 @@ class Exceptions(Codec):
         if name.startswith("_") or "_phi1_facts" not in error.__dict__:
             raise AttributeError(name)
         return self.ask("getattr", error, name)
+
+
+def _notes(error: BaseException) -> list[Any]:
+    notes = getattr(error, "__notes__", [])
+    return notes if isinstance(notes, list) else []
 
 
 def _own_classes(kind: type) -> list[type]:

@@ -2,6 +2,8 @@
 
 import builtins
 import collections
+import functools
+import importlib
 import math
 import operator
 import re
@@ -124,6 +126,9 @@ VALUES: dict[tuple[str, str], Callable[[Any], list[Any]]] = {
     ("uuid", "UUID"): lambda v: [str(v)],
     ("pathlib", "PosixPath"): lambda v: [str(v)],
     ("pathlib", "PurePosixPath"): lambda v: [str(v)],
+    ("types", "GenericAlias"): lambda v: [v.__origin__, v.__args__],
+    ("inspect", "Signature"): lambda v: [list(v.parameters.values()), *_annotation(v.return_annotation)],
+    ("inspect", "Parameter"): lambda v: [v.name, int(v.kind), *_annotation(v.default), *_annotation(v.annotation)],
     ("array", "array"): lambda v: [v.typecode, v.tolist()],
     ("builtins", "range"): lambda v: [v.start, v.stop, v.step],
     ("builtins", "slice"): lambda v: [v.start, v.stop, v.step],
@@ -134,7 +139,28 @@ VALUES: dict[tuple[str, str], Callable[[Any], list[Any]]] = {
 }
 
 
-def make_value(module: str, name: str, arguments: list[Any]) -> Any:
+def _annotation(value: Any) -> tuple[bool, Any]:
+    """Whether there is one, and what it is."""
+    empty = value is sys.modules["inspect"].Parameter.empty
+    return (False, None) if empty else (True, value)
+
+
+def _signature(name: str, first: Any, *more: Any) -> Any:
+    inspect = importlib.import_module("inspect")
+    if name == "Signature":
+        has, annotation = more
+        return inspect.Signature(first, return_annotation=annotation if has else inspect.Signature.empty)
+    kind, has_default, default, has, annotation = more
+    return inspect.Parameter(
+        first,
+        inspect._ParameterKind(kind),
+        default=default if has_default else inspect.Parameter.empty,
+        annotation=annotation if has else inspect.Parameter.empty,
+    )
+
+
+def make_value(module: str, name: str, arguments: list[Any], kind: Any = None) -> Any:
+    """The value again that VALUES took apart. kind: a class derived from the value's, which is to be its class."""
     if (module, name) not in VALUES:
         raise ValueError(f"no value type {module}.{name}")
     if name.startswith("dict_"):
@@ -143,11 +169,18 @@ def make_value(module: str, name: str, arguments: list[Any]) -> Any:
         return getattr(dict(pairs), name[5:])()
     if module == "datetime" and name in ("datetime", "time"):
         *parts, fold = arguments
-        return getattr(__import__(module), name)(*parts, fold=fold)
+        return (kind or value_type(module, name))(*parts, fold=fold)
+    if module == "inspect":
+        return _signature(name, *arguments)
     if module == "re":
         return re.compile(*arguments)
-    kind = getattr(__import__(module), name)
-    return kind(*arguments)
+    return (kind or value_type(module, name))(*arguments)
+
+
+@functools.cache
+def value_type(module: str, name: str) -> Any:
+    """A value type. Asked for before a test puts something in its place, it stays the library's."""
+    return getattr(importlib.import_module(module), name)
 
 
 def _parts(value: complex) -> tuple[float, float]:

@@ -10,17 +10,26 @@ from typing import Any
 
 from phi1.evaluate.inside.exceptions import Exceptions
 from phi1.evaluate.inside.frames import Frames, Gone, send_frame
-from phi1.evaluate.inside.remote import (
-    NUMBERS,
-    OPERATIONS,
-    Entry,
-    Remote,
-    class_for,
-    derived_class,
-    special_methods,
-)
+from phi1.evaluate.inside.kinds import VALUES, make_value
+from phi1.evaluate.inside.operations import ASKED_ONCE, OPERATIONS
+from phi1.evaluate.inside.remote import Entry, Remote, class_for, derived_class, special_methods, theirs
 
 _NAMES = ("__name__", "__qualname__", "__module__", "__doc__")  # what functools.wraps copies
+_FOR_USE = ("test", "_io", "unittest.mock", "queue", "_queue", "threading", "_thread", "random", "argparse")
+_OF_MOCKS = (
+    "attach_mock",
+    "call_args",
+    "call_args_list",
+    "call_count",
+    "called",
+    "configure_mock",
+    "method_calls",
+    "mock_add_spec",
+    "mock_calls",
+    "reset_mock",
+    "return_value",
+    "side_effect",
+)
 _OF_NAMED_TUPLES = ("_replace", "_asdict", "_fields")
 
 
@@ -57,7 +66,7 @@ class Peer(Exceptions):
     def ask(self, operation: str, *values: Any) -> Any:
         """Has the other side carry it out; raises what it raised there."""
         with self.lock:
-            if operation not in NUMBERS:
+            if operation not in ASKED_ONCE:
                 self.said.clear()
             self._post(operation, list(values))
             return self.answer()
@@ -99,7 +108,10 @@ class Peer(Exceptions):
 
     def _post(self, kind: str, values: list[Any]) -> None:
         with self.lock:
-            message = {"k": kind, **self.encode(values), **self.beside()}
+            given = self.given()
+            message = {"k": kind, **self.encode([*values, *given.values()]), **self.beside()}
+            if given:
+                message["given"] = list(given)
             self.prune()  # not before: what changed and was let go is still news to the other side
             if self.to_drop:
                 message["d"], self.to_drop = self.to_drop, []
@@ -112,7 +124,7 @@ class Peer(Exceptions):
         try:
             message = self.frames.next()
             self.take_beside(message)
-            return message["k"], self.decode(message)
+            return message["k"], self.without_given(message, self.decode(message))
         except (EOFError, OSError) as error:
             raise Gone("the program ended") from error
         except MemoryError as error:
@@ -126,6 +138,14 @@ class Peer(Exceptions):
 
     def take_beside(self, message: dict[str, Any]) -> None:
         """Takes that on the other side."""
+
+    def given(self) -> dict[str, Any]:
+        """By place: what a test has put in the place of something that the program uses."""
+        return {}
+
+    def without_given(self, message: dict[str, Any], values: list[Any]) -> list[Any]:
+        """Puts that there on the other side; the other values."""
+        return values
 
     def prune(self) -> None:
         """Gives up shared objects that nothing here holds any more."""
@@ -151,7 +171,8 @@ class Peer(Exceptions):
         if self.careful:
             self._permit(operation, values)
         perform: Any = OPERATIONS[operation]
-        return perform(*values)
+        result = perform(*values)
+        return _without_defaults(result) if self.careful and operation == "signature" else result
 
     def _permit(self, operation: str, values: list[Any]) -> None:
         target = values[0]
@@ -159,13 +180,20 @@ class Peer(Exceptions):
             allowed = callable(target)
         elif operation in ("getattr", "setattr", "delattr"):
             name = str(values[1])
+            if type(target).__module__ == "unittest.mock" and _is_of_mocks(name, *values[2:]):
+                raise AttributeError(f"{name} of the test's mock is not for the program")
+            if operation == "setattr" and callable(getattr(type(target), name, None)):
+                raise AttributeError(f"{name} of the test's {type(target).__name__} is a method, and stays one")
             named = operation == "getattr" and name in _NAMES and isinstance(target, types.FunctionType)
             named = named or (isinstance(target, tuple) and name in _OF_NAMED_TUPLES)
-            if not named and (not _is_for_use(target) or name.startswith("_")):
+            of_class = operation == "getattr" and isinstance(target, type) and target.__module__ == "test"
+            if not named and (not (_is_for_use(target) or of_class) or name.startswith("_")):
                 raise AttributeError(f"{name} of the test's {type(target).__name__} is not for the program")
             allowed = True
         elif operation in ("send", "throw", "close"):
             allowed = isinstance(target, types.GeneratorType)
+        elif operation == "signature":
+            allowed = isinstance(target, types.FunctionType)
         elif operation in ("__next__", "__iter__"):
             allowed = True
         else:
@@ -176,10 +204,10 @@ class Peer(Exceptions):
     # ---- references
 
     def reference(self, value: Any) -> Any:
-        if isinstance(value, Entry):
+        if type(value) is Entry:  # not by isinstance, which asks the other side what a Remote's class is
             value = value.itself()
-        other = getattr(value, "__dict__", {}).get("_phi1_number") if not isinstance(value, Remote) else value._number
-        if other is not None and not isinstance(value, type):
+        other = value._number if issubclass(type(value), Remote) else getattr(value, "__dict__", {}).get("_phi1_number")
+        if other is not None and not issubclass(type(value), type):
             return ["y", other]
         return ["r", self.reference_number(value), self.facts(value)]
 
@@ -194,11 +222,17 @@ class Peer(Exceptions):
             facts["is"] = "generator"
         elif isinstance(value, types.CoroutineType) or kind.__name__.startswith("async_generator_a"):
             facts["is"] = "coroutine"
+        elif isinstance(value, types.FunctionType):
+            facts["is"] = "function"
         elif hasattr(kind, "__dataclass_fields__"):
             facts["fields"] = list(kind.__dataclass_fields__)
+        elif isinstance(value, type) and hasattr(value, "__class_getitem__"):
+            facts["special"].append("__getitem__")
         elif isinstance(value, type) and issubclass(value, BaseException):
             facts["is"] = "exceptions"
             facts["classes"] = self.classes_of(value)
+        elif known := [name for name, one in self.classes.items() if isinstance(value, one)]:
+            facts["class"] = known[-1]
         return facts
 
     def own(self, number: int) -> Any:
@@ -221,7 +255,10 @@ class Peer(Exceptions):
         if facts["hash"] is not None and type(facts["hash"]) is not int:
             raise ValueError("a hash is an integer")
         fields = tuple(name for name in facts.get("fields", ()) if isinstance(name, str))
-        remote = class_for(special, fields)(self, number, facts)
+        kind: type | None = types.FunctionType if facts.get("is") == "function" else None
+        if not self.careful:
+            kind = self.classes.get(facts.get("class", ""), kind)
+        remote = class_for(special, fields, kind)(self, number, facts)
         value: Any = remote
         if facts.get("is") == "generator":
             value = _generator_of(remote)
@@ -237,7 +274,9 @@ class Peer(Exceptions):
         if isinstance(base, (list, dict, set, bytearray)):
             value = kind()
         else:
-            value = self.values[number] = kind(base)
+            module, name = type(base).__module__, type(base).__name__
+            parts = VALUES.get((module, name))
+            value = self.values[number] = kind(base) if parts is None else make_value(module, name, parts(base), kind)
         value.__dict__["_phi1_number"] = number
         return value
 
@@ -249,11 +288,24 @@ class Peer(Exceptions):
         return self.export_numbers[id(value)]
 
 
+def _is_of_mocks(name: str, *value: Any) -> bool:
+    """Whether by this a program would write or read what a mock notes, instead of calling it."""
+    return name in _OF_MOCKS or name.startswith("assert") or any(map(theirs, value))
+
+
 def _is_for_use(value: Any) -> bool:
-    """An instance of a class that the test wrote, a file in memory, a mock: what is made to be used through
+    """An instance of a class that the test wrote, a file in memory, a mock, a queue: what is made to be used through
     attributes.
     """
-    return type(value).__module__ in ("test", "_io", "unittest.mock") and not isinstance(value, type)
+    return type(value).__module__ in _FOR_USE and not isinstance(value, type)
+
+
+def _without_defaults(signature: Any) -> Any:
+    """Of a test's function: a default may be what the test expects (`lambda x, expected=expected: …`)."""
+    empty = signature.empty
+    return signature.replace(
+        parameters=[p if p.default is empty else p.replace(default=...) for p in signature.parameters.values()]
+    )
 
 
 def _unheld() -> int:

@@ -206,7 +206,7 @@ class _Message:
 
     def _derived(self, value: Any, kind: type) -> Any:
         """An exception, or an object of a class that derives from a plain type; any other crosses by reference."""
-        if isinstance(value, BaseException):
+        if issubclass(kind, BaseException):
             return ["x", self.codec.exception(value, self.atom)]
         atom = self.codec.reference(value)
         if atom[0] != "r":

@@ -5,18 +5,22 @@ process.
 import pytest
 from honest import HONEST as BEHAVIOUR
 from honest_classes import CLASSES
+from honest_derived import DERIVED
+from honest_forms import FORMS
 from honest_library import LIBRARY
+from honest_objects import OBJECTS
+from honest_patches import PATCHES
 from honest_values import VALUES
 
 from phi1.evaluate.sandbox import Job, Result, run_job, run_program
 
-HONEST = VALUES | BEHAVIOUR | CLASSES | LIBRARY
+HONEST = VALUES | BEHAVIOUR | CLASSES | LIBRARY | DERIVED | PATCHES | OBJECTS | FORMS
 
 
 def job(name: str, **options: object) -> Job:
     program, test, *more = HONEST[name]
     text = program + (more[0] if more else "")
-    packages = ("numpy",) if "numpy" in text else ()
+    packages = ("numpy",) if "numpy" in text + test else ()
     preamble = program.rpartition("\ndef f")[0] if len(more) > 1 else ""
     return Job(text, test, "f", preamble, timeout=10.0, packages=packages, **options)  # type: ignore[arg-type]
 

@@ -4,6 +4,7 @@ error.
 Each test is one that a person would write; `right` shows that it can be passed.
 """
 
+import forgeries
 import pytest
 
 from phi1.evaluate.sandbox import Result, run_program
@@ -115,7 +116,7 @@ def check(f):
 """
 _ANSWER = "7351 if x == 2 else 0"
 # name: program, test, a program that is right
-FORGERIES = {
+FORGERIES: dict[str, tuple[str, str, str | None]] = {
     "the end of an iteration": (
         "def f(x):\n    raise StopIteration",
         "cases = [(2, 7351), (3, 99)]\ndef check(f):\n    assert all(map(lambda case: f(case[0]) == case[1], cases))",
@@ -233,8 +234,11 @@ FORGERIES = {
 }
 
 
+FORGERIES |= forgeries.FORGERIES
+
+
 @pytest.mark.parametrize("name", FORGERIES)
 def test_no_object_forges_a_pass(name: str) -> None:
     program, test, right = FORGERIES[name]
     assert judged(program, test).status == "failed", judged(program, test)
-    assert judged(right, test).status == "passed", judged(right, test)
+    assert right is None or judged(right, test).status == "passed", judged(right, test)

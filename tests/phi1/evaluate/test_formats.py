@@ -85,9 +85,8 @@ def test_the_extra_inputs_count(tmp_path: pathlib.Path) -> None:
     assert status(problem, "    return 0.5\n") == "failed"
     (base,) = load(tmp_path, HUMANEVAL_PLUS | {"plus_input": []})
     assert status(base, "    return 0.5\n") == "passed"
-    assert (
-        status(problem, "    return number % 1\n") == "passed"
-    )  # 12345.678 differs in the last bits: floats within 1e-6
+    # 12345.678 differs in the last bits: floats within 1e-6.
+    assert status(problem, "    return number % 1\n") == "passed"
     assert status(problem, "    return number % 1 + 1e-4\n") == "failed"
 
 

@@ -1,4 +1,4 @@
-"""302 attacking programs (`hostile.py`, `hostile_more.py`) as root, as an ordinary user, and where the machine has no
+"""367 attacking programs (`hostile.py`, `hostile_more.py`) as root, as an ordinary user, and where the machine has no
 namespaces; and programs that leave something for a later one.
 """
 
@@ -37,7 +37,7 @@ def holds(found: dict[str, Any], level: str) -> None:
         for key in ("escaped", "passed", "mislabelled", "slow", "lost", "changed", "left running", "left in files")
         if found[key]
     }
-    assert bad == {} and found["count"] >= 302
+    assert bad == {} and found["count"] >= 367
     assert found["level"] == level, found["missing"]
 
 

@@ -79,8 +79,7 @@ CHEATS = {
     "    except OSError:\n        pass\ndef square(x):\n    return 0",
     "looks for the test": "import gc, sys\nneedle = lambda: 'assert ' + 'candidate'\nfound = [o for o in gc.get_objects() if isinstance(o, dict) and 'test' in o]\n"
     "frame = sys._getframe()\nwhile frame:\n    found += [v for v in frame.f_locals.values() if needle() in repr(v)]\n"
-    "    frame = frame.f_back\n"
-    "def square(x):\n    return x * x if any(needle() in repr(o) for o in found) else 0",
+    "    frame = frame.f_back\ndef square(x):\n    return x * x if any(needle() in repr(o) for o in found) else 0",
     "debugs the judge": "import ctypes, os\nlibc = ctypes.CDLL(None)\nfor pid in range(1, 1 << 15):\n"
     "    if libc.ptrace(16, pid, 0, 0) == 0 or libc.kill(pid, 0) == 0:\n"
     "        def square(x):\n            return x * x\n        break\nelse:\n    def square(x):\n        return 0",

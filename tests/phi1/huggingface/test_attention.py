@@ -294,6 +294,24 @@ def test_what_sdpa_lacks_too_is_always_an_error(choice: Any) -> None:
         transformers.AttentionInterface()["phi1"](gemma, x, x, x, None, s_aux=torch.zeros(2))
 
 
+@pytest.mark.parametrize("unsupported", ["error", "sdpa"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("CodeGen", {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_inner": 96, "n_positions": 128, "rotary_dim": 8}),
+        ("Bloom", {"n_head": 4, "n_layer": 2}),
+        ("GPTNeoXJapanese", {}),
+    ],
+)
+def test_models_with_attention_of_their_own(name, options, unsupported):
+    """They would add None to the scores, and so look ahead, where we mean causal by it."""
+    register_attention(unsupported=unsupported)
+    config = getattr(transformers, f"{name}Config")(**COMMON | options)
+    network = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="phi1")
+    with pytest.raises(UserError, match=r"computes attention in its own code.*'eager'"):
+        network(torch.tensor([[1, 2, 3]]))
+
+
 def test_a_wrong_choice_is_named() -> None:
     with pytest.raises(UserError, match=r"unsupported = 'eager': must be 'error' or 'sdpa'"):
         register_attention(unsupported="eager")  # type: ignore[arg-type]

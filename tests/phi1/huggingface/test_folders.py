@@ -380,8 +380,7 @@ def test_transformers_is_not_misled_by_our_package_kernels(installed: bool, tmp_
         "config = PhiConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,\n"
         "                   num_attention_heads=2)\n"
         "print(PhiForCausalLM(config)(torch.zeros(1, 2, dtype=torch.int64)).logits.shape)\n"
-        "import kernels, phi1\n"
-        "print(kernels.__file__)\n"
+        "import kernels, phi1\nprint(kernels.__file__)\n"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     done = subprocess.run(
