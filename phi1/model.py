@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kernels import BlockShape, cache_rows, layer_norm, linear, linear_cross_entropy, parallel_block
 from kernels.autocast import cast_dtype
 from kernels.reference import CacheRows, KVCache
+from kernels.seeds import Seed
 from phi1.config import ModelConfig
 from phi1.errors import UserError
 
@@ -84,7 +85,7 @@ class Block(nn.Module):
         positions: Tensor | None,
         cu_seqlens: Tensor | None,
         kv_cache: KVCache | None,
-        dropout_seed: int,
+        dropout_seed: Seed,
     ) -> Tensor:
         return parallel_block(
             x_btd,
@@ -206,7 +207,7 @@ class Phi1(nn.Module):
         cu_seqlens: Tensor | None = None,
         positions: Tensor | None = None,
         cache: Cache | None = None,
-        dropout_seed: int = 0,
+        dropout_seed: Seed = 0,
     ) -> Tensor:
         """What lm_head reads: the last block's output after the final LayerNorm, (batch, time, hidden)."""
         config, (batch, time) = self.config, tokens.shape
@@ -253,7 +254,7 @@ class Phi1(nn.Module):
         cu_seqlens: Tensor | None = None,
         positions: Tensor | None = None,
         cache: Cache | None = None,
-        dropout_seed: int = 0,
+        dropout_seed: Seed = 0,
     ) -> Tensor:
         """Logits, or the summed loss.
 
@@ -266,7 +267,8 @@ class Phi1(nn.Module):
         positions: (time,) or (batch, time) int64, overrides what is derived from the above.
         cache: keys and values of the tokens before these; written and moved on in place. For inference: no gradient
             is recorded.
-        dropout_seed: non-negative, another one for every training call; read only in training mode.
+        dropout_seed: non-negative, another one for every training call; read only in training mode. A tensor, as in
+            `kernels.flash_attention`, in a captured CUDA graph.
 
         Returns logits (batch, time, vocabulary) in the compute type, or with targets the cross-entropy summed over
         the targets that count, a float32 scalar: divide by their number, over all micro-batches.

@@ -1,4 +1,4 @@
-// What the attention kernels share: which tile a block works on, and what a query sees.
+// What the attention kernels share: a block's share of the work, and what a query sees.
 #pragma once
 
 #include "arguments.h"
@@ -50,30 +50,6 @@ PHI1_DEVICE bool find_document(const AttentionArgs& args, Work& work, int& tile,
     if (tile < tiles) return true;
   }
   return false;
-}
-
-// Finds this block's work; false: a document's tiles were fewer than the bound. kQueries: tiles of query rows, else of
-// key rows. Tiles of one head are neighbours, so that its keys and values stay in the L2 cache; the last tile, the
-// longest row of a causal mask, comes first.
-template <bool kQueries, int kRows>
-PHI1_DEVICE bool find_work(const AttentionArgs& args, Work& work) {
-  const int heads = int(kQueries ? args.heads : args.kv_heads);
-  work.q_row = work.k_row = 0;
-  work.seqlen_q = int(args.seqlen_q), work.seqlen_k = int(args.seqlen_k);
-  int tile, tiles;
-  if (args.cu_seqlens_q == nullptr) {
-    tiles = ceil_div(kQueries ? work.seqlen_q : work.seqlen_k, kRows);
-    tile = block_index() % tiles;
-    work.head = block_index() / tiles % heads;
-    work.batch = block_index() / tiles / heads;
-  } else {
-    const int bound = int((kQueries ? args.seqlen_q : args.seqlen_k) / kRows + args.documents);
-    tile = block_index() % bound;
-    work.head = block_index() / bound;
-    if (!find_document<kQueries, kRows>(args, work, tile, tiles)) return false;
-  }
-  work.first = (tiles - 1 - tile) * kRows;
-  return true;
 }
 
 // Row 0 of this entry's `head` in a (batch, seq, heads, head_dim) tensor.

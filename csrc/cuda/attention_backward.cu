@@ -23,21 +23,22 @@ void attention_backward(const AttentionArgs& args, void* stream) {
     using T = decltype(element);
     constexpr int kHeadDim = decltype(head_dim)::value;
     using Keys = KeyGradTile<kHeadDim>;
-    launch("attention_key_grad", attention_key_grad_kernel<T, kHeadDim>,
-           count_tiles(args, args.seqlen_k, Keys::kKeys) * args.kv_heads, kAttentionThreads, Keys::kSharedBytes, stream,
+    const ScheduledArgs keys = schedule_keys("attention_key_grad", args, Keys::kKeys);
+    launch("attention_key_grad", attention_key_grad_kernel<T, kHeadDim>, keys.works, kAttentionThreads,
+           Keys::kSharedBytes, stream,
            {query_region(args, args.q), key_region(args, args.k), key_region(args, args.v),
             query_region(args, args.grad_out), stats_region(args, args.row_stats, 8), key_region(args, args.grad_k),
             key_region(args, args.grad_v), offsets_region(args, args.cu_seqlens_q),
             offsets_region(args, args.cu_seqlens_k), seed_region(args)},
-           args);
+           keys);
     using Queries = QueryGradTile<kHeadDim>;
-    launch("attention_query_grad", attention_query_grad_kernel<T, kHeadDim>,
-           count_tiles(args, args.seqlen_q, Queries::kQueries) * args.heads, kAttentionThreads, Queries::kSharedBytes,
-           stream,
+    const ScheduledArgs queries = schedule_queries("attention_query_grad", args, Queries::kQueries);
+    launch("attention_query_grad", attention_query_grad_kernel<T, kHeadDim>, queries.works, kAttentionThreads,
+           Queries::kSharedBytes, stream,
            {query_region(args, args.q), key_region(args, args.k), key_region(args, args.v),
             query_region(args, args.grad_out), stats_region(args, args.row_stats, 8), query_region(args, args.grad_q),
             offsets_region(args, args.cu_seqlens_q), offsets_region(args, args.cu_seqlens_k), seed_region(args)},
-           args);
+           queries);
   });
 }
 

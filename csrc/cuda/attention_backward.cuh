@@ -11,7 +11,7 @@
 //   dV = (P M)^T dO    dS = P (M (dO V^T) - delta)    dQ = scale dS K    dK = scale dS^T Q
 #pragma once
 
-#include "cuda/attention.cuh"
+#include "cuda/schedule.cuh"
 
 namespace phi1::cuda {
 
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
 //   64         128 x 32         16 + 16 + 16 + 0.5 = 48.5 KiB
 //   128         64 x 32         16 + 16 + 32 + 0.5 = 64.5 KiB
 // Per tile and warp at head_dim 64: 128 mma on 48 ldmatrix; 256 operations a byte of Q and dO. Registers on sm_90a:
-// 214, 255, 250.
+// 212, 254, 250.
 template <int kHeadDim>
 struct KeyGradTile {
   static constexpr int kM = kHeadDim == 128 ? 1 : 2, kKeys = 16 * kM * kAttentionWarps, kQueries = 32;
@@ -63,13 +63,14 @@ struct KeyGradTile {
 // grid: a block for each tile of keys and key/value head. The query heads of a group are added up in the accumulators.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kAttentionThreads)
-    attention_key_grad_kernel(const __grid_constant__ AttentionArgs args) {
+    attention_key_grad_kernel(const __grid_constant__ ScheduledArgs scheduled) {
   using Sizes = KeyGradTile<kHeadDim>;
   using Tile = SwizzledTile<kHeadDim>;
   constexpr int kM = Sizes::kM, kN = Sizes::kQueries / 8;
 
+  const AttentionArgs& args = scheduled.attention;
   Work work;
-  if (!find_work<false, Sizes::kKeys>(args, work)) return;
+  if (!find_work<false, Sizes::kKeys>(scheduled, block_index(), work)) return;
   const Rows k{head_data(args, args.k, work, work.head, work.k_row), args.k.seq_stride};
   const Rows v{head_data(args, args.v, work, work.head, work.k_row), args.v.seq_stride};
 
@@ -78,18 +79,19 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const auto grad_tile = [&](int stage) { return q_tile(stage) + uint32_t(Sizes::kQBytes); };
   const auto stats_tile = [&](int stage) { return q_tile(2) + uint32_t(stage * Sizes::kStatsBytes); };
 
-  // Steps: the query tiles that see a key of this block, for each query head of the group.
+  // Query tiles that see a key of this block, for each query head of the group.
   const int visible = visible_keys(args, work), group = int(args.heads / args.kv_heads);
-  const int first_tile = maximum(work.first - visible + 1, 0) / Sizes::kQueries;
-  const int tiles = maximum(ceil_div(work.seqlen_q, Sizes::kQueries) - first_tile, 0), steps = tiles * group;
-  const auto head_of = [&](int step) { return work.head * group + step / tiles; };
-  const auto query_of = [&](int step) { return (first_tile + step % tiles) * Sizes::kQueries; };
-  const auto load_queries = [&](int step) {
-    const int head = head_of(step), query = query_of(step), stage = step % 2;
-    const Rows q{head_data(args, args.q, work, head, work.q_row), args.q.seq_stride};
-    const Rows grad{head_data(args, args.grad_out, work, head, work.q_row), args.grad_out.seq_stride};
-    Tile::template load<Sizes::kQueries, kAttentionThreads>(q_tile(stage), q, query, work.seqlen_q);
-    Tile::template load<Sizes::kQueries, kAttentionThreads>(grad_tile(stage), grad, query, work.seqlen_q);
+  const int first_query = maximum(work.first - visible + 1, 0) / Sizes::kQueries * Sizes::kQueries;
+  const bool seen = first_query < work.seqlen_q;
+  using QueryCopy = typename Tile::template Copy<Sizes::kQueries, kAttentionThreads>;
+  const auto load_queries = [&](int head, int query, int stage) {
+    // Pointers that run along from tile to tile would spill 8 bytes at head_dim 64.
+    const auto load = [&](const HeadsTensor& x, uint32_t tile) {
+      const Rows rows{head_data(args, x, work, head, work.q_row), x.seq_stride};
+      QueryCopy(rows, query).start(tile, work.seqlen_q - query, x.data);
+    };
+    load(args.q, q_tile(stage));
+    load(args.grad_out, grad_tile(stage));
     if (thread_index() < Sizes::kQueries) {
       const int i = query + thread_index();
       const bool inside = i < work.seqlen_q;
@@ -106,17 +108,22 @@ __global__ void __launch_bounds__(kAttentionThreads)
   clear(grad_k);
   clear(grad_v);
 
-  Tile::template load<Sizes::kKeys, kAttentionThreads>(k_tile, k, work.first, work.seqlen_k);
-  Tile::template load<Sizes::kKeys, kAttentionThreads>(v_tile, v, work.first, work.seqlen_k);
-  if (steps > 0) load_queries(0);
+  using KeyCopy = typename Tile::template Copy<Sizes::kKeys, kAttentionThreads>;
+  const int end = work.seqlen_k - work.first;
+  KeyCopy(k, work.first).start(k_tile, end, args.k.data);
+  KeyCopy(v, work.first).start(v_tile, end, args.v.data);
+  if (seen) load_queries(work.head * group, first_query, 0);
   cp_async_commit();
 
-  for (int step = 0; step < steps; ++step) {
+  const int end_head = (work.head + 1) * group;
+  int query = first_query, stage = 0;
+  for (int head = seen ? work.head * group : end_head; head < end_head; stage ^= 1) {
     cp_async_wait<0>();
     bar_sync();  // this step's tiles have come, and all are done with the step before
-    if (step + 1 < steps) load_queries(step + 1);
+    const bool last = query + Sizes::kQueries >= work.seqlen_q;  // of this head
+    const int next_query = last ? first_query : query + Sizes::kQueries;
+    if (head + last < end_head) load_queries(head + last, next_query, stage ^ 1);
     cp_async_commit();
-    const int stage = step % 2, query = query_of(step);
     // Numbers of the queries 8 n + 2 t and the next.
     const auto stats = [&](int n, Float2& even, Float2& odd) {
       ld_shared_float2x2(stats_tile(stage) + uint32_t(8 * (8 * n + 2 * t)), even, odd);
@@ -130,11 +137,13 @@ __global__ void __launch_bounds__(kAttentionThreads)
     for (int n = 0; n < kN; ++n) {
       Float2 even, odd;
       stats(n, even, odd);
-      for_each_in(p, n, row, query, [&](float& x, const Element& at) {
-        x = probability(x * scale, at.i % 2 ? odd.x : even.x);
-        if (edge && (at.row >= at.column + visible || at.column >= work.seqlen_q)) x = 0.0f;
-      });
+      for_each_in(p, n, row, query,
+                  [&](float& x, const Element& at) { x = probability(x * scale, at.i % 2 ? odd.x : even.x); });
     }
+    if (edge)
+      for_each(p, row, query, [&](float& x, const Element& at) {
+        if (at.row >= at.column + visible || at.column >= work.seqlen_q) x = 0.0f;
+      });
 
     // dS^T
     float ds[kM][kN][4];
@@ -142,7 +151,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     if (args.dropout_threshold) {
       float dropped[kM][kN][4];
       for_each(dropped, row, query, [&](float& x, const Element& at) { x = at.of(p); });
-      drop_transposed(args, int(work.batch * args.heads) + head_of(step), row, query, dropped, ds);
+      drop_transposed(args, int(work.batch * args.heads) + head, row, query, dropped, ds);
       product_columns<T, kHeadDim>(grad_v, dropped, grad_tile(stage));  // times the mask's scale, at the end
     } else {
       product_columns<T, kHeadDim>(grad_v, p, grad_tile(stage));
@@ -156,8 +165,9 @@ __global__ void __launch_bounds__(kAttentionThreads)
       });
     }
     product_columns<T, kHeadDim>(grad_k, ds, q_tile(stage));
+    query = next_query, head += last;
   }
-  if (steps == 0) {  // the copies of K and V are still on their way to where the results go
+  if (!seen) {  // the copies of K and V are still on their way to where the results go
     cp_async_wait<0>();
     bar_sync();
   }
@@ -165,7 +175,6 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const auto to = [&](const HeadsTensor& x) {
     return head_data(args, x, work, work.head, work.k_row) + work.first * x.seq_stride;
   };
-  const int end = work.seqlen_k - work.first;
   Tile::template store<T>(grad_k, args.scale, k_tile, warp_row, to(args.grad_k), args.grad_k.seq_stride, end);
   Tile::template store<T>(grad_v, args.dropout_scale, v_tile, warp_row, to(args.grad_v), args.grad_v.seq_stride, end);
 }
@@ -176,7 +185,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
 //   64         128 x 32         16 + 16 + 16 = 48 KiB
 //   128         64 x 32         16 + 16 + 32 = 64 KiB
 // Per tile and warp at head_dim 64: 96 mma on 40 ldmatrix; 192 operations a byte of K and V. Registers on sm_90a:
-// 166, 243, 166.
+// 157, 223, 164.
 template <int kHeadDim>
 struct QueryGradTile {
   static constexpr int kM = kHeadDim == 128 ? 1 : 2, kQueries = 16 * kM * kAttentionWarps, kKeys = 32;
@@ -187,13 +196,14 @@ struct QueryGradTile {
 // grid: a block for each tile of queries and head.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kAttentionThreads)
-    attention_query_grad_kernel(const __grid_constant__ AttentionArgs args) {
+    attention_query_grad_kernel(const __grid_constant__ ScheduledArgs scheduled) {
   using Sizes = QueryGradTile<kHeadDim>;
   using Tile = SwizzledTile<kHeadDim>;
   constexpr int kM = Sizes::kM, kN = Sizes::kKeys / 8;
 
+  const AttentionArgs& args = scheduled.attention;
   Work work;
-  if (!find_work<true, Sizes::kQueries>(args, work)) return;
+  if (!find_work<true, Sizes::kQueries>(scheduled, block_index(), work)) return;
   const int kv_head = int(work.head / (args.heads / args.kv_heads));
   const Rows q{head_data(args, args.q, work, work.head, work.q_row), args.q.seq_stride};
   const Rows grad{head_data(args, args.grad_out, work, work.head, work.q_row), args.grad_out.seq_stride};
@@ -203,9 +213,12 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const uint32_t q_tile = shared_base(), grad_tile = q_tile + uint32_t(Sizes::kQBytes);
   const auto k_tile = [&](int stage) { return grad_tile + uint32_t(Sizes::kQBytes + 2 * stage * Sizes::kKBytes); };
   const auto v_tile = [&](int stage) { return k_tile(stage) + uint32_t(Sizes::kKBytes); };
+  using KeyCopy = typename Tile::template Copy<Sizes::kKeys, kAttentionThreads>;
+  KeyCopy k_copy(k, 0), v_copy(v, 0);
   const auto load_keys = [&](int tile) {
-    Tile::template load<Sizes::kKeys, kAttentionThreads>(k_tile(tile % 2), k, tile * Sizes::kKeys, work.seqlen_k);
-    Tile::template load<Sizes::kKeys, kAttentionThreads>(v_tile(tile % 2), v, tile * Sizes::kKeys, work.seqlen_k);
+    const int left = work.seqlen_k - tile * Sizes::kKeys;
+    k_copy.start(k_tile(tile % 2), left, args.k.data);
+    v_copy.start(v_tile(tile % 2), left, args.v.data);
   };
 
   const int visible = visible_keys(args, work), last = minimum(work.first + Sizes::kQueries, work.seqlen_q) - 1;
@@ -226,8 +239,10 @@ __global__ void __launch_bounds__(kAttentionThreads)
     for (int half = 0; half < 2; ++half)
       stats[m][half] = ld_global(all_stats + minimum(row + 16 * m + 8 * half + g, work.seqlen_q - 1));
 
-  Tile::template load<Sizes::kQueries, kAttentionThreads>(q_tile, q, work.first, work.seqlen_q);
-  Tile::template load<Sizes::kQueries, kAttentionThreads>(grad_tile, grad, work.first, work.seqlen_q);
+  using QueryCopy = typename Tile::template Copy<Sizes::kQueries, kAttentionThreads>;
+  const int queries = work.seqlen_q - work.first;
+  QueryCopy(q, work.first).start(q_tile, queries, args.q.data);
+  QueryCopy(grad, work.first).start(grad_tile, queries, args.grad_out.data);
   if (tiles > 0) load_keys(0);
   cp_async_commit();
 
@@ -241,10 +256,11 @@ __global__ void __launch_bounds__(kAttentionThreads)
     float p[kM][kN][4];
     product_rows<T, kHeadDim>(p, q_tile, warp_row, k_tile(tile % 2));
     const bool edge = column + Sizes::kKeys > minimum(work.seqlen_k, row + visible);
-    for_each(p, row, column, [&](float& x, const Element& at) {
-      x = probability(x * scale, stats[at.m][at.i / 2].x);
-      if (edge && at.column >= minimum(work.seqlen_k, at.row + visible)) x = 0.0f;
-    });
+    for_each(p, row, column, [&](float& x, const Element& at) { x = probability(x * scale, stats[at.m][at.i / 2].x); });
+    if (edge)
+      for_each(p, row, column, [&](float& x, const Element& at) {
+        if (at.column >= minimum(work.seqlen_k, at.row + visible)) x = 0.0f;
+      });
 
     float ds[kM][kN][4];
     product_rows<T, kHeadDim>(ds, grad_tile, warp_row, v_tile(tile % 2));

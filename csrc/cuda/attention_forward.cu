@@ -9,12 +9,13 @@ void attention_forward(const AttentionArgs& args, void* stream) {
     using T = decltype(element);
     constexpr int kHeadDim = decltype(head_dim)::value;
     using Sizes = ForwardTile<kHeadDim>;
-    launch("attention_forward", attention_forward_kernel<T, kHeadDim>,
-           count_tiles(args, args.seqlen_q, Sizes::kRows) * args.heads, kAttentionThreads, Sizes::kSharedBytes, stream,
+    const ScheduledArgs scheduled = schedule_queries("attention_forward", args, Sizes::kRows);
+    launch("attention_forward", attention_forward_kernel<T, kHeadDim>, scheduled.works, kAttentionThreads,
+           Sizes::kSharedBytes, stream,
            {query_region(args, args.q), key_region(args, args.k), key_region(args, args.v),
             query_region(args, args.out), stats_region(args, args.lse, 4), offsets_region(args, args.cu_seqlens_q),
             offsets_region(args, args.cu_seqlens_k), seed_region(args)},
-           args);
+           scheduled);
   });
 }
 

@@ -1,7 +1,7 @@
 // Flash attention, forward (FlashAttention-2, arXiv 2307.08691, algorithm 1).
 #pragma once
 
-#include "cuda/attention.cuh"
+#include "cuda/schedule.cuh"
 
 namespace phi1::cuda {
 
@@ -11,7 +11,7 @@ namespace phi1::cuda {
 //   64         128 x 64      16 + 32 = 48 KiB
 //   128        128 x 32      32 + 32 = 64 KiB                32 keys: the accumulators take 128 registers a thread
 // Per tile and warp at head_dim 64: 128 mma (262,144 multiply-adds) on 40 ldmatrix. Registers on
-// sm_90a: 166, 235, 248 (bench/results/ptxas.md).
+// sm_90a: 167, 232, 244 (bench/results/ptxas.md).
 template <int kHeadDim>
 struct ForwardTile {
   static constexpr int kM = 2, kRows = 16 * kM * kAttentionWarps, kKeys = kHeadDim == 128 ? 32 : 64;
@@ -19,16 +19,18 @@ struct ForwardTile {
   static constexpr int kSharedBytes = kQBytes + 4 * kKBytes;
 };
 
-// grid: a block for each tile of queries and head; block: kAttentionThreads.
+// grid: a block for each tile of queries and head; block: kAttentionThreads. At head_dim 32 three fit a multiprocessor:
+// of 168 registers, where ptxas takes 169 for sm_80 if it is not asked.
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kAttentionThreads)
-    attention_forward_kernel(const __grid_constant__ AttentionArgs args) {
+__global__ void __launch_bounds__(kAttentionThreads, kHeadDim == 32 ? 3 : 2)
+    attention_forward_kernel(const __grid_constant__ ScheduledArgs scheduled) {
   using Sizes = ForwardTile<kHeadDim>;
   constexpr int kM = Sizes::kM, kN = Sizes::kKeys / 8;
   using Tile = SwizzledTile<kHeadDim>;
 
+  const AttentionArgs& args = scheduled.attention;
   Work work;
-  if (!find_work<true, Sizes::kRows>(args, work)) return;
+  if (!find_work<true, Sizes::kRows>(scheduled, block_index(), work)) return;
   const int kv_head = int(work.head / (args.heads / args.kv_heads));
   const Rows q{head_data(args, args.q, work, work.head, work.q_row), args.q.seq_stride};
   const Rows k{head_data(args, args.k, work, kv_head, work.k_row), args.k.seq_stride};
@@ -38,9 +40,12 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const uint32_t q_tile = shared_base();
   const auto k_tile = [&](int stage) { return q_tile + uint32_t(Sizes::kQBytes + 2 * stage * Sizes::kKBytes); };
   const auto v_tile = [&](int stage) { return k_tile(stage) + uint32_t(Sizes::kKBytes); };
+  using KeyCopy = typename Tile::template Copy<Sizes::kKeys, kAttentionThreads>;
+  KeyCopy k_copy(k, 0), v_copy(v, 0);
   const auto load_keys = [&](int tile) {
-    Tile::template load<Sizes::kKeys, kAttentionThreads>(k_tile(tile % 2), k, tile * Sizes::kKeys, work.seqlen_k);
-    Tile::template load<Sizes::kKeys, kAttentionThreads>(v_tile(tile % 2), v, tile * Sizes::kKeys, work.seqlen_k);
+    const int left = work.seqlen_k - tile * Sizes::kKeys;
+    k_copy.start(k_tile(tile % 2), left, args.k.data);
+    v_copy.start(v_tile(tile % 2), left, args.v.data);
   };
 
   // Keys that the block's last query sees.
@@ -57,7 +62,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
   for (int m = 0; m < kM; ++m)
     for (int half = 0; half < 2; ++half) most[m][half] = -kInfinity, sum[m][half] = 0.0f;
 
-  Tile::template load<Sizes::kRows, kAttentionThreads>(q_tile, q, work.first, work.seqlen_q);
+  typename Tile::template Copy<Sizes::kRows, kAttentionThreads>(q, work.first)
+      .start(q_tile, work.seqlen_q - work.first, args.q.data);
   if (tiles > 0) load_keys(0);
   cp_async_commit();
 

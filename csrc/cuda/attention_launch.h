@@ -1,4 +1,4 @@
-// From a call's dtype and head_dim to a template's arguments; the memory that an attention kernel may touch.
+// From a call's dtype and head_dim to a template's arguments; its tiles; the memory that an attention kernel may touch.
 #pragma once
 
 #include <stdexcept>
@@ -6,6 +6,7 @@
 
 #include "cuda/attention.cuh"
 #include "cuda/launch.h"
+#include "cuda/schedule.cuh"
 
 namespace phi1::cuda {
 
@@ -32,6 +33,32 @@ void dispatch(const AttentionArgs& args, F f) {
   if (args.dtype == DType::f16) return with_dim(f16{});
 #endif
   throw std::invalid_argument("attention: dtype code " + std::to_string(int(args.dtype)) + ": must be bf16 or fp16");
+}
+
+// Heads whose tensors fit in a section of the L2 cache together: bytes for each `together` of them, `heads` in all.
+inline int section_of(int64_t bytes, int64_t together, int64_t heads) {
+  const int64_t fit = kSectionBytes / (bytes > 0 ? bytes : 1);
+  const int64_t section = (fit > 1 ? fit : 1) * together;
+  return int(section < heads ? section : heads);
+}
+
+// works: tiles over all heads.
+inline ScheduledArgs schedule(const char* name, const AttentionArgs& args, int64_t works, int section) {
+  if (works > 0x7fffffff)
+    throw std::invalid_argument(std::string("CUDA kernel ") + name + ": " + std::to_string(works) +
+                                " tiles: must be in 1..2147483647; split the batch");
+  return {args, int(works), section};
+}
+
+// Tiles of `rows` queries, over which keys and values are read; of keys, over which queries and gradients are.
+inline ScheduledArgs schedule_queries(const char* name, const AttentionArgs& args, int rows) {
+  return schedule(name, args, count_tiles(args, args.seqlen_q, rows) * args.heads,
+                  section_of(4 * args.seqlen_k * args.head_dim, args.heads / args.kv_heads, args.batch * args.heads));
+}
+inline ScheduledArgs schedule_keys(const char* name, const AttentionArgs& args, int rows) {
+  return schedule(
+      name, args, count_tiles(args, args.seqlen_k, rows) * args.kv_heads,
+      section_of(4 * args.seqlen_q * args.head_dim * args.heads / args.kv_heads, 1, args.batch * args.kv_heads));
 }
 
 inline Region query_region(const AttentionArgs& args, const HeadsTensor& x) {

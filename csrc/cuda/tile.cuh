@@ -32,20 +32,36 @@ struct SwizzledTile {
     return (tile + uint32_t(rows * kRowBytes) + offset) ^ uint32_t(16 * chunks);
   }
 
-  // Starts the copy of rows [first, first + kRows) of `from`; rows from `end` on become zeros.
+  // Copies the rows of a matrix to tiles, kRows after kRows: this thread's share. A pointer runs along.
   template <int kRows, int kThreads>
-  static PHI1_DEVICE void load(uint32_t tile, const Rows& from, int first, int end) {
-    constexpr int kStep = kThreads / kChunks;  // rows that the block copies at a time
+  struct Copy {
+    static constexpr int kStep = kThreads / kChunks;  // rows that the block copies at a time
     static_assert(kStep % 8 == 0 && kRows % kStep == 0);
-    const int row = thread_index() / kChunks, chunk = thread_index() % kChunks;
-    const uint32_t to = offset(row, chunk);
+    const uint16_t* next;  // this thread's first chunk of the next tile
+    int64_t stride;
+
+    // From row `first` of `from` on.
+    PHI1_DEVICE Copy(const Rows& from, int first)
+        : next(from.data + (first + thread_index() / kChunks) * from.stride + thread_index() % kChunks * 8),
+          stride(from.stride) {}
+
+    // Starts the copy of the next kRows, of which only `left` are there: those past the end become zeros. mapped: an
+    // address to read nothing from.
+    PHI1_DEVICE void start(uint32_t tile, int left, const void* mapped) {
+      const int row = thread_index() / kChunks;
+      const uint32_t to = offset(row, thread_index() % kChunks);
+      if (left >= kRows) {
 #pragma unroll
-    for (int i = 0; i < kRows; i += kStep) {
-      const bool inside = first + row + i < end;
-      const uint16_t* source = from.data + (inside ? (first + row + i) * from.stride + chunk * 8 : 0);
-      cp_async_16(address(tile, to, i, 0), source, inside ? 16 : 0);
+        for (int i = 0; i < kRows; i += kStep, next += kStep * stride) cp_async_16(address(tile, to, i, 0), next, 16);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kRows; i += kStep, next += kStep * stride) {
+          const bool inside = row + i < left;
+          cp_async_16(address(tile, to, i, 0), inside ? next : mapped, inside ? 16 : 0);
+        }
+      }
     }
-  }
+  };
 
   // The 16x16 fragment of rows from `row` and columns from 16 k, as the left operand of mma.
   static PHI1_DEVICE void left(uint32_t (&a)[4], uint32_t tile, int row, int k) {

@@ -269,8 +269,9 @@ def _attention(
     heads, head_dim), as transformers has them.
     """
     batch, heads, queries, head_dim = query.shape
-    # Of the default generator, so that torch.manual_seed decides it and activation checkpointing draws it again.
-    seed = int(torch.randint(2**63 - 1, ())) if dropout > 0 else 0
+    # Of the device's default generator, so that torch.manual_seed decides it and activation checkpointing draws it
+    # again; a tensor, so that a graph that was compiled or captured draws it anew.
+    seed = torch.randint(2**63 - 1, (), device=query.device) if dropout > 0 else 0
     options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "dropout_seed": seed}
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         cu_q, cu_k = cu_seq_lens_q.int(), cu_seq_lens_k.int()

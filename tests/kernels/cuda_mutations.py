@@ -115,9 +115,9 @@ MMA_ATTENTION = [
         ("document's rows in lse forgotten", "* args.seqlen_q + work.q_row", "* args.seqlen_q"),
         ("document's first query forgotten", "work.q_row = q_end, work.k_row = k_end;", "work.k_row = k_end;"),
         (
-            "a tile of the documents too few",
-            "int((kQueries ? args.seqlen_q : args.seqlen_k) / kRows + args.documents)",
-            "int((kQueries ? args.seqlen_q : args.seqlen_k) / kRows + args.documents - 1)",
+            "two tiles of the documents too few",
+            "args.cu_seqlens_q ? seqlen / rows + args.documents :",
+            "args.cu_seqlens_q ? seqlen / rows + args.documents - 2 :",
         ),
         ("dropout's rows 16 apart confused", "plane, row + 16 * m, column", "plane, row, column"),
         ("dropout's groups of columns confused", "column + 32 * group);", "column);"),
@@ -169,6 +169,18 @@ MMA_ATTENTION = [
         ("seed in memory ignored", "args.seed_memory ? ld_global(args.seed_memory) : args.seed", "args.seed"),
     ),
     *mutations(
+        "schedule.cuh",
+        "attention",
+        ("heads of the first section only", "head = first + in_section % together", "head = in_section % together"),
+        ("sections overlap", "index / (scheduled.section * tiles) * scheduled.section", "0"),
+        (
+            "batch and head confused",
+            "work.batch = head / heads, work.head = head % heads",
+            "work.batch = head % heads, work.head = head / heads",
+        ),
+        ("tiles off by one", "tiles - 1 - tile : tile) * kRows", "tiles - tile : tile) * kRows"),
+    ),
+    *mutations(
         "tile.cuh",
         "attention",
         (
@@ -179,8 +191,8 @@ MMA_ATTENTION = [
         ("accumulators: neighbouring columns confused", "8 * n + 2 * t + i % 2}", "8 * n + 2 * t + 1 - i % 2}"),
         (
             "rows copied without the swizzle",
-            "const uint32_t to = offset(row, chunk);",
-            "const uint32_t to = uint32_t(row * kRowBytes + chunk * 16);",
+            "const uint32_t to = offset(row, thread_index() % kChunks);",
+            "const uint32_t to = uint32_t(row * kRowBytes + thread_index() % kChunks * 16);",
         ),
         (
             "left operand read without the swizzle",
@@ -200,7 +212,8 @@ MMA_ATTENTION = [
         ),
         ("last 16 of head_dim skipped", "k < kHeadDim / 16;", "k < kHeadDim / 16 - 1;"),
         ("last columns of the output skipped", "n < kHeadDim / 16;", "n < kHeadDim / 16 - 1;"),
-        ("rows past the end not zeroed", "first + row + i < end", "first + row + i <= end"),
+        ("rows past the end not zeroed", "inside = row + i < left", "inside = row + i <= left"),
+        ("pointer stays in a tile", "next += kStep * stride) cp_async", "next += 0) cp_async"),
         ("rows past the end written", "if (r < end) st_global_16", "if (r <= end) st_global_16"),
         ("accumulator's halves confused", "p[m][2 * k + i / 2][2 * (i % 2)]", "p[m][2 * k + i % 2][2 * (i / 2)]"),
         (
@@ -223,18 +236,20 @@ MMA_ATTENTION = [
             "const bool edge = row + 16 * kM > query",
             "const bool edge = false && row + 16 * kM > query",
         ),
-        ("dK, dV: zeros past the queries times infinite keys", " || at.column >= work.seqlen_q))", "))"),
+        ("dK, dV: zeros past the queries times infinite keys", " || at.column >= work.seqlen_q)", ")"),
         (
             "dK, dV: first tile of queries skipped",
-            "maximum(work.first - visible + 1, 0) / Sizes::kQueries;",
-            "maximum(work.first - visible + 1, 0) / Sizes::kQueries + 1;",
+            "maximum(work.first - visible + 1, 0) / Sizes::kQueries *",
+            "(maximum(work.first - visible + 1, 0) / Sizes::kQueries + 1) *",
         ),
         (
             "dK, dV: last tile of queries skipped",
-            "ceil_div(work.seqlen_q, Sizes::kQueries)",
-            "work.seqlen_q / Sizes::kQueries",
+            "last = query + Sizes::kQueries >= work.seqlen_q",
+            "last = query + 2 * Sizes::kQueries > work.seqlen_q",
         ),
-        ("dK, dV: one query head of the group only", "work.head * group + step / tiles", "work.head * group"),
+        ("dK, dV: one query head of the group only", "(work.head + 1) * group;", "work.head * group + 1;"),
+        ("dK, dV: next head's queries of this head", "load_queries(head + last,", "load_queries(head,"),
+        ("dK, dV: this head's mask for the next", "query = next_query, head += last;", "query = next_query, ++head;"),
         ("dK, dV: barrier removed", "    bar_sync();  // this step's", "    // this step's"),
         (
             "dK, dV: cp.async wait removed",
@@ -250,7 +265,7 @@ MMA_ATTENTION = [
             "product_columns<T, kHeadDim>(grad_v, dropped, grad_tile(stage));",
             "product_columns<T, kHeadDim>(grad_v, p, grad_tile(stage));",
         ),
-        ("dK, dV: copies not waited for without queries", "if (steps == 0) {", "if (false) {"),
+        ("dK, dV: copies not waited for without queries", "if (!seen) {", "if (false) {"),
         ("dK, dV: numbers past the end read", "from, inside ? 8 : 0);", "from + (inside ? 0 : 2 * (i)), 8);"),
         (
             "dQ: mask lets the next key through",

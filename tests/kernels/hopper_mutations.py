@@ -163,7 +163,7 @@ HOPPER = [
         ("output: rows' factors swapped", "factor[half] * d[n + i][2 * half]", "factor[1 - half] * d[n + i][2 * half]"),
     ),
     *mutations(
-        "hopper/schedule.cuh",
+        "schedule.cuh",
         "hopper_forward",
         ("every second tile skipped", "index += block_count()", "index += 2 * block_count()"),
         ("last tile skipped", "index < scheduled.works", "index < scheduled.works - 1"),

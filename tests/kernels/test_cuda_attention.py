@@ -225,9 +225,9 @@ def test_what_the_kernels_are_not_made_for_is_refused(emulator, change, message)
 
 def test_a_grid_too_large_is_refused_with_the_kernels_name(emulator_module):
     x = torch.empty(0, 0, 0, 0)
-    with pytest.raises(ValueError, match=r"CUDA kernel attention_forward: 4294967296 blocks: must be in 1..2147483647"):
+    with pytest.raises(ValueError, match=r"CUDA kernel attention_forward: 4294967296 tiles: must be in 1..2147483647"):
         emulator_module.attention_forward_cuda(
-            x, x, x, x, None, (2**31, 2, 2, 2, 2, 64), (None, None, 0), True, 1.0, (0, 1.0, 0), 1, 0, 0
+            x, x, x, x, None, (2**31, 2, 2, 2, 2, 64), (None, None, 0), True, 1.0, (0, 1.0, 0, None), 1, 0, 0
         )
 
 
@@ -284,5 +284,5 @@ def test_an_unknown_version_is_refused_by_the_module(emulator_module):
     x = torch.empty(0, 0, 0, 0)
     with pytest.raises(ValueError, match=r"attention: version = 2: this build has 0 \(mma\) and 1 \(hopper\)"):
         emulator_module.attention_forward_cuda(
-            x, x, x, x, None, (1, 2, 2, 2, 2, 64), (None, None, 0), True, 1.0, (0, 1.0, 0), 1, 0, 2
+            x, x, x, x, None, (1, 2, 2, 2, 2, 64), (None, None, 0), True, 1.0, (0, 1.0, 0, None), 1, 0, 2
         )

@@ -188,6 +188,7 @@ def test_dropout_follows_its_seed_and_only_in_training() -> None:
     assert torch.equal(model.eval()(tokens, dropout_seed=1), plain)
     model.train()
     assert torch.equal(model(tokens, dropout_seed=1), model(tokens, dropout_seed=1))
+    assert torch.equal(model(tokens, dropout_seed=torch.tensor(1)), model(tokens, dropout_seed=1))
     assert (model(tokens, dropout_seed=1) - model(tokens, dropout_seed=2)).abs().max() > 100 * TOLERANCE
     for field in ("attention_dropout", "residual_dropout"):  # each does something of its own
         only = random_model(dataclasses.replace(config, **{field: 0.0})).train()

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/hopper/pipeline.cuh"
-#include "cuda/hopper/schedule.cuh"
+#include "cuda/schedule.cuh"
 
 namespace phi1::cuda::hopper {
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cuda/attention_launch.h"
-#include "cuda/hopper/schedule.cuh"
 
 namespace phi1::cuda::hopper {
 
@@ -39,39 +38,24 @@ inline int multiprocessors() {
 #endif
 }
 
-// Heads whose tensors fit in a section of the L2 cache together: bytes for each `together` of them, `heads` in all.
-inline int section_of(int64_t bytes, int64_t together, int64_t heads) {
-  const int64_t fit = kSectionBytes / (bytes > 0 ? bytes : 1);
-  const int64_t section = (fit > 1 ? fit : 1) * together;
-  return int(section < heads ? section : heads);
+// Runs a kernel over a list of tiles.
+inline void launch_list(const char* name, void (*kernel)(ScheduledArgs), const ScheduledArgs& scheduled, int threads,
+                        int shared, void* stream, std::initializer_list<Region> regions) {
+  launch(name, kernel, scheduled.works < multiprocessors() ? scheduled.works : multiprocessors(), threads, shared,
+         stream, regions, scheduled);
 }
 
-// works: tiles over all heads.
-inline void launch_scheduled(const char* name, void (*kernel)(ScheduledArgs), const AttentionArgs& args, int64_t works,
-                             int section, int threads, int shared, void* stream,
-                             std::initializer_list<Region> regions) {
-  if (works > 0x7fffffff)
-    throw std::invalid_argument(std::string("CUDA kernel ") + name + ": " + std::to_string(works) +
-                                " tiles: must be in 1..2147483647; split the batch");
-  const int64_t blocks = works < multiprocessors() ? works : multiprocessors();
-  launch(name, kernel, blocks, threads, shared, stream, regions, ScheduledArgs{args, int(works), section});
-}
-
-// A list of tiles of queries, over which keys and values are read; of tiles of keys, over which q and grad_out are.
 template <typename Sizes>
 void launch_queries(const char* name, void (*kernel)(ScheduledArgs), const AttentionArgs& args, void* stream,
                     std::initializer_list<Region> regions) {
-  launch_scheduled(name, kernel, args, count_tiles(args, args.seqlen_q, Sizes::kQueries) * args.heads,
-                   section_of(4 * args.seqlen_k * args.head_dim, args.heads / args.kv_heads, args.batch * args.heads),
-                   Sizes::kThreads, Sizes::kSharedBytes, stream, regions);
+  launch_list(name, kernel, schedule_queries(name, args, Sizes::kQueries), Sizes::kThreads, Sizes::kSharedBytes, stream,
+              regions);
 }
 template <typename Sizes>
 void launch_keys(const char* name, void (*kernel)(ScheduledArgs), const AttentionArgs& args, void* stream,
                  std::initializer_list<Region> regions) {
-  launch_scheduled(
-      name, kernel, args, count_tiles(args, args.seqlen_k, Sizes::kKeys) * args.kv_heads,
-      section_of(4 * args.seqlen_q * args.head_dim * args.heads / args.kv_heads, 1, args.batch * args.kv_heads),
-      Sizes::kThreads, Sizes::kSharedBytes, stream, regions);
+  launch_list(name, kernel, schedule_keys(name, args, Sizes::kKeys), Sizes::kThreads, Sizes::kSharedBytes, stream,
+              regions);
 }
 
 }  // namespace phi1::cuda::hopper

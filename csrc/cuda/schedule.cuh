@@ -1,15 +1,18 @@
-// Which tiles a block works on, one after the other, and in which order.
+// In which order attention's tiles are worked on.
 //
-// A grid is as many blocks as there are multiprocessors; block b takes tiles b, b + blocks, ... of a list, so that the
-// loads of its next tile run under the end of this one. The list goes through sections of heads whose keys and values
-// fit the L2 cache together, in each section by the tile's number with all heads side by side, the longest rows of a
-// causal mask first. Simulated makespan over ideal on 132 multiprocessors, causal, 128 rows a tile: 8 x 2,048 x 32
-// heads 1.03, 8 x 2,048 x 16 heads 1.09, 1 x 16,384 x 32 heads 1.04.
+// Their list goes through sections of heads whose keys and values (or queries and gradients) fit the L2 cache together,
+// in each section by the tile's number with all heads side by side, the tiles with most work under a causal mask first:
+// the last rows of queries, which see most keys; the first keys, which are seen by most queries. Simulated makespan
+// over ideal on 132 multiprocessors, causal, head_dim 64, 128 rows a tile, for batch x sequence x heads:
+//                                 8 x 2,048 x 32   8 x 2,048 x 16   1 x 2,048 x 32   1 x 16,384 x 32
+//   two blocks at a time, mma          1.01             1.02             1.03              1.00
+//   the same, head by head             1.07-1.08        1.14-1.15        1.60-1.63         1.06-1.08
+//   one block, hopper                  1.03             1.09                               1.04
 #pragma once
 
 #include "cuda/attention.cuh"
 
-namespace phi1::cuda::hopper {
+namespace phi1::cuda {
 
 // Of keys and values, or of queries and gradients. Under the emulator little, so that there are several sections.
 #if defined(PHI1_EMULATOR)
@@ -45,12 +48,12 @@ PHI1_DEVICE bool find_work(const ScheduledArgs& scheduled, int index, Work& work
     work.head = index % heads;
     if (!find_document<kQueries, kRows>(args, work, tile, tiles)) return false;
   }
-  // The last rows of queries see most keys; the first keys are seen by most queries.
   work.first = (kQueries ? tiles - 1 - tile : tile) * kRows;
   return true;
 }
 
-// Calls f(work) for each of this block's tiles.
+// Calls f(work) for each of this block's tiles, where a grid is as many blocks as there are multiprocessors: block b
+// takes numbers b, b + blocks, ..., so that the loads of its next tile run under the end of this one.
 template <bool kQueries, int kRows, typename F>
 PHI1_DEVICE void for_each_work(const ScheduledArgs& scheduled, F f) {
   for (int index = block_index(); index < scheduled.works; index += block_count()) {
@@ -59,4 +62,4 @@ PHI1_DEVICE void for_each_work(const ScheduledArgs& scheduled, F f) {
   }
 }
 
-}  // namespace phi1::cuda::hopper
+}  // namespace phi1::cuda
