@@ -11,7 +11,7 @@ namespace phi1::cuda {
 //   64         128 x 64      16 + 32 = 48 KiB
 //   128        128 x 32      32 + 32 = 64 KiB                32 keys: the accumulators take 128 registers a thread
 // Per tile and warp at head_dim 64: 128 mma (262,144 multiply-adds) on 40 ldmatrix. Registers on
-// sm_90a: 167, 232, 244 (bench/results/ptxas.md).
+// sm_90a: 168, 232, 244 (bench/results/ptxas.md).
 template <int kHeadDim>
 struct ForwardTile {
   static constexpr int kM = 2, kRows = 16 * kM * kAttentionWarps, kKeys = kHeadDim == 128 ? 32 : 64;

@@ -173,11 +173,6 @@ MMA_ATTENTION = [
         "attention",
         ("heads of the first section only", "head = first + in_section % together", "head = in_section % together"),
         ("sections overlap", "index / (scheduled.section * tiles) * scheduled.section", "0"),
-        (
-            "batch and head confused",
-            "work.batch = head / heads, work.head = head % heads",
-            "work.batch = head % heads, work.head = head / heads",
-        ),
         ("tiles off by one", "tiles - 1 - tile : tile) * kRows", "tiles - tile : tile) * kRows"),
     ),
     *mutations(
