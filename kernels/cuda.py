@@ -130,21 +130,10 @@ def attention_forward(
 
 
 def attention_backward(
-    module: Any,
-    version: int,
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    causal: bool,
-    scale: float,
-    *dropout: Any,
+    module: Any, version: int, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, scale: float, *dropout: Any,
     grads: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, in new tensors or in `grads` (rows as `_is_aligned` asks), bitwise reproducible."""
     q, scale, sign = native.positive_scale(q, scale)
     grad_out, q, k, v, out = (_aligned(x) for x in (grad_out, q, k, v, out))

@@ -425,22 +425,10 @@ def extend(kv_cache: KVCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def parallel_block(
-    steps: Steps,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w_in: Tensor,
-    b_in: Tensor,
-    w_out: Tensor,
-    b_out: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    shape: BlockShape,
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dropout_seed: Seed,
-    kv_cache: KVCache | None,
-) -> Tensor:
+    steps: Steps, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w_in: Tensor, b_in: Tensor,
+    w_out: Tensor, b_out: Tensor, cos: Tensor, sin: Tensor, shape: BlockShape, positions: Tensor | None,
+    cu_seqlens: Tensor | None, dropout_seed: Seed, kv_cache: KVCache | None,
+) -> Tensor:  # fmt: skip
     """phi-1's layer: attention and MLP side by side on one LayerNorm. See `kernels.parallel_block` for the
     arguments.
     """

@@ -80,19 +80,9 @@ def _offsets(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) -> 
 
 
 def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    dropout_seed: Seed,
-    *,
-    out: Tensor | None = None,
-    by_descriptors: bool,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, causal: bool,
+    scale: float, dropout_p: float, dropout_seed: Seed, *, out: Tensor | None = None, by_descriptors: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out (a new tensor, or the one given) and the log-sum-exp (batch, heads, seqlen_q) of
     `kernels.flash_attention`.
     """
@@ -120,22 +110,10 @@ def attention_forward(
 
 
 def attention_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    dropout_seed: Seed,
-    *,
-    grads: tuple[Tensor, Tensor, Tensor] | None = None,
-    by_descriptors: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, causal: bool, scale: float, dropout_p: float, dropout_seed: Seed, *,
+    grads: tuple[Tensor, Tensor, Tensor] | None = None, by_descriptors: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, in new tensors or in `grads` (contiguous last dims), bitwise reproducible."""
     q, scale, sign = positive_scale(q, scale)
     grad_out, q, k, v, out = (rows_contiguous(x) for x in (grad_out, q, k, v, out))

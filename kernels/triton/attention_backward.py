@@ -29,30 +29,12 @@ def _probabilities(scores, lse, scale):
 @triton.jit
 def _dq_loop(
     dq,  # float32 (BLOCK_M, HEAD_DIM), not yet scaled
-    q,  # (BLOCK_M, HEAD_DIM), as grad
-    grad,
-    lse,  # float32 (BLOCK_M,), as `_load_lse` gives it
-    delta,  # float32 (BLOCK_M,)
-    keys,  # matrices as `matrix_of` gives them, (seqlen_k, HEAD_DIM)
-    values,
-    first_row,
-    begin,  # the keys to go over
-    end,
-    seqlen_q,
-    seqlen_k,
-    scale,
-    keep_scale,
-    plane,
-    threshold,
-    seed_low,
-    seed_high,
-    HEAD_DIM: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    q, grad, lse, delta,  # (BLOCK_M, HEAD_DIM); float32 (BLOCK_M,), lse as `_load_lse` gives it
+    keys, values, first_row, begin, end,  # matrices as `matrix_of` gives them, gone over from begin to end
+    seqlen_q, seqlen_k, scale, keep_scale, plane, threshold, seed_low, seed_high,
+    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     for first_column in range(begin, end, BLOCK_N):
         k = load_rows(keys, first_column, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
         v = load_rows(values, first_column, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
@@ -73,58 +55,18 @@ def _dq_loop(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "length_class"])
 def dq_kernel(
-    grad_ptr,  # of out; all of these (batch, seqlen_q, heads, head_dim)
-    q_ptr,
-    k_ptr,  # (batch, seqlen_k, heads / group, head_dim), as v
-    v_ptr,
-    out_ptr,
-    lse_ptr,  # float32 (batch, heads, seqlen_q), as delta
-    dq_ptr,
-    delta_ptr,  # written here, for `dkv_kernel`
-    cu_q_ptr,  # int32 (documents + 1,), read with DOCUMENTS only
-    cu_k_ptr,
-    grad_batch,  # elements from one batch, token or head to the next; along head_dim they are 1 apart
-    grad_seq,
-    grad_head,
-    q_batch,
-    q_seq,
-    q_head,
-    k_batch,
-    k_seq,
-    k_head,
-    v_batch,
-    v_seq,
-    v_head,
-    out_batch,
-    out_seq,
-    out_head,
-    dq_batch,
-    dq_seq,
-    dq_head,
-    documents,
-    seqlen_q,
-    seqlen_k,
-    heads,
-    group,  # query heads of a key/value head
-    scale,
-    keep_scale,  # 1 / (1 - dropout_p)
-    threshold,  # a byte of the random words below it is dropped
-    seed_low,  # the seed's two words, or pointers to them
-    seed_high,
-    length_class,  # which tuning counts; not used
-    HEAD_DIM: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # queries and keys of a tile
-    BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,  # tiles are loaded through descriptors
-    grad_rows,  # descriptors, or None
-    q_rows,
-    k_rows,
-    v_rows,
-):
+    # (batch, seqlen, heads, head_dim), k and v with heads / group; of documents (1, tokens, …). grad: of out.
+    grad_ptr, q_ptr, k_ptr, v_ptr, out_ptr,
+    lse_ptr, dq_ptr, delta_ptr,  # lse and delta float32 (batch, heads, seqlen_q); delta is written, for `dkv_kernel`
+    cu_q_ptr, cu_k_ptr,  # int32 (documents + 1,), read with DOCUMENTS only
+    # Elements from one batch, token or head to the next; along head_dim they are 1 apart.
+    grad_batch, grad_seq, grad_head, q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head,
+    out_batch, out_seq, out_head, dq_batch, dq_seq, dq_head,
+    documents, seqlen_q, seqlen_k, heads, group, scale, keep_scale, threshold, seed_low, seed_high, length_class,
+    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    grad_rows, q_rows, k_rows, v_rows,
+):  # fmt: skip
     """dq, and delta = sum of grad_out * out over a row, which the dk/dv kernel needs too."""
     tile = tl.program_id(1)
     if CAUSAL:
@@ -154,88 +96,25 @@ def dq_kernel(
     plane = problem * heads + head
     whole, end = key_range(first_row, seqlen_q, seqlen_k, CAUSAL, BLOCK_M, BLOCK_N)
     dq = _dq_loop(
-        dq,
-        q,
-        grad,
-        lse,
-        delta,
-        keys,
-        values,
-        first_row,
-        0,
-        whole,
-        seqlen_q,
-        seqlen_k,
-        scale,
-        keep_scale,
-        plane,
-        threshold,
-        seed_low,
-        seed_high,
-        HEAD_DIM,
-        CAUSAL,
-        DROPOUT,
-        False,
-        BLOCK_M,
-        BLOCK_N,
-    )
+        dq, q, grad, lse, delta, keys, values, first_row, 0, whole, seqlen_q, seqlen_k, scale, keep_scale,
+        plane, threshold, seed_low, seed_high, HEAD_DIM, CAUSAL, DROPOUT, False, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     dq = _dq_loop(
-        dq,
-        q,
-        grad,
-        lse,
-        delta,
-        keys,
-        values,
-        first_row,
-        whole,
-        end,
-        seqlen_q,
-        seqlen_k,
-        scale,
-        keep_scale,
-        plane,
-        threshold,
-        seed_low,
-        seed_high,
-        HEAD_DIM,
-        CAUSAL,
-        DROPOUT,
-        True,
-        BLOCK_M,
-        BLOCK_N,
-    )
+        dq, q, grad, lse, delta, keys, values, first_row, whole, end, seqlen_q, seqlen_k, scale, keep_scale,
+        plane, threshold, seed_low, seed_high, HEAD_DIM, CAUSAL, DROPOUT, True, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     store_rows(result, dq * scale, first_row, seqlen_q, BLOCK_M, HEAD_DIM)
 
 
 @triton.jit
 def _dkv_loop(
-    dk,  # float32 (BLOCK_N, HEAD_DIM), not yet scaled
-    dv,  # float32 (BLOCK_N, HEAD_DIM)
-    k,  # (BLOCK_N, HEAD_DIM), as v
-    v,
-    grads,  # matrices as `matrix_of` gives them, (seqlen_q, HEAD_DIM)
-    queries,
-    lse_ptr,  # of the head's first query, as delta_ptr
-    delta_ptr,
-    first_column,
-    begin,  # the queries to go over
-    end,
-    seqlen_q,
-    seqlen_k,
-    scale,
-    keep_scale,
-    plane,
-    threshold,
-    seed_low,
-    seed_high,
-    HEAD_DIM: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    dk, dv,  # float32 (BLOCK_N, HEAD_DIM), dk not yet scaled
+    k, v,  # (BLOCK_N, HEAD_DIM)
+    grads, queries, lse_ptr, delta_ptr,  # matrices as `matrix_of` gives them; of the head's first query
+    first_column, begin, end, seqlen_q, seqlen_k, scale, keep_scale, plane, threshold, seed_low, seed_high,
+    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     for first_row in range(begin, end, BLOCK_M):
         row = first_row + tl.arange(0, BLOCK_M)
         q = load_rows(queries, first_row, seqlen_q, BLOCK_M, HEAD_DIM, True)
@@ -263,58 +142,15 @@ def _dkv_loop(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "length_class"])
 def dkv_kernel(
-    grad_ptr,  # of out: (batch, seqlen_q, heads, head_dim), as q
-    q_ptr,
-    k_ptr,  # (batch, seqlen_k, heads / group, head_dim), as v, dk and dv
-    v_ptr,
-    lse_ptr,  # float32 (batch, heads, seqlen_q), as delta
-    delta_ptr,
-    dk_ptr,
-    dv_ptr,
-    cu_q_ptr,  # int32 (documents + 1,), read with DOCUMENTS only
-    cu_k_ptr,
-    grad_batch,  # elements from one batch, token or head to the next; along head_dim they are 1 apart
-    grad_seq,
-    grad_head,
-    q_batch,
-    q_seq,
-    q_head,
-    k_batch,
-    k_seq,
-    k_head,
-    v_batch,
-    v_seq,
-    v_head,
-    dk_batch,
-    dk_seq,
-    dk_head,
-    dv_batch,
-    dv_seq,
-    dv_head,
-    documents,
-    seqlen_q,
-    seqlen_k,
-    heads,
-    group,  # query heads of a key/value head, which this program sums over
-    scale,
-    keep_scale,  # 1 / (1 - dropout_p)
-    threshold,  # a byte of the random words below it is dropped
-    seed_low,  # the seed's two words, or pointers to them
-    seed_high,
-    length_class,  # which tuning counts; not used
-    HEAD_DIM: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # queries and keys of a tile
-    BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,  # tiles are loaded through descriptors
-    grad_rows,  # descriptors, or None
-    q_rows,
-    k_rows,
-    v_rows,
-):
+    # (batch, seqlen, heads, head_dim), k, v, dk and dv with heads / group; of documents (1, tokens, …). grad: of out.
+    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr,
+    grad_batch, grad_seq, grad_head, q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head,
+    dk_batch, dk_seq, dk_head, dv_batch, dv_seq, dv_head,
+    documents, seqlen_q, seqlen_k, heads, group, scale, keep_scale, threshold, seed_low, seed_high, length_class,
+    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    grad_rows, q_rows, k_rows, v_rows,
+):  # fmt: skip
     rows = seqlen_q
     # The first keys are seen by most rows: tiles are in the right order as they are.
     batch, problem, kv_head, first_column, start_q, seqlen_q, start_k, seqlen_k = find_problem(
@@ -355,58 +191,14 @@ def dkv_kernel(
         plane = problem * heads + head
         if CAUSAL:
             dk, dv = _dkv_loop(
-                dk,
-                dv,
-                k,
-                v,
-                grads,
-                queries,
-                lse_ptr + statistics,
-                delta_ptr + statistics,
-                first_column,
-                begin,
-                whole,
-                seqlen_q,
-                seqlen_k,
-                scale,
-                keep_scale,
-                plane,
-                threshold,
-                seed_low,
-                seed_high,
-                HEAD_DIM,
-                CAUSAL,
-                DROPOUT,
-                True,
-                BLOCK_M,
-                BLOCK_N,
-            )
+                dk, dv, k, v, grads, queries, lse_ptr + statistics, delta_ptr + statistics, first_column, begin, whole,
+                seqlen_q, seqlen_k, scale, keep_scale, plane, threshold, seed_low, seed_high, HEAD_DIM, CAUSAL, DROPOUT,
+                True, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
         dk, dv = _dkv_loop(
-            dk,
-            dv,
-            k,
-            v,
-            grads,
-            queries,
-            lse_ptr + statistics,
-            delta_ptr + statistics,
-            first_column,
-            whole,
-            seqlen_q,
-            seqlen_q,
-            seqlen_k,
-            scale,
-            keep_scale,
-            plane,
-            threshold,
-            seed_low,
-            seed_high,
-            HEAD_DIM,
-            CAUSAL,
-            DROPOUT,
-            False,
-            BLOCK_M,
-            BLOCK_N,
-        )
+            dk, dv, k, v, grads, queries, lse_ptr + statistics, delta_ptr + statistics, first_column, whole, seqlen_q,
+            seqlen_q, seqlen_k, scale, keep_scale, plane, threshold, seed_low, seed_high, HEAD_DIM, CAUSAL, DROPOUT,
+            False, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     store_rows(dk_of_head, dk * scale, first_column, seqlen_k, BLOCK_N, HEAD_DIM)
     store_rows(dv_of_head, dv, first_column, seqlen_k, BLOCK_N, HEAD_DIM)

@@ -9,29 +9,16 @@ from kernels.triton.numeric import LOG2E, attention_keep, dot, round_to
 
 @triton.jit
 def _forward_loop(
-    accumulated,  # float32 (BLOCK_M, HEAD_DIM): the sum of P V so far, not yet divided by `total`
-    total,  # float32 (BLOCK_M,): the sum of P
-    maximum,  # float32 (BLOCK_M,): the largest score, not scaled
-    q,  # (BLOCK_M, HEAD_DIM)
-    keys,  # matrices as `matrix_of` gives them, (seqlen_k, HEAD_DIM)
-    values,
-    first_row,
-    begin,  # the keys to go over
-    end,
-    seqlen_q,
-    seqlen_k,
+    # The sum of P V so far, float32 (BLOCK_M, HEAD_DIM), not yet divided by the sum of P; that and the largest score,
+    # not scaled, float32 (BLOCK_M,).
+    accumulated, total, maximum,
+    # q (BLOCK_M, HEAD_DIM); keys and values as `matrix_of` gives them, gone over from begin to end.
+    q, keys, values, first_row, begin, end, seqlen_q, seqlen_k,
     scale,  # of the scores, times log2(e)
-    plane,  # the head's number among all, of all documents: its part of the random stream
-    threshold,
-    seed_low,
-    seed_high,
-    HEAD_DIM: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    plane, threshold, seed_low, seed_high,  # plane: the head's number among all, of all documents
+    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     for first_column in range(begin, end, BLOCK_N):
         k = load_rows(keys, first_column, seqlen_k, BLOCK_N, HEAD_DIM, MASKED)
         scores = dot(q, tl.trans(k))  # not yet scaled, as maximum
@@ -61,48 +48,20 @@ def _forward_loop(
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold", "length_class"])
 def forward_kernel(
-    q_ptr,  # (batch, seqlen_q, heads, head_dim); documents: (1, tokens, heads, head_dim)
-    k_ptr,  # (batch, seqlen_k, heads / group, head_dim), as v
-    v_ptr,
-    out_ptr,  # as q
+    # (batch, seqlen, heads, head_dim), k and v with heads / group; of documents (1, tokens, …).
+    q_ptr, k_ptr, v_ptr, out_ptr,
     lse_ptr,  # float32 (batch, heads, seqlen_q), by natural logarithm
-    cu_q_ptr,  # int32 (documents + 1,), read with DOCUMENTS only
-    cu_k_ptr,
-    q_batch,  # elements from one batch, token or head to the next; along head_dim they are 1 apart
-    q_seq,
-    q_head,
-    k_batch,
-    k_seq,
-    k_head,
-    v_batch,
-    v_seq,
-    v_head,
-    out_batch,
-    out_seq,
-    out_head,
-    documents,
-    seqlen_q,
-    seqlen_k,
-    heads,
-    group,  # query heads of a key/value head
-    scale,  # of the scores
-    keep_scale,  # 1 / (1 - dropout_p)
-    threshold,  # a byte of the random words below it is dropped
-    seed_low,  # the seed's two words, or pointers to them
-    seed_high,
+    cu_q_ptr, cu_k_ptr,  # int32 (documents + 1,), read with DOCUMENTS only
+    # Elements from one batch, token or head to the next; along head_dim they are 1 apart.
+    q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, out_batch, out_seq, out_head,
+    documents, seqlen_q, seqlen_k, heads, group,
+    scale, keep_scale,  # of the scores; 1 / (1 - dropout_p)
+    threshold, seed_low, seed_high,  # a random byte below it is dropped; the seed's two words, or pointers to them
     length_class,  # which tuning counts; not used
-    HEAD_DIM: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # queries and keys of a tile
-    BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,  # tiles are loaded through descriptors
-    q_rows,  # descriptors of q, k and v, or None
-    k_rows,
-    v_rows,
-):
+    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, DOCUMENTS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    q_rows, k_rows, v_rows,  # descriptors, or None
+):  # fmt: skip
     tile = tl.program_id(1)
     if CAUSAL:
         tile = tl.num_programs(1) - 1 - tile  # the last rows see most keys
@@ -125,53 +84,13 @@ def forward_kernel(
     plane = problem * heads + head
     whole, end = key_range(first_row, seqlen_q, seqlen_k, CAUSAL, BLOCK_M, BLOCK_N)
     accumulated, total, maximum = _forward_loop(
-        accumulated,
-        total,
-        maximum,
-        q,
-        keys,
-        values,
-        first_row,
-        0,
-        whole,
-        seqlen_q,
-        seqlen_k,
-        scale * LOG2E,
-        plane,
-        threshold,
-        seed_low,
-        seed_high,
-        HEAD_DIM,
-        CAUSAL,
-        DROPOUT,
-        False,
-        BLOCK_M,
-        BLOCK_N,
-    )
+        accumulated, total, maximum, q, keys, values, first_row, 0, whole, seqlen_q, seqlen_k,
+        scale * LOG2E, plane, threshold, seed_low, seed_high, HEAD_DIM, CAUSAL, DROPOUT, False, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     accumulated, total, maximum = _forward_loop(
-        accumulated,
-        total,
-        maximum,
-        q,
-        keys,
-        values,
-        first_row,
-        whole,
-        end,
-        seqlen_q,
-        seqlen_k,
-        scale * LOG2E,
-        plane,
-        threshold,
-        seed_low,
-        seed_high,
-        HEAD_DIM,
-        CAUSAL,
-        DROPOUT,
-        True,
-        BLOCK_M,
-        BLOCK_N,
-    )
+        accumulated, total, maximum, q, keys, values, first_row, whole, end, seqlen_q, seqlen_k,
+        scale * LOG2E, plane, threshold, seed_low, seed_high, HEAD_DIM, CAUSAL, DROPOUT, True, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     # A row without a visible key has total 0: zeros, and lse = -inf.
     accumulated = accumulated * (keep_scale / tl.where(total == 0.0, 1.0, total))[:, None]
     store_rows(result, accumulated, first_row, seqlen_q, BLOCK_M, HEAD_DIM)

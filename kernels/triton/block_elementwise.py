@@ -79,26 +79,15 @@ def _store(ptr, value, mask):
 
 @triton.jit
 def after_in_kernel(
-    z_ptr,  # (tokens, width): n W_in^T
-    bias_ptr,  # (width,)
+    z_ptr, bias_ptr,  # (tokens, width): n W_in^T; (width,)
     activated_ptr,  # (tokens, width - first_u), rows activated_stride apart
-    cos_ptr,  # float32 (positions, HALF), as sin
-    sin_ptr,
+    cos_ptr, sin_ptr,  # float32 (positions, HALF)
     position_ptr,  # int64, a token's row of the table, read with POSITIONS only
-    tokens,
-    seq,
-    turned,  # columns of q and k
-    first_u,  # the first column of u
-    width,
-    activated_stride,
-    position_batch,  # elements from one batch's positions to the next's
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr,  # tokens and columns of a tile
-    BLOCK: tl.constexpr,
-):
+    tokens, seq, turned, first_u, width,  # turned: columns of q and k; first_u: the first column of u
+    activated_stride, position_batch,  # elements from one batch's positions to the next's
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, POSITIONS: tl.constexpr, ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,  # tokens and columns of a tile
+):  # fmt: skip
     """In place: q, k and v get their bias, q and k are turned; act(u + bias) goes to activated."""
     token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     first, end = find_region(tl.program_id(0), turned, first_u, width, BLOCK)
