@@ -36,9 +36,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def serves(backend: str, dtype: torch.dtype) -> bool:
-    """The cuda backend's attention takes 16 bits."""
-    return backend != "cuda" or dtype != torch.float32
+def served(backends: list[str], dtypes: list[torch.dtype]) -> list[tuple[str, torch.dtype]]:
+    """The pairs that there are: the cuda backend's attention takes 16 bits."""
+    return [pair for pair in itertools.product(backends, dtypes) if pair != ("cuda", torch.float32)]
+
+
+of_attention = pytest.mark.parametrize(("backend", "dtype"), served(BACKENDS, DTYPES), indirect=["backend"], ids=str)
 
 
 def attention(backend: str, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, **options: object) -> dict[str, Tensor]:
@@ -95,24 +98,19 @@ def values(n: int, dtype: torch.dtype, heads: int = 1) -> Tensor:
     return torch.randn(1, n, heads, 64, generator=torch.Generator().manual_seed(5)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@of_attention
 @pytest.mark.parametrize("queries", [1, 20, 150])
 @pytest.mark.parametrize("score", [-88.8, -266.4, -444.0])
 def test_any_greatest_score(score: float, queries: int, dtype: torch.dtype, backend: str) -> None:
     """The greatest score of the first keys may be anything: not only what exp2 of its negative can hold."""
-    if not serves(backend, dtype):
-        pytest.skip("the cuda kernels take no float32")
     q, n = torch.ones(1, queries, 1, 64, dtype=dtype), max(queries, 40)
     k = torch.full((1, n, 1, 64), score / 8, dtype=dtype)
     both(backend, q, k, values(n, dtype), known=4 * abs(score) + 1)  # a sum of 64 terms
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [*BACKENDS, "torch"])
+@pytest.mark.parametrize(("name", "dtype"), served([*BACKENDS, "torch"], DTYPES), ids=str)
 def test_a_scale_of_zero_has_gradients_of_zero(name: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     """However large dS k is: in fp16 beyond its range, here. Each row's output is the mean of the values."""
-    if not serves(name, dtype):
-        pytest.skip("the cuda kernels take no float32")
     q, v = values(5, dtype), values(40, dtype)
     k = torch.full((1, 40, 1, 64), 30000.0, dtype=dtype)
     k[:, ::2] *= -1
@@ -125,15 +123,21 @@ def test_a_scale_of_zero_has_gradients_of_zero(name: str, dtype: torch.dtype, re
     assert not dq.any() and not dk.any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "exponent"),
+    [
+        (backend, dtype, exponent)
+        for backend, dtype in served(BACKENDS, DTYPES)
+        for exponent in (20, 27, 31, 60, 100)
+        if dtype != torch.float16 or exponent < 30  # it has no such scores
+    ],
+    indirect=["backend"],
+    ids=str,
+)
 @pytest.mark.parametrize("scale", [0.125, -0.3])
-@pytest.mark.parametrize(("queries", "exponent"), list(itertools.product([3, 70], [20, 27, 31, 60, 100])))
+@pytest.mark.parametrize("queries", [3, 70])
 def test_large_scores(queries: int, exponent: int, scale: float, dtype: torch.dtype, backend: str) -> None:
     """A row of scores around 2^exponent keeps its greatest, forward and backward."""
-    if not serves(backend, dtype):
-        pytest.skip("the cuda kernels take no float32")
-    if dtype == torch.float16 and exponent > 30:
-        pytest.skip("float16 has no such scores")
     generator = torch.Generator().manual_seed(exponent)
     half = 2.0 ** (exponent // 2)
     q, k = torch.zeros(1, queries, 1, 64), torch.zeros(1, 100, 1, 64)
@@ -150,13 +154,11 @@ def test_large_scores(queries: int, exponent: int, scale: float, dtype: torch.dt
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@of_attention
 @pytest.mark.parametrize("queries", [1, 16, 60])
 @pytest.mark.parametrize("case", ["all", "first_keys", "one_row", "infinite_keys", "nan_row", "plus_inf_row"])
 def test_scores_that_are_not_finite(case: str, queries: int, dtype: torch.dtype, backend: str) -> None:
     """A row without a score above -inf is zeros with lse -inf; NaN stays in its row; +inf makes NaN, with lse +inf."""
-    if not serves(backend, dtype):
-        pytest.skip("the cuda kernels take no float32")
     n = 200
     q, k, v = values(queries, dtype), values(n, dtype).flip(3), values(n, dtype)
     big = 2.0**64  # whose square is infinite in float32
@@ -251,12 +253,12 @@ def test_infinite_logits(case: str, z_loss: float, dtype: torch.dtype, backend: 
 # ------------------------------------------------------------------------------------------------- GELU, rotary
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), served(BACKENDS, [torch.float32, torch.bfloat16]), indirect=["backend"], ids=str
+)
 @pytest.mark.parametrize("power", [4, 19, 20, 37])
 def test_gelu_far_out(power: int, dtype: torch.dtype, backend: str) -> None:
     """u of either sign and any size: 0 or u, with slope 0 or 1, also where u^2 is infinite."""
-    if backend == "cuda" and dtype == torch.float32:
-        pytest.skip("the block's attention on cuda takes 16 bits")
     hidden, inner, dim = 64, 64, 32
     x = torch.randn(1, 3, hidden, generator=torch.Generator().manual_seed(1)).to(dtype)
     w_in, b_in = torch.zeros(3 * dim + inner, hidden, dtype=dtype), torch.zeros(3 * dim + inner, dtype=dtype)

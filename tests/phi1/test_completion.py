@@ -60,6 +60,6 @@ def test_the_other_shells_read_theirs(shell: str, tmp_path: pathlib.Path, capfd:
     text = capfd.readouterr().out
     assert "decontaminate" in text and "--max-new-tokens" in text
     if shutil.which(shell) is None:
-        pytest.skip(f"needs {shell}: not installed")
+        pytest.skip(f"no {shell} on PATH (Debian: apt-get install {shell})")
     (tmp_path / "script").write_text(text)
     subprocess.run([shell, "-n", tmp_path / "script"], check=True)
