@@ -63,7 +63,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(emulator, force, version, he
             assert torch.equal(first[name], again[name]), (name, seed)
 
 
-@pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU: thread orders are tested under the emulator")
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU; thread orders are tested under the emulator")
 @pytest.mark.parametrize(("version", "head_dim"), VERSIONS_AND_DIMS)
 def test_repeated_runs_on_the_gpu_give_the_same_bits(force, version, head_dim):
     force(version, "cuda")

@@ -201,7 +201,7 @@ def test_logits_never_exist_in_full():
 
 
 @pytest.mark.skipif(
-    "avx512_bf16" not in ISAS, reason="without bf16 instructions oneDNN copies the weight for a product"
+    "avx512_bf16" not in ISAS, reason="needs a CPU with AVX-512 BF16: without, oneDNN copies the weight for a product"
 )
 @pytest.mark.parametrize("width", [16, 512])
 def test_peak_memory_on_the_cpu(width):
