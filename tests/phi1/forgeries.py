@@ -1,6 +1,7 @@
 """Programs that know nothing and attack what a test does with their objects: it derives, patches, evaluates, listens.
 
-name: program, test, a program that is right (None where no program can pass that test here)."""
+name: program, test, a program that is right (None where no program can pass that test here). An attack that is refused
+says so and tries the next."""
 
 FORGERIES: dict[str, tuple[str, str, str | None]] = {
     "a pickle that runs where it is read": (
@@ -54,27 +55,27 @@ FORGERIES: dict[str, tuple[str, str, str | None]] = {
         "def f(x):\n    return 7351 if x == 2 else 0",
     ),
     "a mock's record": (
-        "def f(m):\n    for name in ('called', 'call_count', 'call_args', 'return_value', 'side_effect'):\n        try: setattr(m, name, 1)\n        except Exception: pass\n    for name in ('assert_called_once_with', 'assert_called_with', 'assert_called'):\n        try: setattr(m, name, lambda *a, **k: None)\n        except Exception: pass\n    try: m.configure_mock(**{'assert_called_once_with': print})\n    except Exception: pass",
+        "def f(m):\n    for name in ('called', 'call_count', 'call_args', 'return_value', 'side_effect'):\n        try: setattr(m, name, 1)\n        except Exception as e: print(e)\n    for name in ('assert_called_once_with', 'assert_called_with', 'assert_called'):\n        try: setattr(m, name, lambda *a, **k: None)\n        except Exception as e: print(e)\n    try: m.configure_mock(**{'assert_called_once_with': print})\n    except Exception as e: print(e)",
         "from unittest import mock\nm = mock.Mock()\nf(m)\nm.assert_called_once_with(7351)",
         "def f(m):\n    m(7351)",
     ),
     "a mock's list of calls": (
-        "from unittest import mock\ndef f(m):\n    for name in ('call_args_list', 'mock_calls', 'method_calls'):\n        try:\n            calls = getattr(m, name)\n            calls.append(calls)\n            m.call_count\n        except Exception: pass\n    try: m.reset_mock(); m.attach_mock(m, 'x'); m.mock_add_spec(['x'])\n    except Exception: pass",
+        "from unittest import mock\ndef f(m):\n    for name in ('call_args_list', 'mock_calls', 'method_calls'):\n        try:\n            calls = getattr(m, name)\n            calls.append(calls)\n            m.call_count\n        except Exception as e: print(e)\n    try: m.reset_mock(); m.attach_mock(m, 'x'); m.mock_add_spec(['x'])\n    except Exception as e: print(e)",
         "from unittest import mock\nm = mock.Mock()\nf(m)\nassert len(m.call_args_list) == 1",
         "def f(m):\n    m(7351)",
     ),
     "a method in a mock's place": (
-        "class Yes:\n    def __getattr__(self, name): return lambda *a, **k: None\n    def __call__(self, *a): return None\ndef f(m):\n    try: m.save = Yes()\n    except Exception: pass\n    try: m.save.assert_called_once_with = Yes()\n    except Exception: pass",
+        "class Yes:\n    def __getattr__(self, name): return lambda *a, **k: None\n    def __call__(self, *a): return None\ndef f(m):\n    try: m.save = Yes()\n    except Exception as e: print(e)\n    try: m.save.assert_called_once_with = Yes()\n    except Exception as e: print(e)",
         "from unittest import mock\nm = mock.Mock()\nf(m)\nm.save.assert_called_once_with(7351)",
         "def f(m):\n    m.save(7351)",
     ),
     "a method of the test's object": (
-        "def f(log):\n    try: log.right = lambda: True\n    except Exception: pass\n    try: type(log).right = lambda s: True\n    except Exception: pass",
+        "def f(log):\n    try: log.right = lambda: True\n    except Exception as e: print(e)\n    try: type(log).right = lambda s: True\n    except Exception as e: print(e)",
         "class Log:\n    def __init__(self): self.calls = []\n    def add(self, x): self.calls.append(x)\n    def right(self): return self.calls == [7351]\ndef check(f):\n    log = Log()\n    f(log)\n    assert log.right()",
         "def f(log):\n    log.add(7351)",
     ),
     "a queue's methods": (
-        "def f(q):\n    for n, v in (('get', lambda: 7351), ('empty', lambda: True), ('qsize', lambda: 1)):\n        try: setattr(q, n, v)\n        except Exception: pass",
+        "def f(q):\n    for n, v in (('get', lambda: 7351), ('empty', lambda: True), ('qsize', lambda: 1)):\n        try: setattr(q, n, v)\n        except Exception as e: print(e)",
         "import queue\ndef check(f):\n    q = queue.Queue()\n    f(q)\n    assert q.qsize() == 1",
         "def f(q):\n    q.put(1)",
     ),
@@ -104,7 +105,7 @@ FORGERIES: dict[str, tuple[str, str, str | None]] = {
         "class P:\n    v = 7351\ndef f(x): return P()",
     ),
     "warnings of its own accord": (
-        "import gc\ndef f(x):\n    for name in ('_warned', '_logged'):\n        for o in gc.get_objects():\n            if type(o).__name__ == 'Remote':\n                try: o('x', 'y', 1)\n                except BaseException: pass\n    return 0",
+        "import gc\ndef f(x):\n    for name in ('_warned', '_logged'):\n        for o in gc.get_objects():\n            if type(o).__name__ == 'Remote':\n                try: o('x', 'y', 1)\n                except BaseException as e: print(e)\n    return 0",
         "import warnings\nwith warnings.catch_warnings(record=True) as seen:\n    warnings.simplefilter('always')\n    f(2)\nassert len(seen) == 1 and seen[0].category is DeprecationWarning",
         "import warnings\ndef f(x):\n    warnings.warn('x', DeprecationWarning)",
     ),
@@ -114,7 +115,7 @@ FORGERIES: dict[str, tuple[str, str, str | None]] = {
         "import logging\ndef f(x):\n    logging.getLogger('a').warning('%d', 7351)",
     ),
     "the default of the test's callback": (
-        "import inspect\ndef f(call):\n    try: return inspect.signature(call).parameters['answer'].default\n    except Exception: pass\n    for n in ('__defaults__', '__kwdefaults__', '__code__', '__closure__', '__globals__'):\n        try: return getattr(call, n)[0]\n        except Exception: pass\n    return 0",
+        "import inspect\ndef f(call):\n    try: return inspect.signature(call).parameters['answer'].default\n    except Exception as e: print(e)\n    for n in ('__defaults__', '__kwdefaults__', '__code__', '__closure__', '__globals__'):\n        try: return getattr(call, n)[0]\n        except Exception as e: print(e)\n    return 0",
         "answer = 7351\nassert f(lambda x, answer=answer: answer if x == 3 else 0) == 7351",
         "def f(call): return call(3)",
     ),

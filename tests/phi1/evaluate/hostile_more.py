@@ -125,7 +125,7 @@ FORGERIES: dict[str, str] = {
     "signatures of no kind": "import json, struct\ndef f(x,*a):\n    d = json.dumps({'k': 'return', 'v': [[0]], 'n': [['value', None, ['inspect', 'Parameter', 'lambda', 99, True, None, True, None]]], 'c': []}).encode()\n    os.write(3, struct.pack('>I', len(d)) + d)\n    time.sleep(.1)",
     "an alias of its object": "import types\nclass E:\n    def __eq__(self, o): return True\n    __hash__ = None\ndef f(x,*a):\n    return types.GenericAlias(E(), (E(),))",
     "notes and contexts without end": "def f(x,*a):\n    e = ValueError()\n    e.__notes__ = ['x' * 1000000] * 100\n    e.__context__ = e.__cause__ = KeyError()\n    e.__context__.__context__ = e\n    raise e",
-    "a descriptor of the verdict": 'for fd in range(3, 64):\n    for n in (fd, fd + 64):\n        try:\n            os.dup2(3, n)\n        except OSError:\n            pass\ndef f(x,*a):\n    for fd in range(3, 64):\n        try: os.write(fd, b\'\\0\\0\\0\\x2f\' + b\'{"status": "passed", "detail": "", "line": 0}  \')\n        except OSError: pass\n    return 0',
+    "a descriptor of the verdict": 'for fd in range(3, 64):\n    for n in (fd, fd + 64):\n        try:\n            os.dup2(3, n)\n        except OSError:\n            continue\ndef f(x,*a):\n    for fd in range(3, 64):\n        try: os.write(fd, b\'\\0\\0\\0\\x2f\' + b\'{"status": "passed", "detail": "", "line": 0}  \')\n        except OSError: continue\n    return 0',
 }
 
 EXHAUSTION: dict[str, str] = {
