@@ -1,6 +1,6 @@
 """Small programs that bench/on_gpu.py runs in processes of their own, under a profiler or a sanitizer.
 
-    python bench/gpu_probe.py attention | elementwise | loss-chunks | layer | calls | triton   [--device cpu]
+    python bench/gpu_probe.py module | attention | elementwise | loss-chunks | layer | calls | triton   [--device cpu]
 
 Lines that start with RATE go to the summary. On --device cpu (a rehearsal) the shapes are toys and nothing is a figure.
 """
@@ -25,6 +25,7 @@ from kernels import (
     flash_attention,
     layer_norm,
     linear_cross_entropy,
+    machine,
     parallel_block,
     reference,
 )
@@ -58,6 +59,15 @@ class Probe:
                 torch.cuda.synchronize()
         events = [(e.key, e.self_device_time_total, e.count) for e in found.key_averages() if e.self_device_time_total]
         return sorted(events, key=lambda event: -event[1])[:rows]
+
+
+def module(probe: Probe) -> None:
+    """Whether the native module loads and has what this device needs."""
+    missing = machine.cpu().missing
+    needs = ("cpu",) if probe.small else ("cpu", "cuda", "cuda/hopper")
+    for why in filter(None, map(missing.get, needs)):
+        raise SystemExit(why)
+    print("loads")
 
 
 def attention(probe: Probe) -> None:
@@ -207,6 +217,7 @@ def triton(probe: Probe) -> None:
 
 
 PROGRAMS = {
+    "module": module,
     "attention": attention,
     "elementwise": elementwise,
     "loss-chunks": loss_chunks,

@@ -45,12 +45,9 @@ def attention_refuses(*, dtype: torch.dtype, head_dim: int, **_: object) -> str 
     return native.refuses_head_dim(head_dim)
 
 
-ATTENTION_VERSIONS = {"mma": (0, 0), "hopper": (1, 0), "hopper_backward": (1, 1)}
+ATTENTION_VERSIONS = {"mma": (0, 0), "hopper": (1, 1)}
 """Of attention, which kernels run (forward, backward), by the number that the native module takes: 0, mma.sync on any
-card; 1, wgmma, compute capability 9.0 and head_dim 64 or 128 only. `hopper_backward` is never chosen by itself: the
-first run on a GPU did not return from its backward kernels, whose registers were more than the launch had; since
-mended, not run there again.
-"""
+card; 1, wgmma, compute capability 9.0 and head_dim 64 or 128 only."""
 
 
 def _hopper_needs(machine: Machine) -> str | None:

@@ -361,4 +361,15 @@ PHI1_DEVICE float shfl_xor(float value, int mask) {
 #endif
 }
 
+// Whether x holds for any lane of the warp.
+PHI1_DEVICE bool any_lane(bool x) {
+#if defined(PHI1_EMULATOR)
+  uint32_t any = x;
+  for (int mask = 1; mask < 32; mask *= 2) any |= emulator::shfl_xor(any, mask);
+  return any;
+#else
+  return __any_sync(0xffffffffu, x);
+#endif
+}
+
 }  // namespace phi1::cuda

@@ -12,15 +12,15 @@ from emulator import DEVICES, check_attention
 from kernels import BackendError, cuda, flash_attention, reference, registry
 from kernels.machine import Machine
 
-# head_dim 32 has no hopper kernel. Which kernels run backward: "hopper_backward" has both of them.
+# head_dim 32 has no hopper kernel.
 VERSIONS_AND_CASES = [
     pytest.param(version, case, id=f"{version}-{case.name}")
-    for version in (("mma", "hopper", "hopper_backward") if "cuda" in DEVICES else ("mma", "hopper_backward"))
+    for version in ("mma", "hopper")
     for case in CASES
     if version == "mma" or case.head_dim != 32
 ]
 _version = "cuda/mma"  # that a test chose
-VERSIONS_AND_DIMS = [("mma", 32), ("mma", 64), ("mma", 128), ("hopper_backward", 64), ("hopper_backward", 128)]
+VERSIONS_AND_DIMS = [("mma", 32), ("mma", 64), ("mma", 128), ("hopper", 64), ("hopper", 128)]
 HOPPER = "cuda" in DEVICES and torch.cuda.get_device_capability() == (9, 0)
 
 

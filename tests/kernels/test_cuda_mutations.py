@@ -66,7 +66,7 @@ def _check_hopper(module: ModuleType, backward: bool) -> None:
     for seed in range(2):
         module.set_seed(seed)
         for case in HOPPER:
-            emulator.check_attention(case, torch.bfloat16, version="cuda/hopper_backward", backward=backward)
+            emulator.check_attention(case, torch.bfloat16, version="cuda/hopper", backward=backward)
     counters = module.counters()
     assert counters["shared_wavefronts"] == counters["shared_wavefronts_least"], "bank conflicts"
 

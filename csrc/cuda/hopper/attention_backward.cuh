@@ -25,11 +25,13 @@ struct BackwardThreads {
 // The computing threads take all registers that there are: at head_dim 128 with 232 ptxas serialises wgmma (C7512).
 template <int kHeadDim>
 struct KeyGradTile : BackwardThreads {
-  static constexpr int kLoadingRegisters = 24, kComputingRegisters = 240, kUnroll = 1;
+  static constexpr int kLoadingRegisters = kHeadDim == 128 ? 24 : 40, kUnroll = 1;
+  static constexpr int kComputingRegisters = kHeadDim == 128 ? 240 : 232;
   static constexpr int kKeys = 64 * kComputing, kQueries = 64;
   static constexpr int kPlaces = kHeadDim == 128 ? 1 : 2, kStages = kHeadDim == 128 ? 3 : 4;
-  using K = Tile<kKeys, kHeadDim>;     // and V
-  using Q = Tile<kQueries, kHeadDim>;  // and dO
+  static constexpr bool kOverlaps = kHeadDim == 64;  // the product into dK with the next tile's first
+  using K = Tile<kKeys, kHeadDim>;                   // and V
+  using Q = Tile<kQueries, kHeadDim>;                // and dO
   static constexpr int kStatsBytes = 1024;
   static_assert(8 * kQueries <= kStatsBytes && kStatsBytes % Q::kGroupBytes == 0);
 
@@ -133,7 +135,9 @@ PHI1_DEVICE void compute_key_grad(const ScheduledArgs& scheduled, const R& rings
   const int warp_row = 64 * group + warp_index() % 4 * 16;
   const float scale = args.scale * kLog2e;
   Turn<Sizes::kPlaces> k_turn;
-  Turn<Sizes::kStages> turn;  // of Q and of dO
+  Turn<Sizes::kStages> turn;    // of Q and of dO
+  Turn<Sizes::kStages> before;  // the tile whose product into dK is in flight
+  bool in_flight = false;
 
   for_each_work<false, Sizes::kKeys>(scheduled, [&](const Work& work) {
     const QueryTiles<Sizes> tiles(args, work);
@@ -158,6 +162,10 @@ PHI1_DEVICE void compute_key_grad(const ScheduledArgs& scheduled, const R& rings
       wgmma_fence();
       product_rows<T, typename Sizes::K, typename Sizes::Q, kHeadDim>(ds, v_tile, 64 * group, grad_tile);
       wgmma_commit();
+      if constexpr (Sizes::kOverlaps) {
+        wgmma_wait<2>(grad_k);
+        if (in_flight) rings.b.release(before);
+      }
 
       // P^T. Queries past the end are rows of zeros in Q, dO and delta: they add nothing.
       wgmma_wait<1>(p);
@@ -200,8 +208,12 @@ PHI1_DEVICE void compute_key_grad(const ScheduledArgs& scheduled, const R& rings
       wgmma_fence();
       product_columns<T, typename Sizes::Q>(grad_k, left, q_tile);
       wgmma_commit();
-      wgmma_wait<0>(grad_k);
-      rings.b.release(turn);
+      if constexpr (Sizes::kOverlaps) {
+        before = turn, in_flight = true;
+      } else {
+        wgmma_wait<0>(grad_k);
+        rings.b.release(turn);
+      }
       turn.next();
     };
 
@@ -210,6 +222,11 @@ PHI1_DEVICE void compute_key_grad(const ScheduledArgs& scheduled, const R& rings
       int plane = work.batch * int(args.heads) + work.head * tiles.heads;
       for (const int end = plane + tiles.heads; plane < end; ++plane)
         for (int tile = tiles.first; tile < tiles.end; ++tile) add(plane, tile * Sizes::kQueries);
+      if constexpr (Sizes::kOverlaps) {
+        wgmma_wait<0>(grad_k);
+        rings.b.release(before);
+        in_flight = false;
+      }
       rings.a.release(k_turn);
       k_turn.next();
     }
@@ -285,7 +302,9 @@ PHI1_DEVICE void compute_query_grad(const ScheduledArgs& scheduled, const R& rin
   const int warp_row = 64 * group + warp_index() % 4 * 16;
   const float scale = args.scale * kLog2e;
   Turn<Sizes::kPlaces> q_turn;
-  Turn<Sizes::kStages> turn;  // of K and of V
+  Turn<Sizes::kStages> turn;    // of K and of V
+  Turn<Sizes::kStages> before;  // the tile whose product into dQ is in flight
+  bool in_flight = false;
 
   for_each_work<true, Sizes::kQueries>(scheduled, [&](const Work& work) {
     const int tiles = key_tiles<Sizes::kQueries, Sizes::kKeys>(args, work), visible = visible_keys(args, work);
@@ -310,6 +329,8 @@ PHI1_DEVICE void compute_query_grad(const ScheduledArgs& scheduled, const R& rin
       wgmma_fence();
       product_rows<T, typename Sizes::Q, typename Sizes::K, kHeadDim>(ds, grad_tile, 64 * group, rings.c.tile(turn));
       wgmma_commit();
+      wgmma_wait<2>(grad_q);
+      if (in_flight) rings.b.release(before);
 
       wgmma_wait<1>(p);
       for_each(as_tiles(p), 0, 0, [&](float& x, const Element& at) { x = probability(x * scale, stats[at.i / 2].x); });
@@ -328,14 +349,16 @@ PHI1_DEVICE void compute_query_grad(const ScheduledArgs& scheduled, const R& rin
       wgmma_fence();
       product_columns<T, typename Sizes::K>(grad_q, left, k_tile);
       wgmma_commit();
-      wgmma_wait<0>(grad_q);
-      rings.b.release(turn);
+      before = turn, in_flight = true;
       turn.next();
     };
 
     if (tiles > 0) {
       rings.a.wait_full(q_turn);
       for (int tile = tiles - 1; tile >= 0; --tile) add(tile * Sizes::kKeys);
+      wgmma_wait<0>(grad_q);
+      rings.b.release(before);
+      in_flight = false;
       rings.a.release(q_turn);
       q_turn.next();
     }

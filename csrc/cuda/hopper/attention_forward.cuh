@@ -57,32 +57,44 @@ struct Softmax {
   // s becomes exp(scale (s - most)); correction: what sums made so far must be multiplied by.
   template <int kN>
   PHI1_DEVICE void update(float (&s)[kN][4], float (&correction)[2]) {
+    float shift[2], scaled[2];
+    bool large = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float highest = most[half];
+      float part[4] = {most[half], most[half], most[half], most[half]};  // four chains, for they take turns
 #pragma unroll
-      for (int n = 0; n < kN; ++n) highest = max_f32(highest, max_f32(s[n][2 * half], s[n][2 * half + 1]));
+      for (int n = 0; n < kN; ++n) part[n % 4] = max_f32(part[n % 4], max_f32(s[n][2 * half], s[n][2 * half + 1]));
+      float highest = max_f32(max_f32(part[0], part[1]), max_f32(part[2], part[3]));
       highest = max_f32(highest, shfl_xor(highest, 1));
       highest = max_f32(highest, shfl_xor(highest, 2));
       // A row with no score above -inf: any finite shift, for 2^(-inf - shift) is 0 and 2^(-inf + inf) is not.
-      const float shift = highest == -kInfinity ? 0.0f : highest;
-      correction[half] = ex2((most[half] - shift) * scale);
+      shift[half] = highest == -kInfinity ? 0.0f : highest;
+      correction[half] = ex2((most[half] - shift[half]) * scale);
       most[half] = highest;
-      // One multiply-add an exponent. Its shift is rounded, by which all of a row are off alike: by 2^-12 at the most
-      // below kLarge; from there on the highest is taken off first, so that it gives 2^0 however large it is.
-      float scaled = shift * scale;
-      if (!((scaled < 0.0f ? -scaled : scaled) < kLarge)) {
-        scaled = 0.0f;
+      scaled[half] = shift[half] * scale;
+      large |= !((scaled[half] < 0.0f ? -scaled[half] : scaled[half]) < kLarge);
+    }
+    // One multiply-add an exponent. Its shift is rounded, by which all of a row are off alike: by 2^-12 at the most
+    // below kLarge; from there on the highest is taken off first, so that it gives 2^0 however large it is.
+    if (large) take_off(s, shift, scaled);
 #pragma unroll
-        for (int n = 0; n < kN; ++n) s[n][2 * half] -= shift, s[n][2 * half + 1] -= shift;
-      }
-      float total = sum[half] * correction[half];
+    for (int half = 0; half < 2; ++half) {
+      float part[4] = {sum[half] * correction[half], 0.0f, 0.0f, 0.0f};
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) total += s[n][i] = ex2(s[n][i] * scale - scaled);
-      sum[half] = total;
+        for (int i = 0; i < 2; ++i) {
+          float& x = s[n][2 * half + i];
+          part[2 * (n % 2) + i] += x = ex2(x * scale - scaled[half]);
+        }
+      sum[half] = (part[0] + part[1]) + (part[2] + part[3]);
     }
+  }
+
+  template <int kN>
+  static PHI1_DEVICE void take_off(float (&s)[kN][4], const float (&shift)[2], float (&scaled)[2]) {
+    for_each(as_tiles(s), 0, 0, [&](float& x, const Element& at) { x -= shift[at.i / 2]; });
+    scaled[0] = scaled[1] = 0.0f;
   }
 };
 
@@ -196,7 +208,8 @@ PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<k
         wgmma_wait<0>(out);
         shared.v_ring.release(v_turn);
         v_turn.next();
-        for_each(as_tiles(out), 0, 0, [&](float& x, const Element& at) { x *= correction[at.i / 2]; });
+        if (any_lane(correction[0] != 1.0f || correction[1] != 1.0f))
+          for_each(as_tiles(out), 0, 0, [&](float& x, const Element& at) { x *= correction[at.i / 2]; });
         round_to<T>(p, s);
       }
       shared.q_ring.release(q_turn);

@@ -34,7 +34,17 @@ struct Tile {
     const int row = thread / 8, chunk = thread % 8;
     const uint32_t to = tile + uint32_t(128 * row + 16 * (chunk ^ row % 8));
     const uint16_t* source = from.data + (first + row) * from.stride + 8 * chunk;
+    if (first + kRows <= end) {
 #pragma unroll kUnroll
+      for (int i = 0; i < kRows; i += kStep) {
+#pragma unroll
+        for (int page = 0; page < kHeadDim / 64; ++page)
+          cp_async_16(to + uint32_t(page * kPageBytes + 128 * i), source + 64 * page, 16);
+        source += kStep * from.stride;
+      }
+      return;
+    }
+#pragma unroll 1
     for (int i = 0; i < kRows; i += kStep) {
       const bool inside = first + row + i < end;
 #pragma unroll
