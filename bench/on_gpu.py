@@ -73,7 +73,7 @@ class Mode:
 # ------------------------------------------------------------------------------------------------------- the steps
 
 
-def pytest(mode: Mode, *arguments: str, workers: int = 1) -> list[str]:
+def pytest(mode: Mode, *arguments: str, workers: int = 1, limit: int = 25) -> list[str]:
     """The machine may lack plugins that pyproject.toml's options name. On a GPU a kernel that does not return ends its
     test's process, not the step's time; a thread must end it, for no signal reaches a process that waits for a GPU.
     """
@@ -84,7 +84,7 @@ def pytest(mode: Mode, *arguments: str, workers: int = 1) -> list[str]:
         "addopts=--import-mode=importlib",
         *(("-o", "timeout_method=thread") if stops else ()),
         "-o",
-        f"timeout={25 if stops else 0}",
+        f"timeout={limit if stops else 0}",
         "-W",
         "ignore::pytest.PytestConfigWarning",
     ]
@@ -215,11 +215,13 @@ def steps(mode: Mode) -> list[Step]:
         names = ("seeds", "rotary", "triton_norm", "triton_loss", "triton_block", "triton_attention")
         cases = "error_rule or 1023x1024 or gqa or dropout or documents_unequal or packed_128"
         select = f"captured or (triton and bfloat16 and not mutation and ({cases}))"
-        kernels = pytest(mode, *(f"tests/kernels/test_{name}.py" for name in names), "-k", select, workers=14)
-        result.append(Step("tests-kernels", 100, {"tests-kernels": kernels}, {"OMP_NUM_THREADS": "1"}))
+        files = [f"tests/kernels/test_{name}.py" for name in names]
+        kernels = pytest(mode, "-v", *files, "-k", select, workers=8, limit=60)
+        one = {"OMP_NUM_THREADS": "1"}
+        result.append(Step("tests-kernels", 100, {"tests-kernels": kernels}, one, digest_failed))
         trainer = [f"tests/phi1/test_{name}.py" for name in ("train", "train_resuming", "generate", "model")]
-        step = {"tests-trainer": pytest(mode, *trainer, workers=14)}
-        result.append(Step("tests-trainer", 80, step, {"OMP_NUM_THREADS": "1"}))
+        trainer = pytest(mode, "-v", *trainer, workers=8, limit=60)
+        result.append(Step("tests-trainer", 80, {"tests-trainer": trainer}, one, digest_failed))
         result.append(
             bench(
                 mode, "attn-flex", "attn", 60, f"triton|math|mem-eff|torch$|{left_out}", shapes="8x2048x32x64", toy=""
@@ -279,6 +281,14 @@ def digest_rates(out: Path, log: Path) -> list[str]:
     for case, names in cases.items():
         lines.append(f"  {case}: " + "; ".join(f"{name} {' / '.join(found)}" for name, found in names.items() if found))
     return lines
+
+
+def digest_failed(out: Path, log: Path) -> list[str]:
+    """The tests that failed, also of a run that did not reach its end."""
+    text = log.read_text()
+    ends = re.findall(r"^=+ (.*\d+ passed.*) =+$", text, re.MULTILINE)
+    failed = dict.fromkeys(re.findall(r"(?:FAILED|ERROR) (tests/\S+)", text))
+    return [f"  {end}" for end in ends[-1:]] + [f"  failed: {name}" for name in list(failed)[:12]]
 
 
 def digest_marked(out: Path, log: Path) -> list[str]:

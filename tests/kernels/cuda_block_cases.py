@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels import BlockShape, parallel_block, reference
 from kernels.fused_block import Dropout, Layout, Pieces
-from kernels.registry import implementation
+from kernels.registry import implementation, machine_of
 
 SEED = -7  # taken modulo 2^64: both halves of the key count
 RESULTS = ("y", "dx", "dnorm_weight", "dnorm_bias", "dw_in", "db_in", "dw_out", "db_out")
@@ -164,7 +164,9 @@ def check_block(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
 
 
 def pieces() -> Pieces:
-    """Of the `cuda` backend: the emulator's or the GPU's."""
+    """Of the `cuda` backend: the emulator's or the GPU's, which no call before this one may have looked at."""
+    if torch.cuda.is_available():
+        machine_of(torch.device("cuda"))
     found = implementation("parallel_block", "cuda").forward.args[0]  # type: ignore[attr-defined]
     assert isinstance(found, Pieces)
     return found

@@ -14,6 +14,9 @@ PHI1_DEVICE int key_tiles(const AttentionArgs& args, const Work& work) {
   return keys > 0 ? ceil_div(keys, kKeys) : 0;
 }
 
+// Whether an exponent is so far from 0 that its rounding, 2^-12 at the most below, would show in a power of it.
+PHI1_DEVICE bool is_large(float x) { return !((x < 0.0f ? -x : x) < 4096.0f); }
+
 // The accumulators of a warp as those of csrc/cuda/attention.cuh and tile.cuh: one row of tiles.
 template <int kN>
 using Tiles = float[1][kN][4];

@@ -317,6 +317,7 @@ PHI1_DEVICE void compute_query_grad(const ScheduledArgs& scheduled, const R& rin
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       stats[half] = ld_global(all_stats + minimum(row + 8 * half + g, work.seqlen_q - 1));
+    const bool bounded = any_lane(is_large(stats[0].x) || is_large(stats[1].x));  // see `probability`
 
     const uint32_t q_tile = rings.a.tile(q_turn), grad_tile = q_tile + uint32_t(Sizes::Q::kBytes);
     const auto add = [&](int column) {
@@ -333,7 +334,9 @@ PHI1_DEVICE void compute_query_grad(const ScheduledArgs& scheduled, const R& rin
       if (in_flight) rings.b.release(before);
 
       wgmma_wait<1>(p);
-      for_each(as_tiles(p), 0, 0, [&](float& x, const Element& at) { x = probability(x * scale, stats[at.i / 2].x); });
+      for_each(as_tiles(p), 0, 0, [&](float& x, const Element& at) { x = x * scale - stats[at.i / 2].x; });
+      if (bounded) for_each(as_tiles(p), 0, 0, [](float& x, const Element&) { x = min_nan(x, 0.0f); });
+      for_each(as_tiles(p), 0, 0, [](float& x, const Element&) { x = ex2(x); });
       if (column + Sizes::kKeys > minimum(work.seqlen_k, row + visible)) {
         const int first = row + g + visible;
         const int limit[2] = {minimum(work.seqlen_k, first) - column - 2 * t,

@@ -10,10 +10,10 @@
 
 namespace phi1::cuda::hopper {
 
-// Tile sizes. Shared memory: Q + kStages (K + V).
+// Tile sizes. Shared memory: 2 Q + kStages (K + V): the next work's first tiles are loaded under the end of this one.
 //   head_dim   queries x keys   stages   shared memory
-//   64         128 x 128        3        16 +  96 = 112 KiB
-//   128        128 x 128        2        32 + 128 = 160 KiB
+//   64         128 x 128        3        32 +  96 = 128 KiB
+//   128        128 x 128        2        64 + 128 = 192 KiB
 // Registers of a computing thread at head_dim 64 / 128: scores 64, P 32, out 32 / 64.
 template <int kHeadDim>
 struct ForwardTile {
@@ -26,7 +26,7 @@ struct ForwardTile {
 
   using Q = Tile<kQueries, kHeadDim>;
   using K = Tile<kKeys, kHeadDim>;  // and V
-  using QRing = Ring<1, Q::kBytes>;
+  using QRing = Ring<2, Q::kBytes>;
   using KRing = Ring<kStages, K::kBytes>;
   static constexpr int kBarriers = QRing::kSharedBytes + 2 * KRing::kSharedBytes;  // where they start
   static constexpr int kSharedBytes = kBarriers + QRing::kBarrierBytes + 2 * KRing::kBarrierBytes;
@@ -48,8 +48,6 @@ struct Forward {
 
 // The running softmax of a lane's two rows.
 struct Softmax {
-  static constexpr float kLarge = 4096.0f;
-
   float scale;                               // times log2(e), so that exp(scale x) = 2^(scale log2(e) x)
   float most[2] = {-kInfinity, -kInfinity};  // of the raw products
   float sum[2] = {0.0f, 0.0f};               // of this lane's columns
@@ -61,10 +59,9 @@ struct Softmax {
     bool large = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float part[4] = {most[half], most[half], most[half], most[half]};  // four chains, for they take turns
+      float highest = most[half];
 #pragma unroll
-      for (int n = 0; n < kN; ++n) part[n % 4] = max_f32(part[n % 4], max_f32(s[n][2 * half], s[n][2 * half + 1]));
-      float highest = max_f32(max_f32(part[0], part[1]), max_f32(part[2], part[3]));
+      for (int n = 0; n < kN; ++n) highest = max_f32(highest, max_f32(s[n][2 * half], s[n][2 * half + 1]));
       highest = max_f32(highest, shfl_xor(highest, 1));
       highest = max_f32(highest, shfl_xor(highest, 2));
       // A row with no score above -inf: any finite shift, for 2^(-inf - shift) is 0 and 2^(-inf + inf) is not.
@@ -72,22 +69,19 @@ struct Softmax {
       correction[half] = ex2((most[half] - shift[half]) * scale);
       most[half] = highest;
       scaled[half] = shift[half] * scale;
-      large |= !((scaled[half] < 0.0f ? -scaled[half] : scaled[half]) < kLarge);
+      large |= is_large(scaled[half]);
     }
-    // One multiply-add an exponent. Its shift is rounded, by which all of a row are off alike: by 2^-12 at the most
-    // below kLarge; from there on the highest is taken off first, so that it gives 2^0 however large it is.
+    // One multiply-add an exponent. Its shift is rounded, by which all of a row are off alike. If it is large the
+    // highest is taken off first, so that it gives 2^0 however large it is.
     if (large) take_off(s, shift, scaled);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float part[4] = {sum[half] * correction[half], 0.0f, 0.0f, 0.0f};
+      float total = sum[half] * correction[half];
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[n][2 * half + i];
-          part[2 * (n % 2) + i] += x = ex2(x * scale - scaled[half]);
-        }
-      sum[half] = (part[0] + part[1]) + (part[2] + part[3]);
+        for (int i = 2 * half; i < 2 * half + 2; ++i) total += s[n][i] = ex2(s[n][i] * scale - scaled[half]);
+      sum[half] = total;
     }
   }
 
@@ -104,7 +98,7 @@ PHI1_DEVICE void load_forward(const ScheduledArgs& scheduled, const Forward<kHea
   using Sizes = ForwardTile<kHeadDim>;
   const AttentionArgs& args = scheduled.attention;
   Loader loader{thread};
-  Turn<1> q_turn;
+  Turn<2> q_turn;
   Turn<Sizes::kStages> k_turn, v_turn;
   for_each_work<true, Sizes::kQueries>(scheduled, [&](const Work& work) {
     const int tiles = key_tiles<Sizes::kQueries, Sizes::kKeys>(args, work);
@@ -137,7 +131,7 @@ PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<k
   const AttentionArgs& args = scheduled.attention;
   const int g = lane_index() / 4, t = lane_index() % 4;
   const int warp_row = 64 * group + warp_index() % 4 * 16;  // in the tile
-  Turn<1> q_turn;
+  Turn<2> q_turn;
   Turn<Sizes::kStages> k_turn, v_turn;
 
   // Named barrier 1 + i: warpgroup i may issue. Warpgroup 0 starts, and the last one to have issued hands on to it.
