@@ -216,11 +216,11 @@ def steps(mode: Mode) -> list[Step]:
         cases = "error_rule or 1023x1024 or gqa or dropout or documents_unequal or packed_128"
         select = f"captured or (triton and bfloat16 and not mutation and ({cases}))"
         files = [f"tests/kernels/test_{name}.py" for name in names]
-        kernels = pytest(mode, "-v", *files, "-k", select, workers=8, limit=60)
+        kernels = pytest(mode, "-vv", *files, "-k", select, workers=8, limit=60)
         one = {"OMP_NUM_THREADS": "1"}
         result.append(Step("tests-kernels", 100, {"tests-kernels": kernels}, one, digest_failed))
         trainer = [f"tests/phi1/test_{name}.py" for name in ("train", "train_resuming", "generate", "model")]
-        trainer = pytest(mode, "-v", *trainer, workers=8, limit=60)
+        trainer = pytest(mode, "-vv", *trainer, workers=8, limit=60)
         result.append(Step("tests-trainer", 80, {"tests-trainer": trainer}, one, digest_failed))
         result.append(
             bench(

@@ -32,10 +32,10 @@ from torch import Tensor
 from kernels import reference
 
 # Logits in a chunk, by device type. On a CPU 256 rows of phi-1's 51,200 columns, 25 MiB in 16 bits: whole tiles of the
-# products. On a GPU 4,096 rows: each chunk adds to float32 sums of the weight's size. Forward and backward of 16,384
+# products. On a GPU 8,192 rows: each chunk adds to float32 sums of the weight's size. Forward and backward of 16,384
 # rows of width 2,048 on an H200, when the sums were added beside the products: 50.5 ms with 256 rows a chunk, 23.3 with
 # 1,024, 18.0 with 4,096, 16.3 with 8,192.
-_CHUNK_LOGITS = {"cpu": 256 * 51_200, "cuda": 4096 * 51_200}
+_CHUNK_LOGITS = {"cpu": 256 * 51_200, "cuda": 8192 * 51_200}
 # Columns in one product for grad_weight, which is made beside the sums: 4 MiB at width 512.
 _WEIGHT_COLUMNS = 4096
 

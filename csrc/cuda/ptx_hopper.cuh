@@ -130,6 +130,14 @@ PHI1_DEVICE void wgmma_commit() {
                ", accumulate, 1, 1, 0, 0;\n}"                                                          \
                : D                                                                                     \
                : "l"(a), "l"(b), "r"(int(accumulate)))
+// a in registers, b K-major.
+#define PHI1_WGMMA_LEFT(N, LIST, D, TYPE, A0, A1, A2, A3, B, P)                                                   \
+  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " P                                            \
+               ", 0;\n"                                                                                           \
+               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" LIST "}, {" A0 ", " A1 ", " A2 \
+               ", " A3 "}, " B ", accumulate, 1, 1, 0;\n}"                                                        \
+               : D                                                                                                \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)))
 // a in registers, b MN-major.
 #define PHI1_WGMMA_REGISTERS(N, LIST, D, TYPE, A0, A1, A2, A3, B)                                                 \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" LIST "}, {" A0 ", " A1 ", " A2 \
@@ -169,6 +177,25 @@ PHI1_DEVICE void wgmma(T, float (&d)[kN][4], uint64_t a, uint64_t b, bool accumu
     PHI1_WGMMA_SHARED("128", PHI1_LIST64, PHI1_D64, "f16", "%64", "%65", "%66");
   else
     PHI1_WGMMA_SHARED("128", PHI1_LIST64, PHI1_D64, "bf16", "%64", "%65", "%66");
+#endif
+}
+
+// The same with a in registers.
+template <typename T, int kN>
+PHI1_DEVICE void wgmma(T, float (&d)[kN][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  static_assert(kN == 8 || kN == 16);
+  constexpr bool kHalf = std::is_same_v<T, f16>;
+#if defined(PHI1_EMULATOR)
+  emulator::wgmma(&d[0][0], kN, a, 0, b, accumulate, false, kHalf);
+#else
+  if constexpr (kN == 8 && kHalf)
+    PHI1_WGMMA_LEFT("64", PHI1_LIST32, PHI1_D32, "f16", "%32", "%33", "%34", "%35", "%36", "%37");
+  else if constexpr (kN == 8)
+    PHI1_WGMMA_LEFT("64", PHI1_LIST32, PHI1_D32, "bf16", "%32", "%33", "%34", "%35", "%36", "%37");
+  else if constexpr (kHalf)
+    PHI1_WGMMA_LEFT("128", PHI1_LIST64, PHI1_D64, "f16", "%64", "%65", "%66", "%67", "%68", "%69");
+  else
+    PHI1_WGMMA_LEFT("128", PHI1_LIST64, PHI1_D64, "bf16", "%64", "%65", "%66", "%67", "%68", "%69");
 #endif
 }
 

@@ -22,7 +22,8 @@ struct ForwardTile {
   static constexpr int kThreads = kWarpgroup * (1 + kComputing);
   // Launched with 168 each, 64,512 in all (3 warpgroups); the loading warpgroup gives some to the others.
   static constexpr int kLoadingRegisters = 40, kComputingRegisters = kComputing == 2 ? 232 : 152;
-  static constexpr bool kTakeTurns = true;  // at issuing products
+  static constexpr bool kTakeTurns = true;                  // at issuing products
+  static constexpr bool kLeftInRegisters = kHeadDim == 64;  // Q, which is read for every tile
 
   using Q = Tile<kQueries, kHeadDim>;
   using K = Tile<kKeys, kHeadDim>;  // and V
@@ -148,7 +149,8 @@ PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<k
     const int tiles = key_tiles<Sizes::kQueries, Sizes::kKeys>(args, work), visible = visible_keys(args, work);
     const int row = work.first + warp_row;  // the warp's first, in the sequence
     float out[kHeadDim / 8][4], s[kN][4], correction[2];
-    uint32_t p[kN / 2][4];
+    uint32_t p[kN / 2][4], q[kHeadDim / 16][4];
+    const uint32_t q_tile = shared.q_ring.tile(q_turn);
     Softmax softmax{args.scale * kLog2e};
     clear(as_tiles(out));
 
@@ -169,8 +171,11 @@ PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<k
     const auto issue_scores = [&] {
       shared.k_ring.wait_full(k_turn);
       wgmma_fence();
-      product_rows<T, typename Sizes::Q, typename Sizes::K, kHeadDim>(s, shared.q_ring.tile(q_turn), 64 * group,
-                                                                      shared.k_ring.tile(k_turn));
+      const uint32_t k_tile = shared.k_ring.tile(k_turn);
+      if constexpr (Sizes::kLeftInRegisters)
+        product_rows<T, typename Sizes::K>(s, q, k_tile);
+      else
+        product_rows<T, typename Sizes::Q, typename Sizes::K, kHeadDim>(s, q_tile, 64 * group, k_tile);
       wgmma_commit();
     };
     const auto issue_out = [&] {
@@ -182,6 +187,10 @@ PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<k
 
     if (tiles > 0) {
       shared.q_ring.wait_full(q_turn);
+      if constexpr (Sizes::kLeftInRegisters) {
+        Sizes::Q::read_rows(q, q_tile, warp_row);
+        shared.q_ring.release(q_turn);
+      }
       my_turn();
       issue_scores();
       next_turn();
@@ -206,7 +215,7 @@ PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<k
           for_each(as_tiles(out), 0, 0, [&](float& x, const Element& at) { x *= correction[at.i / 2]; });
         round_to<T>(p, s);
       }
-      shared.q_ring.release(q_turn);
+      if constexpr (!Sizes::kLeftInRegisters) shared.q_ring.release(q_turn);
       q_turn.next();
       issue_out();
       wgmma_wait<0>(out);

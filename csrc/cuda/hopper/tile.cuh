@@ -26,6 +26,15 @@ struct Tile {
     return descriptor(tile + uint32_t(16 * 128 * k), kHeadDim > 64 ? kPageBytes : 0, kGroupBytes);
   }
 
+  // A warp's 16 rows from `row`, as left operands.
+  static PHI1_DEVICE void read_rows(uint32_t (&a)[kHeadDim / 16][4], uint32_t tile, int row) {
+    row += lane_index() % 16;
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k)
+      ldmatrix_x4(a[k],
+                  tile + uint32_t(k / 4 * kPageBytes + 128 * row + 16 * ((2 * (k % 4) + lane_index() / 16) ^ row % 8)));
+  }
+
   // Starts the copy of rows [first, first + kRows) of `from` by the threads of one warpgroup, of which this is number
   // `thread`; rows from `end` on become zeros. kUnroll: turns of the loop written out, for more registers.
   template <int kUnroll = kRows>
@@ -61,6 +70,13 @@ template <typename T, typename A, typename B, int kHeadDim, int kN>
 PHI1_DEVICE void product_rows(float (&d)[kN][4], uint32_t a, int row, uint32_t b) {
 #pragma unroll
   for (int k = 0; k < kHeadDim / 16; ++k) wgmma(T{}, d, A::rows_operand(a, row, k), B::rows_operand(b, 0, k), k > 0);
+}
+
+// The same with a's 64 rows in registers.
+template <typename T, typename B, int kK, int kN>
+PHI1_DEVICE void product_rows(float (&d)[kN][4], const uint32_t (&a)[kK][4], uint32_t b) {
+#pragma unroll
+  for (int k = 0; k < kK; ++k) wgmma(T{}, d, a[k], B::rows_operand(b, 0, k), k > 0);
 }
 
 // d += a b: a in registers, 64 x 16 kK; b the tile's 16 kK rows x 8 kN columns.

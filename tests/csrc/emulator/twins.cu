@@ -89,8 +89,9 @@ struct ProductArgs {
   float* d;
 };
 
-// d = a b^T, then again with `accumulate`: a (64, head_dim), b (8 kN, head_dim), both K-major in shared memory.
-template <typename T, int kHeadDim, int kN>
+// d = a b^T, then again with `accumulate`: a (64, head_dim), b (8 kN, head_dim), both K-major in shared memory, or a in
+// registers.
+template <typename T, int kHeadDim, int kN, bool kRegisters>
 __global__ void __launch_bounds__(128) rows_kernel(const __grid_constant__ ProductArgs args) {
   using A = hopper::Tile<64, kHeadDim>;
   using B = hopper::Tile<8 * kN, kHeadDim>;
@@ -103,9 +104,16 @@ __global__ void __launch_bounds__(128) rows_kernel(const __grid_constant__ Produ
   bar_sync();
   float d[kN][4];
   clear(reinterpret_cast<float (&)[1][kN][4]>(d));
+  uint32_t left[kHeadDim / 16][4];
+  A::read_rows(left, a, 16 * warp_index());
   wgmma_fence();
-  hopper::product_rows<T, A, B, kHeadDim>(d, a, 0, b);
-  wgmma(T{}, d, A::rows_operand(a, 0, 1), B::rows_operand(b, 0, 1), true);
+  if constexpr (kRegisters) {
+    hopper::product_rows<T, B>(d, left, b);
+    wgmma(T{}, d, left[1], B::rows_operand(b, 0, 1), true);
+  } else {
+    hopper::product_rows<T, A, B, kHeadDim>(d, a, 0, b);
+    wgmma(T{}, d, A::rows_operand(a, 0, 1), B::rows_operand(b, 0, 1), true);
+  }
   wgmma_commit();
   wgmma_wait<0>(d);
   for (int n = 0; n < kN; ++n)
@@ -115,13 +123,13 @@ __global__ void __launch_bounds__(128) rows_kernel(const __grid_constant__ Produ
                 d[n][i]);
 }
 
-template <typename T, int kHeadDim, int kN>
+template <typename T, int kHeadDim, int kN, bool kRegisters = false>
 void rows(const char* name) {
   Buffer<uint16_t> a(64 * kHeadDim), b(8 * kN * kHeadDim);
   Buffer<float> d(64 * 8 * kN);
   for (int i = 0; i < a.size(); ++i) a[i] = bits_of(T{}, number(i));
   for (int i = 0; i < b.size(); ++i) b[i] = bits_of(T{}, number(i + 5));
-  run(name, rows_kernel<T, kHeadDim, kN>, 1, 128,
+  run(name, rows_kernel<T, kHeadDim, kN, kRegisters>, 1, 128,
       hopper::Tile<64, kHeadDim>::kBytes + hopper::Tile<8 * kN, kHeadDim>::kBytes, {a.region(), b.region(), d.region()},
       ProductArgs{a.data(), b.data(), d.data()});
   std::vector<float> expected(size_t(d.size()));
@@ -313,6 +321,9 @@ int main() {
   rows<bf16, 128, 16>("wgmma m64n128k16 bf16, two pages of 64 columns");
   rows<f16, 64, 8>("wgmma m64n64k16 f16, both in shared memory, K-major");
   rows<f16, 128, 16>("wgmma m64n128k16 f16, two pages of 64 columns");
+  rows<bf16, 64, 8, true>("wgmma m64n64k16 bf16, a in registers, b K-major");
+  rows<bf16, 128, 16, true>("wgmma m64n128k16 bf16, a in registers from two pages, b K-major");
+  rows<f16, 64, 16, true>("wgmma m64n128k16 f16, a in registers, b K-major");
   columns<bf16, 64, 8>("wgmma m64n64k16 bf16, a in registers, b MN-major");
   columns<bf16, 128, 8>("wgmma m64n128k16 bf16, a in registers, b MN-major on two pages");
   columns<bf16, 128, 4>("wgmma m64n128k16 bf16, a in registers, b MN-major on two pages of 64 rows");
