@@ -4,7 +4,7 @@
 
 Exit status 1 if a kernel spills, or if ptxas remarks that it ignores setmaxnreg (C7508), makes wgmma wait for each
 other (C7510, C7512, C7514) or had to add a wait or a fence (C7517, C7519), or if a kernel of csrc/cuda/hopper has no
-HGMMA, which is wgmma as assembled.
+HGMMA, which is wgmma as assembled, or reads from registers what the assembler has let something else overwrite.
 """
 
 import argparse
@@ -50,12 +50,13 @@ template <typename Sizes> void print_hopper(const char* name, int head_dim) {
   std::printf("hopper_%s %d %d %d\n", name, head_dim, Sizes::kThreads, Sizes::kSharedBytes);
 }
 template <int kHeadDim> void hopper_attention() {
-  print_hopper<hopper::ForwardTile<kHeadDim>>("attention_forward", kHeadDim);
+  print_hopper<hopper::ForwardTile<kHeadDim, 2>>("attention_forward", kHeadDim);
   print_hopper<hopper::KeyGradTile<kHeadDim>>("attention_key_grad", kHeadDim);
   print_hopper<hopper::QueryGradTile<kHeadDim>>("attention_query_grad", kHeadDim);
 }
 int main() {
   hopper_attention<64>(), hopper_attention<128>();
+  print_hopper<hopper::ForwardTile<64, 3>>("attention_forward_wide", 64);
   attention<32>(), attention<64>(), attention<128>();
   for (const char* name : {"rotary", "rotary_runs"}) std::printf("%s 0 %d 0\n", name, kRotaryThreads);
   for (const char* name : {"layer_norm", "layer_norm_grad", "layer_norm_sum"})
@@ -88,6 +89,8 @@ class Kernel:
     """HGMMA instructions; None: no disassembler (cuobjdump) was found."""
     remarks: tuple[str, ...] = ()
     """Of REMARKS, those that ptxas made."""
+    overwritten: tuple[str, ...] = ()
+    """See `overwritten_operands`."""
 
     def fault(self) -> str | None:
         """What is wrong with it, or None."""
@@ -95,6 +98,8 @@ class Kernel:
             return f"spills {self.spilled} bytes"
         if self.remarks:
             return f"ptxas remarks {', '.join(self.remarks)}"
+        if self.overwritten:
+            return f"overwrites {', '.join(self.overwritten)} in a loop that multiplies with what was there before it"
         if self.name.startswith("hopper_") and self.hgmma == 0:
             return "has no HGMMA"
         return None
@@ -138,13 +143,45 @@ def _disassembler() -> str | None:
     return found
 
 
-def _hgmma(compiled: str) -> dict[str, int] | None:
-    """Mangled name -> HGMMA instructions, of each kernel in an object file."""
+def _sass(compiled: str) -> dict[str, str] | None:
+    """Mangled name -> instructions, of each kernel in an object file; None where there is no disassembler."""
     tool = _disassembler()
     if tool is None:
         return None
     parts = _run([tool, "-sass", compiled]).split("Function : ")[1:]
-    return {part.split()[0]: part.count("HGMMA") for part in parts}
+    return {part.split()[0]: part for part in parts}
+
+
+def overwritten_operands(sass: str) -> tuple[str, ...]:
+    """Left operands of wgmma that ldmatrix put into registers before a loop, and that the loop overwrites.
+
+    ptxas 13.0 did that to V in a kernel that computes dK: it took the registers for free behind their last use in the
+    loop's body, so that all of the body's turns but the first multiplied with something else. No remark, and no
+    emulator knows; on an H200 dK was wrong by a factor of a million.
+    """
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", sass)]
+    writes: dict[int, list[tuple[int, str]]] = {}  # of a register, by whom
+    multiplied: list[tuple[int, int]] = []  # (address, first of four registers)
+    loops: list[tuple[int, int]] = []
+    for at, text in code:
+        branch = re.match(r"(?:@!?\w+ )?BRA\S* (?:\w+, )?0x([0-9a-f]+)", text.strip())
+        if branch and int(branch[1], 16) < at:
+            loops.append((int(branch[1], 16), at))
+        if (left := re.search(r"HGMMA\S* R\d+, R(\d+), gdesc", text)) is not None:
+            multiplied.append((at, int(left[1])))
+        elif (written := re.match(r"(?:@!?\w+ )?(\w+)(\S*) R(\d+)\b", text.strip())) is not None:
+            wide = 4 if ".M88.4" in written[2] or ".128" in written[2] else 2 if ".WIDE" in written[2] else 1
+            for register in range(int(written[3]), int(written[3]) + wide):
+                writes.setdefault(register, []).append((at, written[1]))
+    found = {}
+    for at, first in multiplied:
+        begin, end = min(((b, e) for b, e in loops if b <= at <= e), key=lambda loop: loop[1] - loop[0], default=(0, 0))
+        for register in range(first, first + 4):
+            inside = [who for where, who in writes.get(register, []) if begin <= where <= end]
+            before = [who for where, who in writes.get(register, []) if where < begin]
+            if "LDSM" in before and inside and "LDSM" not in inside:
+                found[f"R{register}"] = None
+    return tuple(found)
 
 
 def _compile(source: Path, arch: str, folder: Path, sizes: dict[tuple[str, int], tuple[int, int]]) -> list[Kernel]:
@@ -154,7 +191,7 @@ def _compile(source: Path, arch: str, folder: Path, sizes: dict[tuple[str, int],
     target = str(folder / f"{source.parent.name}.{source.stem}.{arch}.o")
     flags = ["-std=c++20", "-O3", f"-I{CSRC}", "-gencode", code, "-Xptxas", "-v"]
     output = _run(["nvcc", *flags, "-c", str(source), "-o", target])
-    hgmma = _hgmma(target) if is_hopper else None
+    sass = _sass(target) if is_hopper else None
     remarks = dict.fromkeys(REMARKS, "")  # ptxas names the kernel in the line itself
     for line in output.splitlines():
         for remark in REMARKS:
@@ -174,7 +211,8 @@ def _compile(source: Path, arch: str, folder: Path, sizes: dict[tuple[str, int],
         head_dim = int(number[1]) if number else 0
         suffix = "_dropout" if of == "true" else f"_{of}" if of[:1].isupper() else ""
         kernel = f"hopper_{name[1]}" if is_hopper else name[1]
-        threads, shared = sizes[kernel, head_dim]
+        suffix = "_wide" if is_hopper and dims[1:] == ["3"] else suffix  # three computing warpgroups
+        threads, shared = sizes[kernel + suffix if is_hopper else kernel, head_dim]
         found.append(
             Kernel(
                 kernel + suffix,
@@ -185,8 +223,9 @@ def _compile(source: Path, arch: str, folder: Path, sizes: dict[tuple[str, int],
                 int(spills[1]) + int(spills[2]),
                 threads,
                 shared,
-                None if hgmma is None else hgmma[mangled],
+                None if sass is None else sass[mangled].count("HGMMA"),
                 tuple(remark for remark, lines in remarks.items() if mangled in lines),
+                () if sass is None else overwritten_operands(sass[mangled]),
             )
         )
     return found

@@ -21,13 +21,15 @@ constexpr bool kHasHopper = false;
 
 void* stream_of(uintptr_t x) { return reinterpret_cast<void*>(x); }
 
-// The launcher of an attention kernel. version 0: mma.sync, any card; 1: wgmma, compute capability 9.0 only.
+// Of the launchers of an attention kernel number `version`: 0, mma.sync, any card; the others, wgmma, compute
+// capability 9.0 only.
 using AttentionLauncher = void (*)(const AttentionArgs&, void*);
-AttentionLauncher attention_version(int version, AttentionLauncher mma, AttentionLauncher hopper) {
-  if (version == 0) return mma;
-  if (version == 1 && hopper) return hopper;
-  throw std::invalid_argument("attention: version = " + std::to_string(version) + ": this build has " +
-                              (kHasHopper ? "0 (mma) and 1 (hopper)" : "0 (mma); build with 90a in PHI1_CUDA_ARCHS"));
+AttentionLauncher attention_version(int version, std::initializer_list<AttentionLauncher> launchers) {
+  if (version >= 0 && version < int(launchers.size()))
+    if (const AttentionLauncher found = launchers.begin()[version]) return found;
+  throw std::invalid_argument("attention: version = " + std::to_string(version) + ": this build has 0 (mma)" +
+                              (kHasHopper ? " to " + std::to_string(launchers.size() - 1) + " (hopper)"
+                                          : "; build with 90a in PHI1_CUDA_ARCHS"));
 }
 
 }  // namespace
@@ -49,7 +51,8 @@ void bind_cuda(py::module_& m) {
                                      bool causal, float scale, Dropout dropout, int dtype, uintptr_t stream,
                                      int version) {
     py::gil_scoped_release release;
-    const auto forward = attention_version(version, cuda::attention_forward, PHI1_HOPPER(attention_forward));
+    const auto forward = attention_version(
+        version, {cuda::attention_forward, PHI1_HOPPER(attention_forward), PHI1_HOPPER(attention_forward_wide)});
     forward(attention_args(q, k, v, out, lse, sizes, documents, causal, scale, dropout, dtype), stream_of(stream));
   });
 
@@ -61,8 +64,8 @@ void bind_cuda(py::module_& m) {
           AttentionArgs args = attention_args(q, k, v, out, lse, sizes, documents, causal, scale, dropout, dtype);
           add_gradients(args, grads);
           args.row_stats = address<float>(row_stats);
-          attention_version(version, cuda::attention_backward, PHI1_HOPPER(attention_backward))(args,
-                                                                                                stream_of(stream));
+          const auto backward = attention_version(version, {cuda::attention_backward, PHI1_HOPPER(attention_backward)});
+          backward(args, stream_of(stream));
         });
 
   m.def("layer_norm_forward_cuda", [](Memory x, Memory weight, Memory bias, Memory y, Memory stats,

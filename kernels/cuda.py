@@ -45,9 +45,12 @@ def attention_refuses(*, dtype: torch.dtype, head_dim: int, **_: object) -> str 
     return native.refuses_head_dim(head_dim)
 
 
-ATTENTION_VERSIONS = {"mma": (0, 0), "hopper": (1, 1)}
+ATTENTION_VERSIONS = {"mma": (0, 0), "hopper": (1, 1), "hopper_wide": (2, 1)}
 """Of attention, which kernels run (forward, backward), by the number that the native module takes: 0, mma.sync on any
-card; 1, wgmma, compute capability 9.0 and head_dim 64 or 128 only."""
+card; 1, wgmma, compute capability 9.0 and head_dim 64 or 128 only; 2, the same with three computing warpgroups for two
+at head_dim 64 without dropout. `hopper_wide` is never chosen by itself: it was timed on a GPU, its results were checked
+under the emulator alone.
+"""
 
 
 def _hopper_needs(machine: Machine) -> str | None:

@@ -11,6 +11,7 @@ void attention_backward(const AttentionArgs& args, void* stream);
 void attention_row_stats(const AttentionArgs& args, void* stream);  // what every version of the backward begins with
 namespace hopper {  // compute capability 9.0a, head_dim 64 and 128; a build may lack it
 void attention_forward(const AttentionArgs& args, void* stream);
+void attention_forward_wide(const AttentionArgs& args, void* stream);
 void attention_backward(const AttentionArgs& args, void* stream);
 }  // namespace hopper
 void layer_norm_forward(const LayerNormArgs& args, void* stream);

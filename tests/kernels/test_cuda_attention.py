@@ -15,9 +15,11 @@ from kernels.machine import Machine
 # head_dim 32 has no hopper kernel.
 VERSIONS_AND_CASES = [
     pytest.param(version, case, id=f"{version}-{case.name}")
-    for version in ("mma", "hopper")
+    for version in cuda.ATTENTION_VERSIONS
     for case in CASES
-    if version == "mma" or case.head_dim != 32
+    if version == "mma"
+    or (version == "hopper" and case.head_dim != 32)
+    or (case.head_dim == 64 and not case.dropout_p)  # other calls of hopper_wide are hopper's
 ]
 _version = "cuda/mma"  # that a test chose
 VERSIONS_AND_DIMS = [("mma", 32), ("mma", 64), ("mma", 128), ("hopper", 64), ("hopper", 128)]
@@ -263,16 +265,17 @@ def test_a_version_that_cannot_serve_is_refused(emulator):
 
 
 def test_hopper_needs_its_card_and_its_build():
-    def on(**machine):
+    def on(forced="cuda/hopper", **machine):
         return registry.select(
             "flash_attention",
             Machine("cuda", "a GPU", "a GPU", **machine),
-            "cuda/hopper",
+            forced,
             dtype=torch.bfloat16,
             head_dim=64,
         )
 
-    assert on(capability=(9, 0)) == "cuda/hopper"
+    assert on(capability=(9, 0)) == on("cuda", capability=(9, 0)) == "cuda/hopper"
+    assert on("cuda/hopper_wide", capability=(9, 0)) == "cuda/hopper_wide"
     with pytest.raises(BackendError, match=r"a GPU has not compute capability 9\.0"):
         on(capability=(10, 0))
     missing = {"cuda/hopper": "this build has no hopper kernels"}
@@ -282,7 +285,7 @@ def test_hopper_needs_its_card_and_its_build():
 
 def test_an_unknown_version_is_refused_by_the_module(emulator_module):
     x = torch.empty(0, 0, 0, 0)
-    with pytest.raises(ValueError, match=r"attention: version = 2: this build has 0 \(mma\) and 1 \(hopper\)"):
+    with pytest.raises(ValueError, match=r"attention: version = 3: this build has 0 \(mma\) to 2 \(hopper\)"):
         emulator_module.attention_forward_cuda(
-            x, x, x, x, None, (1, 2, 2, 2, 2, 64), (None, None, 0), True, 1.0, (0, 1.0, 0, None), 1, 0, 2
+            x, x, x, x, None, (1, 2, 2, 2, 2, 64), (None, None, 0), True, 1.0, (0, 1.0, 0, None), 1, 0, 3
         )

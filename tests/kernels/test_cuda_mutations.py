@@ -67,6 +67,8 @@ def _check_hopper(module: ModuleType, backward: bool) -> None:
         module.set_seed(seed)
         for case in HOPPER:
             emulator.check_attention(case, torch.bfloat16, version="cuda/hopper", backward=backward)
+    if backward:
+        check_extreme_scores("cuda/hopper", torch.bfloat16)
     counters = module.counters()
     assert counters["shared_wavefronts"] == counters["shared_wavefronts_least"], "bank conflicts"
 

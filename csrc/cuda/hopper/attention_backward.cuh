@@ -29,10 +29,9 @@ struct KeyGradTile : BackwardThreads {
   static constexpr int kComputingRegisters = kHeadDim == 128 ? 240 : 232;
   static constexpr int kKeys = 64 * kComputing, kQueries = 64;
   static constexpr int kPlaces = kHeadDim == 128 ? 1 : 2, kStages = kHeadDim == 128 ? 3 : 4;
-  static constexpr bool kLeftInRegisters = kHeadDim == 64;  // K and V, which are read for every tile
-  static constexpr bool kOverlaps = kHeadDim == 64;         // the product into dK with the next tile's first
-  using K = Tile<kKeys, kHeadDim>;                          // and V
-  using Q = Tile<kQueries, kHeadDim>;                       // and dO
+  static constexpr bool kOverlaps = kHeadDim == 64;  // the product into dK with the next tile's first
+  using K = Tile<kKeys, kHeadDim>;                   // and V
+  using Q = Tile<kQueries, kHeadDim>;                // and dO
   static constexpr int kStatsBytes = 1024;
   static_assert(8 * kQueries <= kStatsBytes && kStatsBytes % Q::kGroupBytes == 0);
 
@@ -51,7 +50,6 @@ template <int kHeadDim>
 struct QueryGradTile : BackwardThreads {
   static constexpr int kLoadingRegisters = 40, kComputingRegisters = 232, kUnroll = 2;
   static constexpr int kQueries = 64 * kComputing, kKeys = kHeadDim == 128 ? 64 : 128;
-  static constexpr bool kLeftInRegisters = false;  // Q and dO
   static constexpr int kPlaces = kHeadDim == 128 ? 1 : 2, kStages = 3;
   using Q = Tile<kQueries, kHeadDim>;          // and dO
   using K = Tile<kKeys, kHeadDim>;             // and V
@@ -145,7 +143,7 @@ PHI1_DEVICE void compute_key_grad(const ScheduledArgs& scheduled, const R& rings
     const QueryTiles<Sizes> tiles(args, work);
     const int visible = visible_keys(args, work), row = work.first + warp_row;
     float grad_k[kHeadDim / 8][4], grad_v[kHeadDim / 8][4], p[kN][4], ds[kN][4];
-    uint32_t left[kN / 2][4], k[kHeadDim / 16][4], v[kHeadDim / 16][4];
+    uint32_t left[kN / 2][4];
     clear(as_tiles(grad_k));
     clear(as_tiles(grad_v));
 
@@ -158,24 +156,18 @@ PHI1_DEVICE void compute_key_grad(const ScheduledArgs& scheduled, const R& rings
       };
       rings.b.wait_full(turn);
       wgmma_fence();
-      if constexpr (Sizes::kLeftInRegisters)
-        product_rows<T, typename Sizes::Q>(p, k, q_tile);
-      else
-        product_rows<T, typename Sizes::K, typename Sizes::Q, kHeadDim>(p, k_tile, 64 * group, q_tile);
+      product_rows<T, typename Sizes::K, typename Sizes::Q, kHeadDim>(p, k_tile, 64 * group, q_tile);
       wgmma_commit();
       rings.c.wait_full(turn);
       wgmma_fence();
-      if constexpr (Sizes::kLeftInRegisters)
-        product_rows<T, typename Sizes::Q>(ds, v, grad_tile);
-      else
-        product_rows<T, typename Sizes::K, typename Sizes::Q, kHeadDim>(ds, v_tile, 64 * group, grad_tile);
+      product_rows<T, typename Sizes::K, typename Sizes::Q, kHeadDim>(ds, v_tile, 64 * group, grad_tile);
       wgmma_commit();
       if constexpr (Sizes::kOverlaps) {
         wgmma_wait<2>(grad_k);
         if (in_flight) rings.b.release(before);
       }
 
-      // P^T. Queries past the end are rows of zeros in Q, dO and delta: they add nothing.
+      // P^T. Queries past the end are rows of zeros in Q: with a key of infinities their scores are NaN.
       wgmma_wait<1>(p);
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
@@ -187,6 +179,11 @@ PHI1_DEVICE void compute_key_grad(const ScheduledArgs& scheduled, const R& rings
         const int first = row + g - visible + 1;  // the first query that sees this lane's first key
         const int limit[2] = {first - query - 2 * t, first + 8 - query - 2 * t};
         hide_before(limit, 0.0f, p);
+      }
+      if (query + Sizes::kQueries > work.seqlen_q) {
+        const int end = work.seqlen_q - query - 2 * t;
+        const int limit[2] = {end, end};
+        hide_from(limit, 0.0f, p);
       }
 
       // P^T, rounded and dropped, for dV, whose scale is applied at the end; dO V^T dropped.
@@ -227,10 +224,6 @@ PHI1_DEVICE void compute_key_grad(const ScheduledArgs& scheduled, const R& rings
 
     if (!tiles.empty()) {
       rings.a.wait_full(k_turn);
-      if constexpr (Sizes::kLeftInRegisters) {
-        Sizes::K::read_rows(k, k_tile, warp_row);
-        Sizes::K::read_rows(v, v_tile, warp_row);
-      }
       int plane = work.batch * int(args.heads) + work.head * tiles.heads;
       for (const int end = plane + tiles.heads; plane < end; ++plane)
         for (int tile = tiles.first; tile < tiles.end; ++tile) add(plane, tile * Sizes::kQueries);
@@ -322,7 +315,7 @@ PHI1_DEVICE void compute_query_grad(const ScheduledArgs& scheduled, const R& rin
     const int tiles = key_tiles<Sizes::kQueries, Sizes::kKeys>(args, work), visible = visible_keys(args, work);
     const int row = work.first + warp_row;
     float grad_q[kHeadDim / 8][4], p[kN][4], ds[kN][4];
-    uint32_t left[kN / 2][4], q[kHeadDim / 16][4], grad[kHeadDim / 16][4];
+    uint32_t left[kN / 2][4];
     clear(as_tiles(grad_q));
     Float2 stats[2];  // of this lane's rows; rows past the end are computed, but not stored
     const auto* const all_stats = reinterpret_cast<const Float2*>(args.row_stats) + stats_row(args, work, work.head);
@@ -336,18 +329,11 @@ PHI1_DEVICE void compute_query_grad(const ScheduledArgs& scheduled, const R& rin
       const uint32_t k_tile = rings.b.tile(turn);
       rings.b.wait_full(turn);
       wgmma_fence();
-      if constexpr (Sizes::kLeftInRegisters)
-        product_rows<T, typename Sizes::K>(p, q, k_tile);
-      else
-        product_rows<T, typename Sizes::Q, typename Sizes::K, kHeadDim>(p, q_tile, 64 * group, k_tile);
+      product_rows<T, typename Sizes::Q, typename Sizes::K, kHeadDim>(p, q_tile, 64 * group, k_tile);
       wgmma_commit();
       rings.c.wait_full(turn);
       wgmma_fence();
-      const uint32_t v_tile = rings.c.tile(turn);
-      if constexpr (Sizes::kLeftInRegisters)
-        product_rows<T, typename Sizes::K>(ds, grad, v_tile);
-      else
-        product_rows<T, typename Sizes::Q, typename Sizes::K, kHeadDim>(ds, grad_tile, 64 * group, v_tile);
+      product_rows<T, typename Sizes::Q, typename Sizes::K, kHeadDim>(ds, grad_tile, 64 * group, rings.c.tile(turn));
       wgmma_commit();
       wgmma_wait<2>(grad_q);
       if (in_flight) rings.b.release(before);
@@ -377,10 +363,6 @@ PHI1_DEVICE void compute_query_grad(const ScheduledArgs& scheduled, const R& rin
 
     if (tiles > 0) {
       rings.a.wait_full(q_turn);
-      if constexpr (Sizes::kLeftInRegisters) {
-        Sizes::Q::read_rows(q, q_tile, warp_row);
-        Sizes::Q::read_rows(grad, grad_tile, warp_row);
-      }
       for (int tile = tiles - 1; tile >= 0; --tile) add(tile * Sizes::kKeys);
       wgmma_wait<0>(grad_q);
       rings.b.release(before);

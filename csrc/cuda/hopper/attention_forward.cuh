@@ -1,29 +1,30 @@
 // Flash attention, forward, for compute capability 9.0a.
 //
-// As FlashAttention-3 (arXiv 2407.08608) lays it out: a warpgroup that loads, two that compute 64 query rows each. A
-// computing warpgroup issues Q K^T of the next tile before P V of this one, so that the softmax of the one runs under
-// the product of the other; the two warpgroups take turns at issuing, so that the softmax of the one runs under the
-// products of the other, too.
+// As FlashAttention-3 (arXiv 2407.08608) lays it out: a warpgroup that loads, two or three that compute 64 query rows
+// each. A computing warpgroup issues Q K^T of the next tile before P V of this one, so that the softmax of the one runs
+// under the product of the other; the warpgroups take turns at issuing, so that the softmax of the one runs under the
+// products of another, too.
 #pragma once
 
 #include "cuda/hopper/attention.cuh"
 
 namespace phi1::cuda::hopper {
 
-// Tile sizes. Shared memory: 2 Q + kStages (K + V): the next work's first tiles are loaded under the end of this one.
-//   head_dim   queries x keys   stages   shared memory
-//   64         128 x 128        3        32 +  96 = 128 KiB
-//   128        128 x 128        2        64 + 128 = 192 KiB
+// Tile sizes for kGroups computing warpgroups. Shared memory: 2 Q + kStages (K + V): the next work's first tiles are
+// loaded under the end of this one.
+//   head_dim   groups   queries x keys   stages   shared memory
+//   64         2        128 x 128        3        32 +  96 = 128 KiB
+//   64         3        192 x 128        3        48 +  96 = 144 KiB
+//   128        2        128 x 128        2        64 + 128 = 192 KiB
 // Registers of a computing thread at head_dim 64 / 128: scores 64, P 32, out 32 / 64.
-template <int kHeadDim>
+template <int kHeadDim, int kGroups>
 struct ForwardTile {
-  static constexpr int kComputing = 2;  // warpgroups
-  static constexpr int kQueries = 64 * kComputing, kKeys = 128, kStages = kHeadDim == 128 ? 2 : 3;
-  static constexpr int kThreads = kWarpgroup * (1 + kComputing);
-  // Launched with 168 each, 64,512 in all (3 warpgroups); the loading warpgroup gives some to the others.
-  static constexpr int kLoadingRegisters = 40, kComputingRegisters = kComputing == 2 ? 232 : 152;
-  static constexpr bool kTakeTurns = true;                  // at issuing products
-  static constexpr bool kLeftInRegisters = kHeadDim == 64;  // Q, which is read for every tile
+  static constexpr int kQueries = 64 * kGroups, kKeys = 128, kStages = kHeadDim == 128 ? 2 : 3;
+  static constexpr int kThreads = kWarpgroup * (1 + kGroups);
+  // Launched with 168 each, 64,512 in all (2 groups), or 128 each, 65,536 (3); the loading warpgroup gives some to the
+  // others.
+  static constexpr int kLoadingRegisters = kGroups == 2 ? 40 : 32, kComputingRegisters = kGroups == 2 ? 232 : 160;
+  static constexpr bool kLeftInRegisters = kHeadDim == 64 && kGroups == 2;  // Q, which is read for every tile
 
   using Q = Tile<kQueries, kHeadDim>;
   using K = Tile<kKeys, kHeadDim>;  // and V
@@ -34,9 +35,8 @@ struct ForwardTile {
 };
 
 // What the two sides of the kernel must agree on.
-template <int kHeadDim>
+template <typename Sizes>
 struct Forward {
-  using Sizes = ForwardTile<kHeadDim>;
   typename Sizes::QRing q_ring;
   typename Sizes::KRing k_ring, v_ring;
 
@@ -94,9 +94,8 @@ struct Softmax {
 };
 
 // The loading warpgroup: Q of each work, and its keys and values from the last tile to the first, K a tile ahead of V.
-template <int kHeadDim>
-PHI1_DEVICE void load_forward(const ScheduledArgs& scheduled, const Forward<kHeadDim>& shared, int thread) {
-  using Sizes = ForwardTile<kHeadDim>;
+template <typename Sizes>
+PHI1_DEVICE void load_forward(const ScheduledArgs& scheduled, const Forward<Sizes>& shared, int thread) {
   const AttentionArgs& args = scheduled.attention;
   Loader loader{thread};
   Turn<2> q_turn;
@@ -125,9 +124,8 @@ PHI1_DEVICE void load_forward(const ScheduledArgs& scheduled, const Forward<kHea
 }
 
 // Computing warpgroup number `group`: 64 rows of each work's tile.
-template <typename T, int kHeadDim>
-PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<kHeadDim>& shared, int group) {
-  using Sizes = ForwardTile<kHeadDim>;
+template <typename T, int kHeadDim, int kGroups, typename Sizes>
+PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<Sizes>& shared, int group) {
   constexpr int kN = Sizes::kKeys / 8;
   const AttentionArgs& args = scheduled.attention;
   const int g = lane_index() / 4, t = lane_index() % 4;
@@ -137,13 +135,9 @@ PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<k
 
   // Named barrier 1 + i: warpgroup i may issue. Warpgroup 0 starts, and the last one to have issued hands on to it.
   constexpr int kTurnThreads = 2 * kWarpgroup;
-  const auto my_turn = [&] {
-    if (Sizes::kTakeTurns) bar_sync_named(1 + group, kTurnThreads);
-  };
-  const auto next_turn = [&] {
-    if (Sizes::kTakeTurns) bar_arrive_named(1 + (group + 1) % Sizes::kComputing, kTurnThreads);
-  };
-  if (group == Sizes::kComputing - 1) next_turn();
+  const auto my_turn = [&] { bar_sync_named(1 + group, kTurnThreads); };
+  const auto next_turn = [&] { bar_arrive_named(1 + (group + 1) % kGroups, kTurnThreads); };
+  if (group == kGroups - 1) next_turn();
 
   for_each_work<true, Sizes::kQueries>(scheduled, [&](const Work& work) {
     const int tiles = key_tiles<Sizes::kQueries, Sizes::kKeys>(args, work), visible = visible_keys(args, work);
@@ -241,24 +235,24 @@ PHI1_DEVICE void compute_forward(const ScheduledArgs& scheduled, const Forward<k
 }
 
 // grid: a block for each multiprocessor; block: ForwardTile::kThreads.
-template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(ForwardTile<kHeadDim>::kThreads, 1)
+template <typename T, int kHeadDim, int kGroups>
+__global__ void __launch_bounds__(ForwardTile<kHeadDim, kGroups>::kThreads, 1)
     attention_forward_kernel(const __grid_constant__ ScheduledArgs scheduled) {
-  using Sizes = ForwardTile<kHeadDim>;
-  const Forward<kHeadDim> shared(shared_base());
+  using Sizes = ForwardTile<kHeadDim, kGroups>;
+  const Forward<Sizes> shared(shared_base());
   if (thread_index() == 0) {
-    shared.q_ring.init(Sizes::kComputing);
-    shared.k_ring.init(Sizes::kComputing);
-    shared.v_ring.init(Sizes::kComputing);
+    shared.q_ring.init(kGroups);
+    shared.k_ring.init(kGroups);
+    shared.v_ring.init(kGroups);
   }
   bar_sync();
   const int warpgroup = warpgroup_index();
   if (warpgroup == 0) {
     setmaxnreg_dec<Sizes::kLoadingRegisters>();
-    load_forward<kHeadDim>(scheduled, shared, thread_index() % kWarpgroup);
+    load_forward(scheduled, shared, thread_index() % kWarpgroup);
   } else {
     setmaxnreg_inc<Sizes::kComputingRegisters>();
-    compute_forward<T, kHeadDim>(scheduled, shared, warpgroup - 1);
+    compute_forward<T, kHeadDim, kGroups>(scheduled, shared, warpgroup - 1);
   }
 }
 
