@@ -28,6 +28,7 @@ from kernels import (
     machine,
     parallel_block,
     reference,
+    registry,
 )
 
 
@@ -173,7 +174,9 @@ def layer(probe: Probe) -> None:
 
 
 def calls(probe: Probe) -> None:
-    """A few small calls of every kernel of ours, for a sanitizer. The products between them are the vendor's."""
+    """A few small calls of every kernel of ours, for a sanitizer. No product of the vendor's: cuBLAS fails under
+    racecheck (CUBLAS_STATUS_EXECUTION_FAILED, H200, CUDA 13.0).
+    """
     cu = torch.tensor([0, 5, 40, 77], dtype=torch.int32, device=probe.device)
     runs: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
         ((1, 77, 4, 64), (1, 77, 2, 64), {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "dropout_p": 0.1}),
@@ -182,24 +185,28 @@ def calls(probe: Probe) -> None:
         ((1, 300, 1, 64), (1, 300, 1, 64), {"dropout_p": 0.1}),
     ]
     for shape, kv_shape, options in runs:
-        q, k, v = probe.leaf(*shape), probe.leaf(*kv_shape), probe.leaf(*kv_shape)
-        out = flash_attention(q, k, v, backend=probe.backend, **options)
-        torch.autograd.grad(out, (q, k, v), torch.randn_like(q))
+        here, of = registry.machine_of(torch.device(probe.device)), {"dtype": torch.bfloat16, "head_dim": shape[3]}
+        for version in ("mma", "hopper"):
+            if not registry.serves("flash_attention", f"cuda/{version}", here, of):
+                continue
+            q, k, v = probe.leaf(*shape), probe.leaf(*kv_shape), probe.leaf(*kv_shape)
+            out = flash_attention(q, k, v, backend=f"cuda/{version}", **options)
+            torch.autograd.grad(out, (q, k, v), torch.randn_like(q))
+            if not probe.small:
+                torch.cuda.synchronize()
+            print(f"attention by {version}, {shape} ran", flush=True)
     cos, sin = reference.rotary_table(9, 32, device=torch.device(probe.device))
     q, k = probe.leaf(2, 9, 3, 64), probe.leaf(2, 9, 3, 64)
     torch.autograd.grad(apply_rotary(q, k, cos, sin, backend=probe.backend), (q, k), (q.detach(), k.detach()))
     layer_norm(probe.leaf(7, 264), probe.leaf(264), probe.leaf(264), backend=probe.backend).float().sum().backward()
     if not probe.small:
         torch.cuda.synchronize()
-    print("attention, rotary and layer_norm ran", flush=True)
-    loss = linear_cross_entropy(
-        probe.leaf(13, 64),
-        probe.leaf(520, 64),
-        probe.leaf(520),
-        torch.arange(13, device=probe.device),
-        backend=probe.backend,
-    )
-    loss.backward()
+    print("rotary and layer_norm ran", flush=True)
+    pieces = registry.implementation("linear_cross_entropy", "cuda").forward.args[0]  # type: ignore[attr-defined]
+    logits, bias = probe.leaf(13, 520).detach(), probe.leaf(520).detach()
+    loss, sums = (torch.zeros(shape, device=probe.device) for shape in ((13,), (pieces.bias_parts(13, 520), 520)))
+    pieces.cross_entropy(logits, bias, torch.arange(13, device=probe.device), loss, sums, -100, 0.0)
+    assert loss.isfinite().all() and sums.any()
     print("the loss ran")
 
 

@@ -173,7 +173,7 @@ def overwritten_operands(sass: str) -> tuple[str, ...]:
             wide = 4 if ".M88.4" in written[2] or ".128" in written[2] else 2 if ".WIDE" in written[2] else 1
             for register in range(int(written[3]), int(written[3]) + wide):
                 writes.setdefault(register, []).append((at, written[1]))
-    found = {}
+    found: dict[str, None] = {}
     for at, first in multiplied:
         begin, end = min(((b, e) for b, e in loops if b <= at <= e), key=lambda loop: loop[1] - loop[0], default=(0, 0))
         for register in range(first, first + 4):
