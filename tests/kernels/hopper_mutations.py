@@ -347,7 +347,6 @@ HOPPER = [
             "if (query + Sizes::kQueries > work.seqlen_q) {",
             "if (false) {",
         ),
-        ("dQ: exponents up to 1", "x = min_nan(x, 0.0f)", "x = min_nan(x, 1.0f)"),
         ("dQ: exponents never bounded", "const bool bounded = any_lane(", "const bool bounded = false && any_lane("),
         ("dQ: not dropped", "if (args.dropout_threshold) drop(", "if (false) drop("),
         (
