@@ -51,7 +51,7 @@ CASES = [
     Case("odd_half", heads=3, kv_heads=1, head_dim=11, rotary_dim=6),
     Case("many_heads", batch=1, seq=3, heads=35, kv_heads=17, head_dim=80),
     Case("wide", batch=1, seq=3, head_dim=256, rotary_dim=96),
-    Case("long", batch=1, seq=512, heads=1, kv_heads=1),
+    Case("long", batch=1, seq=257, heads=1, kv_heads=1),
     Case("no_tokens", seq=0),
     Case("positions", seq=9, positions="seq"),
     Case("positions_batch", batch=3, seq=9, positions="batch"),
