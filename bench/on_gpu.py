@@ -8,8 +8,9 @@ stop the next. After each step the folder gets gpu.tgz (all logs and tables so f
 1 if any step failed. Needs torch, triton, pybind11, cmake, ninja, pytest with xdist, and nvcc; ncu and
 compute-sanitizer where they are.
 
-.gpu/, where it exists, holds what was built beforehand (--prebuild PYTHON makes it, for the GPU machine's version of
-Python, e.g. python3.12): the native module and the programs of twins.cu; what does not load is built again there.
+.gpu/, where it exists, holds what was made beforehand (--prebuild PYTHON makes it, for the GPU machine's version of
+Python, e.g. python3.12): the native module and the programs of twins.cu, of which what does not load is built again
+there; and the packages that the trainer's command line needs (PACKAGES).
 --rehearse runs the same steps without a GPU: the CUDA kernels under the emulator, toy sizes, a stand-in for nvidia-smi.
 """
 
@@ -34,6 +35,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # FLOP of a token of phi-1 at sequence 2,048, input embedding not counted, attention in full; an H100 SXM's data sheet.
 PHI1_TOKEN_FLOP, H100_FLOPS = 9.09e9, 989e12
+# Pure Python, of any version; the rest of what a trainer imports comes with torch's images.
+PACKAGES = ("tyro", "docstring-parser", "typeguard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,12 +220,11 @@ def steps(mode: Mode) -> list[Step]:
         cases = "error_rule or 1023x1024 or gqa or dropout or documents_unequal or packed_128"
         select = f"captured or (triton and bfloat16 and not mutation and ({cases}))"
         files = [f"tests/kernels/test_{name}.py" for name in names]
-        kernels = pytest(mode, "-vv", *files, "-k", select, workers=8, limit=60)
-        one = {"OMP_NUM_THREADS": "1"}
-        result.append(Step("tests-kernels", 100, {"tests-kernels": kernels}, one, digest_failed))
-        trainer = [f"tests/phi1/test_{name}.py" for name in ("train", "train_resuming", "generate", "model")]
-        trainer = pytest(mode, "-vv", *trainer, workers=8, limit=60)
-        result.append(Step("tests-trainer", 80, {"tests-trainer": trainer}, one, digest_failed))
+        kernels = pytest(mode, "-vv", *files, "-k", select, workers=6, limit=60)
+        files = [f"tests/phi1/test_{name}.py" for name in ("train", "train_resuming", "generate", "model")]
+        trainer = pytest(mode, "-vv", *files, workers=6, limit=60)
+        beside = {"kernels": kernels, "trainer": trainer}
+        result.append(Step("tests", 110, beside, {"OMP_NUM_THREADS": "1"}, digest_failed))
         result.append(
             bench(
                 mode, "attn-flex", "attn", 60, f"triton|math|mem-eff|torch$|{left_out}", shapes="8x2048x32x64", toy=""
@@ -286,10 +288,14 @@ def digest_rates(out: Path, log: Path) -> list[str]:
 
 def digest_failed(out: Path, log: Path) -> list[str]:
     """The tests that failed, also of a run that did not reach its end."""
-    text = log.read_text()
-    ends = re.findall(r"^=+ (.*\d+ passed.*) =+$", text, re.MULTILINE)
-    failed = dict.fromkeys(re.findall(r"(?:FAILED|ERROR) (tests/\S+)", text))
-    return [f"  {end}" for end in ends[-1:]] + [f"  failed: {name}" for name in list(failed)[:12]]
+    lines = []
+    for file in sorted(out.glob("tests-*.log")):
+        text = file.read_text()
+        ends = re.findall(r"^=+ (.*\d+ passed.*) =+$", text, re.MULTILINE) or ["did not end"]
+        failed = dict.fromkeys(re.findall(r"(?:FAILED|ERROR) (tests/\S+)", text))
+        lines.append(f"  {file.stem.removeprefix('tests-')}: {ends[-1]}")
+        lines += [f"    failed: {name}" for name in list(failed)[:8]]
+    return lines
 
 
 def digest_marked(out: Path, log: Path) -> list[str]:
@@ -335,7 +341,7 @@ class Run:
             self.failed = True
             self.say(f"{step.name}: not run, {self.total} s are over")
             return False
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"), str(ROOT / ".gpu" / "site"))))
         environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | step.environment
         running = {}
         for name, command in step.commands.items():
@@ -418,7 +424,7 @@ def configuration(python: str, pybind: str) -> list[str]:
 
 
 def prebuild(python: str) -> None:
-    """.gpu/_native*.so for another version of Python, whose headers must be here, and .gpu/twins."""
+    """.gpu/ for another version of Python, whose headers must be here."""
     pybind = subprocess.run(
         [sys.executable, "-m", "pybind11", "--cmakedir"], capture_output=True, text=True, check=True
     )
@@ -431,6 +437,8 @@ def prebuild(python: str) -> None:
     for module in build.glob("_native*.so"):
         print(shutil.copy(module, ROOT / ".gpu"))
     subprocess.run(twins_build(), cwd=ROOT, check=True)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps", "--target", ".gpu/site"]
+    subprocess.run([*install, "--constraint", "constraints.txt", *PACKAGES], cwd=ROOT, check=True)
 
 
 def machine(mode: Mode) -> str:

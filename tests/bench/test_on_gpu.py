@@ -9,6 +9,8 @@ import tarfile
 
 import pytest
 
+from bench import on_gpu
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -65,3 +67,16 @@ assert run.failed
     assert summary[0].endswith("bad exit status 3") and summary[1] == "  | last words"
     assert summary[2].endswith("slow exit status 124")
     assert summary[-1] == "  1 TFLOP/s"
+
+
+def test_tests_that_failed_are_named_even_if_the_run_was_stopped(tmp_path):
+    (tmp_path / "tests-kernels.log").write_text(
+        "[gw0] [  5%] FAILED tests/kernels/test_a.py::b[c]\n[gw1] PASSED tests/d\n"
+    )
+    (tmp_path / "tests-trainer.log").write_text("== 1 failed, 3 passed in 2s ==\nFAILED tests/phi1/test_e.py::f - no\n")
+    assert on_gpu.digest_failed(tmp_path, tmp_path) == [
+        "  kernels: did not end",
+        "    failed: tests/kernels/test_a.py::b[c]",
+        "  trainer: 1 failed, 3 passed in 2s",
+        "    failed: tests/phi1/test_e.py::f",
+    ]
