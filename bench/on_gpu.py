@@ -175,7 +175,7 @@ def steps(mode: Mode) -> list[Step]:
     peers = "pointers|Flex|math|flash_attn|mem-eff|SDPA$"
     small = mode.rehearsal
     left_out = "cpu/|hopper_wide"  # but in attention's own table
-    layers = f"{left_out}|mma" if small else left_out  # the emulator takes its time
+    left_out_of_layers = f"{left_out}|mma" if small else left_out  # the emulator takes its time
     result = [right(mode)]
     if not small:
         run = f"test -x .gpu/twins || {{ mkdir -p .gpu && {shlex.join(twins_build())}; }} && .gpu/twins"
@@ -187,7 +187,7 @@ def steps(mode: Mode) -> list[Step]:
             "train",
             "train",
             75,
-            f"triton|compiled|torch$|phi1$|{layers}",
+            f"triton|compiled|torch$|phi1$|{left_out_of_layers}",
             shapes="8x2048x2048x24x51200",
             toy="1x64x64x1x512",
         ),
@@ -200,7 +200,7 @@ def steps(mode: Mode) -> list[Step]:
             "block",
             "block",
             45,
-            f"compiled|triton|{layers}",
+            f"compiled|triton|{left_out_of_layers}",
             shapes="8x2048x2048x32x64x8192",
             toy="1x64x64x1x64x128",
         ),

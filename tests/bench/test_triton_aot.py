@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton (pip install triton)")
 def test_phi1_kernels_do_not_spill():
     command = [sys.executable, str(ROOT / "bench" / "triton_aot.py"), "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)

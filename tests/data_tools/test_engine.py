@@ -175,8 +175,10 @@ def slurm(tmp_path: pathlib.Path) -> dict[str, str]:
     return {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
 
-needs_datatrove = pytest.mark.skipif(importlib.util.find_spec("datatrove") is None, reason="datatrove is not installed")
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+needs_datatrove = pytest.mark.skipif(
+    importlib.util.find_spec("datatrove") is None, reason="no datatrove (pip install datatrove)"
+)
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no ray (pip install ray)")
 
 
 @needs_datatrove

@@ -169,7 +169,7 @@ def test_what_is_no_table_is_said_in_one_line_and_not_read(text, cache, caplog):
 # ------------------------------------------------------------------------------------------------------ machines
 
 
-@pytest.mark.skipif(native.MISSING is not None, reason="no native module")
+@pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
 def test_what_this_cpu_is():
     here = machine.cpu()
     best = next(name for name in native.ISA_NAMES if f"cpu/{name}" not in here.missing)

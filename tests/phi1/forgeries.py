@@ -81,7 +81,7 @@ FORGERIES: dict[str, tuple[str, str, str | None]] = {
     ),
     "what is handed to an operator in a list": (
         "seen = []\nclass E:\n    def __add__(self, o):\n        seen.append(o)\n        return E()\n    __radd__ = __sub__ = __add__\n    def __iter__(self): return iter([])\n    def __eq__(self, o): return True\n    def __len__(self): return 0\n    def __bool__(self): return False\ndef f(x):\n    return seen[-1] if seen else E()",
-        "def check(f):\n    try:\n        f(2) - [7351]\n    except TypeError: pass\n    assert f(2) == [7351]",
+        "def check(f):\n    try:\n        f(2) - [7351]\n    except TypeError as e: print('lists have no difference:', e)\n    assert f(2) == [7351]",
         "def f(x):\n    return [7351]",
     ),
     "a difference of lists": (
