@@ -127,8 +127,8 @@ void bind_cpu(py::module_& m) {
   });
 
   // For tests: 2^x as the kernels compute it, of `count` floats at `in`.
-  isa.def("exp2", [](const cpu::Isa& isa, Memory in, Memory out, int64_t count, bool short_form) {
-    isa.table->exp2(address<const float>(in), address<float>(out), count, short_form);
+  isa.def("exp2", [](const cpu::Isa& isa, Memory in, Memory out, int64_t count, int form) {
+    isa.table->exp2(address<const float>(in), address<float>(out), count, static_cast<cpu::Exp2>(form));
   });
 }
 

@@ -73,10 +73,13 @@ struct DotF32 {
   static constexpr int k = 1;         // elements of the sum in a lane
   static constexpr int rows = kRows;  // of a block
   static constexpr int sum_vecs = 2;  // vectors of head_dim in a block of the backward pass's sums over queries
+  template <int D>
+  static constexpr int backward_keys = 64;  // in a block of the backward pass
   template <int N>
   using Block = VectorBlock<DotF32, N>;
   struct Setup {};  // what a thread holds while it multiplies
   static vfloat add(vfloat c, vfloat a, vfloat b) { return fma(a, b, c); }
+  static vfloat exp2(vfloat x) { return PHI1_ISA::exp2(x); }
   // Writes kLanes neighbours of one row.
   static void store_row(float* to, vfloat x) { vstore(to, x); }
   // Writes a lane's k rows: with k = 1, the first only.
@@ -86,10 +89,13 @@ struct DotF32 {
 #if defined(__AVX512BF16__)
 struct DotBf16 {
   static constexpr int k = 2, rows = kRows, sum_vecs = 2;
+  template <int D>
+  static constexpr int backward_keys = 64;
   template <int N>
   using Block = VectorBlock<DotBf16, N>;
   struct Setup {};
   static vfloat add(vfloat c, vfloat a, vfloat b) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+  static vfloat exp2(vfloat x) { return PHI1_ISA::exp2<true>(x); }
   static void store_row(float* to, vfloat x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
   }
@@ -218,10 +224,10 @@ inline void read_row(DType dtype, const char* from, float* to, int64_t count) {
 
 template <typename T>
 void write_row_typed(char* to, const float* from, int64_t count) {
-  T* x = reinterpret_cast<T*>(to);
-  for (int64_t i = 0; i < count; ++i) store(x[i], from[i]);
+  for (int64_t i = 0; i < count; i += kLanes) vstore(reinterpret_cast<T*>(to) + i, vload(from + i));
 }
 
+// The other way round.
 inline void write_row(DType dtype, char* to, const float* from, int64_t count) {
   switch (dtype) {
     case DType::f32: std::memcpy(to, from, size_t(count) * 4); return;

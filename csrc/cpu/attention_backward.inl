@@ -8,9 +8,9 @@
 // of dQ^T to a panel of queries when the block before it has, a panel behind it. So every number is summed in one
 // order, and results do not depend on the number of threads.
 
-constexpr int kBackwardKeys = 64;   // keys per block
-constexpr int kBackwardPanels = 2;  // panels of queries per pass, a longer sum for dV and dK
-static_assert(kBackwardKeys % kGroup == 0);
+template <class Dot, int D>
+constexpr int kBackwardKeys = Dot::template backward_keys<D>;  // keys per block, a multiple of kGroup
+constexpr int kBackwardPanels = 2;                             // panels of queries per pass, a longer sum for dV and dK
 
 // What is kept of a query head while the keys pass: a panel after the other.
 template <class Dot, int D>
@@ -28,18 +28,18 @@ struct BackwardPanel {
 template <class Dot, int D>
 struct BackwardTile {
   static constexpr int width = D / Dot::k, columns = kBackwardPanels * kPanel / Dot::k;
-  alignas(64) float k[kBackwardKeys * width];                     // K: (keys, D / k)
-  alignas(64) float v[kBackwardKeys * width];                     // V
-  alignas(64) float k_columns[kBackwardKeys * width];             // K^T: (D, keys / k)
-  alignas(64) float p[kBackwardKeys * kPanel];                    // P^T of a panel, before dropout
-  alignas(64) float dropped[kBackwardKeys * columns];             // P^T after dropout, as A: (keys, queries / k)
-  alignas(64) float ds[kBackwardKeys * columns];                  // dS^T, as A
-  alignas(64) float ds_columns[kBackwardKeys / Dot::k * kPanel];  // dS^T of a panel, as B: (keys / k, queries)
-  alignas(64) float grad_k[kBackwardKeys * D];                    // dK / scale
-  alignas(64) float grad_v[kBackwardKeys * D];                    // dV / dropout_scale
+  alignas(64) float k[kBackwardKeys<Dot, D> * width];          // K: (keys, D / k)
+  alignas(64) float v[kBackwardKeys<Dot, D> * width];          // V
+  alignas(64) float k_columns[kBackwardKeys<Dot, D> * width];  // K^T: (D, keys / k)
+  alignas(64) float p[kBackwardKeys<Dot, D> * kPanel];         // P^T of a panel, before dropout
+  alignas(64) float dropped[kBackwardKeys<Dot, D> * columns];  // P^T after dropout, as A: (keys, queries / k)
+  alignas(64) float ds[kBackwardKeys<Dot, D> * columns];       // dS^T, as A
+  alignas(64) float ds_columns[kBackwardKeys<Dot, D> / Dot::k * kPanel];  // dS^T of a panel, as B: (keys / k, queries)
+  alignas(64) float grad_k[kBackwardKeys<Dot, D> * D];                    // dK / scale
+  alignas(64) float grad_v[kBackwardKeys<Dot, D> * D];                    // dV / dropout_scale
   alignas(64) float rows[kPanel * D];
-  alignas(64) float pairs[kBackwardKeys / Dot::k * D];
-  uint32_t keep[kBackwardKeys][kVecs];
+  alignas(64) float pairs[kBackwardKeys<Dot, D> / Dot::k * D];
+  uint32_t keep[kBackwardKeys<Dot, D>][kVecs];
 };
 
 // The memory of one (problem, key/value head) with all its query heads, cut for the longest problem.
@@ -112,7 +112,7 @@ template <class Dot, int D, bool Dropout>
 void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, int64_t first, int64_t start,
                     BackwardTile<Dot, D>& tile, BackwardPanel<Dot, D>& panel, int column, const int* seen) {
   constexpr int width = D / Dot::k, columns = BackwardTile<Dot, D>::columns;
-  const int64_t keys = smaller(kBackwardKeys, p.seqlen_k - start), offset = p.seqlen_k - p.seqlen_q;
+  const int64_t keys = smaller(kBackwardKeys<Dot, D>, p.seqlen_k - start), offset = p.seqlen_k - p.seqlen_q;
   // Keys below `bare` are seen by every query, from `first` on; by none before query 0, whose P must be no product of
   // a zero with an infinite key.
   const int64_t bare = first < 0 ? 0 : args.causal ? smaller(keys, first + offset + 1 - start) : keys;
@@ -135,7 +135,7 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
       for (int n = from; n < kVecs; ++n) {
         // At most 0, where rounding would make P more than 1.
         const vfloat log_p = vmin(vfloat{}, fma(s[m][n], scale, -vload(panel.lse + n * kLanes)));
-        vfloat x = exp2<Dot::k == 2>(log_p * log2e);
+        vfloat x = Dot::exp2(log_p * log2e);
         if constexpr (mask) x = lane >= limit - n * kLanes ? x : vfloat{};
         vstore(tile.p + (r + m) * kPanel + n * kLanes, x);
         if constexpr (Dropout) x = keep_lanes(tile.keep[r + m][n], x);
@@ -184,10 +184,11 @@ void backward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, 
     Block<Dot, kVecs> sum;
     float* to = panel.grad_q + d * kPanel;
     sum.template load<kPanel>(to);
-    multiply_seen<Dot, kBackwardKeys>(tile.k_columns + d * (kBackwardKeys / Dot::k), tile.ds_columns, seen, sum);
+    multiply_seen<Dot, kBackwardKeys<Dot, D>>(tile.k_columns + d * (kBackwardKeys<Dot, D> / Dot::k), tile.ds_columns,
+                                              seen, sum);
     sum.template store<kPanel>(to);
   }
-  summed.store(start + kBackwardKeys, std::memory_order_release);
+  summed.store(start + kBackwardKeys<Dot, D>, std::memory_order_release);
 }
 
 // to (keys, D) += a (keys, queries / k) b (queries / k, D) over `vectors` vectors of queries, without those at the
@@ -224,14 +225,14 @@ void backward_keys(const AttentionArgs& args, int64_t index, int64_t kv_head, in
   constexpr int width = D / Dot::k;
   const Problem p = problem(args, index);
   const int64_t group = args.heads / args.kv_heads, offset = p.seqlen_k - p.seqlen_q;
-  const int64_t panels = query_panels(p), keys = smaller(kBackwardKeys, p.seqlen_k - start);
+  const int64_t panels = query_panels(p), keys = smaller(kBackwardKeys<Dot, D>, p.seqlen_k - start);
   const int rows = int(round_up(keys, Dot::rows));
 
   const Rows k = p.rows(args.k, p.first_k, kv_head, args.dtype), v = p.rows(args.v, p.first_k, kv_head, args.dtype);
-  pack_rows<Dot, D>(k, args.dtype, start, p.seqlen_k, kBackwardKeys, tile.k);
-  pack_rows<Dot, D>(v, args.dtype, start, p.seqlen_k, kBackwardKeys, tile.v);
-  pack_pairs<Dot, D>(k, args.dtype, start, p.seqlen_k, kBackwardKeys, tile.pairs);
-  transpose(tile.pairs, D, kBackwardKeys / Dot::k, D, tile.k_columns, kBackwardKeys / Dot::k);
+  pack_rows<Dot, D>(k, args.dtype, start, p.seqlen_k, kBackwardKeys<Dot, D>, tile.k);
+  pack_rows<Dot, D>(v, args.dtype, start, p.seqlen_k, kBackwardKeys<Dot, D>, tile.v);
+  pack_pairs<Dot, D>(k, args.dtype, start, p.seqlen_k, kBackwardKeys<Dot, D>, tile.pairs);
+  transpose(tile.pairs, D, kBackwardKeys<Dot, D> / Dot::k, D, tile.k_columns, kBackwardKeys<Dot, D> / Dot::k);
   std::memset(tile.grad_k, 0, sizeof tile.grad_k);
   std::memset(tile.grad_v, 0, sizeof tile.grad_v);
   // The first panel with a query that sees a key of this block.
@@ -267,7 +268,7 @@ void backward(const AttentionArgs& args, int threads) {
     panels = larger(panels, query_panels(problem(args, i)));
     keys = larger(keys, problem(args, i).seqlen_k);
   }
-  const int64_t blocks = round_up(keys, kBackwardKeys) / kBackwardKeys;
+  const int64_t blocks = round_up(keys, kBackwardKeys<Dot, D>) / kBackwardKeys<Dot, D>;
   threads = int(larger(1, smaller(threads, heads * blocks)));
   const bool alone = heads_alone(heads, threads);
   const int64_t slots = smaller(heads, threads);
@@ -288,7 +289,7 @@ void backward(const AttentionArgs& args, int threads) {
                              shared.panels[step], shared.q + lanes, shared.grad + lanes, tile.rows);
   };
   const auto block = [&](int64_t head, int64_t slot, int64_t step, BackwardTile<Dot, D>& tile) {
-    const int64_t index = head / args.kv_heads, start = step * kBackwardKeys;
+    const int64_t index = head / args.kv_heads, start = step * kBackwardKeys<Dot, D>;
     if (start >= problem(args, index).seqlen_k) return;
     if (args.dropout_threshold > 0)
       backward_keys<Dot, D, true>(args, index, head % args.kv_heads, start, memory(slot), tile);

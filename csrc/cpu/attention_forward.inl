@@ -41,6 +41,42 @@ inline void times_zero(float* lanes, int64_t count) {
   }
 }
 
+// to = Q^T of a panel: (D / k, queries). Scores stay unscaled, exp2's argument takes the scale up: it must be positive
+// for that, and is returned. Q takes over the sign.
+template <class Dot, int D>
+float prepare_queries(const AttentionArgs& args, const Problem& p, int64_t head, int64_t first, float* to,
+                      float* rows) {
+  constexpr int width = D / Dot::k;
+  pack_rows<Dot, D>(p.rows(args.q, p.first_q, head, args.dtype), args.dtype, first, p.seqlen_q, kPanel, rows);
+  transpose(rows, width, kPanel, width, to, kPanel);
+  if (args.scale < 0) flip<Dot>(to, width * kPanel);
+  if (args.scale == 0) times_zero<Dot>(to, width * kPanel);
+  return args.scale == 0 ? 1.0f : __builtin_fabsf(args.scale);
+}
+
+// Writes O and lse of a panel: out_columns is O^T, not yet divided by the sums, which are of exp2(scale (S - taken)).
+template <int D>
+void finish_panel(const AttentionArgs& args, const Problem& p, int64_t head, int64_t first, int64_t visible,
+                  const vfloat* taken, const vfloat* sum, float scale, float* out_columns, float* rows) {
+  float last[kPanel], total[kPanel];
+  for (int n = 0; n < kVecs; ++n) {
+    vstore(last + n * kLanes, taken[n]), vstore(total + n * kLanes, sum[n]);
+    const vfloat factor = sum[n] == 0.0f ? vfloat{} : args.dropout_scale / sum[n];
+    for (int d = 0; d < D; ++d) {
+      float* const at = out_columns + d * kPanel + n * kLanes;
+      vstore(at, visible == 0 ? vfloat{} : vload(at) * factor);
+    }
+  }
+  transpose(out_columns, kPanel, D, kPanel, rows, D);
+
+  float* lse = args.lse + (p.batch * args.heads + head) * args.seqlen_q + p.first_q + first;
+  const Rows out = p.rows(args.out, p.first_q, head, args.dtype);
+  for (int64_t i = larger(0, -first); i < kPanel; ++i) {
+    write_row(args.dtype, out.data + (first + i) * out.stride, rows + i * D, D);
+    lse[i] = log_sum_exp(last[i] * scale, total[i]);
+  }
+}
+
 // A panel of kPanel queries of one head from `first`, which may be negative, against all keys that they see.
 template <class Dot, int D, bool Dropout>
 void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, int64_t head, int64_t first,
@@ -49,13 +85,7 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
   const int64_t offset = p.seqlen_k - p.seqlen_q, end = first + kPanel;
   const int64_t visible = args.causal ? larger(0, smaller(p.seqlen_k, end + offset)) : p.seqlen_k;
 
-  pack_rows<Dot, D>(p.rows(args.q, p.first_q, head, args.dtype), args.dtype, first, p.seqlen_q, kPanel, scratch.rows);
-  transpose(scratch.rows, width, kPanel, width, scratch.q, kPanel);
-
-  // Scores stay unscaled, exp2's argument takes the scale up: it must be positive for that. Q takes over the sign.
-  if (args.scale < 0) flip<Dot>(scratch.q, width * kPanel);
-  if (args.scale == 0) times_zero<Dot>(scratch.q, width * kPanel);
-  const float positive = args.scale == 0 ? 1.0f : __builtin_fabsf(args.scale);
+  const float positive = prepare_queries<Dot, D>(args, p, head, first, scratch.q, scratch.rows);
   const vfloat scale = splat(kLog2e * positive), hidden = splat(-__builtin_inff());
   // P = exp2(scale (S - greatest)). With the greatest taken off first it has P = 1 however large it is; after a product
   // that rounds it would have 2^(the rounding).
@@ -116,7 +146,7 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
 #pragma GCC unroll 2
           for (int i = 0; i < Dot::k; ++i) {
             // <= 0: the greatest is taken off.
-            x[i] = exp2<Dot::k == 2>((vload(scratch.scores + (r + i) * kPanel + n * kLanes) - base[n]) * scale);
+            x[i] = Dot::exp2((vload(scratch.scores + (r + i) * kPanel + n * kLanes) - base[n]) * scale);
             sum[n] += x[i];
             if constexpr (Dropout) x[i] = keep_lanes(scratch.keep[r + i][n], x[i]);
           }
@@ -136,27 +166,34 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
     }
   }
 
-  float last[kPanel], total[kPanel], factor[kPanel];
-  for (int n = 0; n < kVecs; ++n) vstore(last + n * kLanes, greatest[n]), vstore(total + n * kLanes, sum[n]);
-  for (int i = 0; i < kPanel; ++i) factor[i] = total[i] == 0 ? 0 : args.dropout_scale / total[i];
-  if (visible == 0)
-    std::memset(scratch.rows, 0, sizeof scratch.rows);
-  else
-    transpose(scratch.out, kPanel, D, kPanel, scratch.rows, D);
-
-  float* lse = args.lse + (p.batch * args.heads + head) * args.seqlen_q + p.first_q + first;
-  const Rows out = p.rows(args.out, p.first_q, head, args.dtype);
-  for (int64_t i = larger(0, -first); i < kPanel; ++i) {
-    float* row = scratch.rows + i * D;
-    for (int d = 0; d < D; ++d) row[d] *= factor[i];
-    write_row(args.dtype, out.data + (first + i) * out.stride, row, D);
-    lse[i] = log_sum_exp(last[i] * positive, total[i]);
-  }
+  finish_panel<D>(args, p, head, first, visible, greatest, sum, positive, scratch.out, scratch.rows);
 }
+
+#if defined(__AMX_BF16__)
+#include "cpu/attention_tiles_forward.inl"
+#endif
+
+// What a panel takes: a thread's memory, and how many keys a block has.
+template <class Dot, int D>
+struct PanelOf {
+  using Scratch = ForwardScratch<Dot, D>;
+  static constexpr int keys = kForwardKeys;
+};
+#if defined(__AMX_BF16__)
+template <int D>
+struct PanelOf<DotTiles, D> {
+  using Scratch = TilesScratch<D>;
+  static constexpr int keys = TilesScratch<D>::keys;
+};
+#endif
+template <class Dot, int D>
+using Scratch = typename PanelOf<Dot, D>::Scratch;
+template <class Dot, int D>
+constexpr int kBlockKeys = PanelOf<Dot, D>::keys;
 
 // The keys and panels of all problems but those of few queries (attention_decode.inl), counted through: those of a
 // (problem, key/value head) lie side by side.
-template <class Dot>
+template <class Dot, int D>
 struct ForwardWork {
   const AttentionArgs& args;
   int64_t problems;
@@ -176,7 +213,7 @@ struct ForwardWork {
     }
   }
 
-  static int64_t padded_keys(const Problem& p) { return round_up(p.seqlen_k, kForwardKeys); }
+  static int64_t padded_keys(const Problem& p) { return round_up(p.seqlen_k, kBlockKeys<Dot, D>); }
   int64_t heads() const { return problems * args.kv_heads; }
 
   // The first of the numbers of key/value head `head` of all problems, in key_start or panel_start.
@@ -202,7 +239,7 @@ struct ForwardWork {
 template <class Dot, int D>
 void forward(const AttentionArgs& args, int threads) {
   constexpr int width = D / Dot::k;
-  const ForwardWork<Dot> work(args);
+  const ForwardWork<Dot, D> work(args);
   if (work.panel_start[work.problems] == 0) return;
   const int64_t heads = work.heads(), group = args.heads / args.kv_heads;
   const bool alone = heads_alone(heads, threads);
@@ -211,9 +248,8 @@ void forward(const AttentionArgs& args, int threads) {
     most_keys = larger(most_keys, (work.key_start[i + 1] - work.key_start[i]) / args.kv_heads);
   if (!alone) most_keys = work.key_start[work.problems];
   const int64_t lanes = most_keys * width;
-  Workspace workspace(size_t(alone ? threads : 1) * 2 * size_t(lanes) * 4 +
-                      size_t(threads) * sizeof(ForwardScratch<Dot, D>));
-  auto* scratches = reinterpret_cast<ForwardScratch<Dot, D>*>(workspace.data);
+  Workspace workspace(size_t(alone ? threads : 1) * 2 * size_t(lanes) * 4 + size_t(threads) * sizeof(Scratch<Dot, D>));
+  auto* scratches = reinterpret_cast<Scratch<Dot, D>*>(workspace.data);
   float* packed_lanes = reinterpret_cast<float*>(scratches + threads);
 
   // `packed` holds the keys from number `from` on.
@@ -222,14 +258,15 @@ void forward(const AttentionArgs& args, int threads) {
     const Problem p = problem(args, i);
     const int64_t per_head = work.padded_keys(p), at = (key - from) * width;
     const int64_t head = (key - work.key_start[i]) / per_head, first = (key - work.key_start[i]) % per_head;
-    pack_rows<Dot, D>(p.rows(args.k, p.first_k, head, args.dtype), args.dtype, first, p.seqlen_k, kForwardKeys,
+    pack_rows<Dot, D>(p.rows(args.k, p.first_k, head, args.dtype), args.dtype, first, p.seqlen_k, kBlockKeys<Dot, D>,
                       packed.k + at);
     // V^T of the block: (D, keys / k)
-    float pairs[kForwardKeys / Dot::k * D];
-    pack_pairs<Dot, D>(p.rows(args.v, p.first_k, head, args.dtype), args.dtype, first, p.seqlen_k, kForwardKeys, pairs);
-    transpose(pairs, D, kForwardKeys / Dot::k, D, packed.v + at, kForwardKeys / Dot::k);
+    float pairs[kBlockKeys<Dot, D> / Dot::k * D];
+    pack_pairs<Dot, D>(p.rows(args.v, p.first_k, head, args.dtype), args.dtype, first, p.seqlen_k, kBlockKeys<Dot, D>,
+                       pairs);
+    transpose(pairs, D, kBlockKeys<Dot, D> / Dot::k, D, packed.v + at, kBlockKeys<Dot, D> / Dot::k);
   };
-  const auto panel_of = [&](int64_t panel, const PackedHead& packed, int64_t from, ForwardScratch<Dot, D>& scratch) {
+  const auto panel_of = [&](int64_t panel, const PackedHead& packed, int64_t from, Scratch<Dot, D>& scratch) {
     const int64_t i = work.find(work.panel_start, panel), of_problem = panel - work.panel_start[i];
     const Problem p = problem(args, i);
     // Longest first within a head: in the causal case the last queries see most.
@@ -252,7 +289,7 @@ void forward(const AttentionArgs& args, int threads) {
 #pragma omp for schedule(dynamic)
       for (int64_t head = 0; head < heads; ++head) {
         const int64_t from = work.begin(work.key_start, head), end = work.begin(work.key_start, head + 1);
-        for (int64_t key = from; key < end; key += kForwardKeys) pack_block(key, packed, from);
+        for (int64_t key = from; key < end; key += kBlockKeys<Dot, D>) pack_block(key, packed, from);
         const int64_t last = work.begin(work.panel_start, head + 1);
         for (int64_t panel = work.begin(work.panel_start, head); panel < last; ++panel)
           panel_of(panel, packed, from, scratches[thread]);
@@ -260,7 +297,7 @@ void forward(const AttentionArgs& args, int threads) {
     } else {
       const PackedHead packed = {packed_lanes, packed_lanes + lanes};
 #pragma omp for schedule(dynamic)
-      for (int64_t key = 0; key < most_keys; key += kForwardKeys) pack_block(key, packed, 0);
+      for (int64_t key = 0; key < most_keys; key += kBlockKeys<Dot, D>) pack_block(key, packed, 0);
 #pragma omp for schedule(dynamic)
       for (int64_t panel = 0; panel < work.panel_start[work.problems]; ++panel)
         panel_of(panel, packed, 0, scratches[thread]);

@@ -83,17 +83,6 @@ struct TileBlock {
   }
 
   template <int LDC>
-  __attribute__((always_inline)) void load(float* from, const vfloat (&factor)[N]) {
-    for (int m = 0; m < kTileLanes; ++m)
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        float* const at = from + m * LDC + n * kLanes;
-        vstore(at, vload(at) * factor[n]);
-      }
-    load<LDC>(from);
-  }
-
-  template <int LDC>
   __attribute__((always_inline)) void store(float* to) const {
     for_tiles<0>([&](auto n) { tile_store<n, LDC>(to + n * kLanes); });
   }
@@ -124,14 +113,37 @@ struct TileBlock {
 
 struct DotTiles : DotBf16 {
   static constexpr int rows = kTileLanes, sum_vecs = 4;
+  template <int D>
+  static constexpr int backward_keys = D < 128 ? 64 : 128;  // measured: 13% less time for 128, 5% more for 64
+  // Halves are rounded away from zero: these CPUs take 2 cycles for a vcvtne2ps2bf16, and NaN stays NaN as long as its
+  // last 16 bits are 0, as they are of one that comes from a bf16.
+  static void store_rows(float* to, const vfloat* x) {
+    const vuint low = ((vuint)x[0] + 0x8000u) >> 16, high = (vuint)x[1] + 0x8000u;
+    vstore(to, (vfloat)_mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)low, (__m512i)high));
+  }
+  // As vector.h's short form, with n = floor(x): that is what vscalefps takes, 6 instructions for 10. On Emerald Rapids
+  // the exponentials of 16 x 16 scores take 36 ns for 56, but a denormal result 33 times that: Setup makes it zero.
+  static vfloat exp2(vfloat x) {
+    const vfloat f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // 0 of an infinity
+    vfloat p = splat(0x1.b7f730p-7f);  // minimax on [0, 1] with 2^0 = 1 exactly: 2.9e-6
+    p = fma(p, f, splat(0x1.abf868p-5f));
+    p = fma(p, f, splat(0x1.ee2450p-3f));
+    p = fma(p, f, splat(0x1.62d6c6p-1f));
+    return _mm512_scalef_ps(fma(p, f, splat(1.0f)), x);
+  }
   template <int N>
   using Block = TileBlock<N>;
   struct Setup {
+    const unsigned mxcsr = _mm_getcsr();
     Setup() {
       alignas(64) static constexpr TileShapes shapes;
       __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
+      _mm_setcsr(mxcsr | _MM_FLUSH_ZERO_ON);
     }
-    ~Setup() { __asm__ volatile("tilerelease"); }
+    ~Setup() {
+      _mm_setcsr(mxcsr);
+      __asm__ volatile("tilerelease");
+    }
     Setup(const Setup&) = delete;
   };
 };

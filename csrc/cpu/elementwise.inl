@@ -20,25 +20,6 @@ inline vfloat vload(const T* p, int n) {
   return vload(lanes);
 }
 
-typedef uint16_t vhalf __attribute__((vector_size(2 * kLanes)));
-
-inline void vstore(bf16* p, vfloat v) {
-  const vuint u = (vuint)v, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet = (u >> 16) | 0x40u;
-  const vuint nan = (vuint)(v != v);
-  const vhalf bits = __builtin_convertvector((nan & quiet) | (~nan & rounded), vhalf);
-  std::memcpy(p, &bits, sizeof bits);
-}
-
-inline void vstore(f16* p, vfloat v) {
-#if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__AVX2__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
-#else
-  for (int i = 0; i < kLanes; ++i) store(p[i], v[i]);
-#endif
-}
-
 template <typename T>
 inline void vstore(T* p, vfloat v, std::integral_constant<int, kLanes>) {
   vstore(p, v);

@@ -42,6 +42,25 @@ namespace {
 #include "cpu/block.inl"
 #include "cpu/product.inl"
 
+#if defined(__AMX_BF16__)
+using RoundedDot = DotTiles;
+#elif defined(__AVX512BF16__)
+using RoundedDot = DotBf16;
+#else
+using RoundedDot = DotF32;  // products of bf16 are float32's
+#endif
+
+void exp2_array(const float* in, float* out, int64_t count, Exp2 form) {
+  [[maybe_unused]] const RoundedDot::Setup setup;
+  for_lanes(count, [&](int64_t i, auto n) {
+    const vfloat x = vload(in + i, n);
+#if defined(__AMX_BF16__)
+    if (form == Exp2::beside_tiles) return vstore(out + i, exp2_beside_tiles(x), n);
+#endif
+    vstore(out + i, form == Exp2::full ? exp2(x) : RoundedDot::exp2(x), n);
+  });
+}
+
 }  // namespace
 
 extern const Kernels table;

@@ -7,6 +7,10 @@
 
 namespace phi1::cpu {
 
+// float32; what attention takes where the result is rounded to bf16; what it takes there beside tile instructions, with
+// NaN of -inf, elsewhere the same.
+enum class Exp2 : int { full = 0, rounded = 1, beside_tiles = 2 };
+
 struct Kernels {
   void (*rotary)(const RotaryArgs&, int threads);
   void (*attention_forward)(const AttentionArgs&, int threads);
@@ -21,8 +25,8 @@ struct Kernels {
   void (*add_product)(const AddProductArgs&, int threads);
   void (*product)(const ProductArgs&, int threads);
   void (*residual_keep)(uint8_t* keep, int64_t rows, int64_t columns, uint32_t threshold, uint64_t seed, int threads);
-  // 2^x as the attention kernels compute it; short_form: where the result is rounded to bf16.
-  void (*exp2)(const float* in, float* out, int64_t count, bool short_form);
+  // 2^x as the kernels compute it.
+  void (*exp2)(const float* in, float* out, int64_t count, Exp2 form);
 };
 
 // The kernels of one instruction set.

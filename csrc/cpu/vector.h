@@ -39,6 +39,25 @@ inline vfloat vload(const f16* p) {
 
 inline void vstore(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
 
+typedef uint16_t vhalf __attribute__((vector_size(2 * kLanes)));
+
+inline void vstore(bf16* p, vfloat v) {
+  const vuint u = (vuint)v, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet = (u >> 16) | 0x40u;
+  const vuint nan = (vuint)(v != v);
+  const vhalf bits = __builtin_convertvector((nan & quiet) | (~nan & rounded), vhalf);
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+inline void vstore(f16* p, vfloat v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) store(p[i], v[i]);
+#endif
+}
+
 // Copies the bits: a lane may hold two bf16 instead of a float.
 inline vfloat splat(float x) {
 #if defined(__AVX512F__)
@@ -115,16 +134,6 @@ inline vfloat exp2(vfloat x) {
   }
   p = fma(p, f, splat(1.0f));
   return p * (vfloat)((vint)sum << 23);
-}
-
-void exp2_array(const float* in, float* out, int64_t count, bool short_form) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    float lanes[kLanes] = {};
-    const size_t bytes = sizeof(float) * size_t(count - i < kLanes ? count - i : kLanes);
-    std::memcpy(lanes, in + i, bytes);
-    vstore(lanes, short_form ? exp2<true>(vload(lanes)) : exp2(vload(lanes)));
-    std::memcpy(out + i, lanes, bytes);
-  }
 }
 
 // Swaps the off-diagonal blocks of S x S lanes in each pair of vectors S apart.

@@ -37,7 +37,7 @@ libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
 memory = libc.malloc(256)
 x = torch.frombuffer((ctypes.c_float * 64).from_address(memory), dtype=torch.float32)
 libc.free(memory)
-module.isas()[-1].exp2(x, torch.empty(64), 64, False)
+module.isas()[-1].exp2(x, torch.empty(64), 64, 0)
 """
 
 

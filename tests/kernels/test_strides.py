@@ -81,12 +81,12 @@ def test_a_binding_takes_tensors_not_addresses() -> None:
     """A tensor that is given lives as long as the call; who knows what an address needs?"""
     x, y = torch.zeros(4), torch.empty(4)
     isa = next(isa for isa in native._native.isas() if isa.missing is None)
-    isa.exp2(x, y, 4, False)
+    isa.exp2(x, y, 4, 0)
     assert torch.equal(y, torch.ones(4))
     with pytest.raises(AttributeError, match="data_ptr"):
-        isa.exp2(x.data_ptr(), y, 4, False)
+        isa.exp2(x.data_ptr(), y, 4, 0)
     with pytest.raises(ValueError, match="a native kernel was given 4 elements without memory, on meta"):
-        isa.exp2(x, torch.empty(4, device="meta"), 4, False)
+        isa.exp2(x, torch.empty(4, device="meta"), 4, 0)
 
 
 def test_every_tensor_argument_is_tried() -> None:
