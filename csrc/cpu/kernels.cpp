@@ -27,6 +27,8 @@ namespace {
 #include "cpu/rotary.inl"
 #include "cpu/vector.h"
 //
+#include "cpu/half.inl"
+//
 #include "cpu/attention.inl"
 #include "cpu/attention_backward.inl"
 #include "cpu/attention_decode.inl"

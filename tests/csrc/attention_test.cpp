@@ -2,6 +2,11 @@
 // buffers that end where the tensors end, for sanitizers and mutations. Exits with 1 if a number is off. With the
 // argument bf16: in this one only.
 // Build: g++ -std=c++20 -fopenmp -Icsrc -DPHI1_ISA=tested [-march=native] tests/csrc/attention_test.cpp
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -148,7 +153,18 @@ bool run(DType dtype, const Shape& s, double tolerance, double& greatest) {
 
 }  // namespace
 
+#if defined(__AMX_BF16__)
+extern "C" __attribute__((weak)) bool phi1_amx_is_emulated();
+#endif
+
 int main(int count, char** arguments) {
+#if defined(__AMX_BF16__)
+  // As csrc/cpu/amx.cpp asks for the tiles' registers.
+  if (phi1_amx_is_emulated == nullptr && syscall(SYS_arch_prctl, 0x1023, 18) != 0) {
+    std::puts("Linux refuses AMX's registers");
+    return 2;
+  }
+#endif
   const bool all = count == 1 || std::strcmp(arguments[1], "bf16") != 0;
   const Shape shapes[] = {
       {1, 1, 1, 1, 1, 32, true, 0, {}, {}},
@@ -160,6 +176,10 @@ int main(int count, char** arguments) {
       {1, 110, 62, 2, 2, 64, true, 0.25, {}, {}},
       {1, 50, 67, 1, 1, 128, false, 0.5, {}, {}},
       {1, 140, 140, 6, 3, 64, true, 0, {}, {}},
+      {1, 60, 300, 2, 1, 64, true, 0.1, {}, {}},
+      {1, 20, 520, 1, 1, 128, false, 0, {}, {}},
+      // Greatest scores that grow from block to block of keys.
+      {1, 20, 300, 1, 1, 32, true, 0, {}, {}, 30.0f},
       {1, 60, 60, 2, 1, 32, true, 0.1, {0, 7, 7, 60}, {0, 20, 29, 60}},
       // Every greatest score -128 ln 2 or so; lone greatest ones of 2^40 or so; none but -inf, and +inf.
       {1, 30, 30, 1, 1, 32, true, 0, {}, {}, 0.01f, -88.73f},

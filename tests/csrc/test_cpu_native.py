@@ -62,13 +62,13 @@ def test_under_address_and_undefined_behaviour_sanitizers(test: str, isa: str, t
 
 
 @clang
-@amx_emulator.needs_emulator
+@amx_emulator.needs_tiles
 def test_tiles_under_sanitizers(tmp_path: pathlib.Path) -> None:
     """Attention in bf16, the emulator's accesses checked like the kernels'; fresh memory holds NaN."""
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    emulator = amx_emulator.build(tmp_path / "emulator.o", *flags, compiler="clang++")
+    emulator = amx_emulator.build_if_needed(tmp_path / "emulator.o", *flags, compiler="clang++")
     program = tmp_path / "sanitized"
-    flags = (*flags, *FLAGS["amx_bf16"].split(), str(emulator))
+    flags = (*flags, *FLAGS["amx_bf16"].split(), *emulator)
     _build("attention_test", ROOT / "csrc", program, *flags, compiler="clang++")
     done = _run(program, "bf16", ASAN_OPTIONS="max_malloc_fill_size=100000000:malloc_fill_byte=255")
     assert done.returncode == 0 and done.stdout.endswith("ok\n"), done.stdout + done.stderr[-2000:]
@@ -189,7 +189,7 @@ MUTATIONS = [
     ("layer_norm.inl", "which ? args.grad_bias : args.grad_weight", "which ? args.grad_weight : args.grad_bias"),
     ("layer_norm.inl", "(chunk + 1) * kSumRows", "(chunk + 1) * kSumRows - 1"),
     ("elementwise.inl", "i < chunks", "i < 1"),
-    ("elementwise.inl", "(u >> 16) & 1u)) >> 16, quiet", "(u >> 16) & 1u) + 0x8000u) >> 16, quiet"),
+    ("half.inl", "(u >> 16) & 1u)) >> 16, quiet", "(u >> 16) & 1u) + 0x8000u) >> 16, quiet"),
     ("block.inl", "a * c - b * s", "a * c + b * s"),
     ("block.inl", "cos, sin, -1.0f", "cos, sin, 1.0f"),
     ("block.inl", "b += vload(bias + half + i, n)", "b += vload(bias + i, n)"),
@@ -238,8 +238,6 @@ TILE_MUTATIONS = [
     ("attention_tiles.inl", "tile_zero<n>();", ""),
     ("attention_tiles.inl", "tile_load<n, LDC>(from + n * kLanes)", "tile_load<n, LDC>(from)"),
     ("attention_tiles.inl", "tile_load<Pair.b, LDB>(b + n * kLanes)", "tile_load<Pair.b, LDB>(b)"),
-    ("attention_tiles.inl", "vload(at) * factor[n]", "vload(at)"),
-    ("attention_tiles.inl", "    load<LDC>(from);", ""),
     ("attention_tiles.inl", "if (k < steps) step", "if (false) step"),
     ("attention_tiles.inl", "k + kWhole.lanes <= steps", "k < steps"),
     ("attention_tiles.inl", "tile_multiply<n, Pair.a, Pair.b>", "tile_multiply<n, Pair.b, Pair.a>"),
@@ -247,12 +245,29 @@ TILE_MUTATIONS = [
     ("attention_tiles.inl", "rows = kTileLanes, sum_vecs", "rows = kRows, sum_vecs"),
     ("attention_tiles.inl", "set(pair.b, pair.lanes, kTileLanes)", "set(pair.b, kTileLanes, kTileLanes)"),
     ("attention_tiles.inl", '__asm__ volatile("ldtilecfg %0" ::"m"(shapes));', ""),
+    ("attention_tiles.inl", "(vuint)x[1] + 0x8000u", "(vuint)x[0] + 0x8000u"),
+    ("attention_tiles_forward.inl", "at >= visible ? kPanel : args.causal", "args.causal"),
+    ("attention_tiles_forward.inl", "lane >= limit", "lane > limit"),
+    ("attention_tiles_forward.inl", "key + kStrip <= first + offset + 1", "key + kStrip <= first + offset + kStrip"),
+    ("attention_tiles_forward.inl", "sum[n] *= shrink;", ""),
+    ("attention_tiles_forward.inl", "vstore(at, vload(at) * shrink);", ""),
+    ("attention_tiles_forward.inl", "greatest == hidden ? vfloat{} : greatest;", "greatest;"),
+    ("attention_tiles_forward.inl", "(total[n] <= 0x1p14f) & (taken", "(taken"),
+    ("attention_tiles_forward.inl", "(total[n] <= 0x1p14f) & (taken[n] > hidden)", "total[n] <= 0x1p14f"),
+    ("attention_tiles_forward.inl", "packed.k + next * width", "packed.k + key * width"),
+    ("attention_tiles_forward.inl", "(before + n * kLanes)", "(before)"),
+    ("attention_tiles_forward.inl", "multiply<i - kVecs>(v, p)", "multiply<i - kVecs>(k, p)"),
+    ("attention_tiles_forward.inl", "d += kTileLanes;\n        continue;", "continue;"),
+    ("attention_tiles_forward.inl", "    sums[n] += x[j];", ""),
+    ("attention_tiles_forward.inl", "keep_lanes(scratch.keep[m + j][n], x[j])", "x[j]"),
+    ("attention_tiles_forward.inl", "if (full)", "if (true)"),
 ]
 BLOCK_FILES = (
     "activation.inl",
     "add_product.inl",
     "layer_norm.inl",
     "elementwise.inl",
+    "half.inl",
     "block.inl",
     "dropout.inl",
     "cross_entropy.inl",
@@ -278,13 +293,13 @@ def _verdict(number: int, mutation: tuple[str, str, str], folder: pathlib.Path, 
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize(
     ("isa", "mutations"),
-    [("portable", MUTATIONS), pytest.param("amx_bf16", TILE_MUTATIONS, marks=amx_emulator.needs_emulator)],
+    [("portable", MUTATIONS), pytest.param("amx_bf16", TILE_MUTATIONS, marks=amx_emulator.needs_tiles)],
     ids=["portable", "amx_bf16"],
 )
 def test_mutations_are_noticed(isa: str, mutations: list[tuple[str, str, str]], tmp_path: pathlib.Path) -> None:
     flags = FLAGS[isa].split()
     if isa == "amx_bf16":
-        flags.append(str(amx_emulator.build(tmp_path / "emulator.o")))
+        flags += amx_emulator.build_if_needed(tmp_path / "emulator.o")
     for file, old, _ in mutations:
         assert (ROOT / "csrc" / "cpu" / file).read_text().count(old) == 1, f"{file}: {old!r}"
     chosen = list(enumerate(mutations))[:: 1 if os.environ.get("PHI1_MUTANTS") == "all" else 6]
