@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels import reference
 from kernels import torch as torch_backend
 from kernels.autocast import cast_inputs, without_autocast
-from kernels.autograd import distinct, once_differentiable
+from kernels.autograd import distinct, once_differentiable, operator, unwatched
 from kernels.checks import (
     check_device,
     check_dtype,
@@ -44,7 +44,7 @@ def _forward_options(x: Tensor, options: tuple) -> tuple:
     return found
 
 
-@torch.library.impl("phi1::attention_forward", ("cpu", "cuda"))
+@operator("phi1::attention_forward")
 @without_autocast
 def _forward(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     return implementation("flash_attention", options[-1]).forward(q, k, v, *_forward_options(q, options))
@@ -56,7 +56,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("phi1::attention_forward_out", ("cpu", "cuda"))
+@operator("phi1::attention_forward_out")
 @without_autocast
 def _forward_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options) -> Tensor:  # type: ignore[no-untyped-def]
     arguments = _forward_options(q, options)
@@ -69,7 +69,7 @@ def _forward_out_fake(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *options) ->
     return _forward_fake(q, k, v, *options)[1]
 
 
-@torch.library.impl("phi1::attention_backward", ("cpu", "cuda"))
+@operator("phi1::attention_backward")
 @without_autocast
 def _backward(grad_out, q, k, v, out, lse, *options) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
     backward = implementation("flash_attention", options[-1]).backward
@@ -249,7 +249,12 @@ def flash_attention(
         cu_seqlens_q, cu_seqlens_k = distinct(cu_seqlens_q, cu_seqlens_k)
     seed_tensor, number = operands(seed)
     arguments = (cu_seqlens_q, cu_seqlens_k, seed_tensor, causal, scale, dropout_p, number, name)
-    if out is None:
+    if unwatched(q, k, v):
+        if out is None:
+            result, lse = _forward(q, k, v, *arguments)
+        else:
+            result, lse = out, _forward_out(q, k, v, out, *arguments)
+    elif out is None:
         result, lse = _Attention.apply(*distinct(q, k, v), *arguments)
     else:
         result, lse = out, torch.ops.phi1.attention_forward_out(q, k, v, out, *arguments)

@@ -2,10 +2,15 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from kernels.registry import differentiated
+
+F = TypeVar("F", bound=Callable[..., Any])
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class _Refusal(torch.autograd.Function):
@@ -26,6 +31,34 @@ class _Refusal(torch.autograd.Function):
         raise NotImplementedError(
             f"{ctx.op}: a second derivative was asked for, and this backend has the first only; use backend='reference'"
         )
+
+
+def operator(name: str) -> Callable[[F], F]:
+    """Decorates what the operator of this name does, on tensors of a CPU or a GPU."""
+
+    def decorate(function: F) -> F:
+        torch.library.impl(name, ("cpu", "cuda"))(function)
+        return function
+
+    return decorate
+
+
+def unwatched(*tensors: Tensor) -> bool:
+    """Whether nothing records, transforms or traces a call on these.
+
+    Then the function behind an operator can be called as it is: autograd.Function and PyTorch's dispatcher take longer
+    than the kernels do for a token (flash_attention on 1 query and 16 keys: 92 microseconds with them).
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not differentiated(*tensors)
+        and all([type(x) in _PLAIN for x in tensors])  # no subclass with a dispatcher of its own
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and not torch.autograd._profiler_enabled()
+    )
 
 
 def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:

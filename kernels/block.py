@@ -9,13 +9,16 @@ fused there is one sum to drop from, and each element is dropped with the same p
 The op is here; what it checks in block_checks.py, its two routes in composed_block.py and fused_block.py.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from kernels import composed_block, reference  # noqa: F401  (composed_block registers `reference` and `torch`)
 from kernels.autocast import cast_inputs
+from kernels.autograd import unwatched
 from kernels.block_checks import check_block, check_rows
-from kernels.fused_block import FusedBlock
+from kernels.fused_block import FusedBlock, forward_cached, forward_of_rows
 from kernels.measured import size_class
 from kernels.reference import BlockShape, CacheRows, KVCache
 from kernels.registry import choose, differentiated, forced_backend, in_graph
@@ -109,7 +112,13 @@ def parallel_block(
     if kv_cache is not None:
         with torch.no_grad():
             each = (0, length[:4]) if isinstance(length, CacheRows) else (length, [])
-            y = torch.ops.phi1.parallel_block_cached(rows, *parameters, keys, values, *each, *options)
+            run: Callable[..., Tensor] = torch.ops.phi1.parallel_block_cached
+            if unwatched(rows, *parameters, keys, values):
+                torch.autograd.graph.increment_version((keys, values))  # as the operator would
+                run = forward_cached
+            y = run(rows, *parameters, keys, values, *each, *options)
+    elif unwatched(rows, *parameters):
+        y = forward_of_rows(rows, *parameters, False, *options)[0]
     else:
         y = FusedBlock.apply(rows, *parameters, differentiated(rows, *parameters), *options)[0]
     return y.view(batch, seq, hidden)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels import cpu, native, reference, triton
 from kernels.attention import flash_attention
+from kernels.autograd import operator
 from kernels.norm import layer_norm
 from kernels.reference import Dropout
 from kernels.registry import machine_of, register
@@ -61,7 +62,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("phi1::residual_factor", ("cpu", "cuda"))
+@operator("phi1::residual_factor")
 def _residual_factor(like: Tensor, seed_tensor: Tensor | None, dropout_seed: int, p: float) -> Tensor:
     seed = of_operands(seed_tensor, dropout_seed)
     check_not_captured(p, seed, like)

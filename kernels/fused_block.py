@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.autocast import without_autocast
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, operator
 from kernels.checks import check_positions
 from kernels.reference import BlockShape, Dropout
 from kernels.registry import implementation
@@ -230,9 +230,9 @@ def _saved_shapes(layout: Layout, documents: bool) -> tuple[tuple[int, ...], tup
     return (batch, seq, layout.shape.heads, layout.shape.head_dim), (batch, layout.shape.heads, seq)
 
 
-@torch.library.impl("phi1::parallel_block_forward", ("cpu", "cuda"))
+@operator("phi1::parallel_block_forward")
 @without_autocast
-def _forward(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grads, *options):  # type: ignore[no-untyped-def]
+def forward_of_rows(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grads, *options):  # type: ignore[no-untyped-def]
     forward = implementation("parallel_block", options[-1]).forward
     arguments = _forward_arguments(x, w_in, *options)
     y, z, attention, lse = forward(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, *arguments)
@@ -249,9 +249,9 @@ def _forward_fake(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grad
     return x.new_empty(x.shape), z, x.new_empty(attention), x.new_empty(lse, dtype=torch.float32)
 
 
-@torch.library.impl("phi1::parallel_block_cached", ("cpu", "cuda"))
+@operator("phi1::parallel_block_cached")
 @without_autocast
-def _cached(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, keys, values, length, rows, *options):  # type: ignore[no-untyped-def]
+def forward_cached(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, keys, values, length, rows, *options):  # type: ignore[no-untyped-def]
     arguments = _forward_arguments(x, w_in, *options)
     parameters = (norm_weight, norm_bias, w_in, b_in, w_out, b_out)
     forward = implementation("parallel_block", options[-1]).forward
@@ -268,7 +268,7 @@ def _cached_fake(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, keys, valu
     return x.new_empty(x.shape)
 
 
-@torch.library.impl("phi1::parallel_block_backward", ("cpu", "cuda"))
+@operator("phi1::parallel_block_backward")
 @without_autocast
 def _backward(grad_y, x, z, attention, lse, norm_weight, norm_bias, w_in, b_in, w_out, *options):  # type: ignore[no-untyped-def]
     backward = implementation("parallel_block", options[-1]).backward

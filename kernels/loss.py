@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels import chunked_loss, reference
 from kernels import torch as torch_backend
 from kernels.autocast import cast_inputs, without_autocast
-from kernels.autograd import once_differentiable
+from kernels.autograd import once_differentiable, operator
 from kernels.checks import check_device, check_dtype, check_like, check_shape
 from kernels.measured import size_class
 from kernels.registry import choose, differentiated, implementation, in_graph, register
@@ -23,7 +23,7 @@ torch.library.define(
 torch.library.define("phi1::scaled_gradient", "(Tensor gradient, Tensor scale, ScalarType dtype) -> Tensor")
 
 
-@torch.library.impl("phi1::linear_cross_entropy", ("cpu", "cuda"))
+@operator("phi1::linear_cross_entropy")
 @without_autocast
 def _impl(hidden, weight, bias, targets, ignore_index, z_loss, with_grads, backend):  # type: ignore[no-untyped-def]
     if targets.device.type == "cpu":
@@ -44,7 +44,7 @@ def _fake(hidden, weight, bias, targets, ignore_index, z_loss, with_grads, backe
     return hidden.new_empty((), dtype=wide), *grads
 
 
-@torch.library.impl("phi1::scaled_gradient", ("cpu", "cuda"))
+@operator("phi1::scaled_gradient")
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return chunked_loss.scaled(gradient, scale, dtype)
 

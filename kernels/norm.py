@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.autocast import autocast_dtype, without_autocast
-from kernels.autograd import distinct, once_differentiable
+from kernels.autograd import distinct, once_differentiable, operator, unwatched
 from kernels.checks import check_device, check_dtype, check_like, check_shape
 from kernels.measured import size_class
 from kernels.registry import choose, differentiated, implementation, in_graph, register
@@ -22,12 +22,12 @@ torch.library.define(
 )
 
 
-@torch.library.impl("phi1::layer_norm_forward", ("cpu", "cuda"))
+@operator("phi1::layer_norm_forward")
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     return implementation("layer_norm", backend).forward(x, weight, bias, eps)
 
 
-@torch.library.impl("phi1::layer_norm_backward", ("cpu", "cuda"))
+@operator("phi1::layer_norm_backward")
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, stats: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     backward = implementation("layer_norm", backend).backward
     assert backward is not None
@@ -101,4 +101,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, ba
     forward = in_graph("layer_norm", name)
     if forward is not None:
         return forward(x, weight, bias, eps)
+    if unwatched(x, weight, bias):
+        return _forward(x, weight, bias, eps, name)[0]
     return _LayerNorm.apply(*distinct(x, weight, bias), eps, name)

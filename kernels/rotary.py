@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.autograd import distinct
+from kernels.autograd import distinct, operator, unwatched
 from kernels.checks import check_device, check_dtype, check_float32, check_like, check_positions, check_rank
 from kernels.measured import size_class
 from kernels.registry import choose, differentiated, implementation, in_graph, register
@@ -15,7 +15,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("phi1::rotary", ("cpu", "cuda"))
+@operator("phi1::rotary")
 def _rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -123,4 +123,6 @@ def apply_rotary(
     if forward is not None:
         check_positions(positions, cos.shape[0])
         return forward(q, k, cos, sin, positions, False)
+    if unwatched(q, k, cos, sin):
+        return _rotary(q, k, cos, sin, positions, False, name)
     return _Rotary.apply(*distinct(q, k, cos, sin), positions, False, name)

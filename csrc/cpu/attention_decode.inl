@@ -17,12 +17,22 @@ struct DecodeScratch {
   alignas(64) float columns[D * kFewKeys];  // K^T
 };
 
+// Fetches a row of K or V that comes kAhead rows later: those of a head lie far apart, and no CPU foresees where the
+// next one is. On Emerald Rapids a query after 2,048 keys of 8 heads takes 0.13 ms for 0.19, with 32 or 64 rows 0.15.
+constexpr int kAhead = 16;
+template <int bytes>
+__attribute__((always_inline)) inline void fetch(const char* row) {
+#pragma GCC unroll 8
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+}
+
 // q's products with kLanes keys from `first`, a row each: they are summed over the lanes by a transposition.
 template <typename T, int D, class Key>
 __attribute__((always_inline)) inline vfloat scores_of_keys(const float* q, int64_t first, Key key) {
   vfloat part[kLanes];
   for (int i = 0; i < kLanes; ++i) {
     const T* row = reinterpret_cast<const T*>(key(first + i));
+    fetch<D * sizeof(T)>(key(first + i + kAhead));
     part[i] = vload(q) * vload(row);
 #pragma GCC unroll 32
     for (int d = kLanes; d < D; d += kLanes) part[i] = fma(vload(q + d), vload(row + d), part[i]);
@@ -65,7 +75,10 @@ void decode_rows(const AttentionArgs& args, const Problem& p, int64_t kv_head, i
     // Past the end the last key again: its scores are hidden.
     const auto key = [&](int64_t j) { return k.data + smaller(start + j, p.seqlen_k - 1) * k.stride; };
     if constexpr (kBlock > 1) {
-      for (int64_t j = 0; j < kFewKeys; ++j) read_row_typed<T>(key(j), scratch.keys + j * D, D);
+      for (int64_t j = 0; j < kFewKeys; ++j) {
+        read_row_typed<T>(key(j), scratch.keys + j * D, D);
+        fetch<D * sizeof(T)>(key(j + kAhead));
+      }
       transpose(scratch.keys, D, kFewKeys, D, scratch.columns, kFewKeys);
     }
     for (int64_t row = 0; row < count; row += kBlock) {
@@ -115,6 +128,7 @@ void decode_rows(const AttentionArgs& args, const Problem& p, int64_t kv_head, i
           for (int n = 0; n < out_vecs; ++n) o[m][n] = vload(scratch.out + (row + m) * D + d + n * kLanes);
         for (int64_t j = start; j < end; ++j) {
           const T* values = reinterpret_cast<const T*>(v.data + j * v.stride) + d;
+          if (d == 0) fetch<D * sizeof(T)>(v.data + smaller(j + kAhead, p.seqlen_k - 1) * v.stride);
           vfloat x[out_vecs];
 #pragma GCC unroll 32
           for (int n = 0; n < out_vecs; ++n) x[n] = vload(values + n * kLanes);
