@@ -4,6 +4,9 @@ import pytest
 import torch
 from calls import CALLS, Call
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import apply_rotary, flash_attention, layer_norm, reference
 
 DIFFERENTIABLE = [call for call in CALLS if call.differentiable]
 OURS = ("flash_attention", "layer_norm")
@@ -81,3 +84,45 @@ def test_without_gradients_of_the_gradient_nothing_is_refused() -> None:
     (y,) = call.outputs("cpu", tensors)
     (grad,) = torch.autograd.grad(y.square().sum(), leaves[0], create_graph=True)
     assert grad.requires_grad and torch.equal(grad, torch.autograd.grad(y.square().sum(), leaves[0])[0])
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class _Subclass(Tensor):
+    pass
+
+
+@pytest.mark.parametrize("op", ["attention_forward", "layer_norm_forward", "rotary"])
+def test_a_call_is_an_operator_only_where_somebody_looks(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mode, a profiler, a gradient or a subclass finds the operator; a plain call goes past it to the same bits."""
+    q, x = torch.randn(1, 3, 2, 32), torch.randn(3, 32)
+    cos, sin = reference.rotary_table(3, 16)
+    run = {
+        "attention_forward": lambda q: flash_attention(q, q, q, backend="cpu"),
+        "layer_norm_forward": lambda q: layer_norm(q, x[0], x[1], backend="cpu"),
+        "rotary": lambda q: apply_rotary(q, q, cos, sin, backend="cpu")[0],
+    }[op]
+    plain = run(q)
+    with _Seen() as seen:
+        assert torch.equal(run(q), plain)
+    assert f"phi1::{op}" in seen.names
+    with torch.profiler.profile() as profile:
+        assert torch.equal(run(q), plain)
+    assert f"phi1::{op}" in {event.key for event in profile.key_averages()}
+
+    def reached(*_: object, **__: object) -> None:
+        raise AssertionError("through the dispatcher")
+
+    monkeypatch.setattr(torch.ops.phi1, op, reached)
+    assert torch.equal(run(q), plain)
+    for watched in (q.clone().requires_grad_(), q.as_subclass(_Subclass)):
+        with pytest.raises(AssertionError, match="through the dispatcher"):
+            run(watched)
