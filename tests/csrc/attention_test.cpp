@@ -176,10 +176,10 @@ int main(int count, char** arguments) {
       {1, 110, 62, 2, 2, 64, true, 0.25, {}, {}},
       {1, 50, 67, 1, 1, 128, false, 0.5, {}, {}},
       {1, 140, 140, 6, 3, 64, true, 0, {}, {}},
-      {1, 60, 300, 2, 1, 64, true, 0.1, {}, {}},
-      {1, 20, 520, 1, 1, 128, false, 0, {}, {}},
+      {1, 20, 210, 1, 1, 64, true, 0.1, {}, {}},
+      {1, 9, 400, 1, 1, 128, false, 0, {}, {}},
       // Greatest scores that grow from block to block of keys.
-      {1, 20, 300, 1, 1, 32, true, 0, {}, {}, 30.0f},
+      {1, 9, 170, 1, 1, 32, true, 0, {}, {}, 30.0f},
       {1, 60, 60, 2, 1, 32, true, 0.1, {0, 7, 7, 60}, {0, 20, 29, 60}},
       // Every greatest score -128 ln 2 or so; lone greatest ones of 2^40 or so; none but -inf, and +inf.
       {1, 30, 30, 1, 1, 32, true, 0, {}, {}, 0.01f, -88.73f},
