@@ -112,10 +112,8 @@ def parallel_block(
     if kv_cache is not None:
         with torch.no_grad():
             each = (0, length[:4]) if isinstance(length, CacheRows) else (length, [])
-            run: Callable[..., Tensor] = torch.ops.phi1.parallel_block_cached
-            if unwatched(rows, *parameters, keys, values):
-                torch.autograd.graph.increment_version((keys, values))  # as the operator would
-                run = forward_cached
+            plain = unwatched(rows, *parameters, keys, values)
+            run: Callable[..., Tensor] = forward_cached if plain else torch.ops.phi1.parallel_block_cached
             y = run(rows, *parameters, keys, values, *each, *options)
     elif unwatched(rows, *parameters):
         y = forward_of_rows(rows, *parameters, False, *options)[0]

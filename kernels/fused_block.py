@@ -252,6 +252,7 @@ def _forward_fake(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, with_grad
 @operator("phi1::parallel_block_cached")
 @without_autocast
 def forward_cached(x, norm_weight, norm_bias, w_in, b_in, w_out, b_out, keys, values, length, rows, *options):  # type: ignore[no-untyped-def]
+    torch.autograd.graph.increment_version((keys, values))  # a native kernel's writing PyTorch does not see
     arguments = _forward_arguments(x, w_in, *options)
     parameters = (norm_weight, norm_bias, w_in, b_in, w_out, b_out)
     forward = implementation("parallel_block", options[-1]).forward

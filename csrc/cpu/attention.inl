@@ -29,9 +29,9 @@ struct VectorBlock {
       for (int n = 0; n < N; ++n) c[m][n] = vload(from + m * LDC + n * kLanes);
   }
 
-  // ... each column times its factor. A block may make the products in memory.
+  // ... each column times its factor.
   template <int LDC>
-  __attribute__((always_inline)) void load(float* from, const vfloat (&factor)[N]) {
+  __attribute__((always_inline)) void load(const float* from, const vfloat (&factor)[N]) {
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8

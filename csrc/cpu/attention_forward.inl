@@ -9,6 +9,7 @@ constexpr int kForwardKeys = 128;  // keys per block: 24 KB of scores with AVX-5
 template <class Dot, int D>
 struct ForwardScratch {
   alignas(64) float q[D / Dot::k * kPanel];         // Q^T: (D / k, queries)
+  static constexpr int keys = kForwardKeys;         // of a block
   alignas(64) float scores[kForwardKeys * kPanel];  // S^T, then P^T as B: (keys / k, queries)
   alignas(64) float out[D * kPanel];                // O^T, not yet divided by the sums
   alignas(64) float rows[kPanel * D];               // O, or Q before it is transposed
@@ -173,23 +174,19 @@ void forward_panel(const AttentionArgs& args, const Problem& p, int64_t plane, i
 #include "cpu/attention_tiles_forward.inl"
 #endif
 
-// What a panel takes: a thread's memory, and how many keys a block has.
 template <class Dot, int D>
-struct PanelOf {
-  using Scratch = ForwardScratch<Dot, D>;
-  static constexpr int keys = kForwardKeys;
+struct ScratchOf {
+  using Type = ForwardScratch<Dot, D>;
 };
 #if defined(__AMX_BF16__)
 template <int D>
-struct PanelOf<DotTiles, D> {
-  using Scratch = TilesScratch<D>;
-  static constexpr int keys = TilesScratch<D>::keys;
+struct ScratchOf<DotTiles, D> {
+  using Type = TilesScratch<D>;
 };
 #endif
+// One thread's memory for forward_panel, and `keys`, how many a block of packed keys has.
 template <class Dot, int D>
-using Scratch = typename PanelOf<Dot, D>::Scratch;
-template <class Dot, int D>
-constexpr int kBlockKeys = PanelOf<Dot, D>::keys;
+using Scratch = typename ScratchOf<Dot, D>::Type;
 
 // The keys and panels of all problems but those of few queries (attention_decode.inl), counted through: those of a
 // (problem, key/value head) lie side by side.
@@ -213,7 +210,7 @@ struct ForwardWork {
     }
   }
 
-  static int64_t padded_keys(const Problem& p) { return round_up(p.seqlen_k, kBlockKeys<Dot, D>); }
+  static int64_t padded_keys(const Problem& p) { return round_up(p.seqlen_k, Scratch<Dot, D>::keys); }
   int64_t heads() const { return problems * args.kv_heads; }
 
   // The first of the numbers of key/value head `head` of all problems, in key_start or panel_start.
@@ -238,7 +235,7 @@ struct ForwardWork {
 // caches, and no thread waits for another. Otherwise all heads are packed first and their panels shared out.
 template <class Dot, int D>
 void forward(const AttentionArgs& args, int threads) {
-  constexpr int width = D / Dot::k;
+  constexpr int width = D / Dot::k, kKeys = Scratch<Dot, D>::keys;
   const ForwardWork<Dot, D> work(args);
   if (work.panel_start[work.problems] == 0) return;
   const int64_t heads = work.heads(), group = args.heads / args.kv_heads;
@@ -258,13 +255,11 @@ void forward(const AttentionArgs& args, int threads) {
     const Problem p = problem(args, i);
     const int64_t per_head = work.padded_keys(p), at = (key - from) * width;
     const int64_t head = (key - work.key_start[i]) / per_head, first = (key - work.key_start[i]) % per_head;
-    pack_rows<Dot, D>(p.rows(args.k, p.first_k, head, args.dtype), args.dtype, first, p.seqlen_k, kBlockKeys<Dot, D>,
-                      packed.k + at);
+    pack_rows<Dot, D>(p.rows(args.k, p.first_k, head, args.dtype), args.dtype, first, p.seqlen_k, kKeys, packed.k + at);
     // V^T of the block: (D, keys / k)
-    float pairs[kBlockKeys<Dot, D> / Dot::k * D];
-    pack_pairs<Dot, D>(p.rows(args.v, p.first_k, head, args.dtype), args.dtype, first, p.seqlen_k, kBlockKeys<Dot, D>,
-                       pairs);
-    transpose(pairs, D, kBlockKeys<Dot, D> / Dot::k, D, packed.v + at, kBlockKeys<Dot, D> / Dot::k);
+    float pairs[kKeys / Dot::k * D];
+    pack_pairs<Dot, D>(p.rows(args.v, p.first_k, head, args.dtype), args.dtype, first, p.seqlen_k, kKeys, pairs);
+    transpose(pairs, D, kKeys / Dot::k, D, packed.v + at, kKeys / Dot::k);
   };
   const auto panel_of = [&](int64_t panel, const PackedHead& packed, int64_t from, Scratch<Dot, D>& scratch) {
     const int64_t i = work.find(work.panel_start, panel), of_problem = panel - work.panel_start[i];
@@ -289,7 +284,7 @@ void forward(const AttentionArgs& args, int threads) {
 #pragma omp for schedule(dynamic)
       for (int64_t head = 0; head < heads; ++head) {
         const int64_t from = work.begin(work.key_start, head), end = work.begin(work.key_start, head + 1);
-        for (int64_t key = from; key < end; key += kBlockKeys<Dot, D>) pack_block(key, packed, from);
+        for (int64_t key = from; key < end; key += kKeys) pack_block(key, packed, from);
         const int64_t last = work.begin(work.panel_start, head + 1);
         for (int64_t panel = work.begin(work.panel_start, head); panel < last; ++panel)
           panel_of(panel, packed, from, scratches[thread]);
@@ -297,7 +292,7 @@ void forward(const AttentionArgs& args, int threads) {
     } else {
       const PackedHead packed = {packed_lanes, packed_lanes + lanes};
 #pragma omp for schedule(dynamic)
-      for (int64_t key = 0; key < most_keys; key += kBlockKeys<Dot, D>) pack_block(key, packed, 0);
+      for (int64_t key = 0; key < most_keys; key += kKeys) pack_block(key, packed, 0);
 #pragma omp for schedule(dynamic)
       for (int64_t panel = 0; panel < work.panel_start[work.problems]; ++panel)
         panel_of(panel, packed, 0, scratches[thread]);
