@@ -47,7 +47,8 @@ def unwatched(*tensors: Tensor) -> bool:
     """Whether nothing records, transforms or traces a call on these.
 
     Then the function behind an operator can be called as it is: autograd.Function and PyTorch's dispatcher take longer
-    than the kernels do for a token (flash_attention of 1 query and 16 keys: 66 microseconds with them, 45 without; Emerald Rapids).
+    than the kernels do for a token (flash_attention of 1 query and 16 keys: 66 microseconds with them, 45 without;
+    Emerald Rapids).
     """
     return (
         not torch.compiler.is_compiling()
