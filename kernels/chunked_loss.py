@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import memory, reference
 
 # Logits in a chunk, by device type. On a CPU 256 rows of phi-1's 51,200 columns, 25 MiB in 16 bits: whole tiles of the
 # products. On a GPU 8,192 rows: each chunk adds to float32 sums of the weight's size. Forward and backward of 16,384
@@ -116,14 +116,14 @@ def linear_cross_entropy(
     bias, targets = bias.contiguous(), targets.contiguous()
     ignored = (targets == ignore_index)[:, None]
     chunk = min(max(1, _CHUNK_LOGITS[hidden.device.type] // columns), max(rows, 1))
-    logits = hidden.new_empty((chunk, columns))
+    logits = memory.empty(hidden, (chunk, columns))
     loss = hidden.new_empty(rows, dtype=wide)
     grad_dtype = gradient_dtype(hidden.dtype)
-    grad_hidden, grad_weight = (x.new_empty(x.shape if with_grads else 0, dtype=grad_dtype) for x in (hidden, weight))
+    grad_hidden, grad_weight = (memory.empty(x, x.shape if with_grads else (0,), grad_dtype) for x in (hidden, weight))
     bias_sums = bias.new_zeros((pieces.bias_parts(chunk, columns), columns), dtype=wide) if with_grads else None
     narrow, on_gpu = hidden.dtype == torch.bfloat16, hidden.is_cuda
     scratch_dtype = torch.float32 if on_gpu else pieces.scratch
-    scratch = weight.new_empty(grad_weight.shape if narrow and chunk < rows else 0, dtype=scratch_dtype)
+    scratch = memory.empty(weight, grad_weight.shape if narrow and chunk < rows else (0,), scratch_dtype)
     run_columns = columns if on_gpu else min(_WEIGHT_COLUMNS, columns)
     product = weight.new_empty((run_columns, width) if narrow and with_grads and not on_gpu else 0)
     if rows == 0:
@@ -162,7 +162,7 @@ def linear_cross_entropy(
 
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient times scale (a scalar of the working dtype), computed in that dtype and rounded once, to `dtype`."""
-    result = gradient.new_empty(gradient.shape, dtype=dtype)
+    result = memory.empty(gradient, gradient.shape, dtype)
     factor = scale.reshape(1)  # of no dims it would be rounded to gradient's dtype first
     for first in range(0, gradient.shape[0], _WEIGHT_COLUMNS):  # a CPU makes a copy in float32 of what it multiplies
         run = slice(first, first + _WEIGHT_COLUMNS)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import chunked_loss, fused_block, machine, native, reference
+from kernels import chunked_loss, fused_block, machine, memory, native, reference
 from kernels.checks import check_offsets
-from kernels.fused_block import Dropout, Layout, Pieces, vendor_product
+from kernels.fused_block import Dropout, Layout, Pieces
 from kernels.registry import register
 from kernels.seeds import Seed
 
@@ -23,7 +23,7 @@ def rotary(
     """q and k rotated into new contiguous tensors; see `kernels.apply_rotary`."""
     positions = None if positions is None else positions.contiguous()
     q, k = native.rows_contiguous(q), native.rows_contiguous(k)
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    q_out, k_out = memory.empty(q, q.shape), memory.empty(k, k.shape)
     isa.rotary(
         *native.rotary_arguments(q, k, q_out, k_out, cos.contiguous(), sin.contiguous(), positions, inverse),
         torch.get_num_threads(),
@@ -55,7 +55,7 @@ def attention_forward(
         check_offsets("cu_seqlens_q", cu_q, q.shape[1])
         check_offsets("cu_seqlens_k", cu_k, k.shape[1])
         cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
-    result = q.new_empty(q.shape) if out is None or out.stride(-1) != 1 else out
+    result = memory.empty(q, q.shape) if out is None or out.stride(-1) != 1 else out
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     isa.attention_forward(
         *native.attention_arguments(q, k, v, result, lse, cu_q, cu_k, causal, scale, p, int(seed)),
@@ -87,7 +87,7 @@ def attention_backward(
     grad_out, q, k, v, out = (native.rows_contiguous(x) for x in (grad_out, q, k, v, out))
     cu_q = None if cu_q is None else cu_q.contiguous()
     cu_k = None if cu_k is None else cu_k.contiguous()
-    grads = grads or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    grads = grads or (memory.empty(q, q.shape), memory.empty(k, k.shape), memory.empty(v, v.shape))
     lse = lse.contiguous()
     isa.attention_backward(
         (grad_out, *grads),
@@ -113,7 +113,7 @@ def residual_keep(seed: Seed, rows: int, columns: int, p: float, isa: Any = None
 def layer_norm_forward(isa: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y (contiguous) and (mean, 1 / sqrt(variance + eps)) of each row; see `kernels.layer_norm`."""
     rows = native.rows_contiguous(x.reshape(-1, weight.numel()))
-    y = x.new_empty(x.shape)
+    y = memory.empty(x, x.shape)
     stats = x.new_empty((rows.shape[0], 2), dtype=torch.float32)
     weight, bias = weight.contiguous(), bias.contiguous()
     isa.layer_norm_forward(
@@ -136,7 +136,7 @@ def layer_norm_backward(
     """Gradients of x (plus `residual`), weight and bias."""
     rows, grad, weight = native.rows_contiguous(x.reshape(-1, weight.numel())), grad.contiguous(), weight.contiguous()
     residual, stats = None if residual is None else residual.contiguous(), stats.contiguous()
-    grads = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight), torch.empty_like(weight)
+    grads = memory.empty(x, x.shape), torch.empty_like(weight), torch.empty_like(weight)
     isa.layer_norm_backward(
         grad,
         rows,
@@ -166,7 +166,7 @@ def product(isa: Any, x: Tensor, weight: Tensor) -> Tensor:
     few = 2 <= x.shape[0] <= 16 and x.stride(1) == weight.stride(1) == 1
     if few and isa.name == "avx2" and machine.cpu().kind in PRODUCT_KINDS:
         return product_of_few(isa, x, weight)
-    return vendor_product(x, weight)
+    return memory.product(x, weight.T)
 
 
 def product_of_few(isa: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ def _project_out(isa: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, d
 
 def _project_out_backward(isa: Any, grad_y: Tensor, dropout: Dropout) -> tuple[Tensor, Tensor]:
     threshold, *rest = _dropout_arguments(dropout)
-    grad_h = grad_y if threshold == 0 else torch.empty_like(grad_y)
+    grad_h = grad_y if threshold == 0 else memory.empty(grad_y, grad_y.shape)
     grad_bias = grad_y.new_empty(grad_y.shape[1])
     isa.residual_backward(
         grad_y,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import chunked_loss, fused_block, native
 from kernels.checks import check_offsets
-from kernels.fused_block import Dropout, Layout, Pieces, vendor_product
+from kernels.fused_block import Dropout, Layout, Pieces
 from kernels.machine import Machine
 from kernels.registry import missing_here, register
 
@@ -267,7 +267,7 @@ def _dense_layout(layout: Layout) -> Layout:
 
 def project_in(module: Any, n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
     """See `Pieces.project_in`."""
-    z, b_in = vendor_product(n, w_in), _dense(b_in)
+    z, b_in = torch.mm(n, w_in.T), _dense(b_in)
     with native.on_device(z):
         module.after_in_cuda(*_after_in_arguments(z, b_in, activated, layout))
     return z
@@ -292,7 +292,7 @@ def project_in_backward(
 
 def project_out(module: Any, g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
     """See `Pieces.project_out`."""
-    y, b_out, x = vendor_product(g, w_out), _dense(b_out), _dense(x)
+    y, b_out, x = torch.mm(g, w_out.T), _dense(b_out), _dense(x)
     with native.on_device(y):
         module.residual_cuda(
             y,

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import memory, reference
 from kernels.autocast import without_autocast
 from kernels.autograd import once_differentiable, operator
 from kernels.checks import check_positions
@@ -114,7 +114,7 @@ def block_forward(
     check_positions(layout.positions, layout.cos.shape[0])
     shape, documents = layout.shape, cu_seqlens is not None
     # Both halves of g are written where the product behind them reads: nothing is concatenated.
-    g = x.new_empty((layout.tokens, shape.attention_width + layout.inner))
+    g = memory.empty(x, (layout.tokens, shape.attention_width + layout.inner))
     normed = pieces.norm_forward(x, norm_weight, norm_bias, shape.eps)[0]
     z = pieces.project_in(normed, w_in, b_in, g[:, shape.attention_width :], layout)
     q, k, v = layout.qkv(z, documents)
@@ -160,22 +160,22 @@ def block_backward(
 
     # Through the output: dropout's mask is drawn again, W_out's product gives the gradient of both halves of g.
     grad_h, grad_b_out = pieces.project_out_backward(grad_y, Dropout(shape.residual_dropout, dropout_seed))
-    g = torch.mm(grad_h, w_out)  # the gradient of g at first, g itself in the end
+    g = memory.product(grad_h, w_out)  # the gradient of g at first, g itself in the end
     # Through attention and the activation, which both write their part of z's gradient in place.
-    grad_z = torch.empty_like(z)
+    grad_z = memory.empty(z, z.shape)
     pieces.attention_backward(
         layout.attention(g, documents), q, k, v, attention, lse, *options, grads=layout.qkv(grad_z, documents)
     )
     grad_b_in = pieces.project_in_backward(grad_z, z, b_in, g[:, shape.attention_width :], layout)
     # g's left half is no longer a gradient: with attention's output it is what W_out was multiplied by.
     layout.attention(g, documents).copy_(attention)
-    grad_w_out = torch.mm(grad_h.T, g)
+    grad_w_out = memory.product(grad_h.T, g)
     del g, attention  # the largest of what is left, before LN(x) is made again
 
     # Through W_in and LayerNorm; grad_y comes in once more as the gradient of the residual.
     normed, stats = pieces.norm_forward(x, norm_weight, norm_bias, shape.eps)
-    grad_w_in = torch.mm(grad_z.T, normed)
-    grad_normed = torch.mm(grad_z, w_in)
+    grad_w_in = memory.product(grad_z.T, normed)
+    grad_normed = memory.product(grad_z, w_in)
     grad_x, grad_norm_weight, grad_norm_bias = pieces.norm_backward(grad_normed, x, norm_weight, stats, grad_y)
     return grad_x, grad_norm_weight, grad_norm_bias, grad_w_in, grad_b_in, grad_w_out, grad_b_out
 
@@ -321,8 +321,3 @@ class FusedBlock(torch.autograd.Function):
 @once_differentiable("parallel_block")
 def _gradients(ctx, saved, grad_y):  # type: ignore[no-untyped-def]
     return torch.ops.phi1.parallel_block_backward(grad_y, *saved, *ctx.options)
-
-
-def vendor_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T by the vendor's library (oneDNN, cuBLASLt)."""
-    return torch.mm(x, weight.T)

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.fused_block import Dropout, Layout, vendor_product
+from kernels.fused_block import Dropout, Layout
 from kernels.native import on_device
 from kernels.reference import dropout_scale, dropout_threshold
 from kernels.seeds import Seed
@@ -112,7 +112,7 @@ def _region_tiles(layout: Layout, block: int) -> int:
 
 def project_in(n: Tensor, w_in: Tensor, b_in: Tensor, activated: Tensor, layout: Layout) -> Tensor:
     """z (tokens, width) of `kernels.fused_block`; act(u + bias) is written to activated."""
-    z, b_in = vendor_product(n, w_in), b_in.contiguous()
+    z, b_in = torch.mm(n, w_in.T), b_in.contiguous()
     tokens, width = z.shape
     tables, sizes, constants = _in_arguments(layout, width, activated)
     rows, block = ELEMENTWISE_TILE
@@ -183,7 +183,7 @@ def _dropout_arguments(dropout: Dropout) -> tuple:
 
 def project_out(g: Tensor, w_out: Tensor, b_out: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
     """y = x + dropout(g w_out^T + b_out), (tokens, hidden)."""
-    y, x, b_out = vendor_product(g, w_out), x.contiguous(), b_out.contiguous()
+    y, x, b_out = torch.mm(g, w_out.T), x.contiguous(), b_out.contiguous()
     tokens, columns = y.shape
     arguments = _dropout_arguments(dropout)
     rows, block = ELEMENTWISE_TILE
