@@ -105,7 +105,7 @@ struct ResidualArgs {
 // rows. With gradients logits become softmax (1 + 2 z_loss lse) - one-hot. On a GPU columns is a multiple of 8, logits,
 // bias and partial start at multiples of 16 bytes.
 struct CrossEntropyArgs {
-  void* logits;      // (rows, columns), contiguous
+  void* logits;      // (rows, columns), on a CPU (columns, rows); contiguous
   const void* bias;  // (columns)
   const int64_t*
       targets;  // (rows): a column, or ignore_index; on a GPU any other makes the row's loss and gradient NaN

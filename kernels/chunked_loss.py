@@ -2,7 +2,7 @@
 
 For a chunk's rows h of hidden, ignored rows set to zero (0 times their NaN would be NaN):
 
-    d = h W^T                                            logits without their bias
+    d = h W^T                                            logits without their bias; on a CPU (W h^T)^T
     d = softmax(d + b) (1 + 2 z_loss lse) - one-hot      in place, with the loss and the sums for the bias's gradient
     grad_hidden = d W
     grad_weight += d^T h                                 a run of columns at a time
@@ -65,6 +65,8 @@ class Pieces(NamedTuple):
     first: nothing is there to add to. last: grad gets the sum, rounded to nearest even"""
     scratch: torch.dtype = torch.float32
     """Of add_product's scratch, which is shaped as grad"""
+    columns_first: bool = False
+    """Logits are made as (columns, rows) and handed over as a transposed view of that"""
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -78,6 +80,14 @@ def check_targets(targets: Tensor, columns: int, ignore_index: int) -> None:
     low, high = (int(x) for x in torch.aminmax(kept)) if kept.numel() else (0, 0)
     if low < 0 or high >= columns:
         raise IndexError(f"targets in [{low}, {high}]: must be in [0, {columns}) or ignore_index = {ignore_index}")
+
+
+def _logits(h: Tensor, weight: Tensor, memory: Tensor, columns_first: bool) -> Tensor:
+    """h W^T (rows, columns) in the first part of a chunk's memory."""
+    count = h.shape[0] * weight.shape[0]
+    if columns_first:
+        return torch.mm(weight, h.T, out=memory[:count].view(weight.shape[0], -1)).T
+    return torch.mm(h, weight.T, out=memory[:count].view(h.shape[0], -1))
 
 
 def _add_product(sums: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -116,7 +126,7 @@ def linear_cross_entropy(
     bias, targets = bias.contiguous(), targets.contiguous()
     ignored = (targets == ignore_index)[:, None]
     chunk = min(max(1, _CHUNK_LOGITS[hidden.device.type] // columns), max(rows, 1))
-    logits = memory.empty(hidden, (chunk, columns))
+    logits = memory.empty(hidden, (chunk * columns,))
     loss = hidden.new_empty(rows, dtype=wide)
     grad_dtype = gradient_dtype(hidden.dtype)
     grad_hidden, grad_weight = (memory.empty(x, x.shape if with_grads else (0,), grad_dtype) for x in (hidden, weight))
@@ -131,7 +141,7 @@ def linear_cross_entropy(
     for start in range(0, rows, chunk):
         block, first, last = slice(start, start + chunk), start == 0, start + chunk >= rows
         h = hidden[block].masked_fill(ignored[block], 0.0)
-        d = torch.mm(h, weight.T, out=logits[: h.shape[0]])
+        d = _logits(h, weight, logits, pieces.columns_first)
         pieces.cross_entropy(d, bias, targets[block], loss[block], bias_sums, ignore_index, z_loss)
         if not with_grads:
             continue

@@ -253,7 +253,7 @@ def _cross_entropy(
             f"{ignore_index}"
         )
     isa.cross_entropy(
-        logits,
+        logits.T,
         bias,
         targets,
         loss,
@@ -301,7 +301,7 @@ def register_kernels(name: str, isa: Any) -> None:
         )
     )
     loss = chunked_loss.operators(
-        chunked_loss.Pieces(of(_cross_entropy), add_product=of(_add_product), scratch=torch.int16)
+        chunked_loss.Pieces(of(_cross_entropy), add_product=of(_add_product), scratch=torch.int16, columns_first=True)
     )
     for op, run, refuses in (
         ("apply_rotary", (of(rotary), of(rotary)), native.refuses_dtype),

@@ -41,12 +41,6 @@ inline float sum_lanes(vfloat v) {
   return x[0];
 }
 
-inline float max_lanes(vfloat v) {
-  float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
-  return m;
-}
-
 // Calls f(zero of the element type).
 template <class F>
 void with_type(DType dtype, F&& f) {

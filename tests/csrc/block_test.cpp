@@ -199,13 +199,18 @@ double residual_error(DType dtype, uint32_t threshold) {
 
 template <typename T>
 double cross_entropy_error(DType dtype, float z_loss, bool padded) {
-  const int64_t rows = 5, columns = 2503;
+  const int64_t rows = 261, columns = 803;
   const Buffer<T> logits(rows * columns), bias(columns);
   const Buffer<float> loss(rows), dbias(columns);
-  const std::unique_ptr<int64_t[]> targets(new int64_t[rows]{0, 1024, -7, 2502, 1500});
-  for (int64_t c = 0; padded && c < 1100; ++c) store(bias.get()[c], -INFINITY);
-  if (padded) targets[0] = 1100, targets[1] = 2047;
-  for (int64_t c = 0; c < columns; ++c) store(logits.get()[columns + c], float(c) / 100);  // the maximum comes last
+  const std::unique_ptr<int64_t[]> targets(new int64_t[rows]);
+  const int64_t seen = padded ? 300 : 0;  // whole strips of columns have no logit above -inf
+  for (int64_t c = 0; c < seen; ++c) store(bias.get()[c], -INFINITY);
+  for (int64_t r = 0; r < rows; ++r) targets[size_t(r)] = r % 9 == 2 ? -7 : seen + r * 256 % (columns - seen);
+  targets[260] = columns - 1;
+  for (int64_t c = 0; c < columns; ++c) store(logits.get()[c * rows + 2], NAN);  // of an ignored row
+  // The maximum of some rows comes last.
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t r : {int64_t(1), int64_t(258)}) store(logits.get()[c * rows + r], float(c) / 30);
   const std::vector<double> before = logits.copy();
   std::vector<double> sums = dbias.copy();
   phi1::CrossEntropyArgs args = {};
@@ -215,7 +220,7 @@ double cross_entropy_error(DType dtype, float z_loss, bool padded) {
   cross_entropy(args, 2);
   Errors compare;
   for (int64_t r = 0; r < rows; ++r) {
-    const auto biased = [&](int64_t c) { return before[size_t(r * columns + c)] + bias[c]; };
+    const auto biased = [&](int64_t c) { return before[size_t(c * rows + r)] + bias[c]; };
     const int64_t target = targets[size_t(r)];
     double sum = 0;
     for (int64_t c = 0; c < columns; ++c) sum += std::exp(biased(c));
@@ -223,7 +228,7 @@ double cross_entropy_error(DType dtype, float z_loss, bool padded) {
     compare(loss[r], target < 0 ? 0 : lse - biased(target) + z_loss * lse * lse);
     for (int64_t c = 0; c < columns; ++c) {
       const double d = target < 0 ? 0 : std::exp(biased(c)) / sum * (1 + 2 * z_loss * lse) - (c == target);
-      compare(1000 * logits[r * columns + c], 1000 * d);  // most of the probabilities are below 1e-3
+      compare(1000 * logits[c * rows + r], 1000 * d);  // most of the probabilities are below 1e-3
       sums[size_t(c)] += d;
     }
   }
