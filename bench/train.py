@@ -118,10 +118,13 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
         backends = suite.our_backends(
             "parallel_block", device, dtype=precision, head_dim=HEAD_DIM, hidden=hidden, inner=4 * hidden, rotary_dim=32
         )
+        attention = dict(
+            suite.our_backends("flash_attention", device, dtype=precision, head_dim=HEAD_DIM, dropout_p=dropout)
+        )
         candidates = [
             Candidate("phi1", True, partial(_make, mine, None)),
             *(
-                Candidate(f"phi1 on {backend}", True, partial(_make, mine, backend), reason)
+                Candidate(f"phi1 on {backend}", True, partial(_make, mine, backend), reason or attention.get(backend))
                 for backend, reason in backends
             ),
             Candidate("Hugging Face eager", False, partial(_make, theirs, False)),
