@@ -199,7 +199,12 @@ def rows_of_group(unit: Unit, columns: Collection[str] = ()) -> Iterator[dict[st
     try:
         with (
             remote.opened(unit.place) as opened,
-            pyarrow.parquet.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 20) as file,
+            pyarrow.parquet.ParquetFile(
+                opened,
+                pre_buffer=False,
+                buffer_size=1 << 20,
+                binary_type=pyarrow.large_binary(),  # else a pandas category is checked for UTF-8 as a whole
+            ) as file,
         ):
             group, names = file.metadata.row_group(unit.part[0]), file.schema_arrow.names
             each = max(1, group.total_byte_size // max(1, group.num_rows))
@@ -227,6 +232,8 @@ def _cells(array: "pyarrow.Array") -> list[Any]:
     import pyarrow
     import pyarrow.types as types
 
+    if isinstance(array, pyarrow.ExtensionArray):  # JSON, which is text
+        array = array.storage
     if types.is_dictionary(array.type):
         array = array.dictionary_decode()
     if types.is_string(array.type) or types.is_large_string(array.type) or types.is_string_view(array.type):

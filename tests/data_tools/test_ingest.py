@@ -327,7 +327,8 @@ def test_licences_of_any_form(value: Any, expected: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["list", "string", "struct", "list of structs", "map", "dictionary", "bytes", "integers"]
+    "kind",
+    ["list", "string", "struct", "list of structs", "map", "dictionary", "category", "json", "bytes", "integers"],
 )
 def test_columns_of_any_type_lose_no_good_row(kind: str, tmp_path: pathlib.Path) -> None:
     count = 100
@@ -343,6 +344,8 @@ def test_columns_of_any_type_lose_no_good_row(kind: str, tmp_path: pathlib.Path)
     binary = pa.array(good, pa.binary())
     content = {
         "dictionary": binary.view(pa.string()).dictionary_encode(),
+        "category": pa.DictionaryArray.from_arrays(pa.array(range(count), pa.int8()), binary.view(pa.string())),
+        "json": pa.ExtensionArray.from_storage(pa.json_(), binary.view(pa.string())),
         "bytes": binary,
         "integers": pa.array(range(count)),
     }.get(kind, binary.view(pa.string()))
