@@ -124,6 +124,8 @@ def linear_cross_entropy(
     """
     (rows, width), columns, wide = hidden.shape, weight.shape[0], reference.working_dtype(hidden.dtype)
     bias, targets = bias.contiguous(), targets.contiguous()
+    if pieces.columns_first:  # oneDNN with AMX multiplies what lies between rows by 0 (issue 5717): NaN may lie there
+        weight = weight.contiguous()
     ignored = (targets == ignore_index)[:, None]
     chunk = min(max(1, _CHUNK_LOGITS[hidden.device.type] // columns), max(rows, 1))
     logits = memory.empty(hidden, (chunk * columns,))
