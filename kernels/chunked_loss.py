@@ -2,7 +2,7 @@
 
 For a chunk's rows h of hidden, ignored rows set to zero (0 times their NaN would be NaN):
 
-    d = h W^T                                            logits without their bias; on a CPU (W h^T)^T
+    d = h W^T                                            logits without their bias; `cpu` makes W h^T
     d = softmax(d + b) (1 + 2 z_loss lse) - one-hot      in place, with the loss and the sums for the bias's gradient
     grad_hidden = d W
     grad_weight += d^T h                                 a run of columns at a time
@@ -17,7 +17,8 @@ in float32; on a GPU 16 times that) and its rows h. Float32 and float64 gradient
 bfloat16 they add up in float32, which takes 4 bytes more for each of the weight's elements, or 2 where a backend keeps
 the sums' upper halves in the gradient's memory; and one run's product. In float16 the gradients of hidden and weight
 take 4 bytes an element instead of 2 until the backward pass is done. On a CPU with bf16 instructions, two threads,
-4,096 rows of width 512 and 51,200 columns: 82 MiB, 50 of them halves of sums.
+4,096 rows of width 512 and 51,200 columns: 82 MiB, 50 of them halves of sums. `cpu` copies a weight that is not
+contiguous.
 
 A backend brings `Pieces`; the order of the steps is here, once for all of them.
 """

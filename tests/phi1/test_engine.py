@@ -70,8 +70,10 @@ def test_lower_precision(config, tmp_path, precision, data_parallel):
         config,
         precision=precision,
         loss_scale=2.0**26,
-        # In bf16 each step is a chance that a weight, other by 1e-6, is cast to the next bf16: 1.2e-5 of the norm then.
-        steps=4 if precision == "fp16" else 3,
+        steps=4,
+        # With Adam's 1e-7 the order of sums moves weights by 1e-6, and one between two bf16 is now and then cast to the
+        # other: 1.2e-5 of a norm, in one of 15 runs (five seeds). With this in none.
+        eps=1e-3,
         validation_tokens=config.data.tokens,
         **TINY | {"sequences_per_step": 8},
         **DROPOUT,
