@@ -83,12 +83,13 @@ def check_targets(targets: Tensor, columns: int, ignore_index: int) -> None:
         raise IndexError(f"targets in [{low}, {high}]: must be in [0, {columns}) or ignore_index = {ignore_index}")
 
 
-def _logits(h: Tensor, weight: Tensor, memory: Tensor, columns_first: bool) -> Tensor:
-    """h W^T (rows, columns) in the first part of a chunk's memory."""
-    count = h.shape[0] * weight.shape[0]
+def _logits(h: Tensor, weight: Tensor, space: Tensor, columns_first: bool) -> Tensor:
+    """h W^T (rows, columns) in the first elements of `space`."""
+    rows, columns = h.shape[0], weight.shape[0]
+    to = space[: rows * columns]
     if columns_first:
-        return torch.mm(weight, h.T, out=memory[:count].view(weight.shape[0], -1)).T
-    return torch.mm(h, weight.T, out=memory[:count].view(h.shape[0], -1))
+        return torch.mm(weight, h.T, out=to.view(columns, rows)).T
+    return torch.mm(h, weight.T, out=to.view(rows, columns))
 
 
 def _add_product(sums: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -129,7 +130,7 @@ def linear_cross_entropy(
         weight = weight.contiguous()
     ignored = (targets == ignore_index)[:, None]
     chunk = min(max(1, _CHUNK_LOGITS[hidden.device.type] // columns), max(rows, 1))
-    logits = memory.empty(hidden, (chunk * columns,))
+    space = memory.empty(hidden, (chunk * columns,))
     loss = hidden.new_empty(rows, dtype=wide)
     grad_dtype = gradient_dtype(hidden.dtype)
     grad_hidden, grad_weight = (memory.empty(x, x.shape if with_grads else (0,), grad_dtype) for x in (hidden, weight))
@@ -144,7 +145,7 @@ def linear_cross_entropy(
     for start in range(0, rows, chunk):
         block, first, last = slice(start, start + chunk), start == 0, start + chunk >= rows
         h = hidden[block].masked_fill(ignored[block], 0.0)
-        d = _logits(h, weight, logits, pieces.columns_first)
+        d = _logits(h, weight, space, pieces.columns_first)
         pieces.cross_entropy(d, bias, targets[block], loss[block], bias_sums, ignore_index, z_loss)
         if not with_grads:
             continue
