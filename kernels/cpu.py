@@ -151,11 +151,20 @@ def layer_norm_backward(
     return grads
 
 
-PRODUCT_KINDS = frozenset({"AuthenticAMD family 25, avx2"})
-"""Kinds of machines on which `product_of_few` was measured faster than the vendor's: 1.2 to 2.1 times MKL's speed in
-float32 with 16 rows, 1.6 to 4.6 with 4 (0.8 to 0.96 with one); in bf16, for which AVX2 has no instructions, 3.3 to 4.7
-with 16 (Zen 3, one thread, busy machine). Elsewhere nothing was measured: with AVX-512 or AMX the vendor's kernels are
-others.
+_ZEN3, _AMX = "AuthenticAMD family 25, avx2", "GenuineIntel family 6, amx_bf16"
+FEWEST_ROWS: dict[tuple[str, str, torch.dtype], int] = {
+    (_ZEN3, "avx2", torch.float32): 2,
+    (_ZEN3, "avx2", torch.bfloat16): 2,
+    (_ZEN3, "avx2", torch.float16): 2,
+    (_AMX, "avx512", torch.float32): 4,
+    (_AMX, "amx_bf16", torch.float32): 4,
+    (_AMX, "amx_bf16", torch.bfloat16): 1,
+}
+"""By kind of machine, instruction set and type: from so many rows of x on `product_of_few` was measured faster than the
+vendor's. Elsewhere nothing was measured, and it is never taken.
+
+Zen 3: 1.2 to 2.1 times MKL's speed in float32 with 16 rows, 1.6 to 4.6 with 4 (0.8 to 0.96 with one); in bf16, for
+which AVX2 has no instructions, 3.3 to 4.7 with 16 (one thread, busy machine).
 """
 
 
@@ -163,9 +172,10 @@ def product(isa: Any, x: Tensor, weight: Tensor) -> Tensor:
     """x W^T for x (rows, width) and weight (columns, width), by `product_of_few` where that is faster, else by the
     vendor's.
     """
-    few = 2 <= x.shape[0] <= 16 and x.stride(1) == weight.stride(1) == 1
-    if few and isa.name == "avx2" and machine.cpu().kind in PRODUCT_KINDS:
-        return product_of_few(isa, x, weight)
+    if x.shape[0] <= 16 and x.stride(1) == weight.stride(1) == 1:
+        fewest = FEWEST_ROWS.get((machine.cpu().kind, isa.name, x.dtype))
+        if fewest is not None and x.shape[0] >= fewest:
+            return product_of_few(isa, x, weight)
     return memory.product(x, weight.T)
 
 

@@ -41,10 +41,16 @@ inline void tile_zero() {
   __asm__ volatile("tilezero %%tmm%c0" ::"i"(Tile));
 }
 
-// The tile's rows are LD lanes apart in memory.
+// The tile's rows are `stride` bytes apart in memory.
+template <int Tile>
+inline void tile_load(const void* from, int64_t stride) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(Tile) : "memory");
+}
+
+// LD lanes apart.
 template <int Tile, int LD>
 inline void tile_load(const float* from) {
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(int64_t(4 * LD)), "i"(Tile) : "memory");
+  tile_load<Tile>(from, 4 * LD);
 }
 
 template <int Tile, int LD>

@@ -24,32 +24,69 @@ def make(rows: int, width: int, columns: int, dtype: torch.dtype = torch.float32
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_product_of_a_few_rows(isa: str, dtype: torch.dtype) -> None:
     kernels = next(found for found in native.ISAS if found.name == isa)
-    for rows, width, columns in ((1, 7, 5), (2, 1, 1), (3, 513, 7), (16, 1100, 30)):
+    generator = torch.Generator().manual_seed(0)
+    for rows, width, columns in ((1, 7, 5), (2, 1, 1), (3, 513, 7), (5, 1100, 16), (9, 48, 31), (16, 1101, 30)):
         x, weight, _ = make(rows, width, columns, dtype)
-        apart = torch.randn(rows, 2 * width).to(dtype)[:, :width]
-        for left in (x, apart):
-            truth = left.double() @ weight.double().T
-            check(f"{rows} rows", cpu.product_of_few(kernels, left, weight), left @ weight.T, truth, dtype)
+        # Rows with something between them, as one of a wider matrix has.
+        apart = torch.randn(rows + columns, 2 * width + 1, generator=generator).to(dtype)[:, :width]
+        for left, right in ((x, weight), (apart[:rows], apart[rows:])):
+            truth = left.double() @ right.double().T
+            result = cpu.product_of_few(kernels, left, right)
+            check(f"{rows} x {width} x {columns}", result, left @ right.T, truth, dtype)
 
 
-def test_the_product_is_ours_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_what_is_computed_of_a_row_is_its_own(isa: str, dtype: torch.dtype) -> None:
+    """Neither other rows nor columns nor threads matter, nor what lies beside a matrix, whatever that is."""
+    kernels = next(found for found in native.ISAS if found.name == isa)
+    x, weight, _ = make(16, 1100, 37, dtype)
+    whole = cpu.product_of_few(kernels, x, weight)
+    for rows in (5, 8, 13):
+        assert torch.equal(cpu.product_of_few(kernels, x[:rows], weight), whole[:rows])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(cpu.product_of_few(kernels, x, weight), whole)
+    finally:
+        torch.set_num_threads(threads)
+    beside = torch.full((40, 1200), torch.nan, dtype=dtype)
+    beside[:37, :1100] = weight
+    rows = torch.full((18, 1200), torch.inf, dtype=dtype)
+    rows[:16, :1100] = x
+    assert torch.equal(cpu.product_of_few(kernels, rows[:16, :1100], beside[:37, :1100]), whole)
+    x[3, 7], weight[20, 9] = torch.inf, torch.nan
+    spoilt = cpu.product_of_few(kernels, x, weight)
+    kept = torch.ones_like(spoilt, dtype=torch.bool)
+    kept[3], kept[:, 20] = False, False
+    assert torch.equal(spoilt[kept], whole[kept]) and not spoilt[~kept].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "isa", "dtype", "expected"),
+    [
+        ("AuthenticAMD family 25, avx2", "avx2", torch.float32, [2, 4, 16]),
+        ("AuthenticAMD family 25, avx2", "avx2", torch.float16, [2, 4, 16]),
+        ("AuthenticAMD family 25, avx2", "portable", torch.float32, []),
+        ("AuthenticAMD family 25, avx512_bf16", "avx512", torch.float32, []),
+        ("GenuineIntel family 6, amx_bf16", "avx512", torch.float32, [4, 16]),
+        ("GenuineIntel family 6, amx_bf16", "amx_bf16", torch.bfloat16, [1, 2, 4, 16]),
+        ("GenuineIntel family 6, amx_bf16", "amx_bf16", torch.float16, []),
+        ("GenuineIntel family 6, avx512", "avx512", torch.float32, []),
+    ],
+)
+def test_the_product_is_ours_only_where_it_was_measured(
+    kind: str, isa: str, dtype: torch.dtype, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours: list[int] = []
     monkeypatch.setattr(cpu, "product_of_few", lambda isa, x, weight: ours.append(x.shape[0]) or x @ weight.T)
-    isa = {name: SimpleNamespace(name=name) for name in ("avx2", "avx512", "portable")}
-    (measured,) = cpu.PRODUCT_KINDS
-    for kind, name, expected in (
-        (measured, "avx2", [2, 16]),
-        (measured, "portable", []),
-        ("GenuineIntel family 6, amx_bf16", "avx2", []),
-        ("AuthenticAMD family 25, avx512_bf16", "avx512", []),
-    ):
-        monkeypatch.setattr(machine, "cpu", lambda kind=kind: machine.Machine("cpu", kind, "a CPU"))
-        ours.clear()
-        for rows in (1, 2, 16, 17):
-            x, weight, _ = make(rows, 7, 5)
-            torch.testing.assert_close(cpu.product(isa[name], x, weight), x @ weight.T)
-            assert torch.equal(cpu.product(isa[name], x.T.contiguous().T, weight), F.linear(x.T.contiguous().T, weight))
-        assert ours == expected, (kind, name)
+    monkeypatch.setattr(machine, "cpu", lambda: machine.Machine("cpu", kind, "a CPU"))
+    for rows in (1, 2, 4, 16, 17):
+        x, weight, _ = make(rows, 7, 5, dtype)
+        torch.testing.assert_close(cpu.product(SimpleNamespace(name=isa), x, weight), x @ weight.T)
+        x = x.T.contiguous().T
+        torch.testing.assert_close(cpu.product(SimpleNamespace(name=isa), x, weight), F.linear(x, weight))
+    assert sorted(set(ours)) == expected
 
 
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
