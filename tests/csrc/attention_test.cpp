@@ -2,11 +2,6 @@
 // buffers that end where the tensors end, for sanitizers and mutations. Exits with 1 if a number is off. With the
 // argument bf16: in this one only.
 // Build: g++ -std=c++20 -fopenmp -Icsrc -DPHI1_ISA=tested [-march=native] tests/csrc/attention_test.cpp
-#if defined(__AMX_BF16__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -16,6 +11,7 @@
 
 #include "cpu/kernels.cpp"
 #include "dropout.h"
+#include "tiles.h"
 
 namespace {
 
@@ -153,18 +149,11 @@ bool run(DType dtype, const Shape& s, double tolerance, double& greatest) {
 
 }  // namespace
 
-#if defined(__AMX_BF16__)
-extern "C" __attribute__((weak)) bool phi1_amx_is_emulated();
-#endif
-
 int main(int count, char** arguments) {
-#if defined(__AMX_BF16__)
-  // As csrc/cpu/amx.cpp asks for the tiles' registers.
-  if (phi1_amx_is_emulated == nullptr && syscall(SYS_arch_prctl, 0x1023, 18) != 0) {
+  if (tiles_refused()) {
     std::puts("Linux refuses AMX's registers");
     return 2;
   }
-#endif
   const bool all = count == 1 || std::strcmp(arguments[1], "bf16") != 0;
   const Shape shapes[] = {
       {1, 1, 1, 1, 1, 32, true, 0, {}, {}},

@@ -63,13 +63,14 @@ def test_under_address_and_undefined_behaviour_sanitizers(test: str, isa: str, t
 
 @clang
 @amx_emulator.needs_tiles
-def test_tiles_under_sanitizers(tmp_path: pathlib.Path) -> None:
-    """Attention in bf16, the emulator's accesses checked like the kernels'; fresh memory holds NaN."""
+@pytest.mark.parametrize("test", ["attention_test", "block_test"])
+def test_tiles_under_sanitizers(test: str, tmp_path: pathlib.Path) -> None:
+    """In bf16, the emulator's accesses checked like the kernels'; fresh memory holds NaN."""
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     emulator = amx_emulator.build_if_needed(tmp_path / "emulator.o", *flags, compiler="clang++")
     program = tmp_path / "sanitized"
     flags = (*flags, *FLAGS["amx_bf16"].split(), *emulator)
-    _build("attention_test", ROOT / "csrc", program, *flags, compiler="clang++")
+    _build(test, ROOT / "csrc", program, *flags, compiler="clang++")
     done = _run(program, "bf16", ASAN_OPTIONS="max_malloc_fill_size=100000000:malloc_fill_byte=255")
     assert done.returncode == 0 and done.stdout.endswith("ok\n"), done.stdout + done.stderr[-2000:]
 
@@ -270,6 +271,14 @@ TILE_MUTATIONS = [
     ("attention_tiles_forward.inl", "    sums[n] += x[j];", ""),
     ("attention_tiles_forward.inl", "keep_lanes(scratch.keep[m + j][n], x[j])", "x[j]"),
     ("attention_tiles_forward.inl", "if (full)", "if (true)"),
+    ("product_lanes.inl", "(args.width - first) * int64_t(sizeof(T))", "args.width * int64_t(sizeof(T))"),
+    ("product_lanes.inl", "at + kLine <= bytes", "at < bytes"),
+    ("product_lanes.inl", "smaller(kLine, bytes - at)", "kLine"),
+    ("product_lanes.inl", "lanes + (begin - first)", "lanes"),
+    ("product_lanes.inl", "tile_zero<0>();", ""),
+    ("product_lanes.inl", "transpose(y);", ""),
+    ("product_lanes.inl", "r * args.x_stride + first", "r * args.width + first"),
+    ("product_lanes.inl", "begin < args.columns; begin", "begin < args.columns - kSide; begin"),
 ]
 BLOCK_FILES = (
     "activation.inl",
@@ -281,6 +290,7 @@ BLOCK_FILES = (
     "dropout.inl",
     "cross_entropy.inl",
     "product.inl",
+    "product_lanes.inl",
 )
 
 
