@@ -190,6 +190,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     part = 5 if options.quick else 1
     size = Size(options.gb / part, 5000 // part, 20_000 // part, 1500 // part)
     rows: list[Row] = []
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         inputs = Path(place)
         if {"ingest-stack", "tokenize"} & set(options.stages):

@@ -25,7 +25,15 @@ def make(rows: int, width: int, columns: int, dtype: torch.dtype = torch.float32
 def test_the_product_of_a_few_rows(isa: str, dtype: torch.dtype) -> None:
     kernels = next(found for found in native.ISAS if found.name == isa)
     generator = torch.Generator().manual_seed(0)
-    for rows, width, columns in ((1, 7, 5), (2, 1, 1), (2, 0, 3), (3, 513, 7), (5, 1100, 16), (9, 48, 31), (16, 1101, 30)):
+    for rows, width, columns in (
+        (1, 7, 5),
+        (2, 1, 1),
+        (2, 0, 3),
+        (3, 513, 7),
+        (5, 1100, 16),
+        (9, 48, 31),
+        (16, 1101, 30),
+    ):
         x, weight, _ = make(rows, width, columns, dtype)
         # Rows with something between them, as one of a wider matrix has.
         apart = torch.randn(rows + columns, 2 * width + 1, generator=generator).to(dtype)[:, :width]
@@ -82,11 +90,15 @@ def test_the_product_is_ours_only_where_it_was_measured(
     monkeypatch.setattr(cpu, "product_of_few", lambda isa, x, weight: ours.append(x.shape[0]) or x @ weight.T)
     monkeypatch.setattr(machine, "cpu", lambda: machine.Machine("cpu", kind, "a CPU"))
     for rows in (1, 2, 4, 16, 17):
-        x, weight, _ = make(rows, 7, 5, dtype)
+        x, weight, _ = make(rows, 512, 2048, dtype)
         torch.testing.assert_close(cpu.product(SimpleNamespace(name=isa), x, weight), x @ weight.T)
         x = x.T.contiguous().T
         torch.testing.assert_close(cpu.product(SimpleNamespace(name=isa), x, weight), F.linear(x, weight))
     assert sorted(set(ours)) == expected
+    ours.clear()
+    small, weight, _ = make(16, 256, 512, dtype)
+    cpu.product(SimpleNamespace(name=isa), small, weight)
+    assert bool(ours) == (bool(expected) and "avx512" not in isa)
 
 
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
