@@ -329,7 +329,7 @@ def test_mutations_are_noticed(isa: str, mutations: list[tuple[str, str, str]], 
     assert not survived, "\n".join(survived)
 
 
-@pytest.mark.skipif(not ISAS or "amx_bf16" in ISAS, reason="AMX can be used here, or there is no native module")
+@pytest.mark.skipif(not ISAS or "amx_bf16" in ISAS, reason="needs the native module and a CPU or a system without AMX")
 def test_why_amx_cannot_be_used_is_said() -> None:
     """On a CPU without it that is the reason; where Linux refuses its registers (a small sigaltstack), that is
     another.

@@ -1,5 +1,5 @@
 """Builds tests/csrc/amx/emulator.cpp, which executes AMX's tile instructions on a CPU without them. A CPU that has them
-executes them itself.
+executes the kernels' itself.
 """
 
 import pathlib
@@ -12,22 +12,22 @@ import pytest
 SOURCES = pathlib.Path(__file__).resolve().parents[1] / "csrc" / "amx"
 
 
-HAS_TILES = platform.machine() == "x86_64" and "amx_tile" in pathlib.Path("/proc/cpuinfo").read_text()
+_FLAGS = pathlib.Path("/proc/cpuinfo").read_text() if platform.machine() == "x86_64" else ""
+HAS_TILES = "amx_tile" in _FLAGS
 
 
-def _missing() -> str | None:
-    if platform.machine() != "x86_64" or shutil.which("g++") is None:
-        return "needs g++ on x86-64"
-    flags = pathlib.Path("/proc/cpuinfo").read_text()
-    if HAS_TILES:
-        return "this CPU has AMX, nothing is left to emulate: tests/kernels run the instruction set amx_bf16 on it"
-    return None if "avx512_bf16" in flags else "only tile instructions are emulated: needs a CPU with AVX-512 BF16"
+def _missing(instructions: str) -> str | None:
+    if shutil.which("g++") is None or instructions not in _FLAGS:
+        return f"needs g++ and a CPU with {instructions}: the emulator executes tile instructions only"
+    return None
 
 
-MISSING = _missing()
-"""Why nothing can be emulated here, or None."""
-needs_emulator = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-needs_tiles = pytest.mark.skipif(MISSING is not None and not HAS_TILES, reason=str(MISSING))
+needs_emulator = pytest.mark.skipif((missing := _missing("avx2")) is not None, reason=str(missing))
+needs_tiles = pytest.mark.skipif((missing := _missing("avx512_bf16")) is not None, reason=str(missing))
+"""What the kernels for tiles need beside the tiles."""
+needs_no_tiles = pytest.mark.skipif(
+    HAS_TILES, reason="needs a CPU without AMX: this one executes the kernels' LDTILECFG, tests/kernels run them on it"
+)
 
 
 def build(to: pathlib.Path, *flags: str, compiler: str = "g++") -> pathlib.Path:

@@ -388,7 +388,7 @@ def test_an_instruction_set_is_the_short_form_of_a_version():
 def test_an_instruction_set_that_this_cpu_lacks_is_one_line():
     lacking = [(v, why) for v, why in HERE.missing.items() if v.startswith("cpu/")]
     if not lacking:
-        pytest.skip("this CPU has every instruction set")
+        pytest.skip("needs a CPU that lacks an instruction set of ours: this one has all")
     version, why = lacking[0]
     done = _python("import kernels", PHI1_ISA=version.removeprefix("cpu/"))
     assert done.stderr.splitlines()[-1].endswith(f"environment variable PHI1_ISA = {version[4:]!r}: {why}")
@@ -419,7 +419,7 @@ def test_a_forced_backend_is_never_replaced():
     assert flash_attention(q, q, q, dropout_p=0.1).shape == q.shape  # unforced, another takes it
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_backend_without_a_gpu_says_why():
     with pytest.raises(
         BackendError, match=r"backend 'cuda' cannot serve this call: (torch.cuda.is_available|kernels._native)"

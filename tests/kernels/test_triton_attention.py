@@ -175,7 +175,7 @@ TALL = Case("tall", batch=2, seqlen_q=70, seqlen_k=100, heads=2, kv_heads=1, hea
 PACKED = Case("packed", batch=1, heads=2, head_dim=32, documents=((33, 33), (37, 37)))
 
 
-@pytest.mark.skipif(GPU, reason="a GPU may choose pointers")
+@pytest.mark.skipif(GPU, reason="needs Triton's interpreter: a GPU may choose pointers")
 @pytest.mark.parametrize(
     ("case", "module", "old", "new"),
     [

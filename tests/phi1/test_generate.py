@@ -339,8 +339,10 @@ def test_command_errors(checkpoint: pathlib.Path, tmp_path: pathlib.Path, capsys
     assert "nowhere: no such folder" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_said(checkpoint: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_gpu_is_said(
+    checkpoint: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["generate", "--checkpoint", str(checkpoint), "--prompt", "a", "--device", "cuda"]) == 2
     assert "--device = 'cuda': no GPU that torch can use here; choose auto or cpu" in capsys.readouterr().err
 

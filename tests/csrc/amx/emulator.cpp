@@ -2,6 +2,9 @@
 // decodes the machine code, executes it as Intel's manual defines it (SDM, volume 2: the instructions and exception
 // classes AMX-E1 to AMX-E6) and goes on behind it. Linked into a program or preloaded, it is all that is needed.
 //
+// A CPU with AMX traps on what touches a tile as long as Linux was not asked for the tiles' registers, but executes
+// LDTILECFG and TILERELEASE: a program for any CPU has UD1 %eax, %eax before each of them.
+//
 // What would fault on a CPU with AMX aborts with one line that names the instruction.
 #include <immintrin.h>
 #include <signal.h>
@@ -223,10 +226,13 @@ void on_illegal_instruction(int, siginfo_t*, void* context) {
   // Denormals are zeros, and rounding is to nearest: not MXCSR's, which the kernel gives back behind the handler.
   _mm_setcsr(0x1f80 | _MM_FLUSH_ZERO_ON | 0x0040);
   auto& registers = *static_cast<ucontext_t*>(context);
+  constexpr uint8_t ud1[] = {0x0f, 0xb9, 0xc0};
+  auto& at = registers.uc_mcontext.gregs[REG_RIP];
+  if (std::memcmp(reinterpret_cast<const void*>(at), ud1, sizeof ud1) == 0) at += sizeof ud1;
   const Instruction i = decode(registers);
   execute(i);
   executed[i.operation].fetch_add(1, std::memory_order_relaxed);
-  registers.uc_mcontext.gregs[REG_RIP] = reinterpret_cast<greg_t>(i.next);
+  at = reinterpret_cast<greg_t>(i.next);
 }
 
 __attribute__((constructor)) void install() {
