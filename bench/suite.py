@@ -115,6 +115,8 @@ def main(suite: Suite, argv: Sequence[str] | None = None) -> None:
     parser = arguments(suite.description, suite.form)
     options = parse(parser, argv)
     device = options.device
+    if device not in suite.shapes:
+        parser.error(f"--device {device}: this benchmark is for {', '.join(suite.shapes)}")
     shapes = (suite.quick_shapes if options.quick else suite.shapes)[device]
     if options.shapes:
         shapes = [parse_shape(parser, text, suite) for text in options.shapes.split(",")]

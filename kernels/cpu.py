@@ -164,8 +164,9 @@ FEW_ROWS: dict[tuple[str, str, torch.dtype], tuple[int, int]] = {
 was measured faster than the vendor's. Elsewhere nothing was measured, and it is never taken.
 
 Zen 3: 1.2 to 2.1 times MKL's speed in float32 with 16 rows, 1.6 to 4.6 with 4 (0.8 to 0.96 with one); in bf16, for
-which AVX2 has no instructions, 3.3 to 4.7 with 16 (one thread, busy machine). Emerald Rapids: 1.5 to 2.5 times MKL's
-with 16, 1.1 to 1.8 with 4; 1.65 to 2.8 times oneDNN's with AMX (LOG.md, 2026-11-28).
+which AVX2 has no instructions, 3.3 to 4.7 with 16 (one thread, busy machine). Emerald Rapids (bench/linear.py): 1.3 to
+2.4 times MKL's with 16, 1.04 to 1.7 with 4 or 8, 0.4 to 0.8 with fewer or smaller ones; 1.6 to 2.8 times oneDNN's with
+AMX.
 """
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attn, block, generate, harness, huggingface, suite
-from kernels import machine
+from bench import attn, block, generate, harness, huggingface, linear, suite
+from kernels import machine, native
 
 ROOT = Path(__file__).resolve().parents[2]
 BOTH = {"forward", "forward + backward"}
@@ -169,6 +169,26 @@ def test_device_cuda_without_a_gpu(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         suite.main(attn.SUITE, ["--device", "cuda"])
     assert "use --device cpu" in capsys.readouterr().err
+
+
+def test_linear_measures_every_instruction_set_beside_pytorch(tmp_path):
+    path = tmp_path / "rows.json"
+    done = run("linear.py", "--device", "cpu", "--quick", "--shapes", "2x16x48", "--json", str(path), "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert {r["implementation"] for r in rows if r["seconds"]} == {
+        "PyTorch",
+        *(f"phi1 cpu/{isa.name}" for isa in native.ISAS if isa.missing is None),
+    }
+    assert all(r["rate"] == pytest.approx(12 * 16 * 48 * 4 / r["seconds"] / 1e9) for r in rows if r["seconds"])
+    assert run("linear.py", "--device", "cpu", "--shapes", "17x16x48").returncode == 2
+
+
+def test_a_benchmark_of_the_cpu_alone_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        suite.main(linear.SUITE, [])
+    assert "--device cuda: this benchmark is for cpu" in capsys.readouterr().err
 
 
 def test_save_writes_table_and_plot_with_the_device_in_the_name(tmp_path, monkeypatch):

@@ -53,11 +53,12 @@ def _python(environment: dict[str, str], *arguments: str) -> str:
 
 @amx_emulator.needs_tiles
 @amx_emulator.needs_no_tiles
-def test_attention_on_amx(emulated: dict[str, str]) -> None:
-    """What tests/kernels/test_cpu_attention.py asks of every instruction set, in bf16: the others use no tiles."""
+def test_kernels_on_amx(emulated: dict[str, str]) -> None:
+    """What tests/kernels ask of every instruction set, in bf16: the others use no tiles."""
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:faulthandler")  # faulthandler would take SIGILL
     chosen = ("-k", "amx_bf16 and not torch.float and not exp2 and not residual")
-    out = _python(emulated, "-m", "pytest", *options, *chosen, "tests/kernels/test_cpu_attention.py")
+    files = ("tests/kernels/test_cpu_attention.py", "tests/kernels/test_linear.py")
+    out = _python(emulated, "-m", "pytest", *options, *chosen, *files)
     assert int(out.rpartition(" passed")[0].split()[-1]) >= 40, out
 
 
