@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, tuple[str, int | None]] = {
     "block": ("parallel_block", 4),
     "loss": ("linear_cross_entropy", None),
     "rotary": ("apply_rotary", None),
+    "linear": ("product", None),
 }
 WORKS = {"forward": "forward", "both": "training", "forward + backward": "training"}
 

@@ -1,9 +1,9 @@
-"""x W^T for a few rows of x, as decoding multiplies: our kernels by name against PyTorch's product.
+"""x W^T for a few rows of x, as decoding multiplies: every version of ours and automatic choice against PyTorch's
+product.
 
     python bench/linear.py --quick
 
 As many weights as fill 200 MB, at most 12, are multiplied in turn, so that they come from memory as a model's do.
-kernels/cpu.py, FEW_ROWS, says from these figures where our kernel is taken.
 """
 
 import sys
@@ -17,11 +17,21 @@ import torch
 from torch import Tensor
 
 from bench import suite
-from bench.harness import Candidate
 from bench.suite import Case, Shape
-from kernels import cpu, native
+from kernels import cpu, native, registry
+from kernels.measured import MOST_ROWS, product_class
 
 BYTES, MOST = 200 * 10**6, 12
+
+
+def ours(x: Tensor, *weights: Tensor, backend: str | None) -> list[Tensor]:
+    automatic = partial(cpu.product, next(isa for isa in native.ISAS if isa.missing is None))
+    multiply = automatic if backend is None else registry.implementation("product", backend).forward
+    return [multiply(x, weight) for weight in weights]
+
+
+def pytorchs() -> Callable[..., list[Tensor]]:
+    return lambda x, *weights: [x @ weight.T for weight in weights]
 
 
 def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
@@ -29,20 +39,14 @@ def cases(device: str, dtype: str, shape: Shape) -> Iterator[Case]:
     precision = suite.DTYPES[dtype]
     number = max(1, min(MOST, BYTES // (width * columns * precision.itemsize)))
     weights = [torch.randn(columns, width).to(precision) for _ in range(number)]
-    x = torch.randn(rows, width).to(precision)
-
-    def candidate(name: str, product: Callable[[Tensor, Tensor], Tensor], missing: str | None, ours: bool) -> Candidate:
-        return Candidate(name, ours, lambda _: lambda: [product(x, weight) for weight in weights], missing)
-
-    theirs = candidate("PyTorch", lambda x, weight: x @ weight.T, None, False)
-    ours = [
-        candidate(f"phi1 cpu/{isa.name}", partial(cpu.product_of_few, isa), isa.missing, True) for isa in native.ISAS
-    ]
-    yield Case("", {"weights read": float(number * weights[0].nbytes)}, [theirs, *ours])
+    inputs = [torch.randn(rows, width).to(precision), *weights]
+    size = product_class(rows, rows * width * columns)
+    candidates = suite.op_candidates("product", device, ours, {"PyTorch": pytorchs}, inputs, size=size)
+    yield Case("", {"forward": float(number * weights[0].nbytes)}, candidates, size)
 
 
 def check(shape: Shape) -> str | None:
-    return None if shape[0] <= 16 else "rows must be at most 16, which the kernel is for"
+    return None if shape[0] <= MOST_ROWS else f"rows must be at most {MOST_ROWS}, which the kernel is for"
 
 
 SHAPES = [(512, 3584), (2560, 512), (512, 51200), (1024, 7168), (5120, 1024), (256, 1024)]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import chunked_loss, fused_block, machine, memory, native, reference
+from kernels import chunked_loss, fused_block, measured, memory, native, reference
 from kernels.checks import check_offsets
 from kernels.fused_block import Dropout, Layout, Pieces
-from kernels.registry import register
+from kernels.registry import fastest, implementation, register
 from kernels.seeds import Seed
 
 
@@ -151,33 +151,15 @@ def layer_norm_backward(
     return grads
 
 
-_ZEN3, _AMX = "AuthenticAMD family 25, avx2", "GenuineIntel family 6, amx_bf16"
-FEW_ROWS: dict[tuple[str, str, torch.dtype], tuple[int, int]] = {
-    (_ZEN3, "avx2", torch.float32): (2, 0),
-    (_ZEN3, "avx2", torch.bfloat16): (2, 0),
-    (_ZEN3, "avx2", torch.float16): (2, 0),
-    (_AMX, "avx512", torch.float32): (4, 1 << 22),
-    (_AMX, "amx_bf16", torch.float32): (4, 1 << 22),
-    (_AMX, "amx_bf16", torch.bfloat16): (1, 0),
-}
-"""By kind of machine, instruction set and type: from so many rows of x and so many multiplications on `product_of_few`
-was measured faster than the vendor's. Elsewhere nothing was measured, and it is never taken.
-
-Zen 3: 1.2 to 2.1 times MKL's speed in float32 with 16 rows, 1.6 to 4.6 with 4 (0.8 to 0.96 with one); in bf16, for
-which AVX2 has no instructions, 3.3 to 4.7 with 16 (one thread, busy machine). Emerald Rapids (bench/linear.py): 1.3 to
-2.4 times MKL's with 16, 1.04 to 1.7 with 4 or 8, 0.4 to 0.8 with fewer or smaller ones; 1.6 to 2.8 times oneDNN's with
-AMX.
-"""
-
-
 def product(isa: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T for x (rows, width) and weight (columns, width), by `product_of_few` where that is faster, else by the
-    vendor's.
+    """x W^T for x (rows, width) and weight (columns, width): of up to 16 rows by what is fastest of the vendor's and
+    `product_of_few` with the instructions of `isa` or fewer, of more by the vendor's.
     """
-    if x.shape[0] <= 16 and x.stride(1) == weight.stride(1) == 1:
-        measured = FEW_ROWS.get((machine.cpu().kind, isa.name, x.dtype))
-        if measured is not None and x.shape[0] >= measured[0] and x.shape[0] * weight.numel() >= measured[1]:
-            return product_of_few(isa, x, weight)
+    rows = x.shape[0]
+    if 0 < rows <= measured.MOST_ROWS and x.stride(1) == weight.stride(1) == 1:
+        size = measured.product_class(rows, rows * weight.numel())
+        version = fastest("product", x.device, dtype=x.dtype, size=size, caller=isa.name)
+        return implementation("product", version).forward(x, weight)
     return memory.product(x, weight.T)
 
 
@@ -187,6 +169,12 @@ def product_of_few(isa: Any, x: Tensor, weight: Tensor) -> Tensor:
     sizes = (*y.shape, x.shape[1], x.stride(0), weight.stride(0))
     isa.product(x, weight, y, sizes, native.DTYPE_CODES[x.dtype], torch.get_num_threads())
     return y
+
+
+def _product_refuses(name: str, *, dtype: torch.dtype, caller: str | None = None, **_: object) -> str | None:
+    if caller is not None and native.ISA_NAMES.index(name) < native.ISA_NAMES.index(caller):
+        return f"it has instructions beyond {caller}'s, which its caller is held to"
+    return native.refuses_dtype(dtype=dtype)
 
 
 def _contiguous(layout: Layout) -> Layout:
@@ -321,6 +309,7 @@ def register_kernels(name: str, isa: Any) -> None:
         ("layer_norm", norm, native.refuses_dtype),
         ("parallel_block", block, _attention_refuses),
         ("linear_cross_entropy", loss, native.refuses_dtype),
+        ("product", (of(product_of_few),), functools.partial(_product_refuses, name)),
     ):
         register(op, f"cpu/{name}", *run, devices=("cpu",), refuses=refuses)
 

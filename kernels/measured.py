@@ -27,6 +27,11 @@ PATH = Path(__file__).with_name("measured.json")
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 SIZES = {"few": "up to 16 queries", "short": "up to 512 keys", "long": "more"}
 WORKS = ("forward", "training")
+MOST_ROWS = 16
+_SMALL = 1 << 22
+_BY_ROWS = ["1-row"] * 2 + ["2-3-rows"] * 2 + ["4-8-rows"] * 5 + ["9-16-rows"] * 8
+_BY_ROWS_SMALL = [f"{name}-small" for name in _BY_ROWS]
+PRODUCT_SIZES = tuple(dict.fromkeys((*_BY_ROWS, *_BY_ROWS_SMALL)))
 
 _log = logging.getLogger("kernels")
 
@@ -42,6 +47,24 @@ def size_class(queries: int, keys: int | None = None) -> str:
     return "short" if (queries if keys is None else keys) <= 512 else "long"
 
 
+def product_class(rows: int, multiplications: int) -> str:
+    """Of PRODUCT_SIZES the one of a product of up to 16 rows: by its rows, and whether it is small, of fewer than 4M
+    multiplications.
+
+    The borders are where the winner was seen to change: in float32 AVX2's loops are behind MKL with one row (Zen 3) or
+    up to three (Emerald Rapids) and ahead from there on, and from 9 to 16 AVX-512's are ahead of them; in small
+    products, whose weights stay in the cache, MKL wins up to 8 rows.
+    """
+    return (_BY_ROWS_SMALL if multiplications < _SMALL else _BY_ROWS)[rows]
+
+
+def calls(op: str) -> list[tuple[str, str]]:
+    """The (size, work) of an op's cells."""
+    if op == "product":
+        return [(size, "forward") for size in PRODUCT_SIZES]
+    return [(size, work) for size in SIZES for work in WORKS]
+
+
 class Cell(NamedTuple):
     """The calls that one row decides."""
 
@@ -52,7 +75,7 @@ class Cell(NamedTuple):
     head_dim: int | None
     """None for an op whose choice does not ask for it."""
     size: str
-    """Of SIZES."""
+    """Of SIZES, or of PRODUCT_SIZES for the op `product`."""
     work: str
     """Of WORKS: whether a backward pass may follow."""
 
@@ -98,7 +121,8 @@ def _row(fields: Any) -> tuple[Cell, Row]:
     if {*fields} - {"failed"} != names:
         raise ValueError(f"its fields must be {', '.join(sorted(names))}")
     head_dim, speed, failed = fields["head_dim"], fields["speed"], fields.get("failed", {})
-    for name, valid in (("dtype", DTYPE_NAMES), ("size", SIZES), ("work", WORKS)):
+    sizes = dict.fromkeys(size for size, _ in calls(fields["op"]))
+    for name, valid in (("dtype", DTYPE_NAMES), ("size", sizes), ("work", WORKS)):
         if fields[name] not in valid:
             raise ValueError(f"{name} must be one of {', '.join(valid)}")
     if head_dim is not None and not isinstance(head_dim, int):

@@ -7,7 +7,7 @@ import torch
 from kernels import machine as machines
 from kernels import measured, registry
 from kernels.machine import Machine
-from kernels.measured import SIZES, WORKS, Cell
+from kernels.measured import PRODUCT_SIZES, WORKS, Cell
 
 _HEAD_DIM = {"flash_attention": 64, "parallel_block": 64}
 """What the page is of; other head_dims may differ."""
@@ -62,19 +62,26 @@ def _choices(machine: Machine) -> list[str]:
     rows: list[tuple[str, str, str, str, str]] = []
     for op in registry.ops():
         for dtype in dtypes:
-            for work in WORKS:
-                taken: dict[tuple[str, str], list[str]] = {}
-                for size in SIZES:
-                    cell = Cell(op, machine.kind, dtype, _HEAD_DIM.get(op), size, work)
-                    order, why = registry.order(machine, cell)
-                    version = next(v for v in order if registry.runs(op, v, machine))
-                    taken.setdefault((version, why), []).append(size)
-                for (version, why), sizes in taken.items():
-                    rows.append((op, str(dtype).removeprefix("torch."), f"{work}, {'/'.join(sizes)}", version, why))
-    lines = [f"On {machine.kind}, head_dim 64 (few: up to 16 queries; short: up to 512 keys; long: more):"]
+            taken: dict[tuple[str, str, str], list[str]] = {}
+            for size, work in sorted(measured.calls(op), key=lambda call: WORKS.index(call[1])):
+                cell = Cell(op, machine.kind, dtype, _HEAD_DIM.get(op), size, work)
+                order, why = registry.order(machine, cell)
+                version = next(v for v in order if registry.runs(op, v, machine))
+                taken.setdefault((work, version, why), []).append(size)
+            for (work, version, why), sizes in taken.items():
+                rows.append((op, str(dtype).removeprefix("torch."), f"{work}, {_joined(sizes)}", version, why))
+    lines = [
+        f"On {machine.kind}, head_dim 64 (few: up to 16 queries; short: up to 512 keys; long: more; "
+        "small: up to 4M multiplications):"
+    ]
     table = [("op", "dtype", "work, size", "automatic", "why"), *rows]
     widths = [max(len(row[i]) for row in table) + 2 for i in range(4)]
     return lines + ["".join(f"{row[i]:<{widths[i]}}" for i in range(4)) + row[4] for row in table]
+
+
+def _joined(sizes: list[str]) -> str:
+    """ "few/long"; all of an op's "all"."""
+    return "all" if len(sizes) == len(PRODUCT_SIZES) else "/".join(sizes)
 
 
 def _missing(found: list[Machine]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,13 +15,16 @@ from kernels.attention import flash_attention
 from kernels.block import parallel_block
 from kernels.loss import linear_cross_entropy
 from kernels.machine import Machine
-from kernels.measured import Cell, size_class
+from kernels.measured import Cell, product_class, size_class
 from kernels.norm import layer_norm
 from kernels.rotary import apply_rotary
 
 _LONGEST = {"cpu": 544, "cuda": 4096}
 _SHORT, _FEW = 256, 1
 _LOSS_ROWS = {"cpu": 544, "cuda": 4096}
+_PRODUCT_ROWS = 1, 2, 4, 16
+_WEIGHTS, _MOST_WEIGHTS = 64 << 20, 12
+"""Bytes of the weights that a product is measured with, one after another as in a model, and how many at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +93,9 @@ def works(of: Machine, device: torch.device, shape: Shape, dtypes: Sequence[torc
         flops: float,
         **options: Any,
     ) -> None:
-        size = size_class(queries, keys)
-        for work in ("training", "forward") if size != "few" else ("forward",):
+        product = op == "product"  # of as many rows and multiplications
+        size = (product_class if product else size_class)(queries, keys)
+        for work in ("training", "forward") if size != "few" and not product else ("forward",):
             cell = Cell(op, of.kind, dtype, head_dim, size, work)
             if all(other.cell != cell for other in found):
                 cost = flops * (3 if work == "training" else 1)
@@ -154,6 +159,18 @@ def works(of: Machine, device: torch.device, shape: Shape, dtypes: Sequence[torc
 
         return run, [q, k]
 
+    def product(columns: int, dtype: torch.dtype, rows: int, _: int) -> tuple[Callable[..., Any], list[Tensor]]:
+        weight = columns * shape.hidden * dtype.itemsize
+        number = max(1, min(_MOST_WEIGHTS, _WEIGHTS // weight))
+
+        def run(x: Tensor, *weights: Tensor, backend: str) -> tuple[Tensor, ...]:
+            multiply = registry.implementation("product", backend).forward
+            return tuple(multiply(x, weight) for weight in weights)
+
+        return run, [random(rows, shape.hidden).to(dtype)] + [
+            random(columns, shape.hidden).to(dtype) for _ in range(number)
+        ]
+
     sizes = [(long, long), (_FEW, long), (min(_SHORT, long), min(_SHORT, long))]
     block_options = {"hidden": shape.hidden, "inner": shape.inner, "rotary_dim": rotary_dim}
     for dtype in dtypes:
@@ -169,6 +186,10 @@ def works(of: Machine, device: torch.device, shape: Shape, dtypes: Sequence[torc
         for rows in (batch * long, _FEW, min(_SHORT, long)):
             add("layer_norm", dtype, None, rows, rows, norm, 10.0 * rows * shape.hidden)
             add("apply_rotary", dtype, None, rows, rows, rotary, 6.0 * rows * shape.hidden)
+        into = (shape.heads + 2 * kv_heads) * shape.head_dim + shape.inner
+        for rows, columns in itertools.product(_PRODUCT_ROWS if of.device == "cpu" else (), (into, shape.columns)):
+            each = rows * shape.hidden * columns
+            add("product", dtype, None, rows, each, functools.partial(product, columns), 2.0 * each * _MOST_WEIGHTS)
     return sorted(found, key=lambda work: work.flops)
 
 

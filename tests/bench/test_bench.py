@@ -171,15 +171,18 @@ def test_device_cuda_without_a_gpu(capsys, monkeypatch):
     assert "use --device cpu" in capsys.readouterr().err
 
 
-def test_linear_measures_every_instruction_set_beside_pytorch(tmp_path):
+def test_linear_measures_every_version_beside_pytorch(tmp_path):
     path = tmp_path / "rows.json"
     done = run("linear.py", "--device", "cpu", "--quick", "--shapes", "2x16x48", "--json", str(path), "--threads", "1")
     assert done.returncode == 0, done.stderr
     rows = json.loads(path.read_text())["rows"]
     assert {r["implementation"] for r in rows if r["seconds"]} == {
         "PyTorch",
+        "phi1",
+        "phi1 torch",
         *(f"phi1 cpu/{isa.name}" for isa in native.ISAS if isa.missing is None),
     }
+    assert {r["size"] for r in rows} == {"2-3-rows-small"}
     assert all(r["rate"] == pytest.approx(12 * 16 * 48 * 4 / r["seconds"] / 1e9) for r in rows if r["seconds"])
     assert run("linear.py", "--device", "cpu", "--shapes", "17x16x48").returncode == 2
 

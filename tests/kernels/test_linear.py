@@ -1,15 +1,18 @@
 """`kernels.linear`, and the CPU's product of a few rows."""
 
-from types import SimpleNamespace
+import dataclasses
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cpu_isa import ISAS
+from cpu_isa import ISAS, kernels_of
 from error_rule import check
+from test_registry import COOPER, SAPPHIRE, ZEN3, ZEN4, fake_cpu
 from torch import Tensor
 
-from kernels import cpu, linear, machine, native, use_backend
+from kernels import cpu, linear, machine, native, registry, use_backend
+from kernels.measured import Cell, Row
 
 pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -23,7 +26,7 @@ def make(rows: int, width: int, columns: int, dtype: torch.dtype = torch.float32
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_product_of_a_few_rows(isa: str, dtype: torch.dtype) -> None:
-    kernels = next(found for found in native.ISAS if found.name == isa)
+    kernels = kernels_of(isa)
     generator = torch.Generator().manual_seed(0)
     for rows, width, columns in (
         (1, 7, 5),
@@ -47,7 +50,7 @@ def test_the_product_of_a_few_rows(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 def test_what_is_computed_of_a_row_is_its_own(isa: str, dtype: torch.dtype) -> None:
     """Neither other rows nor columns nor threads matter, nor what lies beside a matrix, whatever that is."""
-    kernels = next(found for found in native.ISAS if found.name == isa)
+    kernels = kernels_of(isa)
     x, weight, _ = make(16, 1100, 37, dtype)
     whole = cpu.product_of_few(kernels, x, weight)
     for rows in (5, 8, 13):
@@ -71,34 +74,75 @@ def test_what_is_computed_of_a_row_is_its_own(isa: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize(
-    ("kind", "isa", "dtype", "expected"),
+    ("of", "dtype", "size", "version"),
     [
-        ("AuthenticAMD family 25, avx2", "avx2", torch.float32, [2, 4, 16]),
-        ("AuthenticAMD family 25, avx2", "avx2", torch.float16, [2, 4, 16]),
-        ("AuthenticAMD family 25, avx2", "portable", torch.float32, []),
-        ("AuthenticAMD family 25, avx512_bf16", "avx512", torch.float32, []),
-        ("GenuineIntel family 6, amx_bf16", "avx512", torch.float32, [4, 16]),
-        ("GenuineIntel family 6, amx_bf16", "amx_bf16", torch.bfloat16, [1, 2, 4, 16]),
-        ("GenuineIntel family 6, amx_bf16", "amx_bf16", torch.float16, []),
-        ("GenuineIntel family 6, avx512", "avx512", torch.float32, []),
+        (ZEN3, torch.float32, "1-row", "torch"),
+        (ZEN3, torch.float32, "2-3-rows", "cpu/avx2"),
+        (ZEN3, torch.bfloat16, "9-16-rows-small", "cpu/avx2"),
+        (ZEN3, torch.float16, "4-8-rows", "cpu/avx2"),
+        (fake_cpu("GenuineIntel", "avx2", 6), torch.float32, "4-8-rows", "torch"),
+        (ZEN4, torch.bfloat16, "9-16-rows", "torch"),
+        (COOPER, torch.bfloat16, "9-16-rows", "torch"),
+        (SAPPHIRE, torch.bfloat16, "1-row-small", "cpu/amx_bf16"),
+        (SAPPHIRE, torch.float16, "9-16-rows", "torch"),
+        (fake_cpu("0x41", "portable"), torch.float32, "9-16-rows", "torch"),
     ],
+    ids=lambda x: x.kind if isinstance(x, machine.Machine) else str(x),
 )
-def test_the_product_is_ours_only_where_it_was_measured(
-    kind: str, isa: str, dtype: torch.dtype, expected: list[int], monkeypatch: pytest.MonkeyPatch
+def test_without_a_measurement_the_product_is_ours_only_where_it_is_known_to_be_faster(
+    of: machine.Machine, dtype: torch.dtype, size: str, version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours: list[int] = []
-    monkeypatch.setattr(cpu, "product_of_few", lambda isa, x, weight: ours.append(x.shape[0]) or x @ weight.T)
-    monkeypatch.setattr(machine, "cpu", lambda: machine.Machine("cpu", kind, "a CPU"))
-    for rows in (1, 2, 4, 16, 17):
-        x, weight, _ = make(rows, 512, 2048, dtype)
-        torch.testing.assert_close(cpu.product(SimpleNamespace(name=isa), x, weight), x @ weight.T)
-        x = x.T.contiguous().T
-        assert torch.equal(cpu.product(SimpleNamespace(name=isa), x, weight), F.linear(x, weight))
-    assert sorted(set(ours)) == expected
-    ours.clear()
-    small, weight, _ = make(16, 256, 512, dtype)
-    cpu.product(SimpleNamespace(name=isa), small, weight)
-    assert bool(ours) == (bool(expected) and "avx512" not in isa)
+    monkeypatch.setattr(registry, "_rows", {})
+    assert registry.select("product", of, None, dtype=dtype, size=size) == version
+
+
+def measured_as(of: machine.Machine, size: str, *versions: str) -> dict[Cell, Row]:
+    cell = Cell("product", of.kind, torch.float32, None, size, "forward")
+    return {cell: Row({version: 1 / (1 + i) for i, version in enumerate(versions)}, ("here",))}
+
+
+def test_what_is_fastest_may_have_fewer_instructions_than_the_caller_and_not_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = measured_as(SAPPHIRE, "4-8-rows", "cpu/avx512", "cpu/avx2", "torch")
+    monkeypatch.setattr(registry, "_rows", rows)
+    for caller, version in (
+        ("amx_bf16", "cpu/avx512"),
+        ("avx512", "cpu/avx512"),
+        ("avx2", "cpu/avx2"),
+        ("portable", "torch"),
+    ):
+        call = {"dtype": torch.float32, "size": "4-8-rows", "caller": caller}
+        assert registry.select("product", SAPPHIRE, None, **call) == version
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_product_is_what_was_measured_fastest(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, here = kernels_of(isa), machine.cpu()
+    rows = measured_as(here, "9-16-rows-small", f"cpu/{isa}", "torch")
+    rows |= measured_as(here, "2-3-rows-small", "torch", f"cpu/{isa}")
+    monkeypatch.setattr(registry, "_rows", rows)
+    registry._forget()
+    ran: list[tuple[str, int]] = []
+    for name in ("torch", f"cpu/{isa}"):
+        found = registry._IMPLEMENTATIONS["product"][name]
+
+        def run(x: Tensor, weight: Tensor, name: str = name, found: Any = found) -> Any:
+            ran.append((name, x.shape[0]))
+            return found.forward(x, weight)
+
+        watched = dataclasses.replace(found, forward=run)
+        monkeypatch.setitem(registry._IMPLEMENTATIONS["product"], name, watched)
+    try:
+        for number in (0, 2, 16, 17):
+            x, weight, _ = make(number, 64, 40)
+            torch.testing.assert_close(cpu.product(kernels, x, weight), x @ weight.T)
+        x, weight, _ = make(16, 64, 40)
+        apart = x.T.contiguous().T  # rows that are not contiguous are the vendor's
+        torch.testing.assert_close(cpu.product(kernels, apart, weight), x @ weight.T)
+    finally:
+        registry._forget()
+    assert ran == [("torch", 2), (f"cpu/{isa}", 16)]
 
 
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -52,6 +52,7 @@ def test_a_table_is_read(tmp_path):
         ([{**ENTRY, "dtype": "fp32"}], "dtype must be one of float64, float32, bfloat16, float16"),
         ([{**ENTRY, "head_dim": "64"}], "head_dim must be a whole number or null"),
         ([{**ENTRY, "size": "huge"}], "size must be one of few, short, long"),
+        ([{**ENTRY, "op": "product"}], "size must be one of 1-row, 2-3-rows, 4-8-rows, 9-16-rows, 1-row-small"),
         ([{**ENTRY, "work": "backward"}], "work must be one of forward, training"),
         ([{**ENTRY, "speed": {}}], "speed must name versions, of reference, torch, cpu, triton, cuda"),
         ([{**ENTRY, "speed": {"fast": 1.0}}], "speed must name versions"),
@@ -93,6 +94,24 @@ def test_the_table_in_the_package_is_of_ops_and_versions_that_exist():
 )
 def test_size_classes(queries, keys, size):
     assert measured.size_class(queries, keys) == size
+
+
+@pytest.mark.parametrize(
+    ("rows", "multiplications", "size"),
+    [
+        (1, 1, "1-row-small"),
+        (1, 1 << 22, "1-row"),
+        (2, 1 << 30, "2-3-rows"),
+        (3, (1 << 22) - 1, "2-3-rows-small"),
+        (4, 1 << 30, "4-8-rows"),
+        (8, 1 << 30, "4-8-rows"),
+        (9, 0, "9-16-rows-small"),
+        (16, 1 << 30, "9-16-rows"),
+    ],
+)
+def test_size_classes_of_a_product(rows, multiplications, size):
+    assert measured.product_class(rows, multiplications) == size
+    assert (size, "forward") in measured.calls("product")
 
 
 def test_a_speed_is_the_worst_case_against_pytorch():

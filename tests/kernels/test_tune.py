@@ -53,6 +53,14 @@ def test_the_works_are_the_cells_that_a_model_meets():
         expected = {f"{op} bfloat16 {head_dim} {size} {work}" for size in sizes for work in ("training", "forward")}
         expected |= {f"{op} bfloat16 {head_dim} few forward"} if few else set()
         assert {name for name in names if name.startswith(op)} == expected
+    rows = ("1-row", "2-3-rows", "4-8-rows", "9-16-rows")  # and of so small a model the products are
+    assert {name for name in names if name.startswith("product")} == {
+        f"product bfloat16 - {size}-small forward" for size in rows
+    }
+    shape = Shape(1, 64, 2048, 32, 64, 8192, 51200)
+    assert [work.cell.size for work in tune.works(HERE, CPU, shape, [torch.bfloat16]) if work.cell.op == "product"] == [
+        *rows
+    ]
 
 
 def test_every_work_runs_on_every_candidate():
