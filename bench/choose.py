@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, tuple[str, int | None]] = {
     "loss": ("linear_cross_entropy", None),
     "rotary": ("apply_rotary", None),
     "linear": ("product", None),
+    "norm": ("layer_norm", None),
 }
 WORKS = {"forward": "forward", "both": "training", "forward + backward": "training"}
 

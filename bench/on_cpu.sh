@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every table of a machine without a GPU, into bench/results/: attention, the layer, the loss, a training step, rotary,
-# products of a few rows. Then kernels/measured.json, from all of bench/results/.
-# Wants the machine to itself for about a quarter of an hour; each table says what load it met.
+# LayerNorm, products of a few rows. Then kernels/measured.json, from all of bench/results/.
+# Wants the machine to itself for about half an hour; each table says what load it met.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -12,5 +12,6 @@ python=${PYTHON:-.venv/bin/python}
 "$python" bench/loss.py --save
 "$python" bench/train.py --save
 "$python" bench/rotary.py --save
+"$python" bench/norm.py --save
 "$python" bench/linear.py --save
 "$python" bench/choose.py bench/results/*.json # what automatic choice follows

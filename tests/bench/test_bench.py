@@ -36,6 +36,7 @@ def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedP
             {"plain PyTorch", "plain PyTorch compiled", "Hugging Face", "Hugging Face compiled"},
             "GFLOP/s",
         ),
+        ("norm.py", "2x32", BOTH, {"PyTorch eager", "PyTorch compiled", "phi1 torch"}, "GB/s"),
         ("loss.py", "16x8x300", BOTH, {"PyTorch eager", "PyTorch compiled", "phi1 torch"}, "GFLOP/s"),
     ],
 )
