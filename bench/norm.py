@@ -1,6 +1,6 @@
 """LayerNorm alone, as behind the last layer: our backends against PyTorch's op, eager and compiled.
 
-    python bench/norm.py --quick
+python bench/norm.py --quick
 """
 
 import sys
