@@ -6,6 +6,7 @@ PHI1_CUDA_ARCHS=80;90a     architectures to compile for (PTX for newer cards is 
 
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,8 +27,9 @@ class CMakeBuild(build_ext):
         cuda = os.environ.get("PHI1_CUDA", "auto").lower()
         if cuda not in ("auto", "on", "off"):
             raise SystemExit(f"PHI1_CUDA={cuda!r}: must be auto, on or off")
-        if shutil.which(os.environ.get("CXX", "c++")) is None:
-            raise SystemExit("no C++ compiler (c++): install one, e.g. `apt-get install g++`, or set CXX")
+        compiler = os.environ.get("CXX") or "c++"  # with options, or behind a launcher, as CMake takes it
+        if shutil.which(shlex.split(compiler)[0]) is None:
+            raise SystemExit(f"no C++ compiler ({compiler}): install one, e.g. `apt-get install g++`, or set CXX")
         configure = [
             "cmake",
             "-S",

@@ -41,16 +41,21 @@ def collect(paths: Sequence[Path]) -> tuple[dict[Cell, Times], dict[str, str]]:
     cells: dict[Cell, Times] = {}
     dates: dict[str, str] = {}
     for path in paths:
-        document = json.loads(path.read_text())
-        if document["benchmark"] not in BENCHMARKS:
+        try:
+            document = json.loads(path.read_text())
+            known = document["benchmark"] in BENCHMARKS
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{path}: not a benchmark's result ({type(error).__name__}: {error})") from error
+        if not known:
             print(f"{path}: left out, {document['benchmark']} is not the benchmark of one op")
             continue
         op, place = BENCHMARKS[document["benchmark"]]
         environment = document["environment"]
         dates[path.name] = environment["time"][:10]
-        for row in document["rows"]:
-            if row["backend"] is None or row["seconds"] is None or row["work"] not in WORKS:
-                continue
+        rows = [row for row in document["rows"] if row["backend"] and row["seconds"] and row["work"] in WORKS]
+        if not rows:
+            print(f"{path}: left out, no row of it names a version; measure again")
+        for row in rows:
             head_dim = None if place is None else row["shape"][place]
             cell = Cell(op, environment["kind"], DTYPES[row["dtype"]], head_dim, row["size"], WORKS[row["work"]])
             cells.setdefault(cell, {}).setdefault((path.name, row["case"]), {})[row["backend"]] = row["seconds"]

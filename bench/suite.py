@@ -81,6 +81,12 @@ def arguments(description: str, form: str) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses, checks the device and sets the threads."""
     options = parser.parse_args(argv)
+    try:
+        re.compile(options.skip or "")
+    except re.error as error:
+        parser.error(f"--skip {options.skip}: must be a regular expression ({error})")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {options.json.parent}; make it")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch.cuda.is_available() is False; use --device cpu")
     if options.threads is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import check_documents
-from kernels.checks import check_device, check_dtype, check_int32, check_like, check_shape
+from kernels.checks import check_device, check_dtype, check_int32, check_like, check_shape, check_tensor
 from kernels.reference import BlockShape, CacheRows, KVCache
 from kernels.rotary import check_table
 
@@ -26,14 +26,15 @@ def check_block(
     """
     if not isinstance(shape, BlockShape):
         raise ValueError(f"shape = {shape!r}: must be a kernels.BlockShape (heads, kv_heads, head_dim, …)")
+    check_dtype("x", x)
     if x.dim() != 3:
         raise ValueError(f"x.shape = {tuple(x.shape)}: must be (batch, seq, hidden)")
-    check_dtype("x", x)
     batch, seq, hidden = x.shape
     if x.numel() == 0:
         raise ValueError(f"x.shape = {tuple(x.shape)}: must hold at least one token of one number")
     q_width, kv_width = shape.attention_width, shape.kv_width
     norm_weight, norm_bias, w_in, b_in, w_out, b_out = parameters
+    check_tensor("w_in", w_in)
     width_in = w_in.shape[0] if w_in.dim() == 2 else 0
     inner = width_in - q_width - 2 * kv_width
     if inner <= 0 or w_in.shape[1] != hidden:
@@ -51,7 +52,11 @@ def check_block(
     if cu_seqlens is not None:
         check_documents(cu_seqlens, cu_seqlens, x)
     if kv_cache is not None:
+        if not isinstance(kv_cache, tuple) or len(kv_cache) != 3:
+            raise ValueError(f"kv_cache: must be a tuple of keys, values and length, not {type(kv_cache).__name__}")
         keys, values, length = kv_cache
+        if not isinstance(length, int | Tensor | CacheRows):
+            raise ValueError(f"kv_cache[2] = {length!r}: must be a whole number, or with cu_seqlens an int32 tensor")
         if isinstance(length, Tensor | CacheRows) != (cu_seqlens is not None):
             raise ValueError(
                 "kv_cache[2]: must be a number, or with cu_seqlens an int32 tensor of a number for each document"

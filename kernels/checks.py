@@ -1,5 +1,6 @@
 """Argument checks shared by the ops: each raises a ValueError that names the argument, its value and the remedy."""
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -46,6 +47,18 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> N
         raise ValueError(f"{name} = {x!r}: must be a tensor of shape {shape} {meaning}; {instead}")
     if tuple(x.shape) != shape:
         raise ValueError(f"{name}.shape = {tuple(x.shape)}: must be {shape} {meaning}")
+
+
+def check_int64(name: str, x: int) -> int:
+    """x as an int: a whole number, NumPy's too, that operators take."""
+    if not isinstance(x, int):
+        try:
+            x = operator.index(x)
+        except TypeError as error:
+            raise ValueError(f"{name} = {x!r}: must be a whole number") from error
+    if not -(2**63) <= x < 2**63:
+        raise ValueError(f"{name} = {x}: must fit 64 bits")
+    return x
 
 
 def check_rank(name: str, x: Tensor, rank: int, meaning: str) -> None:

@@ -9,7 +9,7 @@ from kernels import chunked_loss, reference
 from kernels import torch as torch_backend
 from kernels.autocast import cast_inputs, without_autocast
 from kernels.autograd import once_differentiable, operator
-from kernels.checks import check_device, check_dtype, check_like, check_shape
+from kernels.checks import check_device, check_dtype, check_int64, check_like, check_shape, check_tensor
 from kernels.measured import size_class
 from kernels.registry import choose, differentiated, implementation, in_graph, register
 
@@ -128,9 +128,12 @@ def linear_cross_entropy(
     and `triton` make the loss and its row's gradients NaN, and PyTorch's ops fail a device-side assertion.
     Raises ValueError for arguments that do not fit, BackendError if `backend` cannot serve the call.
     """
+    check_dtype("hidden", hidden)
     if hidden.dim() == 0:
         raise ValueError("hidden.shape = (): must be (..., width)")
-    check_dtype("hidden", hidden)
+    check_tensor("weight", weight, "(columns, width)")
+    check_tensor("targets", targets, "hidden's leading dims")
+    ignore_index = check_int64("ignore_index", ignore_index)
     width = hidden.shape[-1]
     if not (weight.dim() == 2 and weight.shape[0] > 0 and weight.shape[1] == width):
         raise ValueError(f"weight.shape = {tuple(weight.shape)}: must be (columns, {width}), with a column at least")

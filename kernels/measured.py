@@ -211,14 +211,12 @@ def read_own(of: machine.Machine) -> dict[Cell, Row]:
     """
     path = own_path(of.kind)
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError:  # no such file, or not to be read
-        return {}
-    try:
-        content = json.loads(text)
+        content = json.loads(path.read_text(encoding="utf-8"))
         table = _table(content["rows"])
         reason = stale(of, content["conditions"]) if content["kind"] == of.kind else f"it is of {content['kind']}"
-    except (ValueError, TypeError, KeyError) as error:
+    except OSError:  # no such file, or not to be read
+        return {}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"it is not a table of `phi1 tune` ({type(error).__name__}: {error})"
     if reason is None:
         return {cell: row for cell, row in table.items() if cell.kind == of.kind}

@@ -84,10 +84,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, ba
     check_dtype("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x.shape = {tuple(x.shape)}: must be (..., hidden), hidden at least 1")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        check_shape(name, parameter, (x.shape[-1],), "(hidden,), x's last dim")
     if autocast_dtype(x.device) is not None:
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     for name, parameter in (("weight", weight), ("bias", bias)):
-        check_shape(name, parameter, (x.shape[-1],), "(hidden,), x's last dim")
         check_like(name, parameter, "x", x)
         check_device(name, parameter, "x", x)
     name = choose(

@@ -140,6 +140,7 @@ def _checked(name: str, where: str) -> str:
 # of the whole process, on which torch.compile guards.
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("phi1_forced_backend", default=None)
 _FORCED_COMPILED: list[str] = []
+_ENTERED: list[object] = []  # the block of each of these
 _environment: str | None = None
 
 
@@ -157,6 +158,8 @@ def read_environment() -> None:
     if not name:
         return
     where = "environment variable " + ("PHI1_ISA" if isa else "PHI1_KERNELS")
+    if isa and isa not in machines.native.ISA_NAMES:
+        raise BackendError(f"{where} = {isa!r}: must be one of {', '.join(machines.native.ISA_NAMES)}")
     _checked(name, where)
     if name not in BACKENDS:
         here = [machines.cpu()] if backend_of(name) == "cpu" else []  # asking for a GPU would start its driver
@@ -175,10 +178,12 @@ def use_backend(name: str) -> Iterator[None]:
     """
     token = _forced.set(_checked(name, "use_backend(name)"))
     _FORCED_COMPILED.append(name)
+    _ENTERED.append(token)
     try:
         yield
     finally:
-        _FORCED_COMPILED.remove(name)
+        at = next(i for i, entered in enumerate(_ENTERED) if entered is token)
+        del _ENTERED[at], _FORCED_COMPILED[at]
         _forced.reset(token)
 
 

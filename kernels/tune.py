@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import datetime
 import fcntl
+import math
 import os
 import sys
 import tempfile
@@ -41,7 +42,8 @@ class TuneError(ValueError):
 def measure(
     of: Machine, work: Work, device: torch.device, seconds: float, known: Mapping[str, str] = MappingProxyType({})
 ) -> Row | None:
-    """The cell's row, from rounds of at least a call each; None if no two versions could be measured.
+    """The cell's row, from rounds of at least a call each; None if no two versions could be measured. Raises what
+    PyTorch does where the tensors do not fit into memory.
 
     A version that raises counts as slow and is named in the row. known: versions that are not called, and why.
     """
@@ -62,7 +64,7 @@ def measure(
             failed[version] = failure(error)
         else:
             timers[version] = call
-    called = True
+    called = bool(timers)
     while called and time.perf_counter() - started < seconds:
         called, best = False, min(map(min, times.values()))
         for version, call in timers.items():
@@ -123,7 +125,11 @@ def tune(
                     say(f"time is over: {len(todo) - i} of {len(todo)} kinds of calls stay unmeasured")
                     break
                 known = {version: why for (index, version), why in failed.items() if index == i}
-                row = measure(of, work, device, left / (len(todo) - i) * 0.7, known)
+                try:
+                    row = measure(of, work, device, left / (len(todo) - i) * 0.7, known)
+                except RuntimeError as error:  # no memory for its tensors: the next may take less
+                    say(f"[{i + 1}/{len(todo)}] {work.cell.name}: not measured ({failure(error)})")
+                    continue
                 if row is not None:
                     rows[work.cell] = row
                     say(f"[{i + 1}/{len(todo)}] {work.cell.name}: {_in_words(row)}")
@@ -197,15 +203,27 @@ def _write(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _shape(text: str) -> Shape:
+    """`Shape.parse`, whose message argparse would leave out."""
+    try:
+        return Shape.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m kernels.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("shape", type=Shape.parse, help="batch x tokens x hidden x heads x head_dim x inner x columns")
+    parser.add_argument("shape", type=_shape, help="batch x tokens x hidden x heads x head_dim x inner x columns")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--seconds", type=float, help="at most (default: 60 on a CPU, 90 on a GPU)")
     options = parser.parse_args(argv)
+    if options.device.partition(":")[0] not in SECONDS:
+        parser.error(f"--device {options.device}: must be of {', '.join(SECONDS)}")
+    if options.seconds is not None and not 0 <= options.seconds < math.inf:
+        parser.error(f"--seconds {options.seconds}: must be a number, at least 0")
     try:
         tune(options.shape, torch.device(options.device), seconds=options.seconds)
     except TuneError as error:

@@ -55,6 +55,8 @@ class Shape:
                 f"shape = {text!r}: must be batch x tokens x hidden x heads x head_dim x inner x columns, seven "
                 f"positive whole numbers joined by 'x'"
             )
+        if int(parts[4]) < 2:
+            raise ValueError(f"shape = {text!r}: head_dim must be at least 2, of which rotary turns half")
         return cls(*map(int, parts))
 
 

@@ -8,6 +8,7 @@ machine, its driver, torch, triton or phi1 change; `phi1 doctor` shows it. Ctrl-
 """
 
 import dataclasses
+import math
 import pathlib
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ def run(config: Config) -> pathlib.Path:
     import kernels.tune
     from phi1.distributed import World
 
+    if config.seconds is not None and not 0 <= config.seconds < math.inf:
+        raise UserError(f"--seconds {config.seconds}: must be a number, at least 0")
     device = World(config.device).device
     try:
         return kernels.tune.tune(_shape(config), device, seconds=config.seconds)

@@ -118,3 +118,20 @@ def test_another_package_named_kernels_is_named(tmp_path: pathlib.Path) -> None:
     )
     assert done.returncode == 1
     assert "pip uninstall kernels" in done.stderr.splitlines()[-1]
+
+
+def test_a_compiler_may_have_options_and_one_that_is_missing_is_named(tmp_path: pathlib.Path) -> None:
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    cmake = tmp_path / "bin" / "cmake"
+    cmake.parent.mkdir()
+    cmake.write_text("#!/bin/sh\necho configured\nexit 3\n")
+    cmake.chmod(0o755)
+
+    def build(compiler: str) -> str:
+        environment = {**os.environ, "CXX": compiler, "PATH": f"{cmake.parent}:{os.environ['PATH']}"}
+        command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        return done.stdout + done.stderr
+
+    assert "configured" in build("c++ -O1")
+    assert "no C++ compiler (nowhere++ -O1): install one" in build("nowhere++ -O1")

@@ -195,6 +195,19 @@ def test_a_benchmark_of_the_cpu_alone_says_so(capsys, monkeypatch):
     assert "--device cuda: this benchmark is for cpu" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json: there is no folder /nowhere/at; make it"),
+        (["--skip", "["], "--skip [: must be a regular expression"),
+    ],
+)
+def test_options_are_checked_before_anything_is_measured(option, message, capsys):
+    with pytest.raises(SystemExit):
+        suite.main(linear.SUITE, ["--device", "cpu", *option])
+    assert message in capsys.readouterr().err
+
+
 def test_save_writes_table_and_plot_with_the_device_in_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "ROOT", tmp_path)
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")

@@ -121,3 +121,17 @@ def test_versions_that_share_no_case_are_an_error(tmp_path):
     )
     with pytest.raises(SystemExit, match="no case measures all of cpu/avx2, torch: measure one"):
         table(tmp_path, path)
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    for name in ("a.json", "missing.json"):
+        with pytest.raises(SystemExit, match=f"{name}: not a benchmark's result"):
+            table(tmp_path, str(tmp_path / name))
+
+
+def test_a_result_without_versions_is_said(tmp_path, capsys):
+    row = ("1x1024x2x64 fp32", "full", "both")
+    files = [result(tmp_path / "a.json", (*row, None, 1.0)), result(tmp_path / "b.json", (*row, "torch", 1.0))]
+    assert len(table(tmp_path, *files)) == 1
+    assert "a.json: left out, no row of it names a version; measure again" in capsys.readouterr().out

@@ -236,6 +236,28 @@ def test_options_that_do_not_fit(backend, changes, message):
         run(inputs_of(backend), **changes, backend=backend)
 
 
+@pytest.mark.parametrize(("index", "name"), [(0, "x"), (3, "w_in"), (4, "b_in"), (7, "cos")])
+def test_none_for_a_tensor_is_named(backend, index, name):
+    inputs = list(inputs_of(backend))
+    inputs[index] = None
+    with pytest.raises(ValueError, match=f"^{name} = None: must be a tensor"):
+        run(inputs, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        ((1, 2), "kv_cache: must be a tuple of keys, values and length, not tuple"),
+        ([1, 2, 3], "kv_cache: must be a tuple of keys, values and length, not list"),
+        ((1, 2, None), r"kv_cache\[2\] = None: must be a whole number"),
+        ((1, 2, 2.0), r"kv_cache\[2\] = 2.0: must be a whole number"),
+    ],
+)
+def test_a_cache_that_is_none(backend, cache, message):
+    with pytest.raises(ValueError, match=message):
+        run(inputs_of(backend), kv_cache=cache, backend=backend)
+
+
 def test_a_shape_is_what_its_name_says():
     assert SHAPE.values == dataclasses.astuple(SHAPE)
     with pytest.raises(dataclasses.FrozenInstanceError):

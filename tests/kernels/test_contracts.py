@@ -252,6 +252,17 @@ def test_none_for_a_tensor_is_named(backend: str, missing: str) -> None:
                 BY_NAME[name].outputs(backend, {**tensors, missing: None})  # type: ignore[dict-item]
 
 
+def test_a_view_whose_numbers_count_negative_is_what_it_equals(backend: str) -> None:
+    """PyTorch marks it; its memory holds the opposite."""
+    for name in ("apply_rotary", "flash_attention", "layer_norm"):
+        tensors = BY_NAME[name].tensors(DTYPE)
+        first = next(iter(tensors))
+        with torch.no_grad():
+            expected = BY_NAME[name].outputs(backend, tensors)
+            found = BY_NAME[name].outputs(backend, {**tensors, first: torch._neg_view(-tensors[first])})
+        assert all(map(torch.equal, found, expected)), name
+
+
 def test_empty_tensors_give_empty_ones_or_an_error_that_says_why(backend: str) -> None:
     zeros = lambda *shape: torch.zeros(shape, dtype=DTYPE)
     table = reference.rotary_table(4, 16)

@@ -1,6 +1,7 @@
 """`kernels.linear`, and the CPU's product of a few rows."""
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from cpu_isa import ISAS, kernels_of
 from error_rule import check
 from test_registry import COOPER, SAPPHIRE, ZEN3, ZEN4, fake_cpu
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import cpu, linear, machine, native, registry, use_backend
+from kernels import cpu, linear, machine, measured, native, registry, use_backend
 from kernels.measured import Cell, Row
 
 pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=str(native.MISSING))
@@ -176,3 +179,67 @@ def test_linear_is_pytorchs_and_ours_where_it_may(monkeypatch: pytest.MonkeyPatc
     linear(x, weight, bias).sum().backward()
     torch.testing.assert_close(weight.grad, x.sum(0).expand(40, 64))
     assert rows == [6], "none of these is ours"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("x", "weight", "bias"),
+    [
+        ((2, 64), (40, 32), (40,)),
+        ((2, 32), (40, 64), (40,)),
+        ((2, 64), (40, 64), (39,)),
+        ((2, 64), (3, 40, 64), (40,)),
+        ((0, 64), (40, 64), (40,)),
+        ((3, 0, 64), (40, 64), (40,)),
+        ((2, 0), (40, 0), (40,)),
+        ((2, 64), (40, 64), None),
+        ((2, 64), (40, 64), (1,)),
+        ((64,), (40, 64), (40,)),
+    ],
+)
+def test_what_does_not_fit_or_is_empty_is_pytorchs(
+    x: tuple[int, ...],
+    weight: tuple[int, ...],
+    bias: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ours, were it chosen, would read beyond a tensor's end."""
+    monkeypatch.setattr(registry, "_rows", every_size_is_ours(dtype))
+    registry._forget()
+    arguments = [None if size is None else torch.ones(size, dtype=dtype) for size in (x, weight, bias)]
+    try:
+        expected = F.linear(*arguments)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            linear(*arguments)  # type: ignore[arg-type]
+    else:
+        torch.testing.assert_close(linear(*arguments), expected)  # type: ignore[arg-type]
+
+
+def every_size_is_ours(dtype: torch.dtype) -> dict[Cell, Row]:
+    row = Row({f"cpu/{ISAS[0]}": 1.0, "torch": 0.5}, ("here",))
+    kind = machine.cpu().kind
+    return {Cell("product", kind, dtype, None, size, work): row for size, work in measured.calls("product")}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_what_traces_or_transforms_sees_pytorchs_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A native product would be invisible to it: `torch.jit.trace` kept the memory before the product."""
+    monkeypatch.setattr(registry, "_rows", every_size_is_ours(torch.float32))
+    registry._forget()
+    x, weight, bias = make(2, 64, 40)
+    other, expected = x + 1, F.linear(x + 1, weight, bias)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: linear(x, weight, bias), x)
+        torch.testing.assert_close(traced(other), expected)
+        torch.testing.assert_close(make_fx(lambda x: linear(x, weight, bias))(x)(other), expected)
+        torch.testing.assert_close(torch.func.vmap(lambda row: linear(row, weight, bias))(other), expected)
+        tangent = torch.func.jvp(lambda x: linear(x, weight, bias), (x,), (other,))[1]
+        torch.testing.assert_close(tangent, expected - bias)
+        with FlopCounterMode(display=False) as counter:
+            linear(x, weight, bias)
+        assert counter.get_total_flops() == 2 * 2 * 64 * 40
+        negative = torch._neg_view(-x)
+        assert negative.is_neg() and torch.equal(negative, x)
+        torch.testing.assert_close(linear(negative, weight, bias), F.linear(x, weight, bias))

@@ -166,12 +166,19 @@ def test_no_width_leaves_the_bias(backend):
         ),
         ({"hidden": torch.zeros(())}, r"hidden.shape = \(\): must be \(..., width\)"),
         ({"bias": torch.zeros(23)}, r"bias.shape = \(23,\): must be \(24,\)"),
+        ({"hidden": None}, "hidden = None: must be a tensor"),
+        ({"weight": None}, r"weight = None: must be a tensor: \(columns, width\)"),
+        ({"targets": [0, 1, 2]}, r"targets = \[0, 1, 2\]: must be a tensor"),
+        ({"ignore_index": None}, "ignore_index = None: must be a whole number"),
+        ({"ignore_index": 2.0}, "ignore_index = 2.0: must be a whole number"),
+        ({"ignore_index": 2**63}, f"ignore_index = {2**63}: must fit 64 bits"),
     ],
 )
-def test_bad_shapes(backend, change, message):
-    arguments = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(24, 4), "bias": torch.zeros(24)} | change
+def test_bad_arguments(backend, change, message):
+    arguments = {"hidden": torch.zeros(3, 4), "weight": torch.zeros(24, 4), "bias": torch.zeros(24)}
+    arguments |= {"targets": torch.zeros(3).long()} | change
     with pytest.raises(ValueError, match=message):
-        linear_cross_entropy(**arguments, targets=torch.zeros(3).long(), backend=backend)
+        linear_cross_entropy(**arguments, backend=backend)
 
 
 @pytest.mark.parametrize("wrong", [-1, 24, 2**40])

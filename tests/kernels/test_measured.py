@@ -158,6 +158,19 @@ def test_an_own_table_of_another_kind_is_not_read(cache, caplog):
     assert "it is of AuthenticAMD family 25, avx2" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [b"\xff\xfe\x00", b"", b"null", json.dumps({"kind": HERE.kind, "conditions": None, "rows": []}).encode()],
+)
+def test_a_damaged_table_is_said_in_one_line_and_not_read(damaged, cache, caplog):
+    write("")
+    measured.own_path(HERE.kind).write_bytes(damaged)
+    assert measured.read_own(HERE) == {}
+    (record,) = caplog.records
+    assert "is not used: it is not a table of `phi1 tune` (" in record.getMessage()
+    assert record.getMessage().endswith("measure again with `phi1 tune`")
+
+
 @pytest.mark.parametrize("field", ["name", "torch", "phi1"])
 def test_a_stale_table_is_said_in_one_line_and_not_read(field, cache, caplog):
     document = json.loads(measured.document(HERE, "2026-01-01", {}, {CELL: ROW}))

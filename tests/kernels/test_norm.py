@@ -128,3 +128,8 @@ def test_compiles_to_one_graph(name):
 def test_bad_input(x, weight, bias, message):
     with pytest.raises(ValueError, match=message):
         layer_norm(x, weight, bias)
+
+
+def test_none_is_named_under_autocast_too():
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"^weight = None: must be a tensor"):
+        layer_norm(torch.zeros(2, 4), None, torch.zeros(4))

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
 from calls import CALLS as SMALL_CALLS
@@ -153,6 +154,16 @@ def test_a_number_is_64_bits(call: tuple[str, str]) -> None:
         assert torch.equal(out, forward(*call, tensors, seed % 2**64))
         assert not torch.equal(out, forward(*call, tensors, (seed + 2**33) % 2**64))
         torch.testing.assert_close(out, forward("attention", "reference", tensors, seed), rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("call", [c for c in CALLS if c[0] == "attention"], indirect=True, ids="-".join)
+def test_a_number_may_be_numpys_and_must_be_whole(call: tuple[str, str]) -> None:
+    tensors = inputs("attention")
+    for seed in (np.uint64(2**63 + 5), np.int32(7)):
+        assert torch.equal(forward(*call, tensors, seed), forward(*call, tensors, int(seed)))
+    for seed in (1.5, None, "1"):
+        with pytest.raises(ValueError, match=f"^dropout_seed = {seed!r}: must be a whole number, or an int64 tensor"):
+            forward(*call, tensors, seed)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------- captured graphs

@@ -110,6 +110,43 @@ def test_the_faster_is_first_and_what_fails_is_slow_and_named(monkeypatch):
     assert tune._in_words(row).endswith("torch failed (RuntimeError: no such kernel)")
 
 
+def test_a_cell_that_cannot_be_measured_does_not_end_the_rest(monkeypatch):
+    work, *others = of_op("layer_norm")
+
+    def refuses(*tensors, backend):
+        raise RuntimeError("none serves this")
+
+    def too_large():
+        return torch.empty(2**60)
+
+    works = [
+        dataclasses.replace(work, make=lambda: (refuses, [torch.ones(3, 4)])),
+        dataclasses.replace(others[0], make=too_large),
+        others[1],
+    ]
+    monkeypatch.setattr(tune, "works", lambda *arguments: works)
+    lines = []
+    run(lines)
+    assert set(measured.read_own(HERE)) == {others[1].cell}
+    assert any(f"[2/3] {others[0].cell.name}: not measured (RuntimeError: " in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["1x2"], "shape = '1x2': must be batch x tokens"),
+        (["1x16x8x1x1x8x10"], "head_dim must be at least 2, of which rotary turns half"),
+        ([str(SHAPE), "--device", "meta"], "--device meta: must be of cpu, cuda"),
+        ([str(SHAPE), "--seconds", "-1"], "--seconds -1.0: must be a number, at least 0"),
+        ([str(SHAPE), "--seconds", "nan"], "--seconds nan: must be a number, at least 0"),
+    ],
+)
+def test_a_wrong_command_line_is_named(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        tune.main(arguments)
+    assert message in capsys.readouterr().err
+
+
 def test_the_time_is_kept(monkeypatch):
     lines = []
     start = time.monotonic()
