@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Every table of a machine without a GPU, into bench/results/: attention, the layer, the loss, a training step, rotary,
-# LayerNorm, products of a few rows. Then kernels/measured.json, from all of bench/results/.
+# The tables that automatic choice follows, and training steps, on a machine without a GPU, into bench/results/:
+# attention, the layer, the loss, a training step, rotary, LayerNorm, products of a few rows. Then
+# kernels/measured.json, from all of bench/results/.
 # Wants the machine to itself for about half an hour; each table says what load it met.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -5,7 +5,9 @@ room, and no room imports it.
 """
 
 import importlib
+import importlib.metadata
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -26,6 +28,16 @@ def _kernels_error() -> tuple[type[Exception], ...]:
     """
     registry = sys.modules.get("kernels.registry")
     return () if registry is None else (registry.BackendError,)
+
+
+def _install(package: str) -> str:
+    """The command that brings a package that is imported by this name."""
+    wanted = {"sklearn": "scikit-learn"}.get(package, package).replace("_", "-")
+    for requirement in importlib.metadata.requires("phi1") or ():
+        name, _, extra = requirement.partition("; extra == ")
+        if extra and re.split(r"[^A-Za-z0-9_.-]", name)[0].replace("_", "-") == wanted:
+            return f"pip install -e '.[{extra.strip(chr(34) + chr(39))}]' in phi1's folder"
+    return f"pip install {wanted}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,6 +85,12 @@ def _run(arguments: Sequence[str] | None) -> int:
         if not isinstance(error, (UserError, *_kernels_error())):
             raise
         print(f"phi1: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "phi1", "kernels", "data_tools"):
+            raise
+        print(f"phi1: error: the package {package} is not installed: {_install(package)}", file=sys.stderr)
         return 2
     except OSError as error:
         if isinstance(error, BrokenPipeError) or error.filename is None:

@@ -85,6 +85,29 @@ def test_an_interrupt_says_that_work_is_kept(
     assert "run the same command again" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [
+        ("pyarrow.parquet", "the package pyarrow is not installed: pip install -e '.[data]' in phi1's folder"),
+        ("sklearn", "the package sklearn is not installed: pip install -e '.[data]' in phi1's folder"),
+        ("tensorboard", "the package tensorboard is not installed: pip install -e '.[train]' in phi1's folder"),
+        ("some_thing", "the package some_thing is not installed: pip install some-thing"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_the_command_that_brings_it(
+    package: str, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _with_command(monkeypatch, ModuleNotFoundError(f"No module named {package!r}", name=package))
+    assert cli.main(["generate"]) == 2
+    assert capsys.readouterr().err == f"phi1: error: {command}\n"
+
+
+def test_our_own_module_that_is_missing_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_command(monkeypatch, ModuleNotFoundError("No module named 'kernels.nothing'", name="kernels.nothing"))
+    with pytest.raises(ModuleNotFoundError, match=r"kernels\.nothing"):
+        cli.main(["generate"])
+
+
 def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     _with_command(monkeypatch, ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
