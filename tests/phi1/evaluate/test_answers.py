@@ -2,7 +2,9 @@
 right.
 """
 
+import dataclasses
 import random
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ SHORT = Problem(
     "double",
     "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(-3) == -6\n",
 )
+SMALL = dataclasses.replace(SHORT, test="def check(candidate):\n    assert candidate(2) == 4\n")
 BODY = "    return 2 * x\n"
 WHOLE = SHORT.prompt + BODY
 
@@ -89,6 +92,87 @@ def test_what_is_no_solution_fails(answer: str) -> None:
     assert not passes(answer)
 
 
+TABLE = "def double(x):\n    return T[x]\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"T = []\nfor i in range(9):\n    T.append(2 * i)\n\n{TABLE}",
+        f"T = []\nwhile len(T) < 9:\n    T.append(2 * len(T))\n\n{TABLE}",
+        f"import contextlib\nT = []\nwith contextlib.suppress(IndexError):\n    T.extend(range(0, 9, 2))\n\n{TABLE}",
+        f"T = {{-3: -6}}\nT.update({{2: 4}})\n\n{TABLE}",
+        f"from heapq import heapify\nT = [8, 4, 2, 6, 0]\nheapify(T)\nT.sort()\n\n{TABLE}",
+        f"def init():\n    global T\n    T = range(0, 9, 2)\n\n{TABLE}\ninit()\n",
+        f"T = []\ndef init():\n    T.extend(range(0, 9, 2))\n\n{TABLE}\ninit()\n",
+    ],
+)
+def test_what_fills_a_table_stays(answer: str) -> None:
+    assert passes(f"```python\n{answer}```", SMALL)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        "x = int(input())\nprint(double(x))\n",
+        "def main():\n    x = int(input())\n    print(F * x)\n\nmain()\n",
+        "y = input(F)\n",
+        "print(F)\ndouble(F, F)\nassert F == 3\n",
+        "class Test(unittest.TestCase):\n    pass\n\nunittest.main()\n",
+        "for x in [F]:\n    print(double(x, x))\n",
+        "def demo():\n    double(F, F)\n\ndemo()\nif __name__ == '__main__':\n    F()\n",
+    ],
+)
+def test_examples_of_its_use_do_not_run(example: str) -> None:
+    """Neither where a parameter has the example's name, nor where it speaks of a constant that the function needs."""
+    function = "F = 2\n\ndef double(x):\n    return F * x\n"
+    assert answers.read(SHORT, function + "\n" + example).completion.strip().endswith("return F * x")
+
+
+def test_a_class_that_only_the_test_uses_stays() -> None:
+    """As in MBPP's tasks 601 and 927."""
+    problem = Problem("P/2", '"""Add up pairs."""\n', "total", "pair = Pair(1, 2)\nassert total([pair]) == 3\n")
+    pair = "class Pair:\n    def __init__(self, a, b):\n        self.a, self.b = a, b\n\n"
+    function = "def total(pairs):\n    return sum(p.a + p.b for p in pairs)\n"
+    assert passes(pair + function, problem)
+    unused = pair.replace("Pair", "Other")
+    assert answers.read(problem, unused + function).completion.strip() == function.strip()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "1. The code:\n\n   ```python\n   def double(x):\n       return 2 * x\n   ```\n2. It doubles.\n",
+        "- So:\n\t~~~\n\tdef double(x):\n\t\treturn 2 * x\n\t~~~\n",
+        f"<think>\nFirst:\n```python\ndef double(x):\n    return x\n```\nWrong.\n</think>\n```python\n{WHOLE}```",
+        f"First:\n```python\ndef double(x):\n    return x\n```\nWrong.\n</think>\n\n```python\n{WHOLE}```",
+        f"<think>{'Hm. ' * answers.LONGEST}</think>{WHOLE}",
+        *(
+            f"Fill this in:\n```python\n{SHORT.prompt}    {stub}\n```\nSolution:\n```python\n{WHOLE}```"
+            for stub in ("pass", "...", "raise NotImplementedError", "raise NotImplementedError('yet')")
+        ),
+    ],
+)
+def test_lists_thoughts_and_stubs(answer: str) -> None:
+    assert passes(answer)
+
+
+@pytest.mark.parametrize("line", ["elif x == 1:\n y = 1\n", "    elif x == 1:\n        y = 1\n", "a = b\n", "\0\n"])
+def test_an_answer_is_read_in_a_bounded_time(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nests too deeply gives no line where the error is: going back line by line took 38 s."""
+    tried: list[int] = []
+    parsed = answers._parsed
+
+    def counted(text: str) -> Any:
+        tried.append(len(text))
+        return parsed(text)
+
+    monkeypatch.setattr(answers, "_parsed", counted)
+    answers.read(SHORT, "    if x == 0:\n        y = 1\n" + line * (answers.LONGEST // len(line)))
+    answers.read(SHORT, "if x == 0:\n y = 1\n" + line * (answers.LONGEST // len(line)))
+    assert sum(tried) < 40 * answers.LONGEST
+
+
 def test_a_prompt_without_docstring_or_with_helpers() -> None:
     bare = Problem(
         "P/1", "import math\n\ndef half(x):\n", "half", "def check(candidate):\n    assert candidate(4) == 2\n"
@@ -149,7 +233,7 @@ def test_the_longest_prefix_is_the_longest() -> None:
             tree = answers._parsed(problem.prompt + expected)[0]
             assert tree is not None
             if answers._works(tree, problem.entry_point):
-                assert body == answers._needed(problem.prompt, expected, tree, problem.entry_point)
+                assert body == answers._needed(problem.prompt, expected, tree, problem)
                 checked += 1
             else:
                 assert body is None
