@@ -2,9 +2,12 @@
 
 import concurrent.futures
 import dataclasses
+import itertools
+import math
 import os
 import pathlib
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +21,10 @@ Complete = Callable[[Sequence[str], int], "list[str | Refused]"]
 
 class Refused(Exception):
     """The model gave no answer to this prompt; others it may answer."""
+
+
+class Unserved(Refused):
+    """The server, not the prompt, is why there is no answer: it failed, was slow, or spoke another protocol."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +144,22 @@ def _hash(paths: Sequence[pathlib.Path]) -> str:
     return sha256_json([(path.name, sha256_file(path)) for path in paths])
 
 
+_BUSY = (429, 502, 503, 529)
+"""Statuses of a server that may answer later: too many requests, a gateway without it, loading, overloaded."""
+_WAITS = (1.0, 2.0, 4.0, 8.0, 15.0)
+"""Seconds between two times that a busy server is asked; the last for all that follow."""
+
+
+class _Busy(Unserved):
+    """The server has one of the statuses `_BUSY`."""
+
+
 class Server:
     """A client of an OpenAI-compatible server (key: OPENAI_API_KEY).
 
-    Raises UserError for a server that is absent or refuses the key or the model; `Refused` for a request that failed
-    alone. timeout: seconds for one answer, from beginning to end, however slowly it drips.
+    Raises UserError for a server that is absent, busy all the time, or refuses the key or the model; `Refused` for a
+    request that failed alone. timeout: seconds for one answer, from beginning to end, however slowly it drips, and
+    however often a busy server is asked again.
     """
 
     def __init__(self, url: str | None, model: str, *, option: str = "--model-url", timeout: float = 300.0) -> None:
@@ -159,6 +177,7 @@ class Server:
             http_client=openai.DefaultHttpxClient(trust_env=not local),
         )
         self._limit_name = "max_tokens"
+        self._answered = -math.inf  # when it last did
 
     def chat(self, messages: list[dict[str, str]], max_tokens: int, **options: Any) -> str:
         """The message that answers a conversation."""
@@ -182,7 +201,7 @@ class Server:
 
         def work() -> None:
             try:
-                future.set_result(self._call(call))
+                future.set_result(self._patiently(call))
             except BaseException as error:
                 future.set_exception(error)
 
@@ -190,7 +209,28 @@ class Server:
         try:
             return future.result(self.timeout)
         except concurrent.futures.TimeoutError as error:
-            raise Refused(f"no answer within {self.timeout:g} s") from error
+            raise Unserved(f"no answer within {self.timeout:g} s") from error
+
+    def _patiently(self, call: Callable[[], Any]) -> Any:
+        """The call's result, asked for again while the server loads its model or has too much to do."""
+        started = time.monotonic()
+        for wait in itertools.chain(_WAITS, itertools.repeat(_WAITS[-1])):
+            asked = time.monotonic()
+            try:
+                result = self._call(call)
+                self._answered = time.monotonic()
+                return result
+            except _Busy as busy:
+                now = time.monotonic()
+                # The client itself repeats a request, with pauses by chance: the next may take twice as long as this.
+                if now + wait + 2 * (now - asked) < started + self.timeout:
+                    time.sleep(wait)
+                elif self._answered > started:  # others were served
+                    raise
+                else:
+                    raise UserError(
+                        f"{self.url}: busy for {now - started:.0f} s ({busy}); run the same command again later"
+                    ) from busy
 
     def _call(self, call: Callable[[], Any]) -> Any:
         import openai
@@ -198,7 +238,7 @@ class Server:
         try:
             return call()
         except openai.APITimeoutError as error:
-            raise Refused(f"no answer within {self.timeout:g} s") from error
+            raise Unserved(f"no answer within {self.timeout:g} s") from error
         except openai.APIConnectionError as error:
             raise UserError(
                 f"{self.url}: no server answers there ({error}); start it, or correct {self.option}"
@@ -215,9 +255,10 @@ class Server:
                 return self._call(call)
             raise Refused(f"the server refuses the request ({error.status_code}: {error.message})") from error
         except openai.APIError as error:
-            raise Refused(f"{type(error).__name__}: {error.message}") from error
+            busy = getattr(error, "status_code", None) in _BUSY
+            raise (_Busy if busy else Unserved)(f"{type(error).__name__}: {error.message}") from error
         except ValueError as error:  # not the protocol's JSON
-            raise Refused(f"not an answer of the protocol ({type(error).__name__}: {error})") from error
+            raise Unserved(f"not an answer of the protocol ({type(error).__name__}: {error})") from error
 
 
 def _text(read: Callable[[], Any]) -> str:
@@ -225,7 +266,7 @@ def _text(read: Callable[[], Any]) -> str:
     try:
         text = read()
     except (AttributeError, IndexError, TypeError) as error:
-        raise Refused("the answer holds no choice") from error
+        raise Unserved("the answer holds no choice") from error
     return text if isinstance(text, str) else ""
 
 

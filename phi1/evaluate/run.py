@@ -2,31 +2,36 @@
 
 The model is a checkpoint, a Hugging Face folder (--checkpoint), or a server (--model-url, --model).
 
-A folder is written: samples.jsonl (one line per completion, appended as they come: started again, it goes on
-after them), settings.json (what was run) and results.json (the score, with its intervals).
+A folder is written, by one evaluation at a time: samples.jsonl (one line per completion, appended as they come: started
+again, it goes on after them, and asks again where no answer came), settings.json (what was run) and results.json (the
+score, with its intervals).
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal
 
 from phi1.errors import UserError
 from phi1.evaluate import answers, exercises, humaneval, judge, models, puzzles, sandbox
 from phi1.evaluate.humaneval import Problem
-from phi1.evaluate.models import Model, Refused
+from phi1.evaluate.models import Model, Refused, Unserved
 from phi1.evaluate.passk import bootstrap, interval, pass_at_k
-from phi1.files import claim, sha256_json, write_json
+from phi1.files import atomic_write, claim, sha256_json, write_json
 from phi1.progress import Progress
 
 CHUNK = 64
 """Completions between two writes."""
 OUTPUT = 2000
 """Characters of a program's output that are kept in its row."""
+FEW = 3
+"""Prompts that may all fail by a server that answered others; where more do, it is the server."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +101,11 @@ def run(config: Config) -> None:
     for name in ("timeout", "answer_timeout"):
         if not 0 < getattr(config, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be a number of seconds above 0")
+    if all(k > config.samples for k in config.k):
+        raise UserError(
+            f"--k {' '.join(map(str, config.k))} with --samples {config.samples}: pass@k needs k samples of a "
+            f"problem; lower --k, or raise --samples"
+        )
     if config.samples > 1 and config.temperature == 0:
         raise UserError(f"--samples {config.samples} with --temperature 0 gives equal samples: set e.g. 0.2 or 0.8")
     if (config.checkpoint is None) == (config.model is None):
@@ -122,20 +132,39 @@ def run(config: Config) -> None:
             f"the sandbox cannot keep programs in on this machine: {'; '.join(strength.missing)}; use another, or "
             "--allow-weak-sandbox where you would run the model's programs without a sandbox"
         )
-    rows = sample(problems, model, output, settings, config, strength.level)
-    results = settings | {"checkpoint_folder": model.name, "sandbox": dataclasses.asdict(strength)}
-    results |= score(problems, rows, config.k)
-    write_json(output / "results.json", results)  # before a judge has its say: what was run is kept
-    if config.judge_model is not None:
-        grades = _judged(problems, rows, config)
-        passed = {
-            row["task_id"]: row["status"] == "passed" for row in rows if row["sample"] == 0 and row["status"] in RAN
-        }
-        results["judge"] = {"model": config.judge_model} | judge.summary(grades, passed)
-        write_json(output / "grades.json", [dataclasses.asdict(one) for one in grades])
-        write_json(output / "results.json", results)
+    with _alone(output):
+        rows = sample(problems, model, output, settings, config, strength.level)
+        results = settings | {"checkpoint_folder": model.name, "sandbox": dataclasses.asdict(strength)}
+        results |= score(problems, rows, config.k)
+        write_json(output / "results.json", results)  # before a judge has its say: what was run is kept
+        if config.judge_model is not None:
+            grades = _judged(problems, rows, config)
+            passed = {
+                row["task_id"]: row["status"] == "passed" for row in rows if row["sample"] == 0 and row["status"] in RAN
+            }
+            results["judge"] = {"model": config.judge_model} | judge.summary(grades, passed)
+            write_json(output / "grades.json", [dataclasses.asdict(one) for one in grades])
+            write_json(output / "results.json", results)
     print(table(results))
     print(f"written: {output / 'results.json'}")
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other evaluations out of a folder: two would write each sample twice."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{folder}: another evaluation is running there; wait for it, or choose another --output"
+            ) from error
+        yield
 
 
 RAN = ("passed", "failed", "timed_out")
@@ -196,24 +225,34 @@ def sample(
     config: Config,
     strength: str,
 ) -> list[dict[str, Any]]:
-    """Completes and runs what `output`/samples.jsonl does not hold yet; returns all rows.
+    """Completes and runs what `output`/samples.jsonl does not hold yet, or holds without an answer; returns all rows.
 
     A row: task_id, sample, answer (the model's), completion (what of it was run: `answers.read`), how it was read,
     program, status ("no_answer" and "no_test" besides the sandbox's), detail, output, seconds, cpu_seconds,
     by_stop_strings (the status of the answer cut there instead), strength, model and tokenizer; in the order in which
-    they were done. Raises UserError if the folder holds samples of another checkpoint, benchmark or sampling.
+    they were done. Raises UserError if the folder holds samples of another checkpoint, benchmark or sampling, and where
+    the server fails for all prompts: an answer that it owes is no wrong answer.
     """
     output.mkdir(parents=True, exist_ok=True)
     path = output / "samples.jsonl"
     claim(output / "settings.json", settings, "samples")
-    rows = _read_samples(path)
     by_id = {problem.task_id: problem for problem in problems}
+    wanted = [(task_id, i) for i in range(config.samples) for task_id in by_id]
+    found = _read_samples(path, wanted)
+    rows = [row for row in found if row["status"] != "no_answer"]
     done = {(row["task_id"], row["sample"]) for row in rows}
-    todo = [(task_id, i) for i in range(config.samples) for task_id in by_id if (task_id, i) not in done]
+    again = {(row["task_id"], row["sample"]) for row in found} - done
+    todo = sorted((one for one in wanted if one not in done), key=again.__contains__)
     progress = Progress("evaluate: completed and run", len(todo), "answers")
     for start in range(0, len(todo), CHUNK):
         chunk = todo[start : start + CHUNK]
         given = _complete(model, [by_id[task_id].prompt for task_id, _ in chunk], config.seed + len(rows))
+        many = len(chunk) > FEW or all(row["status"] == "no_answer" for row in rows)
+        if many and all(isinstance(one, Unserved) for one in given) and not again & {*chunk}:
+            raise UserError(
+                f"{model.name}: no answer to any of {len(chunk)} prompts ({given[0]}); nothing of them is kept: see "
+                "to the server (--model-url, --answer-timeout), then run the same command again"
+            )
         with open(path, "a", encoding="utf-8") as file:
             for place, row in _run([by_id[task_id] for task_id, _ in chunk], given, config):
                 row = {"task_id": chunk[place][0], "sample": chunk[place][1]} | row
@@ -224,7 +263,7 @@ def sample(
             os.fsync(file.fileno())
         progress.advance(len(chunk))
     progress.close()
-    return [row for row in rows if row["task_id"] in by_id]
+    return rows
 
 
 def _complete(model: Model, prompts: Sequence[str], seed: int) -> list["str | Refused"]:
@@ -313,8 +352,13 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_samples(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Rows of an earlier run; a last line that was cut short is removed from the file."""
+_COLUMNS = {"task_id": str, "sample": int, "status": str, "by_stop_strings": str, "completion": str}
+"""What the score and the judge read of a row."""
+
+
+def _read_samples(path: pathlib.Path, wanted: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
+    """Rows of an earlier run, of each sample the last. A last line that was cut short, rows that another replaces, and
+    those without an answer are removed from the file. Raises UserError for a row of something else."""
     if not path.exists():
         return []
     data = path.read_bytes()
@@ -322,7 +366,22 @@ def _read_samples(path: pathlib.Path) -> list[dict[str, Any]]:
     if torn:
         with open(path, "r+b") as file:
             file.truncate(len(whole + newline))
-    return read_lines(path)
+    lines = read_lines(path)
+    last: dict[tuple[str, int], dict[str, Any]] = {}
+    expected = set(wanted)
+    for number, row in enumerate(lines, 1):
+        wrong = [
+            name for name, kind in _COLUMNS.items() if not isinstance(row, dict) or type(row.get(name)) is not kind
+        ]
+        if wrong or (row["task_id"], row["sample"]) not in expected:
+            why = f"no {', '.join(wrong)}" if wrong else f"{row['task_id']!r}, sample {row['sample']}"
+            raise UserError(f"{path}: row {number} is none of this evaluation ({why}); delete it, or the folder")
+        last[row["task_id"], row["sample"]] = row
+    kept = [row for row in last.values() if row["status"] != "no_answer"]
+    if len(kept) < len(lines):
+        with atomic_write(path) as file:
+            file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
+    return list(last.values())
 
 
 def score(problems: Sequence[Problem], rows: Sequence[dict[str, Any]], ks: Sequence[int] = (1,)) -> dict[str, Any]:
@@ -377,6 +436,8 @@ def table(results: dict[str, Any]) -> str:
             f"  {100 * row['low']:.1f}–{100 * row['high']:.1f}%, {100 * low:.1f}–{100 * high:.1f}%{note}"
         )
     lines.append("outcomes: " + ", ".join(f"{status} {count}" for status, count in sorted(results["statuses"].items())))
+    if results["statuses"].get("no_answer"):
+        lines.append("no_answer counts as not passed; the same command asks for those again")
     if count := results["without_test"]:
         lines.append(f"{count} problems have no test and are in no score")
     if "judge" in results:

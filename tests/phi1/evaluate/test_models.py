@@ -85,6 +85,26 @@ def test_requests_that_fail_alone_are_recorded(server: Server, tmp_path: pathlib
     assert "400" in by_id["puzzle/0"]["detail"] and "no choice" in by_id["puzzle/3"]["detail"]
 
 
+def test_a_busy_server_is_waited_for(server: Server, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loads its model while more requests fail than the client itself repeats."""
+    monkeypatch.setattr(models, "_WAITS", (0.05,))
+    server.reply = lambda request: (503, "Loading") if len(server.requests) < 20 else SOLUTIONS[request["prompt"]]
+    results, rows = evaluated(server, tmp_path)
+    assert results["scores"][0]["pass"] == 1 and len(rows) == 5
+    server.reply = lambda request: (429, "slow down")
+    model = models.load_server(server.url, "fake", SAMPLING, chat=False, workers=1, timeout=9)
+    with pytest.raises(UserError, match=r"busy for [2-9] s \(RateLimitError: .*run the same command again later"):
+        model.complete(["x"], 0)
+
+
+def test_a_server_of_another_protocol_is_no_score_of_0(server: Server, tmp_path: pathlib.Path) -> None:
+    for said in (b"<html><body>login</body></html>", b'{"choices": []}', (500, "no")):
+        server.reply = lambda request, said=said: said  # type: ignore[misc]
+        with pytest.raises(UserError, match=r"no answer to any of 5 prompts.*--model-url"):
+            evaluated(server, tmp_path)
+        assert not (tmp_path / "samples.jsonl").exists() and not (tmp_path / "results.json").exists()
+
+
 def test_a_server_that_never_answers(server: Server) -> None:
     wait = threading.Event()
     server.reply = lambda request: "x" if wait.wait(20) else "y"

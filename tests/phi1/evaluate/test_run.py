@@ -13,7 +13,7 @@ import pytest
 from phi1.errors import UserError
 from phi1.evaluate import exercises, run, sandbox
 from phi1.evaluate.humaneval import Problem
-from phi1.evaluate.models import Model, Refused
+from phi1.evaluate.models import Model, Refused, Unserved
 from phi1.evaluate.run import Config
 from phi1.files import sha256_file
 
@@ -94,6 +94,76 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: pathlib.Path) -> None:
     assert calls == [64, 36, 36] and len(rows) == 100
     assert run.read_lines(path) == rows
     assert sample(tmp_path, stops) == rows and len(calls) == 3
+
+
+def test_what_a_server_owes_is_no_wrong_answer(tmp_path: pathlib.Path) -> None:
+    """A sample without an answer is asked for again; where none comes the evaluation stops, and keeps none of them."""
+    few, path = PROBLEMS[:8], tmp_path / "out" / "samples.jsonl"
+    broken: list[int] = []
+
+    def hiccups(prompts: Sequence[str], seed: int) -> list[Any]:
+        numbers = [int(prompt.split()[-1]) for prompt in prompts]
+        return [Unserved("500") if n in broken else f"    return x + {n}\n" for n in numbers]
+
+    def sampled() -> list[dict[str, Any]]:
+        return run.sample(few, model(hiccups), tmp_path / "out", {}, Config(checkpoint=tmp_path), "full")
+
+    broken[:] = range(8)
+    with pytest.raises(UserError, match=r"a model: no answer to any of 8 prompts \(500\).*run the same command again"):
+        sampled()
+    assert not path.exists()
+    broken[:] = range(1, 8)
+    results = run.score(few, sampled())
+    assert results["statuses"] == {"no_answer": 7, "passed": 1}
+    text = run.table({"benchmark": "x", "samples": 1, "temperature": 0.0} | results)
+    assert "no_answer counts as not passed; the same command asks for those again" in text
+    assert len(sampled()) == 8  # asked again in vain: they may be the prompts' fault
+    broken[:] = []
+    rows = sampled()
+    assert {row["status"] for row in rows} == {"passed"} and run.read_lines(path) == rows and len(rows) == 8
+    assert "no_answer" not in run.table({"benchmark": "x", "samples": 1, "temperature": 0.0} | run.score(few, rows))
+
+
+def test_foreign_rows_and_rows_that_stand_twice(tmp_path: pathlib.Path) -> None:
+    few, path = PROBLEMS[:4], tmp_path / "out" / "samples.jsonl"
+
+    def sampled() -> list[dict[str, Any]]:
+        return run.sample(few, model(right_if_even), tmp_path / "out", {}, Config(checkpoint=tmp_path), "full")
+
+    rows = sampled()
+    whole = path.read_text()
+    with open(path, "a") as file:
+        file.write(json.dumps(rows[0] | {"status": "failed"}) + "\n")
+    assert run.score(few, sampled())["statuses"] == {"passed": 1, "failed": 3}  # the last of them counts
+    assert len(run.read_lines(path)) == 4
+    for foreign, why in (
+        ("[]", "no task_id, sample, status"),
+        ('{"task_id": "P/1", "completion": "    return 1"}', "no sample, status"),
+        (json.dumps(rows[0] | {"sample": True}), "no sample"),
+        (json.dumps(rows[0] | {"sample": 1}), "'P/0', sample 1"),
+        (json.dumps(rows[0] | {"task_id": "P/99"}), "'P/99', sample 0"),
+    ):
+        path.write_text(whole + foreign + "\n")
+        with pytest.raises(UserError, match=rf"samples\.jsonl: row 5 is none of this evaluation \({why}.*delete it"):
+            sampled()
+
+
+def test_one_evaluation_at_a_time_in_a_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(checkpoint=tmp_path, output=tmp_path / "out")
+
+    def another(prompts: Sequence[str], seed: int) -> list[str]:
+        with pytest.raises(UserError, match=r"out: another evaluation is running there.*--output"):
+            run.run(config)
+        return right_if_even(prompts, seed)
+
+    monkeypatch.setattr(run, "load_model", lambda config: model(another))
+    monkeypatch.setattr(run, "load_problems", lambda config: PROBLEMS[:2])
+    run.run(config)
+    run.run(config)  # the folder is free again
+    assert len(run.read_lines(tmp_path / "out" / "samples.jsonl")) == 2
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file: cannot be written \(.*--output"):
+        run.run(dataclasses.replace(config, output=tmp_path / "file"))
 
 
 def test_samples_of_other_settings_are_not_mixed(tmp_path: pathlib.Path) -> None:
@@ -246,6 +316,9 @@ def test_bad_options(tmp_path: pathlib.Path) -> None:
     for options in ({"timeout": 0.0}, {"timeout": float("nan")}, {"answer_timeout": float("inf")}):
         with pytest.raises(UserError, match="number of seconds above 0"):
             run.run(Config(checkpoint=tmp_path, **options))  # type: ignore[arg-type]
+    for k, samples in (((10,), 1), ((20, 100), 10), ((), 1)):
+        with pytest.raises(UserError, match=rf"--k .*with --samples {samples}: pass@k needs k samples"):
+            run.run(Config(checkpoint=tmp_path, k=k, samples=samples, temperature=0.5))
     with pytest.raises(UserError, match="name the model"):
         run.run(Config())
     with pytest.raises(UserError, match="--output is missing"):
@@ -274,6 +347,10 @@ def test_what_a_model_says_is_recorded_and_stops_nothing(tmp_path: pathlib.Path)
     def answer(prompts: Sequence[str], seed: int) -> list[Any]:
         return said
 
+    def refuses(prompts: Sequence[str], seed: int) -> list[Any]:
+        assert prompts == [problems[4].prompt]  # what was refused is asked again
+        return said[4:5]
+
     rows = {r["task_id"]: r for r in run.sample(problems, model(answer), tmp_path / "out", {}, config, "full")}
     assert [rows[p.task_id]["status"] for p in problems] == [
         "failed",
@@ -291,7 +368,7 @@ def test_what_a_model_says_is_recorded_and_stops_nothing(tmp_path: pathlib.Path)
     ]
     assert "ValueError" in rows["P/1"]["detail"] and rows["P/4"]["detail"] == "no answer within 1 s"
     assert rows["P/8"]["output"] == "\\ud83d 1\n\\ud83d 2\n" and len(rows["P/5"]["answer"]) < 100_000
-    again = run.sample(problems, model(None), tmp_path / "out", {}, config, "full")  # all is on disk
+    again = run.sample(problems, model(refuses), tmp_path / "out", {}, config, "full")  # all else is on disk
     assert {r["task_id"]: r for r in again} == rows
     results = run.score(problems, again)
     assert results["without_test"] == 1 and results["scores"][0]["problems"] == 11
