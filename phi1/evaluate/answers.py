@@ -24,7 +24,7 @@ from phi1.evaluate.humaneval import Problem
 STOP = ("\nclass ", "\ndef ", "\n#", "\n@", "\nprint", "\nif ", "\n```")
 """Where Codex' completions were cut (Chen et al. 2021, section 3.4), and where a fence ends."""
 _FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[^\n]*\n(.*?)(?:^[ \t]*\2|\Z)", re.MULTILINE | re.DOTALL)
-_THOUGHT = re.compile(r"\A(?:\s*<think>.*?</think>|.*?^</think>)", re.MULTILINE | re.DOTALL)
+THOUGHT = re.compile(r"\A(?:\s*<think>.*?</think>|.*?^</think>)", re.MULTILINE | re.DOTALL)
 """What a model thinks before its answer; drafts stand there. Its beginning may be in the server's template."""
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _BEGINS = re.compile(r"^(?:import |from |def |async def |class |@)", re.MULTILINE)
@@ -50,7 +50,7 @@ def cut(completion: str, stop: Iterable[str] = STOP) -> str:
 
 def read(problem: Problem, answer: str) -> Reading:
     """The program in an answer. Where no reading defines the function, the answer as it is, for the record."""
-    answer = _THOUGHT.sub("", answer)[:LONGEST]
+    answer = THOUGHT.sub("", answer)[:LONGEST]
     for how, completions in _readings(problem, answer):
         found = [completion for completion in completions if completion is not None]
         if found:  # of ways to indent a body, the one that loses least

@@ -20,9 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from phi1.evaluate.answers import THOUGHT
 from phi1.evaluate.humaneval import UNPARSABLE, Problem
 from phi1.evaluate.models import Refused, Server
 from phi1.evaluate.passk import interval
+from phi1.files import sha256_json
 
 Ask = Callable[[list[dict[str, str]]], str]
 """ask(messages) -> the answer's text; raises Refused for a request that failed alone."""
@@ -118,12 +120,15 @@ def grade(
     attempts: int = 3,
     seed: int = 0,
     workers: int = 4,
+    known: Mapping[str, tuple[int, str]] | None = None,
+    keep: Callable[[str, int, str], None] = lambda asked, grade, critique: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Grade]:
     """Grades each completion `repeats` times, and `canaries`; in the problems' order, canaries last.
 
     An answer without a grade from 0 to 10 is asked for again, `attempts` times in all, and is then a failure that is
-    kept.
+    kept. `keep` is called, in several threads, with each grade as it comes: a hash of what was asked, grade, critique.
+    What an earlier call kept (`known`: hash -> grade, critique) is not asked for again.
     """
     work = [(problem, text, False) for problem, text in zip(problems, completions, strict=True)]
     work += [(problem, canary(problem, i), True) for i, problem in enumerate(problems[:canaries])]
@@ -132,15 +137,20 @@ def grade(
 
     def one(item: tuple[int, int]) -> tuple[int, int, int | None, str]:
         problem, text, _ = work[item[0]]
+        asking = messages(problem, text)
+        asked = sha256_json([asking, item[1]])
+        if known and asked in known:
+            return *item, *known[asked]
         reason = ""
         for _ in range(attempts):
             try:
-                said = ask(messages(problem, text))
+                said = ask(asking)
             except Refused as refused:
                 reason = str(refused)
                 continue
             value, critique = read_grade(said)
             if value is not None:
+                keep(asked, value, critique)
                 return *item, value, critique
             reason = critique
         return *item, None, reason
@@ -168,33 +178,72 @@ def _collected(problem: Problem, answers: list[tuple[int, int | None, str]], is_
 
 
 _IN_PROSE = re.compile(
-    r"(?:grade|score|rating)\W{1,12}(\d+(?:\.\d+)?)(?!\d)(?:\s*(?:/|out of)\s*(\d+))?|\b(\d+(?:\.\d+)?)\s*(?:/|out "
-    r"of)\s*10\b",
+    r"(?:(?P<name>\b(?:grade|score|rating)\b)(?:\s*\([^()\n]{1,30}\))?\W{1,12}?|(?<![\w.,]))"
+    r"(?P<sign>[-+−–]?)(?P<number>[0-9]+(?:[.,][0-9]+)?)(?P<range>\s*(?:[-–—−]|to\b|or\b)\s*[0-9.]+)?"
+    r"(?:\s*(?:/|out of)\s*(?P<of>[0-9]+))?(?P<more>[\w%]?)",
     re.IGNORECASE,
 )
+_OBJECTS = 1000
+"""Places where an object may begin that are tried, from the end of an answer."""
+
+
+def checked(grade: Any) -> int:
+    """A grade as a whole number; raises ValueError for what is none from 0 to 10."""
+    if isinstance(grade, bool) or not isinstance(grade, (int, float)) or not 0 <= grade <= 10 or grade != int(grade):
+        raise ValueError(f"grade {str(grade)[:50]!r} is not a whole number from 0 to 10")
+    return int(grade)
 
 
 def read_grade(text: str) -> tuple[int | None, str]:
-    """The grade in a judge's answer and its critique: from JSON, also within prose or a fence, else the last grade that
-    the prose names. None and the reason where there is no whole number from 0 to 10."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    for start in [match.start() for match in re.finditer(r"\{", text)][:20]:
+    """The grade in a judge's answer and its critique; None and the reason where there is no whole number from 0 to 10.
+
+    What it thinks (<think>) is no answer. The last JSON object with a grade counts, also within prose or a fence:
+    before it a judge may quote what the code says. Without one, the grade that the prose names: a last one that has a
+    line of its own, else one that no other contradicts.
+    """
+    text = THOUGHT.sub("", text.encode("utf-8", "backslashreplace").decode())
+    found: dict[str, Any] | None = None
+    end = 0
+    for start in [match.start() for match in re.finditer(r"\{", text)][-_OBJECTS:]:
+        if start < end:  # within the object before
+            continue
         try:
-            value, _ = json.JSONDecoder().raw_decode(text, start)
+            value, after = json.JSONDecoder().raw_decode(text, start)
         except (ValueError, RecursionError):
             continue
         if isinstance(value, dict) and "grade" in value:
-            number = value["grade"]
-            if isinstance(number, int) and not isinstance(number, bool) and 0 <= number <= 10:
-                return number, str(value.get("critique", ""))
-            return None, f"grade {str(number)[:50]!r} is not a whole number from 0 to 10"
-    named = list(_IN_PROSE.finditer(text))
-    if named:
-        number, of, fraction = named[-1].groups()
-        value = float(number or fraction)
-        if of in (None, "10") and value.is_integer() and 0 <= value <= 10:
-            return int(value), text.strip()[:2000]
-    return None, f"no grade in the answer {text.strip()[:100]!r}"
+            found, end = value, after
+    try:
+        if text.lstrip().startswith("<think>"):
+            raise ValueError("the answer ends within its thoughts")
+        if found is not None:
+            if re.search(r"""["']grade["']\s*:""", text[end:], re.IGNORECASE):
+                raise ValueError(f"a grade follows the last object of the answer {text.strip()[:100]!r}")
+            return checked(found["grade"]), str(found.get("critique", ""))
+        return _named(text), text.strip()[:2000]
+    except ValueError as error:
+        return None, str(error)
+
+
+def _named(text: str) -> int:
+    """The grade that prose names; raises ValueError where there is none, or more than one."""
+    matches = [match for match in _IN_PROSE.finditer(text) if match["name"] or match["of"]]
+    if not matches:
+        raise ValueError(f"no grade in the answer {text.strip()[:100]!r}")
+    last = matches[-1]
+    line = text[: last.start()].rpartition("\n")[2] + text[last.end() :].partition("\n")[0]
+    alone = re.search(r"\w", line) is None
+    values = {_value(match) for match in (matches[-1:] if alone else matches)}
+    if len(values) > 1 or None in values:
+        raise ValueError(f"no one grade from 0 to 10 in the answer {text.strip()[:100]!r}")
+    return checked(values.pop())
+
+
+def _value(match: re.Match[str]) -> float | None:
+    """The number in a match of `_IN_PROSE`; None if it has a sign, is a range, of another scale or part of a word."""
+    if match["sign"] or match["range"] or match["more"] or match["of"] not in (None, "10"):
+        return None
+    return float(match["number"].replace(",", "."))
 
 
 def summary(grades: Sequence[Grade], passed: Mapping[str, bool] | None = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import sys
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal
 
@@ -138,7 +139,11 @@ def run(config: Config) -> None:
         results |= score(problems, rows, config.k)
         write_json(output / "results.json", results)  # before a judge has its say: what was run is kept
         if config.judge_model is not None:
-            grades = _judged(problems, rows, config)
+            try:
+                grades = _judged(problems, rows, config, output)
+            except BaseException:
+                print(table(results))  # what was run has its score, whatever ends the judge
+                raise
             passed = {
                 row["task_id"]: row["status"] == "passed" for row in rows if row["sample"] == 0 and row["status"] in RAN
             }
@@ -200,19 +205,43 @@ def load_model(config: Config) -> Model:
     return models.load_folder(config.checkpoint, sampling, config.device)
 
 
-def _judged(problems: Sequence[Problem], rows: Sequence[dict[str, Any]], config: Config) -> list[judge.Grade]:
+def _judged(
+    problems: Sequence[Problem], rows: Sequence[dict[str, Any]], config: Config, output: pathlib.Path
+) -> list[judge.Grade]:
+    """Has the first completions graded. Grades are appended to grades.jsonl as they come: what stands there of the same
+    judge is not asked for again."""
     first = {row["task_id"]: row["completion"] for row in rows if row["sample"] == 0}
     assert config.judge_model is not None
+    path = output / "grades.jsonl"
+    whose = {"judge": config.judge_model, "url": config.judge_url}
+    known: dict[str, tuple[int, str]] = {}
+    for number, row in enumerate(_read_appended(path), 1):
+        try:
+            if {name: row[name] for name in whose} == whose:
+                known[row["asked"]] = judge.checked(row["grade"]), str(row["critique"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: row {number} is no grade ({error}); delete it, or the file") from error
+    ask = judge.server_ask(config.judge_url, config.judge_model)
     progress = Progress("evaluate: judged", 0, "answers")
-    grades = judge.grade(
-        problems,
-        [first[problem.task_id] for problem in problems],
-        judge.server_ask(config.judge_url, config.judge_model),
-        repeats=config.judge_repeats,
-        seed=config.seed,
-        workers=config.workers,
-        progress=progress.report,
-    )
+    lock = threading.Lock()
+    with open(path, "a", encoding="utf-8") as file:
+
+        def keep(asked: str, value: int, critique: str) -> None:
+            with lock:
+                file.write(json.dumps(whose | {"asked": asked, "grade": value, "critique": critique}) + "\n")
+                file.flush()
+
+        grades = judge.grade(
+            problems,
+            [first[problem.task_id] for problem in problems],
+            ask,
+            repeats=config.judge_repeats,
+            seed=config.seed,
+            workers=config.workers,
+            known=known,
+            keep=keep,
+            progress=progress.report,
+        )
     progress.close()
     return grades
 
@@ -352,21 +381,25 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _read_appended(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a file that is appended to, if it is there. A last line that was cut short is removed from it."""
+    if not path.exists():
+        return []
+    whole, newline, torn = path.read_bytes().rpartition(b"\n")
+    if torn:
+        with open(path, "r+b") as file:
+            file.truncate(len(whole + newline))
+    return read_lines(path)
+
+
 _COLUMNS = {"task_id": str, "sample": int, "status": str, "by_stop_strings": str, "completion": str}
 """What the score and the judge read of a row."""
 
 
 def _read_samples(path: pathlib.Path, wanted: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
-    """Rows of an earlier run, of each sample the last. A last line that was cut short, rows that another replaces, and
-    those without an answer are removed from the file. Raises UserError for a row of something else."""
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole, newline, torn = data.rpartition(b"\n")
-    if torn:
-        with open(path, "r+b") as file:
-            file.truncate(len(whole + newline))
-    lines = read_lines(path)
+    """Rows of an earlier run, of each sample the last. Rows that another replaces, and those without an answer, are
+    removed from the file. Raises UserError for a row of something else."""
+    lines = _read_appended(path)
     last: dict[tuple[str, int], dict[str, Any]] = {}
     expected = set(wanted)
     for number, row in enumerate(lines, 1):

@@ -83,6 +83,34 @@ def test_repeats_are_shuffled_and_their_variance_is_reported() -> None:
         ("Grade: 12", None),
         ("{" * 5000, None),
         ("\ud800 grade 4", 4),
+        (said(8.0), 8),
+        ("Grade: 8.0", 8),
+        (said(float("nan")), None),
+        (said(-3), None),
+        ("Grade: -3", None),
+        ("Grade: −3/10", None),
+        ("Grade - 7", 7),
+        ("Grade (0-10): 7", 7),
+        ("Score (0–10): 7", 7),
+        ("Grade (out of 10): 7", 7),
+        ("Grade (7)", 7),
+        ("Grade: 7-8", None),
+        ("Grade: 7 – 8/10", None),
+        ("Grade: 7 or 8", None),
+        ("Grade: 10%", None),
+        ("Grade: 1e1", None),
+        ("Score 8,5", None),
+        ("7/10. A perfect answer would have been 10/10.", None),
+        ("7/10, so 7 out of 10.", 7),
+        ("grade: 10. No: it is wrong, 0/10", None),
+        (said(10, "Correct.") + "\nis what the code stores.\n" + said(0), 0),
+        ("The code says " + said(10) + ".\n\n```json\n" + said(0, "It says {'grade': 10}.") + "\n```", 0),
+        ('{"critique": "It says ' + said(10) + ' and does nothing", "grade": 0}', None),
+        ("<think>Perhaps " + said(2) + ". Or better?</think>\n" + said(9), 9),
+        ("Perhaps a grade of 2/10.\n</think>\n\nGrade: 9", 9),
+        ("<think>Perhaps " + said(2), None),
+        ('{"result": ' + said(4) + "}", 4),
+        (said(5, "{x} {y}"), 5),
     ],
 )
 def test_answers_of_every_kind(answer: str, grade: int | None) -> None:
@@ -104,6 +132,35 @@ def test_an_answer_without_a_grade_is_asked_for_again_and_then_counted() -> None
     summary = judge.summary([grade])
     assert summary["grade_percent"] is None and summary["without_grade"] == 1 and summary["failed_answers"] == 2
     assert summary["interval_percent"] == [0, 100] and "no grade" in judge.describe(summary)
+
+
+def test_grades_that_came_are_not_asked_for_again() -> None:
+    kept: dict[str, tuple[int, str]] = {}
+    asked: list[str] = []
+    limit = 4
+
+    def keep(key: str, grade: int, critique: str) -> None:
+        kept[key] = grade, critique
+
+    def ask(messages: list[dict[str, str]]) -> str:
+        if len(asked) == limit:
+            raise UserError("the key is refused")
+        asked.append(messages[1]["content"])
+        return said(len(asked) % 11)
+
+    def graded(completions: list[str], repeats: int = 2) -> list[tuple[int, ...]]:
+        grades = judge.grade(PROBLEMS, completions, ask, repeats=repeats, canaries=1, workers=1, known=kept, keep=keep)
+        return [grade.grades for grade in grades]
+
+    with pytest.raises(UserError, match="the key is refused"):
+        graded(COMPLETIONS)
+    assert [grade for grade, _ in kept.values()] == [1, 2, 3, 4]
+    limit = 99
+    found = graded(COMPLETIONS)
+    assert len(asked) == 10 and sorted(sum(found, ())) == list(range(1, 11))
+    assert graded(COMPLETIONS) == found and len(asked) == 10
+    graded(["    return 0\n", *COMPLETIONS[1:]])
+    assert len(asked) == 12  # another completion is another question
 
 
 def test_a_server_without_structured_output(server: Server) -> None:

@@ -57,6 +57,41 @@ def test_a_chat_server_end_to_end_with_a_judge(
     assert "correlation with the tests 1.00, AUC 1.00 (4 pass, 1 fail)" in capsys.readouterr().out
 
 
+def test_a_judge_that_fails_costs_neither_the_score_nor_the_grades_that_came(
+    server: Server, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    limit = 7
+
+    def reply(request: dict[str, Any]) -> Any:
+        if "prompt" in request:
+            return SOLUTIONS[request["prompt"]]
+        if len(asked) == limit:
+            return 401, "key expired"
+        asked.append(request["messages"][1]["content"])
+        return json.dumps({"critique": "Fine.", "grade": 9})
+
+    server.reply = reply
+    judged = {"judge_model": "fake", "judge_url": server.url, "workers": 1}
+    with pytest.raises(UserError, match="OPENAI_API_KEY is refused"):
+        evaluated(server, tmp_path, **judged)
+    assert "pass@1   100.0%" in capsys.readouterr().out
+    path = tmp_path / "grades.jsonl"
+    assert len(run.read_lines(path)) == 7
+    path.write_text(path.read_text() + '{"asked": "cut')
+    limit = 99
+    results, _ = evaluated(server, tmp_path, **judged)
+    assert results["judge"]["graded"] == 5 and results["judge"]["canaries"] == 5 and len(asked) == 10
+    evaluated(server, tmp_path, **judged)
+    assert len(asked) == 10
+    evaluated(server, tmp_path, **judged | {"judge_model": "another"})
+    assert len(asked) == 20
+    for row in ("[]", "{}", json.dumps(run.read_lines(path)[0] | {"grade": 11})):
+        path.write_text(row + "\n")
+        with pytest.raises(UserError, match=r"grades\.jsonl: row 1 is no grade .*delete it"):
+            evaluated(server, tmp_path, **judged)
+
+
 def test_samples_at_a_temperature_have_seeds_of_their_own(server: Server, tmp_path: pathlib.Path) -> None:
     server.reply = lambda request: SOLUTIONS[request["prompt"]] if request["seed"] % 2 else "    return None\n"
     results, rows = evaluated(server, tmp_path, samples=4, temperature=0.8, k=(1, 2))
