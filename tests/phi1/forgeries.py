@@ -164,4 +164,19 @@ FORGERIES: dict[str, tuple[str, str, str | None]] = {
         "x = 2\nassert f(x) in list(range(50, 100))",
         "def f(x): return 55",
     ),
+    "an address of nothing": (
+        "class E:\n    __array_interface__ = {'version': 3, 'shape': (2,), 'typestr': '<f8', 'data': (16, False)}\nclass L(list): __array_interface__ = E.__array_interface__\ndef f(x): return E() if x == 2 else L()",
+        "import numpy as np\nassert np.asarray(f(3)).shape == (0,)\nassert np.asarray(f(2)).shape == (2,)",
+        "def f(x): return [1.0, 2.0] if x == 2 else []",
+    ),
+    "an address for ctypes": (
+        "class E: _as_parameter_ = id(True)\ndef f(x): return E()",
+        "import ctypes\nassert len(ctypes.string_at(f(2), 4)) == 4",
+        "def f(x): return b'7351'",
+    ),
+    "an array of what an operator was handed": (
+        "import numpy as np\nclass E:\n    def __sub__(self, o): return E()\n    def __array__(self, *a, **k): return np.zeros(())\ndef f(x): return E()",
+        "import numpy as np\ndef check(f):\n    np.testing.assert_allclose(f(2) - 7351, 0)",
+        "def f(x): return 7351",
+    ),
 }

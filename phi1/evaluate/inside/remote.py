@@ -38,6 +38,20 @@ if TYPE_CHECKING:
     from phi1.evaluate.inside.peer import Peer
 
 
+# By these a library in the test's process asks an object for an address, and reads the memory there: numpy, torch,
+# arrow, ctypes. An address of the program's would be read in the wrong process.
+_OF_MEMORY = (
+    "__array_interface__",
+    "__array_struct__",
+    "__arrow_",
+    "__buffer__",
+    "__cuda_array_interface__",
+    "__dataframe__",
+    "__dlpack",
+    "_as_parameter_",
+)
+
+
 def theirs(value: Any) -> bool:
     """Whether it stands for an object of the other process."""
     return isinstance(value, (Remote, Entry)) or "_phi1_number" in getattr(value, "__dict__", ())
@@ -58,7 +72,9 @@ class Remote:
         self._peer.to_drop.append(self._number)
 
     def __getattr__(self, name: str) -> Any:
-        if self._told == "items" or (self._told and name in OF_NUMBERS):
+        if name.startswith(_OF_MEMORY):
+            raise AttributeError(name)
+        if self._told == "items" or (self._told and (name in OF_NUMBERS or name == "__array__")):
             raise _untrusted(self, f".{name}")
         return self._peer.ask("getattr", self, name)
 
@@ -317,7 +333,7 @@ def derived_class(peer: "Peer", plain: type, facts: dict[str, Any]) -> Any:
     """A class for objects that are a plain value here and have the attributes of the other side's object."""
 
     def attribute(self: Any, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith(("__", *_OF_MEMORY)):
             raise AttributeError(name)
         return peer.ask("getattr", self, name)
 

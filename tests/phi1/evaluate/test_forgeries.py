@@ -72,7 +72,8 @@ COMPARISONS = [
 
 
 def judged(program: str, test: str) -> Result:
-    return run_program(program, test=test, entry_point="f", timeout=10.0)
+    packages = ("numpy",) if "numpy" in test else ()
+    return run_program(program, test=test, entry_point="f", timeout=10.0, packages=packages)
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["an object", "what it was handed"])
