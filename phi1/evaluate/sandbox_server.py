@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from phi1.errors import UserError
 from phi1.evaluate import system_calls
-from phi1.evaluate.inside import cleaning
+from phi1.evaluate.inside import cleaning, visible
 from phi1.evaluate.inside.namespaces import JOB_BYTES
 from phi1.evaluate.prepared import BrokenTest, prepare
 
@@ -34,6 +34,7 @@ MEMORY = 512 << 20
 """Bytes of address space."""
 _SERVER = pathlib.Path(__file__).resolve().parent / "inside" / "__main__.py"
 _KEPT = ("LD_LIBRARY_PATH", "OPENBLAS_CORETYPE")
+_PROJECT = str(pathlib.Path(__file__).resolve().parents[2])
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "LANG": "C.UTF-8",
@@ -128,6 +129,9 @@ class Server:
         program, why = (b"", "system calls are not restricted") if "seccomp" in without else _filter()
         paths = [path for path in sys.path if path.endswith("-packages")] if self.packages else []
         kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+        if "LD_LIBRARY_PATH" in kept:
+            private = (os.getcwd(), os.path.expanduser("~"), _PROJECT, tempfile.gettempdir(), "/tmp", "/dev/shm")
+            kept["LD_LIBRARY_PATH"] = visible.library_path(kept["LD_LIBRARY_PATH"], private)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control = ours
         with theirs:

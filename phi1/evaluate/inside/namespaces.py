@@ -163,7 +163,8 @@ def show_only(trees: Sequence[Tree]) -> None:
         _attach(handle, path, root, no_devices=False)
     os.makedirs(root + JOB_FOLDER)
     for path in ("/tmp", "/dev/shm"):  # where programs and libc look for a place to write
-        os.symlink(JOB_FOLDER, root + path)
+        if not os.path.exists(root + path):  # where a tree lies below it, it stays a folder, and nothing is written
+            os.symlink(JOB_FOLDER, root + path)
     os.chdir(root)
     _done(_libc.pivot_root(b".", b"."), "pivot_root")
     _done(_libc.umount2(b".", _DETACH), "umount")

@@ -5,7 +5,7 @@ package.
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 FILES = ("/etc/ld.so.cache", "/etc/localtime")
@@ -26,6 +26,22 @@ class Tree(NamedTuple):
             yield self.path
         else:
             yield from (os.path.join(self.path, name) for name in os.listdir(self.path) if name not in self.hidden)
+
+
+def library_path(text: str, private: Sequence[str]) -> str:
+    """The entries of an LD_LIBRARY_PATH that a sandbox can show: absolute ones, through which none of the private
+    folders is seen.
+    """
+    entries = [entry for entry in text.split(":") if os.path.isabs(entry)]
+    return ":".join(entry for entry in entries if not any(_shows(entry, folder) for folder in private))
+
+
+def _shows(entry: str, folder: str) -> bool:
+    """Whether a folder is, or lies in, what is shown of an entry."""
+    path, folder = os.path.realpath(entry), os.path.realpath(folder)
+    if os.path.commonpath((path, folder)) != path:
+        return False
+    return not os.path.relpath(folder, path).startswith(_HIDDEN)
 
 
 def trees(packages: tuple[str, ...]) -> list[Tree]:
