@@ -35,7 +35,8 @@ def prepare(test: str, preamble: str, entry_point: str, exact_types: bool) -> by
         codes = compile(preamble, "preamble.py", "exec"), compile(tree, CODE_LINES, "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
         raise BrokenTest(f"the test is not Python: {type(error).__name__}: {error}") from error
-    watched = [word for word in ("seed", "environ", "warn", "log", "pickle") if word in test.lower()]
+    watched = [word for word in ("seed", "environ", "warn", "log") if word in test.lower()]
+    watched += ["pickle"] if "pickle" in preamble + test else []
     return marshal.dumps((*codes, unknown, entry_point, "StopIteration" in preamble + test, places, watched))
 
 

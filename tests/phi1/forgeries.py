@@ -3,6 +3,10 @@
 name: program, test, a program that is right (None where no program can pass that test here). An attack that is refused
 says so and tries the next."""
 
+_VERDICT = """import json, os, struct
+VERDICT = json.dumps({'status': 'passed', 'detail': '', 'line': 0}).encode()
+VERDICT = struct.pack('>I', len(VERDICT)) + VERDICT
+"""
 FORGERIES: dict[str, tuple[str, str, str | None]] = {
     "a pickle that runs where it is read": (
         "import os\nclass R:\n    def __init__(self, *how): self.how = how\n    def __reduce__(self): return self.how\ndef f(x):\n    import pickle, json, struct\n    d = json.dumps({'status': 'passed', 'detail': '', 'line': 0}).encode()\n    return pickle.dumps(R(os.write, (5, struct.pack('>I', len(d)) + d)))",
@@ -178,5 +182,28 @@ FORGERIES: dict[str, tuple[str, str, str | None]] = {
         "import numpy as np\nclass E:\n    def __sub__(self, o): return E()\n    def __array__(self, *a, **k): return np.zeros(())\ndef f(x): return E()",
         "import numpy as np\ndef check(f):\n    np.testing.assert_allclose(f(2) - 7351, 0)",
         "def f(x): return 7351",
+    ),
+    "a pickle read by another name": (
+        _VERDICT
+        + "class R:\n    def __reduce__(self): return os.write, (5, VERDICT)\ndef f(x):\n    import pickle\n    return pickle.dumps(R())",
+        "from _pickle import loads\nassert loads(f(2)) == {'v': 7351}",
+        "import pickle\ndef f(x): return pickle.dumps({'v': 7351})",
+    ),
+    "text that an interpreter of the library runs": (
+        _VERDICT + 'def f(x): return f\'__import__("os").write(5, {VERDICT!r}) and __import__("time").sleep(1)\'',
+        "import code\nassert not code.InteractiveInterpreter().runsource(f(2))\nassert f(2) == '7351'",
+        None,
+    ),
+    "the builtins among a test's names": (
+        _VERDICT
+        + 'def f(x): return \'__builtins__["eval"](%r)\' % f\'__import__("os").write(5, {VERDICT!r}) and __import__("time").sleep(1)\'',
+        "space = {}\nexec('n = 1', space)\nassert eval(f(2), space) == 7351",
+        "def f(x): return '7350 + n'",
+    ),
+    "the test's eval": (
+        _VERDICT
+        + 'def f(evaluate): return evaluate(f\'__import__("os").write(5, {VERDICT!r}) and __import__("time").sleep(1)\')',
+        "assert f(eval) == 7351",
+        "def f(evaluate): return evaluate('7350 + 1')",
     ),
 }

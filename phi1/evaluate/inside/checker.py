@@ -121,8 +121,7 @@ def _space(preamble: Any, test: Any, names: list[str], entry_point: str, peer: T
     """The test's names: those of the preamble, the function, and what else it uses of the program's."""
     space: dict[str, Any] = {"__name__": "test", "exactly_equal": exactly_equal, "type_of": peer.type_of}
     space |= {"super_of": peer.super_of, "class_pattern": ClassPatterns(space)}
-    if "pickle" in peer.places.watched:
-        guard_pickles(peer)
+    guard_pickles(peer, "pickle" in peer.places.watched)
     Texts(peer, preamble, test).guard()
     exec(preamble, space)
     known = {name: kind for name, kind in space.items() if isinstance(kind, type) and kind.__module__ == "test"}

@@ -35,6 +35,9 @@ from phi1.evaluate.inside.kinds import (
 )
 from phi1.evaluate.inside.remote import overridden
 
+TEXT = 6
+"""Characters of the shortest string that is looked upon as a text: a shorter one calls nothing."""
+
 
 class Codec:
     """One side's end of the shared values.
@@ -53,6 +56,7 @@ class Codec:
         self.objects: dict[int, Any] = {}  # id -> the shared object
         self.numbers: dict[int, int] = {}  # id() of a shared object -> id
         self.to_drop: list[int] = []
+        self.texts: set[int] = set()  # hashes of the strings that arrived
 
     # ---- by reference: for the subclass
 
@@ -126,6 +130,7 @@ class Codec:
             values = message["v"]
             if not all(map(_is_flat, values)):
                 raise ValueError("a list is no plain value")
+            self.texts.update(hash(value) for value in values if type(value) is str and len(value) >= TEXT)
         for number in message.get("d", ()):
             self.unshare(number)
             self.forget(number)
@@ -299,6 +304,8 @@ class _Building:
 
     def value(self, atom: Any) -> Any:
         if not isinstance(atom, list):
+            if type(atom) is str and len(atom) >= TEXT:
+                self.codec.texts.add(hash(atom))
             return atom
         first = atom[0]
         if isinstance(first, int):

@@ -243,3 +243,29 @@ def test_no_object_forges_a_pass(name: str) -> None:
     program, test, right = FORGERIES[name]
     assert judged(program, test).status == "failed", judged(program, test)
     assert right is None or judged(right, test).status == "passed", judged(right, test)
+
+
+def test_no_text_is_run_by_a_library() -> None:
+    """Transformed by it, evaluated by it; what only computes with the library's own counts."""
+    pytest.importorskip("sympy")
+    verdict = forgeries._VERDICT + 'def f(x): return f\'__import__("os").write(len("aaaaa"), {VERDICT!r})\''
+    for how in ("", ", evaluate=False"):
+        test = f"import sympy\nassert sympy.sympify(f('x**2'){how}) == 2 * sympy.Symbol('x')"
+        for program, status in {
+            verdict: "failed",
+            "def f(x): return '3 * x'": "failed",
+            "def f(x): return '2 * x'": "passed",
+        }.items():
+            result = run_program(program, test=test, entry_point="f", timeout=30.0, packages=("sympy",))
+            assert result.status == status, result
+    own = "import sympy\nx = sympy.Symbol('x')\nassert f('a text') == sympy.lambdify(x, 2 * x)('a text')"
+    result = run_program("def f(x): return 2 * x", test=own, entry_point="f", timeout=30.0, packages=("sympy",))
+    assert result.status == "passed", result
+
+
+def test_no_pickle_is_run_by_the_prompt() -> None:
+    program, _, right = forgeries.FORGERIES["a pickle that runs where it is read"]
+    prompt, test = "import pickle\ndef load(data):\n    return pickle.loads(data)\n", "assert load(f(2)) == {'v': 7351}"
+    for source, status in ((program, "failed"), (right, "passed")):
+        result = run_program(source, test=test, entry_point="f", preamble=prompt)
+        assert result.status == status and ("Bad file descriptor" in result.detail) == (status == "failed"), result
