@@ -281,6 +281,17 @@ def test_test_may_use_the_function_by_name_and_the_preamble() -> None:
     assert judged(RIGHT, test, preamble="def twice(x):\n    return 2 * x\n").status == "passed"
 
 
+def test_only_a_check_that_the_test_defines_is_called() -> None:
+    """MBPP's task 56 asks for a function of that name."""
+    for bound, status in ((1, "passed"), (5, "failed")):
+        named = f"def check(n):\n    return n > {bound}\n"
+        for test in ("assert check(2)\nassert not check(1)", "def check(candidate):\n    assert candidate(2)"):
+            assert run_program(named, test=test, entry_point="check").status == status
+        helped = f"{named}def square(x):\n    return x\n"
+        assert judged(helped, "assert check(square(2))").status == status
+        assert judged(helped, "assert square(2) == 2", preamble=named).status == "passed"
+
+
 def test_many_in_order_and_nothing_left_behind() -> None:
     sandbox.close_idle()
     sources = [f"def square(x):\n    return x * x + {i % 2}\n" for i in range(60)]
