@@ -176,4 +176,29 @@ def check(f):
         "return P(x)",
         "def check(f):\n    assert f(1) == P(1, 0) and f(1) < f(2) and f(5).x == 5 and repr(f(1)) == 'P(x=1, y=0)'",
     ),
+    "a dataclass of the prompt that names itself": (
+        """
+from dataclasses import dataclass
+from typing import Optional
+@dataclass
+class Node:
+    v: int
+    next: "Optional[Node]" = None
+def f(n): return n.v + (f(n.next) if n.next else 0)""",
+        "import typing\ndef check(f):\n    assert f(Node(1, Node(2))) == 3 and typing.get_type_hints(Node)['v'] is int",
+        "",
+        "prompt",
+    ),
+    "a dataclass of the test that names itself": (
+        "def f(n): return n.v + (f(n.next) if n.next else 0)",
+        """
+import pickle
+from dataclasses import dataclass
+@dataclass
+class Node:
+    v: int
+    next: "Node | None" = None
+def check(f):
+    assert f(pickle.loads(pickle.dumps(Node(1, Node(2))))) == 3""",
+    ),
 }

@@ -5,6 +5,7 @@ import enum
 import marshal
 import signal
 import sys
+import types
 from typing import Any
 
 from phi1.evaluate.inside.candidate import line_of
@@ -120,7 +121,9 @@ def _judged(preamble: Any, test: Any, names: list[str], entry_point: str, peer: 
 
 def _space(preamble: Any, test: Any, names: list[str], entry_point: str, peer: Test) -> dict[str, Any]:
     """The test's names: those of the preamble, the function, and what else it uses of the program's."""
-    space: dict[str, Any] = {"__name__": "test", "exactly_equal": exactly_equal, "type_of": peer.type_of}
+    sys.modules["test"] = module = types.ModuleType("test")  # where dataclasses and annotations look for names
+    space: dict[str, Any] = module.__dict__
+    space |= {"exactly_equal": exactly_equal, "type_of": peer.type_of}
     space |= {"super_of": peer.super_of, "class_pattern": ClassPatterns(space)}
     guard_pickles(peer, "pickle" in peer.places.watched)
     Texts(peer, preamble, test).guard()
