@@ -17,15 +17,28 @@ What is kept from a program, by what, and what each missing kernel feature costs
 
 import atexit
 import contextlib
-import importlib.util
+import importlib.machinery
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from phi1.evaluate.sandbox_server import MEMORY, TIMEOUT, Feature, Job, Lost, Result, Server, Status, Strength
+from phi1.errors import UserError
+from phi1.evaluate.sandbox_server import (
+    MEMORY,
+    TIMEOUT,
+    Feature,
+    Job,
+    Lost,
+    Result,
+    Server,
+    Status,
+    Strength,
+    package_paths,
+)
 
 __all__ = [
     "MEMORY",
@@ -79,10 +92,10 @@ def close_idle() -> None:
 
 def run_job(job: Job) -> Result:
     """Runs one job. A server that is lost meanwhile is replaced and the job run again: lost twice, it is its
-    failure.
+    failure. Packages that cannot be imported are an error of this job, not of others.
     """
     started = time.monotonic()
-    absent = [name for name in job.packages if importlib.util.find_spec(name) is None]
+    absent = [name for name in job.packages if not _is_installed(name)]
     if absent:
         return Result("error", f"the test needs packages that are not installed: {', '.join(absent)}", "", 0.0)
     for _ in range(2):
@@ -92,7 +105,19 @@ def run_job(job: Job) -> Result:
         except Lost as error:
             lost = error
             close_idle()  # what was idle may be lost as well: the second try is in a fresh one
+        except UserError as error:
+            if not job.packages:
+                raise
+            strength()  # raises it where the sandbox does not start without them either
+            detail = f"the test needs {', '.join(job.packages)}, and with that {error}"
+            return Result("error", detail, "", time.monotonic() - started)
     return Result("failed", f"{lost}, twice, while the program ran", "", time.monotonic() - started)
+
+
+def _is_installed(name: str) -> bool:
+    """Whether a server finds it: not in the current folder, and not by a hook of this process."""
+    top = name.partition(".")[0]
+    return top in sys.stdlib_module_names or importlib.machinery.PathFinder.find_spec(top, package_paths()) is not None
 
 
 def run_program(source: str, **options: Any) -> Result:

@@ -114,6 +114,11 @@ def _filter() -> tuple[bytes, str]:
         return b"", f"no list of allowed system calls ({error}): pip install pyseccomp, apt-get install libseccomp2"
 
 
+def package_paths() -> list[str]:
+    """Where a server finds installed packages."""
+    return [path for path in sys.path if path.endswith("-packages")]
+
+
 class Server:
     """A process that forks the processes of jobs, one job at a time, all with its own seed of Python's `hash`.
 
@@ -127,7 +132,7 @@ class Server:
             raise UserError(f"the sandbox runs on Linux, not on {sys.platform}; use a Linux machine or container")
         self.packages = tuple(packages)
         program, why = (b"", "system calls are not restricted") if "seccomp" in without else _filter()
-        paths = [path for path in sys.path if path.endswith("-packages")] if self.packages else []
+        paths = package_paths() if self.packages else []
         kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
         if "LD_LIBRARY_PATH" in kept:
             private = (os.getcwd(), os.path.expanduser("~"), _PROJECT, tempfile.gettempdir(), "/tmp", "/dev/shm")

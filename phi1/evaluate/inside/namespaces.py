@@ -46,7 +46,7 @@ def enter(trees: Sequence[Tree]) -> Namespaces:
         if pid == 0:
             try:
                 _enter(trees, with_users)
-                become_first_process()
+                go_on_in_child()
                 handle = os.pidfd_open(os.getpid())
                 new_process_namespace()
                 child = os.fork()
@@ -59,13 +59,14 @@ def enter(trees: Sequence[Tree]) -> Namespaces:
                 os._exit(1)
         if os.waitpid(pid, 0)[1] == 0:
             reached = _enter(trees, with_users)
-            become_first_process()
+            go_on_in_child()
             return reached
     return Namespaces()
 
 
-def become_first_process() -> None:
-    """Goes on in a child, the first process of the new process namespace: with it ends all that runs there.
+def go_on_in_child() -> None:
+    """Goes on in a child: the first process of a new process namespace, with which all ends that runs there; one
+    without the threads of this.
 
     This process waits for its end, without the descriptors by which others would notice that.
     """

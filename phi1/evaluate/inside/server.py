@@ -49,6 +49,8 @@ class Server:
         for name in setup["packages"]:
             importlib.import_module(name)
         del sys.path[len(sys.path) - len(setup["paths"]) :]
+        if len(os.listdir("/proc/self/task")) > 1:  # a package's: with threads no process enters namespaces
+            namespaces.go_on_in_child()
         trees = visible.trees(tuple(setup["packages"]))
         self.spaces = namespaces.Namespaces() if "namespaces" in without else namespaces.enter(trees)
         self.folder = ""

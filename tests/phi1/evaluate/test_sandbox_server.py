@@ -4,7 +4,8 @@ import pathlib
 
 import pytest
 
-from phi1.evaluate import sandbox
+from phi1.errors import UserError
+from phi1.evaluate import sandbox, sandbox_server
 from phi1.evaluate.inside import visible
 from phi1.evaluate.sandbox import Job
 
@@ -43,3 +44,38 @@ def test_entries_of_the_library_path() -> None:
         "/": False,
     }.items():
         assert visible.library_path(f"{entry}:/lib", private) == (f"{entry}:/lib" if shown else "/lib"), entry
+
+
+def test_a_package_that_cannot_be_imported_is_the_error_of_its_own_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    installed = tmp_path / "some-packages"
+    installed.mkdir()
+    (installed / "broken.py").write_text("raise ImportError('no such library')")
+    (installed / "threaded.py").write_text(
+        "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\ntwo = 2"
+    )
+    (tmp_path / "beside.py").write_text("")
+    monkeypatch.syspath_prepend(str(installed))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    jobs = [
+        Job(
+            "def f(x):\n    return x", f"import {name}\nassert f(2) == getattr({name}, 'two', 2)", "f", packages=(name,)
+        )
+        for name in ("json", "broken", "beside", "__main__", "threaded", "numpy")
+    ]
+    results = sandbox.run_many(jobs)
+    assert [result.status for result in results] == ["passed", "error", "error", "error", "passed", "passed"], results
+    assert "needs broken" in results[1].detail and "no such library" in results[1].detail
+    assert "not installed: beside" in results[2].detail and "not installed: __main__" in results[3].detail
+    server = sandbox.Server(("threaded",))
+    server.close()
+    assert server.strength == sandbox.strength()
+    sandbox.close_idle()
+
+
+def test_a_sandbox_that_does_not_start_is_no_package_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox.close_idle()
+    monkeypatch.setattr(sandbox_server, "_SERVER", pathlib.Path("/nowhere"))
+    with pytest.raises(UserError, match="the sandbox does not start"):
+        sandbox.run_program("pass", packages=("numpy",))
