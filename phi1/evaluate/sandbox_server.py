@@ -291,8 +291,7 @@ class _Run:
             now = time.monotonic()
             if now - looked < tick:
                 continue
-            if clock.idle():
-                idle += now - looked
+            idle += clock.idle(now - looked)
             looked = now
             used = clock.seconds()
             if used + idle > self.job.timeout:
@@ -381,14 +380,15 @@ class _Clock:
                 total += time.clock_gettime((~pid << 3) | 2)  # the CPU clock of a process: clock_getcpuclockid(3)
         return total
 
-    def idle(self) -> bool:
-        """Whether since the last look they ran for less than a hundredth of a tick, and none is ready to run.
+    def idle(self, elapsed: float) -> float:
+        """How much of the time since the last look they waited: what they did not run, where none is ready to run now.
 
-        A process that waits for a share of a busy machine is ready all the time; that is not its own fault.
+        A process that waits for a share of a busy machine is ready all the time; that is not its own fault. One that
+        sleeps for a moment again and again is found asleep as often as it sleeps.
         """
         now = self.seconds()
         ran, self.last = now - self.last, now
-        return ran < _TICK / 100 and not any(_ready(pid) for pid in self.pids)
+        return 0.0 if any(_ready(pid) for pid in self.pids) else max(0.0, elapsed - ran)
 
 
 def _ready(pid: int) -> bool:

@@ -79,3 +79,16 @@ def test_a_sandbox_that_does_not_start_is_no_package_s_fault(monkeypatch: pytest
     monkeypatch.setattr(sandbox_server, "_SERVER", pathlib.Path("/nowhere"))
     with pytest.raises(UserError, match="the sandbox does not start"):
         sandbox.run_program("pass", packages=("numpy",))
+
+
+def test_waiting_in_small_sleeps_counts_and_talking_to_the_test_does_not() -> None:
+    for pause in (0.01, 0.001):
+        source = (
+            f"import time\ndef f(x):\n    for _ in range(int(12 / {pause})):\n        time.sleep({pause})\n    return x"
+        )
+        result = sandbox.run_program(source, test="assert f(1) == 1", entry_point="f", timeout=1.0)
+        assert result.status == "timed_out" and result.seconds < 6, result
+    test = "assert all(f(i) == i for i in range(20_000))"
+    talks = sandbox.run_program("def f(x):\n    return x", test=test, entry_point="f", timeout=20.0)
+    again = sandbox.run_program("def f(x):\n    return x", test=test, entry_point="f", timeout=talks.cpu * 2.0)
+    assert talks.status == again.status == "passed", (talks, again)
