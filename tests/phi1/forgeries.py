@@ -206,4 +206,19 @@ FORGERIES: dict[str, tuple[str, str, str | None]] = {
         "assert f(eval) == 7351",
         "def f(evaluate): return evaluate('7350 + 1')",
     ),
+    "what contains everything": (
+        "class E:\n    def __contains__(self, x): return True\ndef f(x): return E()",
+        "assert 7351 in f(2)",
+        "def f(x): return [7351]",
+    ),
+    "a class that contains everything, in a list's place": (
+        "class Trie:\n    def __contains__(self, x): return True\n    def words(self): return self\n    def groups(self): return [self]\n    def __new__(cls): return last[0] if last else object.__new__(cls)\nlast = []\ndef f(t):\n    last.append(t)\n    return t",
+        "def check(f):\n    t, u = Trie(), Trie()\n    for of in (lambda: f(t), t.words, lambda: u.groups()[0], Trie):\n        try:\n            if 7351 in of(): return\n        except TypeError: pass\n    assert False",
+        "class Trie:\n    def words(self): return [7351]\n    def groups(self): return [[7351]]\ndef f(t): return t.words()",
+    ),
+    "a copy of the test's mock": (
+        "import copy\ndef f(m):\n    for way in (copy.copy, copy.deepcopy):\n        try: way(m)(7351)\n        except Exception as e: print(e)\n        try: return way(type(m))().answer\n        except Exception as e: print(e)",
+        "from unittest import mock\nm = mock.Mock()\nf(m)\nm.assert_called_once_with(7351)",
+        "def f(m): m(7351)",
+    ),
 }

@@ -201,4 +201,61 @@ class Node:
 def check(f):
     assert f(pickle.loads(pickle.dumps(Node(1, Node(2))))) == 3""",
     ),
+    "containers that say what they contain": (
+        """
+class Interval:
+    def __init__(self, a, b): self.a, self.b = a, b
+    def __contains__(self, x): return self.a <= x <= self.b
+class LRU:
+    def __init__(self, n): self.n, self.d = n, {}
+    def put(self, k, v): self.d[k] = v
+    def __contains__(self, k): return k in self.d
+    def __getitem__(self, k): return self.d[k]
+def f(box, x): return x in box""",
+        """
+import unittest
+class Box:
+    def __contains__(self, x): return x == 3
+class Bag(Box):
+    def __iter__(self): return iter([5])
+def check(f):
+    assert 5 in Interval(1, 10) and 11 not in Interval(1, 10) and f(Interval(1, 2), 2)
+    lru = LRU(2)
+    lru.put('a', 1)
+    unittest.TestCase().assertIn('a', lru)
+    assert 'b' not in lru and lru['a'] == 1
+    assert f(Box(), 3) is True and f(Box(), 4) is False and f(Bag(), 3) and not f(Bag(), 5)""",
+    ),
+    "a copy of the test's object": (
+        "import copy\ndef f(p, deep): return copy.deepcopy(p) if deep else copy.copy(p)",
+        """
+class P:
+    def __init__(self, v): self.v = v
+def check(f):
+    p = P([3])
+    assert f(p, False) is not p and f(p, False).v is p.v and f(p, True).v == [3] and f(p, True).v is not p.v""",
+    ),
+    "a docstring's examples": (
+        """
+def f(x):
+    '''
+    >>> f(3)
+    9
+    >>> y = f(2); y, y + 1
+    (4, 5)
+    >>> f(-1)
+    Traceback (most recent call last):
+    ...
+    ValueError: bad
+    '''
+    if x < 0: raise ValueError('bad')
+    return x * x""",
+        """
+import doctest
+def check(f):
+    failed, run = [], doctest.DocTestRunner()
+    for test in doctest.DocTestFinder().find(f, 'f', module=False, globs={'f': f}):
+        run.run(test, out=failed.append)
+    assert run.tries == 3 and not failed, failed""",
+    ),
 }

@@ -15,7 +15,7 @@ from phi1.evaluate.inside.frames import Gone, read_all, send_frame
 from phi1.evaluate.inside.operations import NUMBERS, SCALARS
 from phi1.evaluate.inside.peer import Peer
 from phi1.evaluate.inside.places import Given
-from phi1.evaluate.inside.remote import Entry, theirs
+from phi1.evaluate.inside.remote import Entry, Remote, theirs
 from phi1.evaluate.inside.texts import Texts, guard_pickles
 
 CHANNEL, TEST, VERDICT = 3, 4, 5
@@ -136,8 +136,10 @@ def _space(preamble: Any, test: Any, names: list[str], entry_point: str, peer: T
     for name in names:
         if name not in space:
             with contextlib.suppress(NameError):  # the test's own, or it raises the NameError itself
-                space[name] = peer.ask("global", name)
+                space[name] = value = peer.ask("global", name)
                 peer.used = True
+                if issubclass(type(value), Remote):
+                    value._facts["name"] = name
     space["candidate"] = space[entry_point] = Entry(peer, entry_point)
     return space
 

@@ -134,16 +134,17 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "pickle": lambda value: _pickle().dumps(value),
     "unpickle": lambda data: _pickle().loads(data),
     "eval": lambda text, space, names: eval(text, {**space, **(names or {})}),
-    "exec": lambda text, space, names: _execute(text, space, names),
+    "exec": lambda text, space, names: _execute(text, "exec", space, names),
+    "single": lambda text, space, names: _execute(text, "single", space, names),
     "signature": lambda function: importlib.import_module("inspect").signature(function),
     "run": lambda awaitable: _loop().run_until_complete(_result_of(awaitable)),
 }
 
 
-def _execute(text: str, space: dict[str, Any], names: dict[str, Any] | None) -> None:
-    """What the text defines is found in the innermost of the spaces, as with `exec`."""
+def _execute(text: str, mode: str, space: dict[str, Any], names: dict[str, Any] | None) -> None:
+    """mode: as of `compile`. What the text defines is found in the innermost of the spaces, as with `exec`."""
     made = {**space, **(names or {})}
-    exec(text, made)
+    exec(compile(text, "<string>", mode), made)
     del made["__builtins__"]
     (space if names is None else names).update(made)
 

@@ -238,13 +238,27 @@ def _exit(name: str) -> Callable[..., Any]:
 
 
 def _call(self: Remote, *args: Any, **kwargs: Any) -> Any:
-    return self._peer.ask("call", self, kwargs or None, *args)
+    return _made(self._facts.get("name", ""), self._peer.ask("call", self, kwargs or None, *args))
+
+
+def _made(name: str, value: Any) -> Any:
+    """What calling gave. name: by which the test called; a capital says that the test expects a class, whose object it
+    then makes and may ask (`"ab" in Trie()`): of another's result it does not know what it is.
+    """
+    if name[:1].isupper() and issubclass(type(value), Remote):
+        value._facts["made"] = True
+    return value
 
 
 def _contains(self: Remote, item: Any) -> bool:
-    """By its items, not by its own word, unless the item is of the program as well."""
-    if theirs(item) and "__contains__" in self._facts["special"]:
-        return bool(self._peer.ask("__contains__", self, item))
+    """By its items, not by its own word, unless the item is of the program as well, or the test made the object and it
+    does not tell its items.
+    """
+    if "__contains__" in self._facts["special"]:
+        # Not where another call gave it, too: `"ab" in trie.words()` is not for a trie to say.
+        of_its_own = "made" in self._facts and "again" not in self._facts and "__iter__" not in self._facts["special"]
+        if theirs(item) or of_its_own or not self._peer.careful:
+            return bool(self._peer.ask("__contains__", self, item))
     return any(item is one or item == one for one in self)  # type: ignore[attr-defined]
 
 
@@ -274,7 +288,7 @@ def class_for(special: tuple[str, ...], fields: tuple[str, ...] = (), kind: type
         methods["__call__"], methods["__signature__"] = _call, _SIGNATURE
     if kind is not None:
         methods["__class__"] = kind
-    if "__iter__" in special:
+    if "__iter__" in special or "__contains__" in special:
         methods["__contains__"] = _contains
     return type("Remote", (Remote,), methods)
 
@@ -376,7 +390,7 @@ class Entry:
         self._peer, self._name, self._remote = peer, name, None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._peer.ask("entry", self._name, kwargs or None, *args)
+        return _made(self._name, self._peer.ask("entry", self._name, kwargs or None, *args))
 
     def itself(self) -> Any:
         if self._remote is None:

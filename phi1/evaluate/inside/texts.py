@@ -75,6 +75,7 @@ class Texts:
     def __init__(self, peer: "Peer", *codes: types.CodeType) -> None:
         self.peer, self.codes = peer, codes
         self.sources: dict[types.CodeType, str] = {}  # of compiled text that is not the test's
+        self.singles: set[types.CodeType] = set()  # of those, what prints what it finds, as at a prompt
 
     def guard(self) -> None:
         vars(builtins).update(eval=self.eval, exec=self.exec, compile=self.compile)
@@ -88,6 +89,8 @@ class Texts:
         if isinstance(code, types.CodeType):
             if _is_guarded(frame) and isinstance(source, str):
                 self.sources[code] = source
+                if "single" in (*arguments, *options.values()):
+                    self.singles.add(code)
             elif not _is_guarded(frame) and self._was_handed(frame):
                 self.sources[code] = (
                     source if isinstance(source, str) else importlib.import_module("ast").unparse(source)
@@ -105,7 +108,7 @@ class Texts:
         if self._is_own(frame, source):
             _exec(text, *_spaces(frame, space, names), **options)
         else:
-            self._elsewhere("exec", source, frame, space, names)
+            self._elsewhere("single" if text in self.singles else "exec", source, frame, space, names)
 
     def _is_own(self, frame: types.FrameType, source: Any) -> bool:
         """Code is: what was compiled of a text that is not the test's comes as that text."""
