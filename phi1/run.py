@@ -208,6 +208,11 @@ def _require_same_run(
     """UserError unless the run that wrote a checkpoint can go on as `config` says; says what changed."""
     run = config.train.run_folder
     checkpoint.require_shape(folder, config.model)
+    if "recipe" not in facts:
+        raise UserError(
+            f"{folder}: written by no training (phi1 import?), so none can go on from it; use it as --init-from, with "
+            "another --run-folder"
+        )
     there, here = _DEFAULTS | _flat(facts["recipe"]), _flat(plain(config))
     changed = [name for name in here if there[name] != here[name] and name not in _FREE]
     fixed = [f"{name} = {there[name]} there, {here[name]} here" for name in changed if name in _FIXED]
@@ -262,6 +267,11 @@ def _claimed(run_folder: pathlib.Path, world: World) -> Iterator[None]:
     lock: list[IO[str]] = []
 
     def claim() -> None:
+        if (run_folder / checkpoint.CHECKPOINT).exists():  # a run in it would go when that checkpoint is deleted
+            raise UserError(
+                f"{run_folder}: is a checkpoint, no run folder; name the run folder that it is in to go on there, or "
+                "another, with this as --init-from"
+            )
         try:
             run_folder.mkdir(parents=True, exist_ok=True)
             lock.append(open(run_folder / ".lock", "w"))  # noqa: SIM115, closed below

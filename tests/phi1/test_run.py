@@ -163,6 +163,26 @@ def test_a_run_folder_that_cannot_be(config, tmp_path):
         train(change(config, run_folder=tmp_path / "run"))
 
 
+def test_a_checkpoint_is_no_run_folder(config, folder, tmp_path, tokenizer):
+    """A run in it would start from random weights, and be deleted with it."""
+    before = content(folder / "step-000006")
+    for path in (folder / "last", folder / "step-000006"):
+        with pytest.raises(
+            UserError, match=rf"{path}: is a checkpoint, no run folder; .* or another, with this as --init"
+        ):
+            train(change(config, run_folder=path))
+    assert {path.name for path in (folder / "last").iterdir()} == {
+        *before,
+        "checkpoint.json",
+        "config.json",
+        "tokenizer.json",
+    }
+    model, _ = checkpoint.load_model(folder)
+    checkpoint.write_model(tmp_path / "other" / "step-000000", model, tokenizer, {"imported_from": "there"})
+    with pytest.raises(UserError, match=r"step-000000: written by no training .*; use it as --init-from, with another"):
+        train(change(config, run_folder=tmp_path / "other"))
+
+
 def test_a_full_disk_is_noticed_before_training(config, monkeypatch, capsys):
     """Room for one checkpoint more than is kept."""
     size = 3 * 4 * 37_824
