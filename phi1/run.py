@@ -13,6 +13,7 @@ name that says so, never deleted, and said. Rank 0 alone writes, deletes and has
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -22,6 +23,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
+import torch
+
+import kernels
 from phi1 import __version__, checkpoint
 from phi1.batches import Batches
 from phi1.checkpoint import Damaged, in_run, step_of
@@ -135,6 +139,31 @@ def opened(config: TrainConfig, world: World) -> Iterator[Run]:
             facts_of_it[f"data.{name}"] = f"a set with hash {dataset.hash[:16]}"
         world.agree(facts_of_it)
         yield Run(config, world, data, precision, source, resumed, facts)
+
+
+@contextlib.contextmanager
+def mendable(config: TrainConfig, world: World) -> Iterator[None]:
+    """Within the block, what the system, torch or a backend says and the user can mend becomes a UserError."""
+    settings = config.train
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            inside = isinstance(error.filename, str) and settings.run_folder in pathlib.Path(error.filename).parents
+            if not inside:
+                raise
+            raise UserError(f"{error.filename}: {error.strerror}; mend that and run the same command again") from error
+        raise UserError(
+            f"no space left in {settings.run_folder}: free space on that disk and run the same command again; "
+            "the checkpoints there are whole"
+        ) from error
+    except kernels.BackendError as error:  # PHI1_KERNELS names one that cannot serve this model
+        raise UserError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{world.device} is out of memory at --micro-batch {settings.micro_batch}: lower it "
+            f"(the step stays {settings.sequences_per_step} sequences)"
+        ) from error
 
 
 def _source(config: TrainConfig, world: World, data: Batches) -> tuple[pathlib.Path | None, dict[str, Any], bool]:

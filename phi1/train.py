@@ -27,7 +27,6 @@ if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))
 
 import contextlib
-import errno
 import math
 import pathlib
 import time
@@ -36,7 +35,6 @@ from typing import Any
 
 import torch
 
-import kernels
 from kernels import registry
 from phi1 import __version__, checkpoint
 from phi1.background import Background
@@ -44,12 +42,12 @@ from phi1.batches import Batch
 from phi1.config import TrainConfig
 from phi1.distributed import StopSignals, World
 from phi1.engine import Engine
-from phi1.errors import Interrupted, UserError
+from phi1.errors import Interrupted
 from phi1.metrics import Metrics, StepLine, flops_per_token, parameter_count, peak_flops, peak_memory, validation_loss
 from phi1.model import Phi1
 from phi1.optimizer import learning_rate, make_optimizer, state_size
 from phi1.profiling import traced
-from phi1.run import Run, opened, plain
+from phi1.run import Run, mendable, opened, plain
 from phi1.tokens import TokenDataset
 from phi1.trouble import IN_A_ROW, Trouble, require_finite
 from phi1.tune import choose_kernels, tune_first
@@ -64,31 +62,8 @@ def train(config: TrainConfig) -> pathlib.Path:
     a checkpoint, if a signal stopped it.
     """
     world = World(config.train.device)
-    with StopSignals(loud=world.rank == 0) as signals, world:
-        try:
-            with opened(config, world) as run:
-                return Trainer(run, signals).train()
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                inside = (
-                    isinstance(error.filename, str) and config.train.run_folder in pathlib.Path(error.filename).parents
-                )
-                if not inside:
-                    raise
-                raise UserError(
-                    f"{error.filename}: {error.strerror}; mend that and run the same command again"
-                ) from error
-            raise UserError(
-                f"no space left in {config.train.run_folder}: free space on that disk and run the same command again; "
-                "the checkpoints there are whole"
-            ) from error
-        except kernels.BackendError as error:  # PHI1_KERNELS names one that cannot serve this model
-            raise UserError(str(error)) from error
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"{world.device} is out of memory at --micro-batch {config.train.micro_batch}: lower it "
-                f"(the step stays {config.train.sequences_per_step} sequences)"
-            ) from error
+    with StopSignals(loud=world.rank == 0) as signals, world, mendable(config, world), opened(config, world) as run:
+        return Trainer(run, signals).train()
 
 
 class Trainer:
