@@ -13,16 +13,19 @@ class Background:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self.failed = False
+        """Whether the last action raised something."""
 
     def start(self, action: Callable[[], object]) -> None:
         """Has a thread do `action`, after the one before (`wait`)."""
         self.wait()
+        self.failed = False
 
         def run() -> None:
             try:
                 action()
             except BaseException as error:
-                self._failure = error
+                self._failure, self.failed = error, True
 
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()

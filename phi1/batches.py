@@ -5,6 +5,7 @@ processes; each process takes a run of them. So with the same micro_batch any nu
 micro-batches, dropout included.
 """
 
+import functools
 import pathlib
 from typing import NamedTuple
 
@@ -88,10 +89,20 @@ class Batches:
         """Micro-batches of a process that has most."""
 
     def verify(self) -> None:
-        """Checks every shard's SHA-256; all processes call it. On each machine one does, rank 0 before the others."""
+        """Checks every shard's SHA-256, and that each evaluation has a token that counts; all processes call it. On
+        each machine one reads all shards, rank 0 before the others.
+        """
+        world = self.world
         for dataset in self.sets.values():
-            self.world.first(dataset.verify)
-            self.world.each(dataset.verify if self.world.local_rank == 0 else lambda: None)
+            world.first(dataset.verify)
+            world.each(dataset.verify if world.local_rank == 0 else lambda: None)
+        for dataset in self.validation.values():
+            batches = world.each(functools.partial(self.of_evaluation, dataset))
+            if not world.sum(sum(batch.counted for batch in batches))[0]:
+                world.fail(
+                    f"{dataset.folder}: no token counts in the evaluation loss; its loss mask is 0 there: raise "
+                    "--evaluation-sequences, name another set, or --no-loss-mask"
+                )
 
     def of_step(self, step: int) -> list[Batch]:
         """This process's micro-batches of step 0 …, as many in every process: the first may be idle (`_idle`).

@@ -144,7 +144,8 @@ class TokenDataset:
     """A whole folder of token shards.
 
     Opening checks every shard's size. `verify` checks the hashes; the trainer calls it. A read finds out if a shard was
-    cut or written anew since. (Read, not mapped: a file that shrinks under a map ends the process without a word.)
+    cut or written anew since, and checks the hash of one that was. (Read, not mapped: a file that shrinks under a map
+    ends the process without a word.)
     """
 
     def __init__(self, folder: pathlib.Path | str) -> None:
@@ -273,13 +274,20 @@ class TokenDataset:
                 with open(self.folder / f"{shard:05d}{suffix}", "rb", buffering=0) as file:
                     stamp = _stamp(os.fstat(file.fileno()))
                     data = os.pread(file.fileno(), here * kind.itemsize, offset * kind.itemsize)
+                # A copy that was put in its place, or a new time: the same shard, if its hash says so.
+                same = stamp == self._opened[shard, suffix] or self._hash_is_right(shard, suffix)
             except FileNotFoundError:
                 raise self._corrupt(shard, suffix, "it was deleted since it was opened") from None
-            if stamp != self._opened[shard, suffix] or len(data) != here * kind.itemsize:
+            if not same or len(data) != here * kind.itemsize:
                 raise self._corrupt(shard, suffix, "it was changed since it was opened")
+            self._opened[shard, suffix] = stamp
             parts.append(np.frombuffer(data, kind))
             start, count = start + here, count - here
         return np.concatenate(parts)
+
+    def _hash_is_right(self, shard: int, suffix: str) -> bool:
+        digest = self.manifest["shards"][shard]["sha256" if suffix == ".bin" else "mask_sha256"]
+        return sha256_file(self.folder / f"{shard:05d}{suffix}") == digest
 
     def _check_size(self, shard: int, suffix: str) -> tuple[int, int]:
         path = self.folder / f"{shard:05d}{suffix}"

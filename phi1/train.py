@@ -30,7 +30,7 @@ import contextlib
 import math
 import pathlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ from phi1.batches import Batch
 from phi1.config import TrainConfig
 from phi1.distributed import StopSignals, World
 from phi1.engine import Engine
-from phi1.errors import Interrupted
+from phi1.errors import Interrupted, UserError
 from phi1.metrics import Metrics, StepLine, flops_per_token, parameter_count, peak_flops, peak_memory, validation_loss
 from phi1.model import Phi1
 from phi1.optimizer import learning_rate, make_optimizer, state_size
@@ -123,10 +123,10 @@ class Trainer:
             began = time.monotonic()
             try:
                 while True:
-                    for name in self._validations_due():
-                        self._validate(name)
                     if self._checkpoint_due():
                         self._save()
+                    for name in self._validations_due():
+                        self._validate(name)
                     if self.step == settings.steps:
                         self._say_waits(time.monotonic() - began)
                         world.first(self.writer.wait)
@@ -141,9 +141,7 @@ class Trainer:
                     self._record(**facts)
                     progress.add(self.step, facts)
             except Interrupted as stop:
-                if self.saved < self.step:
-                    self._save()
-                world.first(self.writer.wait)
+                self._save_what_is_done()
                 world.say(f"stopped by {stop.signal.name} at step {self.step:,}; the same command goes on from there")
                 raise
             except Exception:
@@ -157,7 +155,7 @@ class Trainer:
         """
         config, world, number = self.config, self.world, self.step + 1
         began = time.monotonic()
-        batches = world.each(self._next_batches)
+        batches = self._read(self._next_batches)
         waited = time.monotonic() - began
         # The loss is over this many targets, of all processes: known before the first backward pass.
         counted = world.sum(sum(batch.counted for batch in batches))[0]
@@ -204,6 +202,17 @@ class Trainer:
         self._end_if_hopeless(wrong)
         return facts
 
+    def _read(self, action: Callable[[], list[Batch]]) -> list[Batch]:
+        """What `action` reads, done by every process. Where one cannot, the steps that were done are saved first,
+        unless it is that the last checkpoint could not be written.
+        """
+        try:
+            return self.world.each(action)
+        except (UserError, SystemExit):  # one of them in each process: World.fail
+            if not self.world.first(lambda: self.writer.failed):
+                self._save_what_is_done()
+            raise
+
     def _next_batches(self) -> list[Batch]:
         self.writer.check()  # a checkpoint that could not be written ends the run
         return self.data.of_step(self.step)
@@ -214,7 +223,7 @@ class Trainer:
         world = self.world
         self.model.eval()
         loss = counted = 0.0
-        for batch in world.each(lambda: self.data.of_evaluation(dataset)):
+        for batch in self._read(lambda: self.data.of_evaluation(dataset)):
             self._stop_if_told()
             loss += self.model(batch.inputs, targets=batch.targets, cu_seqlens=batch.bounds).item()
             counted += batch.counted
@@ -309,6 +318,11 @@ class Trainer:
         world.first(begin)
         self.saved, self.saved_at = step, time.monotonic()
         self.waits.append(self.saved_at - began)
+
+    def _save_what_is_done(self) -> None:
+        if self.saved < self.step:
+            self._save()
+        self.world.first(self.writer.wait)
 
     def _say_waits(self, seconds: float) -> None:
         """Says how long of the training's `seconds` checkpoints took; the last one's writing is not over."""

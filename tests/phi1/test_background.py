@@ -25,9 +25,11 @@ def test_a_failure_is_raised_once():
         raise UserError("no space")
 
     writer = Background()
+    assert not writer.failed
     for look in (writer.wait, lambda: writer.start(print), lambda: (writer._thread.join(), writer.check())):
         writer.start(fail)
         with pytest.raises(UserError, match="no space"):
             look()
+        assert writer.failed
         writer.check()
         writer.wait()

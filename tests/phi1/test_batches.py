@@ -1,16 +1,19 @@
 """A step's micro-batches, and which process computes them."""
 
 import json
+import os
 
 import pytest
 import torch
 from training import change, write
 
+from phi1 import checkpoint
 from phi1.batches import Batches
 from phi1.distributed import World
 from phi1.errors import UserError
+from phi1.files import sha256_file
 from phi1.tokens import IGNORE, TokenWriter
-from phi1.train import train
+from phi1.train import Trainer, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,12 +109,63 @@ def test_a_shard_that_changes_while_it_is_trained_on(config, tmp_path, tokenizer
             elif how == "is deleted":
                 path.unlink()
             else:
-                path.write_bytes(path.read_bytes())
+                path.write_bytes(path.read_bytes()[::-1])
         return real(self, step)
 
     monkeypatch.setattr(Batches, "of_step", of_step)
     with pytest.raises(UserError, match=r"00000\.bin: corrupt shard \(it was (changed|deleted) since it was opened\)"):
         train(change(config, tokens=folder))
+    assert checkpoint.resolve(config.train.run_folder).name == "step-000002"  # what was done is not lost
+
+
+def test_a_shard_that_is_replaced_by_its_copy(config, tmp_path, tokenizer, texts, monkeypatch):
+    """Or gets another time: hashed again, once, and the run goes on."""
+    folder = write(tmp_path / "tokens", tokenizer, texts)
+    path, real, hashed = folder / "00000.bin", Batches.of_step, []
+
+    def of_step(self, step):
+        if step == 2:
+            path.write_bytes(path.read_bytes())
+            os.utime(path, ns=(1, 1))
+            monkeypatch.setattr("phi1.tokens.sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+        return real(self, step)
+
+    monkeypatch.setattr(Batches, "of_step", of_step)
+    train(change(config, tokens=folder))
+    assert hashed == [path]
+
+
+@pytest.mark.parametrize("fails", ["to be read", "to count"])
+def test_an_evaluation_that_fails_loses_no_step(config, tmp_path, tokenizer, texts, monkeypatch, fails):
+    """A checkpoint that is due at its step comes first, and one that is not is written then."""
+    held_out = write(tmp_path / "held-out", tokenizer, texts)
+    config = change(config, checkpoint_every=4, evaluate_every=2, validation_tokens=held_out)
+    real = Trainer.evaluate
+
+    def evaluate(self, dataset):
+        if self.step == (2 if fails == "to be read" else 4):
+            if fails == "to count":
+                raise UserError("no token counts")
+            (held_out / "00000.bin").unlink()
+        return real(self, dataset)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    with pytest.raises(UserError, match=r"it was deleted since|no token counts"):
+        train(config)
+    kept = checkpoint.resolve(config.train.run_folder)
+    assert kept.name == ("step-000002" if fails == "to be read" else "step-000004")
+    checkpoint.verify(kept)
+
+
+def test_a_held_out_set_that_counts_nothing_is_named_at_the_start(config, tmp_path, tokenizer):
+    writer = TokenWriter(tmp_path / "masked", tokenizer, masked=True, identity={})
+    writer.write(0, [([1] * 4000, [0] * 4000)])
+    folder = writer.finish(1).folder
+    config = change(config, validation_tokens=folder, evaluation_sequences=9)
+    with pytest.raises(UserError, match=r"masked: no token counts in the evaluation loss; .*--evaluation-sequences"):
+        train(config)
+    assert not (config.train.run_folder / "metrics.jsonl").exists()
+    train(change(config, loss_mask=False, steps=1))
 
 
 def test_a_note_of_checked_hashes_that_is_damaged(config, tmp_path, tokenizer, texts):
