@@ -4,6 +4,7 @@ The commands and what their modules offer are in phi1/commands.py. This file is 
 room, and no room imports it.
 """
 
+import errno
 import importlib
 import importlib.metadata
 import os
@@ -43,17 +44,27 @@ def _install(package: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command; returns the exit status.
 
-    0; 2 for a UserError; 130 for Ctrl-C; 75 for another signal that a training stopped for, to be run again; 141, as of
-    a command that SIGPIPE ended, if whoever read the output (`| head`) has gone.
+    0; 2 for a UserError, or a full disk; 130 for Ctrl-C; 75 for another signal that a training stopped for, to be run
+    again; 141, as of a command that SIGPIPE ended, if whoever read the output (`| head`) has gone.
     """
     try:
         try:
             return _run(arguments)
         finally:
-            sys.stdout.flush()  # here, where a closed pipe is understood, and not at the interpreter's exit
-    except BrokenPipeError:
+            sys.stdout.flush()  # here, where what goes wrong is understood, and not at the interpreter's exit
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not isinstance(error, BrokenPipeError) and not full:
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(
+            f"phi1: error: {error.strerror}, of standard output or of a file that was being written: free space there "
+            "and run the same command again",
+            file=sys.stderr,
+        )
+        return 2
 
 
 def _run(arguments: Sequence[str] | None) -> int:

@@ -154,16 +154,22 @@ class World:
         raise SystemExit(2)
 
     def say(self, line: str) -> None:
-        """Prints a line, once. Training outlives whoever read it: a closed pipe is said on stderr, and nothing more."""
+        """Prints a line, once. Training outlives whoever read it: a closed pipe, or a full disk under the log, is said
+        on stderr, and nothing more.
+        """
         if self.rank != 0:
             return
         try:
             print(line, flush=True)
-        except BrokenPipeError:
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print(
-                "nobody reads the progress lines any more; the run goes on, and metrics.jsonl has them", file=sys.stderr
+            what = (
+                "nobody reads the progress lines any more"
+                if isinstance(error, BrokenPipeError)
+                else f"the progress lines cannot be written any more ({error.strerror})"
             )
+            with contextlib.suppress(OSError):  # stderr may be the same file: then there is no one left to tell
+                print(f"{what}; the run goes on, and metrics.jsonl has them", file=sys.stderr)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -256,5 +262,6 @@ class StopSignals:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self._loud and not self.received:
-            os.write(2, b"\nstopping after this micro-batch, with a checkpoint (Ctrl-C again: at once)\n")
+            with contextlib.suppress(OSError):  # a full disk under the log is no reason not to stop well
+                os.write(2, b"\nstopping after this micro-batch, with a checkpoint (Ctrl-C again: at once)\n")
         self.received = number

@@ -124,6 +124,16 @@ def test_a_closed_pipe_ends_it_quietly(words: list[str]) -> None:
     assert (process.returncode, said) == (141, b"")
 
 
+@pytest.mark.parametrize("flags", [[], ["-u"]])
+def test_a_full_disk_under_the_output_is_one_line(flags: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, *flags, "-m", "phi1", "--help"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    line = "phi1: error: No space left on device, of standard output or of a file that was being written: free space"
+    assert done.returncode == 2 and done.stderr.startswith(line) and done.stderr.count("\n") == 1
+
+
 def test_a_run_that_a_scheduler_stopped_ends_with_75(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """Processes that train together, devices, and the signals that stop them."""
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -199,6 +200,7 @@ def test_what_one_process_finds_wrong_ends_all_with_one_line(config, tmp_path, t
     line = refused(config, tmp_path, [], [])
     assert re.search(r"rank 1 on .*00000\.bin: corrupt shard \(token [\d,]+ is 999, of a vocabulary", line)
     assert len(losses(config.train.run_folder)) == 2
+    assert checkpoint.verify(config.train.run_folder / "step-000002")["step"] == 2
 
 
 def test_a_signal_to_one_process_stops_all_after_the_micro_batch(config, tmp_path):
@@ -283,3 +285,28 @@ def test_nobody_reads_the_progress(monkeypatch, capsys):
         for _ in range(3):
             World("cpu").say("step 1")
     assert capsys.readouterr().err.count("nobody reads the progress lines any more") == 1
+
+
+def test_a_full_disk_under_the_log(monkeypatch, capsys):
+    """Ends no run, and neither does one under stderr too."""
+    for full_errors in (False, True):
+        with open("/dev/full", "w") as stdout, open("/dev/full", "w", buffering=1) as stderr:
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "stdout", stdout)
+                if full_errors:
+                    patch.setattr(sys, "stderr", stderr)
+                for _ in range(3):
+                    World("cpu").say("step 1")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stderr.fileno())  # it still holds what it could not write
+        said = "the progress lines cannot be written any more (No space left on device); the run goes on"
+        assert capsys.readouterr().err.count(said) == (not full_errors)
+
+
+def test_a_signal_is_noted_whatever_stderr_is(monkeypatch):
+    def full(descriptor, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with StopSignals() as signals, signals.held(), monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        raised(signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
