@@ -196,6 +196,7 @@ class TokenDataset:
             known = json.loads(path.read_bytes())
         except (FileNotFoundError, ValueError):  # a note that cannot be read is made again
             known = {}
+        known = known if isinstance(known, dict) else {}
         seen = {}
         for shard, receipt in enumerate(self.manifest["shards"]):
             for suffix, digest in ((".bin", receipt["sha256"]), (".mask", receipt.get("mask_sha256"))):
@@ -210,8 +211,8 @@ class TokenDataset:
         if seen != known:
             try:
                 write_json(path, seen)
-            except PermissionError:
-                print(f"{self.folder}: read-only, so its hashes are checked at each start", file=sys.stderr)
+            except (OSError, UserError) as error:  # a read-only mount, another's folder, a full disk: no need to end
+                print(f"{self.folder}: its hashes are checked at each start ({error})", file=sys.stderr)
 
     def windows(self, length: int) -> int:
         """Windows of `length` tokens (and the target after them) in an epoch. UserError if there is none."""

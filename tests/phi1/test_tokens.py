@@ -187,6 +187,22 @@ def test_hashes_are_checked_once_and_again_after_a_change(dataset, monkeypatch):
     assert hashed[3:] == ["00001.bin"]
 
 
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_the_note_of_checked_hashes_is_optional(dataset, monkeypatch, capsys, code):
+    def refused(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("phi1.files.os.replace", refused)
+        dataset.verify()
+    assert f"{dataset.folder}: its hashes are checked at each start (" in capsys.readouterr().err
+    assert not list(dataset.folder.glob("verified.json*"))
+    for damaged in ("null", "[1]", "7", '{"00000.bin": 3}'):
+        (dataset.folder / "verified.json").write_text(damaged)
+        dataset.verify()
+        assert len(json.loads((dataset.folder / "verified.json").read_text())) == 3
+
+
 def test_truncated_and_missing_shards(dataset):
     path = dataset.folder / "00002.bin"
     path.write_bytes(path.read_bytes()[:-2])
