@@ -38,7 +38,7 @@ def load_recipe(path: pathlib.Path) -> TrainConfig:
             raise UserError(f"{path}: {name} = {table!r}: must be a table, [{name}]")
     model = dict(tables.get("model", {}))
     preset = model.pop("preset", None)
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise UserError(f"{path}: model.preset = {preset!r}: must be one of {', '.join(PRESETS)}")
     base = dataclasses.asdict(PRESETS[preset]) if preset else {}
     try:
@@ -103,7 +103,8 @@ def _build(path: pathlib.Path, table: str, kind: Any, values: dict[str, Any], ex
 
 
 def _typed(path: pathlib.Path, key: str, value: Any, kind: Any) -> Any:
-    if isinstance(kind, types.UnionType):  # a value, or a table of them, or None, which TOML does not have
+    # A value, or a table of them, or None, which TOML does not have. A union with Literal in it is typing's.
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kinds = typing.get_args(kind)
         kind = next((k for k in kinds if typing.get_origin(k) is dict and isinstance(value, dict)), kinds[0])
     if typing.get_origin(kind) is dict:

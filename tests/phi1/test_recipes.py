@@ -1,16 +1,20 @@
 """The recipes in recipes/, and what a wrong one says."""
 
+import dataclasses
 import pathlib
 import subprocess
 import sys
+import typing
+from typing import Literal
 
 import pytest
 import torch
 
 from phi1.cli import main
+from phi1.config import TrainConfig
 from phi1.errors import UserError
 from phi1.model import Phi1
-from phi1.recipe import load_recipe, parse
+from phi1.recipe import _typed, load_recipe, parse
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -110,6 +114,25 @@ def test_several_sets(tmp_path):
     assert one.tokens == pathlib.Path("X") and one.weights is None
 
 
+def test_every_key_of_a_recipe_can_be_set(tmp_path):
+    """To its default or to one of its values; and a value of another kind is named."""
+    for table in dataclasses.fields(TrainConfig):
+        for field in dataclasses.fields(table.type):
+            key, kinds = f"{table.name}.{field.name}", [field.type, *typing.get_args(field.type)]
+            literals = [
+                value for kind in kinds if typing.get_origin(kind) is Literal for value in typing.get_args(kind)
+            ]
+            default = [] if field.default in (None, dataclasses.MISSING) else [field.default]
+            for value in [*literals, *default] or [{"a": 1.0} if field.name == "weights" else "folder"]:
+                found = _typed(tmp_path, key, value, field.type)
+                assert found == (pathlib.Path(value) if value == "folder" else value)
+            with pytest.raises(UserError, match=rf"{key} = \[1\]: must be "):
+                _typed(tmp_path, key, [1], field.type)
+    for tracker in ("trackio", "wandb"):
+        text = GOOD.replace("[train]", f'[train]\ntracker = "{tracker}"')
+        assert load_recipe(recipe(tmp_path, text)).train.tracker == tracker
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
@@ -118,6 +141,8 @@ def test_several_sets(tmp_path):
         ("preset =", "presett =", r"unknown key 'presett' in \[model\]; did you mean 'preset'\?"),
         ("[optimizer]", "[optimiser]", r"unknown table \[optimiser\]; did you mean 'optimizer'\?"),
         ("phi1-tiny", "phi2", r"model\.preset = 'phi2': must be one of phi1, phi1-small, phi1-tiny"),
+        ('"phi1-tiny"', '["phi1"]', r"model\.preset = \['phi1'\]: must be one of phi1, phi1-small, phi1-tiny"),
+        ("[train]", '[train]\ntracker = "wandb2"', r"train\.tracker = 'wandb2': must be one of 'trackio', 'wandb'"),
         ("lr = 1", 'lr = "fast"', r"optimizer\.lr = 'fast': must be a number"),
         ("lr = 1", "warmup_steps = 1.5", r"optimizer\.warmup_steps = 1\.5: must be an integer"),
         ("lr = 1", "warmup_steps = true", r"optimizer\.warmup_steps = True: must be an integer"),
