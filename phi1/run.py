@@ -115,7 +115,8 @@ class Run:
         if os.path.lexists(folder):  # not there when the run was opened
             self.world.say(f"{folder} is in the way of a checkpoint: set aside as {set_aside(folder)}")
         write(folder)
-        publish(folder, keep_last=self.config.train.keep_last, keep_every=self.config.train.keep_every)
+        settings = self.config.train
+        publish(folder, keep_last=settings.keep_last, keep_every=settings.keep_every, say=self.world.say)
 
 
 @contextlib.contextmanager
@@ -258,16 +259,16 @@ def _require_same_run(
         say(f"  changed since then: {name} = {there[name]} -> {here[name]}")
 
 
-def publish(folder: pathlib.Path, *, keep_last: int, keep_every: int) -> None:
+def publish(folder: pathlib.Path, *, keep_last: int, keep_every: int, say: Callable[[str], None] = print) -> None:
     """Points the run's `last` at `folder`, then deletes older checkpoints.
 
-    Kept are the newest `keep_last` (at least one) and the multiples of `keep_every` (0: none).
+    Kept are the newest `keep_last` (at least one) and the multiples of `keep_every` (0: none); and one that cannot be
+    deleted, which is said.
     """
     _point_last(folder)
     for older in in_run(folder.parent)[: -max(keep_last, 1)]:
         if older != folder and not (keep_every and step_of(older) % keep_every == 0):
-            # Renamed first, so that a half-deleted checkpoint is never taken for one.
-            shutil.rmtree(older.rename(older.with_name(f"{older.name}.tmp-delete")))
+            _delete(older, say)
 
 
 def _point_last(folder: pathlib.Path) -> None:
@@ -280,14 +281,26 @@ def _point_last(folder: pathlib.Path) -> None:
     os.replace(link, last)
 
 
-def remove_leftovers(run: pathlib.Path) -> None:
+def _delete(path: pathlib.Path, say: Callable[[str], None]) -> None:
+    """Deletes a checkpoint, or what is left of one. One that cannot be (a mount, a file of someone else's) is said and
+    stays: training does not end for it.
+    """
+    try:
+        if ".tmp-" not in path.name:  # renamed first, so that a half-deleted checkpoint is never taken for one
+            path = path.rename(path.with_name(f"{path.name}.tmp-delete"))
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        say(f"{path}: cannot be deleted ({error.strerror or error}); it stays: delete it by hand")
+
+
+def remove_leftovers(run: pathlib.Path, say: Callable[[str], None] = print) -> None:
     """Deletes what an interrupted write or deletion left in a run folder (no other training may run there)."""
     for path in run.iterdir():
         if re.fullmatch(r"(step-[0-9]+|last|metrics\.jsonl)\.tmp-([0-9]+|delete)", path.name):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            _delete(path, say)
 
 
 @contextlib.contextmanager
@@ -314,7 +327,7 @@ def _claimed(run_folder: pathlib.Path, world: World) -> Iterator[None]:
             raise UserError(
                 f"{run_folder}: another training is running there; wait for it, or choose another --run-folder"
             ) from error
-        remove_leftovers(run_folder)
+        remove_leftovers(run_folder, world.say)
 
     try:
         world.first(claim)

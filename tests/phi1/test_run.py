@@ -2,6 +2,7 @@
 
 import builtins
 import collections
+import errno
 import os
 import pathlib
 import shutil
@@ -217,6 +218,30 @@ def test_what_is_kept(tmp_path, keep_last, keep_every, kept):
         run.publish(folder, keep_last=keep_last, keep_every=keep_every)
         assert os.readlink(tmp_path / "last") == folder.name  # relative: the run folder may move
     assert steps(tmp_path) == [f"step-{step:06d}" for step in kept]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_said(config, folder, tmp_path, monkeypatch, capsys):
+    """A link to one is deleted alone; neither ends a run, nor keeps it from starting again."""
+    (folder / "step-000002").rename(tmp_path / "elsewhere")
+    (folder / "step-000002").symlink_to(tmp_path / "elsewhere")
+    (folder / "step-000001.tmp-7").symlink_to(tmp_path / "elsewhere")
+    busy, real = folder / "step-000004.tmp-delete", shutil.rmtree
+
+    def rmtree(path, **options):
+        if path == busy:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        real(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    for number in (7, 8):
+        assert train(change(config, steps=number, keep_last=1)).name == f"step-{number:06d}"
+        said = capsys.readouterr().out
+        assert said.count(f"{busy}: cannot be deleted (Device or resource busy); it stays: delete it by hand") == 1
+    assert steps(folder) == ["step-000008"]
+    checkpoint.verify(tmp_path / "elsewhere")
+    monkeypatch.undo()
+    train(change(config, steps=8, keep_last=1))
+    assert not list(folder.glob("*.tmp*"))
 
 
 def test_run_folder_and_last_name_the_newest(folder):
