@@ -10,6 +10,7 @@ the folder that the command is run in.
 
 import dataclasses
 import difflib
+import itertools
 import pathlib
 import types
 import typing
@@ -65,6 +66,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         default["default"] = load_recipe(pathlib.Path(recipe))
     elif not {"-h", "--help"} & set(arguments):
         raise UserError(f"RECIPE is missing: phi1 train RECIPE [--option value]; {_recipes()}")
+    _require_names_once(arguments)
     return options.parse(
         TrainConfig,
         "phi1 train RECIPE",
@@ -73,6 +75,17 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         config=(tyro.conf.OmitArgPrefixes,),
         **default,
     )
+
+
+def _require_names_once(arguments: Sequence[str]) -> None:
+    """UserError if an option of names and values has a name twice: of two, tyro would take the last without a word."""
+    for index, word in enumerate(arguments):
+        if word.replace("_", "-") in ("--tokens", "--weights", "--validation-tokens"):
+            values = itertools.takewhile(lambda value: not value.startswith("--"), arguments[index + 1 :])
+            names = list(values)[::2]
+            for name in names:
+                if names.count(name) > 1:
+                    raise UserError(f"{word} names {name!r} twice; give each set a name of its own")
 
 
 def run(config: TrainConfig) -> None:

@@ -248,6 +248,19 @@ def test_options_override_the_recipe(tmp_path):
     assert caught.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--tokens a x a y --weights a 1", "--tokens names 'a' twice; give each set a name of its own"),
+        ("--tokens a x b y --weights a 1 b 2 a 3 --steps 9", "--weights names 'a' twice"),
+        ("--steps 9 --validation_tokens b x a x b y", "--validation_tokens names 'b' twice"),
+    ],
+)
+def test_a_set_named_twice_on_the_command_line(tmp_path, words, named):
+    with pytest.raises(UserError, match=named):
+        parse([str(recipe(tmp_path, GOOD)), *words.split()])
+
+
 @pytest.mark.parametrize("before", [[], [str(RECIPES / "pretrain-phi1.toml")]])
 def test_help(before, capsys):
     with pytest.raises(SystemExit) as caught:
