@@ -22,7 +22,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from phi1.errors import UserError
@@ -400,6 +400,25 @@ class Ledger:
                 raise UserError(
                     f"{self.path}: the ledger cannot be written ({error}); free space or name another file (--ledger)"
                 ) from error
+
+
+def asked_of_others(path: pathlib.Path, model: str) -> bool:
+    """Whether a ledger holds a call of another model."""
+    return _any(path, "SELECT 1 FROM calls WHERE json_extract(request, '$.model') IS NOT ? LIMIT 1", model)
+
+
+def has_spent(path: pathlib.Path, scope: str) -> bool:
+    """Whether a ledger holds calls of a scope that cost anything."""
+    return _any(path, "SELECT 1 FROM scopes WHERE scope = ? AND tokens > 0", scope)
+
+
+def _any(path: pathlib.Path, query: str, value: str) -> bool:
+    """Whether a ledger that is there has such a row."""
+    try:
+        with closing(sqlite3.connect(path, timeout=60)) as database:
+            return database.execute(query, (value,)).fetchone() is not None
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"{path}: not a ledger of LLM requests ({error}); name another file (--ledger)") from error
 
 
 def billed(response: Any) -> tuple[int | None, int | None]:

@@ -33,7 +33,7 @@ from data_tools import chat, llm_server
 from data_tools.adaptive import AdaptiveLimit
 from data_tools.batch import Batches
 from data_tools.chat import Answer, NoLogprobs, Refused, Request, RequestFailed, canonical_url
-from data_tools.ledger import Claim, Closed, Ledger
+from data_tools.ledger import Claim, Closed, Ledger, asked_of_others, has_spent
 from data_tools.llm_config import LLMConfig, priced
 from data_tools.llm_connection import Connection
 from data_tools.provider_errors import Remedy, Verdict
@@ -49,14 +49,30 @@ _SHARE_FROM = 20  # requests, before the share that failed means something
 
 
 def default_ledger(config: LLMConfig, output: pathlib.Path) -> tuple[pathlib.Path, str]:
-    """The ledger of a stage that writes `output`, and the scope of its budget (see LLMConfig.ledger)."""
+    """The ledger of a stage that writes `output`, and the scope of its budget (see LLMConfig.ledger).
+
+    That the embedded model wrote one beside the output changes nothing for a server: its answers would be paid for
+    again. Raises UserError where both hold what servers were asked for this folder, from when that was not so.
+    """
     if config.ledger is not None:
         return config.ledger, ""
     beside = output.parent / "llm.sqlite"
-    if config.base_url is None or beside.exists():
+    if config.base_url is None:
         return beside, ""
     home = pathlib.Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser()
-    return home / "phi1" / "llm.sqlite", str(output.parent.resolve())
+    own, scope = home / "phi1" / "llm.sqlite", str(output.parent.resolve())
+    if not beside.exists():
+        return own, scope
+    if beside.stat().st_size == 0:  # put there to be it
+        return beside, ""
+    if not asked_of_others(beside, llm_server.MODEL):
+        return own, scope
+    if own.exists() and has_spent(own, scope):
+        raise UserError(
+            f"--ledger is missing: {beside} and {own} both hold answers that were paid for in {scope}; name the one "
+            "to go on with (--ledger FILE counts all that it holds)"
+        )
+    return beside, ""
 
 
 class LLM:

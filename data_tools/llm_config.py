@@ -37,9 +37,10 @@ class LLMConfig:
     """Stop before the ledger's total passes this many tokens, prompt and generated together."""
 
     ledger: pathlib.Path | None = dataclasses.field(default=None, metadata=_NO_EFFECT)
-    """SQLite file of all requests and answers; budgets count its total. None: llm.sqlite beside the output folder if it
-    is there or the server is the embedded one, else the user's own ($XDG_DATA_HOME/phi1/llm.sqlite), of which budgets
-    count what was asked for outputs in the same parent folder."""
+    """SQLite file of all requests and answers; budgets count its total. None: for the embedded server, llm.sqlite
+    beside the output folder; for another one the user's own ($XDG_DATA_HOME/phi1/llm.sqlite), of which budgets count
+    what was asked for outputs in the same parent folder, or the one beside the output if that is an empty file or holds
+    calls of other models than the embedded one."""
 
     batch: bool = dataclasses.field(default=False, metadata=_NO_EFFECT)
     """Ask through the server's Batch API: cheaper, answered within a day. What was submitted is waited for when the

@@ -206,6 +206,39 @@ def test_another_parent_folder_does_not_pay_again_and_has_its_own_budget(
     assert default_ledger(config, tmp_path / "b" / "x") == (tmp_path / "b" / "llm.sqlite", "")
 
 
+def test_a_ledger_that_the_embedded_model_wrote_beside_the_output_is_not_a_servers(
+    server: FakeServer, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LLMConfig(base_url=server.base_url, model="fake-1")
+    beside, output = tmp_path / "llm.sqlite", tmp_path / "out"
+
+    def ask(*texts: str, **options: Any) -> tuple[int, int]:
+        """(requests that the server got, tokens spent)"""
+        before = len(server.bodies)
+        options = {"base_url": server.base_url, "model": "fake-1"} | options
+        asked = LLMConfig(**options)
+        with LLM(asked, *default_ledger(asked, output)) as llm:
+            for text in texts:
+                llm.ask(request(text))
+            return len(server.bodies) - before, llm.ledger.spent()[0]
+
+    assert ask("a") == (1, 11)
+    embedded = {"model": llm_module.llm_server.MODEL}
+    Ledger(beside).close()  # as an embedded stage that asks nothing leaves it
+    assert beside.stat().st_size and ask("a") == (0, 11)
+    assert ask("embedded", ledger=beside, **embedded) == (1, 11)
+    assert ask("a", "b") == (1, 22)
+    # One that holds calls of a server stays that server's; where both do, the user decides.
+    ask("c", ledger=beside)
+    with pytest.raises(UserError, match=r"--ledger is missing: \S+llm\.sqlite and \S+phi1/llm\.sqlite both hold"):
+        default_ledger(config, output)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "another home"))
+    assert ask("c") == (0, 22)
+    beside.write_text("no database, but long enough to be looked at" * 100)
+    with pytest.raises(UserError, match=r"not a ledger of LLM requests .* name another file \(--ledger\)"):
+        default_ledger(config, output)
+
+
 def test_no_lookup_reads_the_whole_ledger(server: FakeServer, tmp_path: pathlib.Path) -> None:
     # Without the index's own condition beside it, `state = 'done'` scanned all calls at every request.
     with client(server, tmp_path) as llm:
