@@ -7,12 +7,16 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from data_tools import classify
 from data_tools.dataset import Counted, Dataset, Failure, Produced, run_stage
 from data_tools.engine import Engine
 from phi1.errors import UserError
 from phi1.files import sha256_file
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +47,6 @@ class Config(Engine):
 
 def run(config: Config) -> Dataset:
     """Makes the dataset. Raises UserError if the inputs do not belong together."""
-    import pyarrow as pa
-
     started = time.monotonic()
     if (config.threshold is None) == (config.keep_fraction is None):
         raise UserError("give one of --threshold and --keep-fraction")
@@ -86,7 +88,7 @@ def run(config: Config) -> Dataset:
         [documents, embeddings],
         len(documents.shards),
         functools.partial(_kept, scores, threshold),
-        documents.schema.append(pa.field("quality", pa.float64())),
+        _with_quality(documents.schema),
         engine=config,
         started=started,
         extra={"forest": sha256_file(file), "applied_threshold": float(threshold)},
@@ -100,6 +102,14 @@ def run(config: Config) -> Dataset:
             file=sys.stderr,
         )
     return dataset
+
+
+def _with_quality(schema: "pyarrow.Schema") -> "pyarrow.Schema":
+    """Of the documents kept. What was filtered before has a quality already: this one takes its place."""
+    import pyarrow as pa
+
+    quality, index = pa.field("quality", pa.float64()), schema.get_field_index("quality")
+    return schema.append(quality) if index < 0 else schema.set(index, quality)
 
 
 def _width(embeddings: Dataset) -> int:

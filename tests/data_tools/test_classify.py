@@ -300,6 +300,19 @@ def test_filter_keeps_the_best_with_their_quality(config: Config, documents: Dat
     ]
 
 
+def test_what_was_filtered_can_be_filtered_again(config: Config, documents: Dataset) -> None:
+    folder = classify.run(config)
+    settings = filter.Config(
+        input=documents.folder, embeddings=config.embeddings, classifier=folder, output=folder.parent / "once"
+    )
+    once = filter.run(dataclasses.replace(settings, threshold=0.5))
+    again = embeddings(once, "embedded-again", model="embeddings")
+    twice = dataclasses.replace(settings, input=once.folder, embeddings=again.folder, output=folder.parent / "twice")
+    made = filter.run(dataclasses.replace(twice, keep_fraction=0.5))
+    assert made.schema.names == once.schema.names and 0 < made.rows < once.rows
+    assert made.column("quality") == [q for q in once.column("quality") if q >= min(made.column("quality"))]
+
+
 @pytest.mark.parametrize(("threshold", "told"), [(1.01, "kept nothing"), (0.0, "kept everything")])
 def test_filter_that_matches_nothing_or_everything_warns(
     threshold: float, told: str, config: Config, documents: Dataset, capsys: pytest.CaptureFixture[str]
