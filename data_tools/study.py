@@ -31,7 +31,7 @@ from phi1.evaluate import humaneval
 from phi1.evaluate import run as evaluate
 from phi1.evaluate.humaneval import Problem
 from phi1.evaluate.passk import interval
-from phi1.files import write_json
+from phi1.files import claim, sha256_file, sha256_json, write_json
 
 PLANTED = "planted"
 """The source of planted rows."""
@@ -188,24 +188,42 @@ def _scored(config: Config, problems: Sequence[Problem], name: str, data: pathli
         train(dataclasses.replace(recipe, train=loop, data=shards))
         start = run_folder
     output = config.output / f"{name}-evaluation"
+    evaluation = evaluate.Config(
+        checkpoint=start,
+        problems=config.problems,
+        output=output,
+        samples=config.samples,
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        device=config.device,
+    )
     if not (output / "results.json").exists():
-        evaluate.run(
-            evaluate.Config(
-                checkpoint=start,
-                problems=config.problems,
-                output=output,
-                samples=config.samples,
-                temperature=config.temperature,
-                max_new_tokens=config.max_new_tokens,
-                device=config.device,
-            )
-        )
+        evaluate.run(evaluation)
     else:
+        claim(output / "settings.json", _evaluated(evaluation, problems), "samples")
         print(f"study: {folder.name} is evaluated already in {output}", file=sys.stderr)
     passed: dict[str, list[bool]] = {problem.task_id: [] for problem in problems}
     for row in evaluate.read_lines(output / "samples.jsonl"):
         passed[row["task_id"]].append(row["status"] == "passed")
     return passed
+
+
+def _evaluated(evaluation: evaluate.Config, problems: Sequence[Problem]) -> dict[str, Any]:
+    """What an evaluation's settings.json holds, without loading the model."""
+    from phi1 import checkpoint
+
+    assert evaluation.checkpoint is not None
+    folder = checkpoint.resolve(evaluation.checkpoint)
+    return {
+        "benchmark": evaluation.benchmark,
+        "checkpoint": checkpoint.digest(folder),
+        "tokenizer": sha256_file(folder / checkpoint.TOKENIZER),
+        "problems": sha256_json([dataclasses.asdict(problem) for problem in problems]),
+        **{
+            name: getattr(evaluation, name)
+            for name in ("samples", "temperature", "top_p", "max_new_tokens", "seed", "timeout")
+        },
+    }
 
 
 def _row(

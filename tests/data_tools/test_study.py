@@ -131,6 +131,9 @@ def test_planted_contamination_is_found_and_the_study_goes_on_where_it_was(
         assert row["all"]["total"]["pass"] == 0 and row["retrained"]["similar"]["high"] > 0.5
     assert "on pruned" in said.out and "0.95    2/3" in said.out
     assert json.loads((tmp_path / "study" / "study.json").read_text()) == result
+    # Scores of other settings are not those that are asked for.
+    with pytest.raises(UserError, match=r"all-evaluation: .*max_new_tokens: 4 there, 5 asked, samples: 1 there, 2"):
+        study.run(config(tmp_path, max_new_tokens=5, samples=2, temperature=0.8))
 
 
 def test_the_table_sets_similar_problems_apart(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
