@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from data_tools.ledger import Claim, billed
+from data_tools.markdown import without_thought
 from data_tools.provider_errors import Remedy, Verdict, one_line, sort
 from phi1.errors import UserError
 from phi1.files import sha256_json
 
-# JSON as a model without structured output writes it.
-_FENCED = re.compile(r"\A\s*```(?:json)?[ \t]*\n(.*?)\n?```\s*\Z", re.DOTALL)
+# Where a model without structured output writes JSON: behind such a fence, up to the next one.
+_FENCED = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*(?:json)?[ \t]*\r?\n\s*", re.MULTILINE | re.IGNORECASE)
 _NO_LOGPROB = -9999.0  # OpenAI's value for a token that is too unlikely to have one
 
 
@@ -165,7 +166,7 @@ def read(request: Request, response: dict[str, Any], model: str, *, paid: bool, 
     value = None
     if request.schema is not None:
         try:
-            value = json.loads(_FENCED.sub(r"\1", text))
+            value = _json_in(text)
         except (ValueError, RecursionError) as error:
             raise RequestFailed(f"the answer is not JSON: {one_line(text)[:80]!r}") from error
     prompt, completion = billed(response)
@@ -184,6 +185,22 @@ def read(request: Request, response: dict[str, Any], model: str, *, paid: bool, 
     if request.accept is not None:
         request.accept(answer)
     return answer
+
+
+def _json_in(text: str) -> Any:
+    """The JSON that a text is, or that stands in a fenced block of it. Raises ValueError for none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        said = without_thought(text)
+    for fence in _FENCED.finditer(said):
+        try:
+            value, end = json.JSONDecoder().raw_decode(said, fence.end())
+        except ValueError:
+            continue  # another block may be it
+        if said[end:].lstrip().startswith(fence[1]):
+            return value
+    return json.loads(said)
 
 
 def _first_logprobs(choice: dict[str, Any]) -> dict[str, float]:

@@ -19,13 +19,16 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 
+from data_tools.markdown import without_thought
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 _DEF = re.compile(r"\b(?:async[ \t]+)?def[ \t]+\w+[ \t]*[(\[]")
 _FENCE = re.compile(r"^[ \t>*+\-\d.]*(?:`{3,}|~{3,})[ \t]*\{?\.?([\w+#-]*)", re.MULTILINE)
-_FENCE_LINE = re.compile(r"[ \t>]*(?:`{3,}|~{3,})[ \t]*[\w+#.{}-]*[ \t]*$")
+_FENCE_LINE = re.compile(r"[ \t>]*(?:`{3,}|~{3,})[ \t]*[\w+#.{}-]*(?:[ \t]+\w+=[^`\n]*)?[ \t]*$")
 _QUOTES = re.compile(r'"""|' + "'''")
-_PYTHON = {"", "python", "py", "python3", "py3", "python2", "pycon", "ipython", "ipython3", "sage", "text", "txt"}
+PYTHON = {"", "python", "py", "python3", "py3", "python2", "pycon", "ipython", "ipython3", "sage"}
+"""The languages of fenced blocks that hold Python."""
 _MARGIN = frozenset(" .:>#|")
 """What may stand left of a function's later lines besides what stands left of its first."""
 _DIGITS = frozenset("0123456789")
@@ -87,9 +90,7 @@ def programs(answer: str) -> list[str]:
 
     What a model thinks before it answers (<think>) is left out.
     """
-    text = plain(answer)
-    thought = text.rfind("</think>")
-    lines = text[thought + len("</think>") if thought >= 0 else 0 :].split("\n")
+    lines = without_thought(plain(answer)).split("\n")
     fences = [i for i, line in enumerate(lines) if _FENCE_LINE.match(line)]
     if not fences:
         return ["\n".join(lines)]
@@ -123,7 +124,7 @@ def _read(text: str, found: Found, depth: int) -> None:
             for inner in _inner_texts(tree, text):
                 _read(inner, found, depth + 1)
         return
-    found.languages |= {word.lower() for word in _FENCE.findall(text)} - _PYTHON
+    found.languages |= {word.lower() for word in _FENCE.findall(text)} - PYTHON - {"text", "txt"}
     _scan(text, found, depth)
 
 

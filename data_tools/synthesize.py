@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import pathlib
-import re
 import sys
 import textwrap
 import zlib
@@ -28,8 +27,9 @@ from data_tools.chat import Answer, RequestFailed
 from data_tools.dataset import Counted, Dataset, Failure, Produced, failed_shards, run_stage
 from data_tools.engine import Engine
 from data_tools.llm import LLM, LLMConfig, default_ledger
+from data_tools.markdown import fenced, unwrapped, without_thought
 from data_tools.novelty import Earlier
-from data_tools.python_text import parsed, programs
+from data_tools.python_text import PYTHON, parsed, programs
 from phi1.errors import UserError
 
 if TYPE_CHECKING:
@@ -268,7 +268,6 @@ class Unusable(Exception):
 
 # ---------------------------------------------------------------- textbooks
 
-_BLOCK = re.compile(r"^```[ \t]*(\w*)[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 MIN_CHARACTERS = 500
 MIN_PROSE_WORDS = 50
 # Compressed size over size. 587 excerpts of networkx, of 1,500 and 4,000 characters, have 0.18 (1st percentile), 0.41
@@ -279,15 +278,16 @@ MAX_REPEATED_LINES = 0.3
 
 def read_textbook(text: str) -> dict[str, Any]:
     """The answer as a section, cut back to its last whole paragraph or code block. Raises Unusable."""
-    content = _whole(text.strip())
+    content = _whole(unwrapped(without_thought(text)))
     if len(content) < MIN_CHARACTERS:
         raise Unusable(f"too short: {len(content)} characters, at least {MIN_CHARACTERS}")
     if loops(content):
         raise Unusable("repeats itself")
-    blocks = [code for language, code in _BLOCK.findall(content) if language in ("", "python", "py")]
-    if not any(_parses(code) for code in blocks):
-        raise Unusable("no code block that parses" if blocks else "no code block")
-    words = len(_BLOCK.sub(" ", content).split())
+    blocks = list(fenced(content))
+    code = [block.code for block in blocks if block.language in PYTHON]
+    if not any(map(_parses, code)):
+        raise Unusable("no code block that parses" if code else "no code block")
+    words = len(content.split()) - sum(len(content[block.start : block.end].split()) for block in blocks)
     if words < MIN_PROSE_WORDS:
         raise Unusable(f"too little prose: {words} words, at least {MIN_PROSE_WORDS}")
     return {"content": content + "\n"}
@@ -295,10 +295,10 @@ def read_textbook(text: str) -> dict[str, Any]:
 
 def _whole(text: str) -> str:
     """Cuts an unfinished code block, then an unfinished last paragraph, as an answer that met its limit has."""
-    fences = [match.start() for match in re.finditer(r"^```", text, re.MULTILINE)]
-    if len(fences) % 2:
-        text = text[: fences[-1]].rstrip()
-    if not text.endswith((".", "!", "?", ":", "```", "|", '"', ")")) and "\n\n" in text:
+    for block in fenced(text):
+        if not block.closed:
+            text = text[: block.start].rstrip()
+    if not text.endswith((".", "!", "?", ":", "```", "~~~", "|", '"', ")")) and "\n\n" in text:
         text = text[: text.rindex("\n\n")].rstrip()
     return text
 

@@ -241,6 +241,25 @@ def test_what_can_be_read_is_not_thrown_away(name: str, server: FakeServer, tmp_
     assert len(server.bodies) == 1
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<think>hm {"rating": 1}</think>{"reasoning": "r", "rating": 7}',
+        'Sure!\n```json\n{"reasoning": "r", "rating": 7}```',
+        'Like ```{"rating": 1}```:\r\n~~~JSON\r\n{"reasoning": "r", "rating": 7}\r\n~~~\r\nAsk for more!',
+        '```\nThe rating:\n```\n\n```\n{"reasoning": "r",\n "rating": 7}\n```',
+    ],
+)
+def test_json_is_found_in_what_stands_around_it(text: str, server: FakeServer, tmp_path: pathlib.Path) -> None:
+    server.script = lambda body, index: answer({"content": text})
+    with client(server, tmp_path) as llm:
+        assert llm.ask(request(schema={})).value == {"reasoning": "r", "rating": 7}
+    value = {"reasoning": "it ends </think> early", "rating": 7}
+    server.script = lambda body, index: answer({"content": json.dumps(value)})
+    with client(server, tmp_path) as llm:
+        assert llm.ask(request("whole", schema={})).value == value
+
+
 def test_json_in_a_fence_is_json(server: FakeServer, tmp_path: pathlib.Path) -> None:
     server.script = lambda body, index: ODD["a rating in a fence"]()
     with client(server, tmp_path) as llm:

@@ -111,6 +111,7 @@ GOOD = "def f(n):\n    return n + 1\n"
         f"```python\r\n{GOOD.replace(chr(10), chr(13) + chr(10))}```\r\n",
         f"Sure!\n\n```Python3\n{GOOD}\n```\nIt adds one.",
         f"~~~py\n{GOOD}~~~",
+        f'```python title="f.py"\n{GOOD}```',
         f"``` python\n{GOOD}",  # the last fence is missing
         f"<think>Maybe ```python\ndef g(): pass\n``` will do</think>\n```python\n{GOOD}```",
         f"```\n{GOOD}```\n\nUse it so:\n\n```bash\npython f.py\n```",

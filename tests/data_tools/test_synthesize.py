@@ -308,6 +308,44 @@ def test_the_recipe_is_large_and_another_one_is_another_dataset(server: FakeServ
             prompts.load(other)
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        SECTION.replace("```python", "```Python"),
+        SECTION.replace("```python", "```python3"),
+        SECTION.replace("```python", "```{python}"),
+        SECTION.replace("```python", '```python title="a.py"'),
+        SECTION.replace("```", "````"),
+        SECTION.replace("```", "~~~"),
+        SECTION.replace("```python", "   ```python").replace("\n```\n", "\n   ```\n"),
+    ],
+)
+def test_a_section_is_kept_whatever_its_fences_look_like(written: str) -> None:
+    assert read_textbook(written) == {"content": written + "\n"}
+    half = written[: written.index("    for price")]  # met its limit
+    with pytest.raises(Unusable, match="too short" if len(half) < 500 else "no code block"):
+        read_textbook(half)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        f"<think>A section on lists.\n```python\nx = 1\n```</think>\n\n{SECTION}",
+        f"```markdown\n{SECTION}\n```",
+        SECTION.replace("\n", "\r\n"),
+    ],
+)
+def test_a_section_is_what_stands_in_the_answer(written: str) -> None:
+    assert read_textbook(written) == read_textbook(SECTION) == {"content": SECTION + "\n"}
+    with pytest.raises(Unusable, match="too short: 0"):
+        read_textbook(f"<think>{SECTION}")
+
+
+def test_code_that_is_not_python_is_no_code_block() -> None:
+    with pytest.raises(Unusable, match="no code block"):
+        read_textbook(SECTION.replace("```python", "```text"))
+
+
 def test_textbook_gates(server: FakeServer, tmp_path: pathlib.Path) -> None:
     looping = SECTION + "\n\n" + "And then we go on and on and on with it.\n" * 40
     longer = SECTION + " It happens to everyone once."
