@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from data_tools.dataset import MANIFEST, Dataset, Produced, config_dict, run_stage, sweep
+from data_tools.dataset import MANIFEST, Dataset, Produced, config_dict, reading, run_stage, sweep
 from data_tools.engine import Engine, worth
 from data_tools.timing import Clock, Timing
 from phi1 import __version__
@@ -100,7 +100,7 @@ def run(config: Config) -> pathlib.Path:
     }
     path = config.output / METRICS
     if path.exists():
-        check_identity(config.output, json.loads(path.read_text(encoding="utf-8"))["made_of"], made_of, "a forest")
+        check_identity(config.output, read_metrics(config.output)["made_of"], made_of, "a forest")
         print(f"classify: already in {config.output}", file=sys.stderr)
         return config.output
     sweep(config.output)
@@ -117,6 +117,15 @@ def embedder(embeddings: Dataset) -> dict[str, Any]:
     """How a dataset was embedded: model, weights, tokens read."""
     # "auto" is one of others.
     return {key: value for key, value in embeddings.manifest["config"].items() if key != "model"}
+
+
+def read_metrics(folder: pathlib.Path) -> dict[str, Any]:
+    """What the forest in a folder was made of, and how well it does."""
+    path = folder / METRICS
+    with reading(path, "delete it and run `phi1 data classify` again"):
+        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        metrics["made_of"]["embedder"], at_chance(metrics), describe(metrics)
+    return metrics
 
 
 def load_forest(folder: pathlib.Path) -> "RandomForestClassifier":

@@ -13,6 +13,7 @@ made of is told by content: neither a path nor a time stamp nor a folder's name 
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -155,6 +156,17 @@ class Dataset:
         return [
             value for shard in range(len(self.shards)) for value in self.table(shard, [name]).column(name).to_pylist()
         ]
+
+
+@contextlib.contextmanager
+def reading(path: pathlib.Path, advice: str) -> Iterator[None]:
+    """Around what reads a file that may be damaged, or another program's: UserError, with the advice, if it holds
+    something else than is looked for.
+    """
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not what was written there ({type(error).__name__}: {error}); {advice}") from error
 
 
 def config_dict(config: Any) -> dict[str, Any]:

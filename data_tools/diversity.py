@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_tools import python_text, similarity
-from data_tools.dataset import Dataset
+from data_tools.dataset import Dataset, reading
 from phi1.errors import UserError
 from phi1.files import write_json
 
@@ -298,5 +298,7 @@ def read(folder: pathlib.Path) -> dict[str, Any] | None:
     path = folder / FILE
     if not path.exists():
         return None
-    measured: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path, "delete it and run `phi1 data diversity` again"):
+        measured: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        measured["dataset"], describe(measured)
     return measured if measured["dataset"] == Dataset(folder).hash else None

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
 import time
@@ -62,7 +61,7 @@ def run(config: Config) -> Dataset:
             f"{config.classifier}: its forest reads embeddings of {forest.n_features_in_} dimensions, "
             f"{config.embeddings} has {width}; use the same embedder for both"
         )
-    metrics = json.loads((config.classifier / classify.METRICS).read_text(encoding="utf-8"))
+    metrics = classify.read_metrics(config.classifier)
     if metrics["made_of"]["embedder"] != classify.embedder(embeddings):
         raise UserError(
             f"{config.classifier}: its forest learned from documents that were embedded otherwise than "

@@ -14,7 +14,7 @@ import re
 from typing import Any
 
 from data_tools import classify, decontaminate, diversity, plan
-from data_tools.dataset import MANIFEST, Dataset, sweep
+from data_tools.dataset import MANIFEST, Dataset, reading, sweep
 from data_tools.tasks import load
 from phi1 import __version__
 from phi1.errors import UserError
@@ -103,8 +103,15 @@ def _datasets(folder: pathlib.Path) -> list[Dataset]:
 
 
 def _is_rows(manifest: pathlib.Path) -> bool:
-    value = json.loads(manifest.read_text(encoding="utf-8"))
+    value = _manifest(manifest)
     return "stage" in value and "counters" in value
+
+
+def _manifest(path: pathlib.Path) -> dict[str, Any]:
+    """A manifest of whatever program; {} of one that is no object, which none of ours is."""
+    with reading(path, "leave that folder out, or run its stage again"):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    return value if isinstance(value, dict) else {}
 
 
 class _Markup(str):
@@ -156,6 +163,7 @@ def _plot(lines: dict[str, tuple[list[float], list[float]]], x: str, y: str, *, 
 
 
 _KIND_COLOURS = {"code": "#4c78a8", "textbooks": "#54a24b", "exercises": "#f58518"}
+_EVALUATE = "delete it and run `phi1 evaluate` again"
 
 
 def _percent(value: float) -> str:
@@ -168,20 +176,21 @@ def _percent(value: float) -> str:
 def _scores(evaluations: list[pathlib.Path]) -> str:
     rows: list[list[object]] = []
     for path in evaluations:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        for row in results["scores"]:
-            group = "" if row["group"] == "all" else f" ({row['group']})"
-            group += ", cut at stop strings" if row.get("cut", "parsing") != "parsing" else ""
-            rows.append(
-                [
-                    f"{results['benchmark']}{group}",
-                    _checkpoint_name(results),
-                    f"pass@{row['k']}",
-                    row["problems"],
-                    _Markup(f"<b>{_percent(row['pass'])}</b>"),
-                    f"{_percent(row['low'])} – {_percent(row['high'])}",
-                ]
-            )
+        with reading(path, _EVALUATE):
+            results = json.loads(path.read_text(encoding="utf-8"))
+            for row in results["scores"]:
+                group = "" if row["group"] == "all" else f" ({row['group']})"
+                group += ", cut at stop strings" if row.get("cut", "parsing") != "parsing" else ""
+                rows.append(
+                    [
+                        f"{results['benchmark']}{group}",
+                        _checkpoint_name(results),
+                        f"pass@{row['k']}",
+                        row["problems"],
+                        _Markup(f"<b>{_percent(row['pass'])}</b>"),
+                        f"{_percent(row['low'])} – {_percent(row['high'])}",
+                    ]
+                )
     if not rows:
         return ""
     note = (
@@ -222,7 +231,7 @@ def _pipeline(folder: pathlib.Path, datasets: list[Dataset]) -> str:
     head = ["dataset", "stage", "made from", "rows kept", "failed", "counted on the way", "time"]
     text = _funnel(plan.funnel(folder)) + _table(head, rows, frozenset({3, 4, 6}))
     tokens = [
-        json.loads(path.read_text(encoding="utf-8")) | {"folder": path.parent.name}
+        _manifest(path) | {"folder": path.parent.name}
         for path in sorted(folder.glob("*/manifest.json"))
         if not _is_rows(path)
     ]
@@ -258,12 +267,12 @@ def _filter(folder: pathlib.Path) -> str:
     path = folder / "forest" / classify.METRICS
     if not path.exists():
         return ""
-    metrics = json.loads(path.read_text(encoding="utf-8"))
-    text = _pre(classify.describe(metrics))
+    text = _pre(classify.describe(classify.read_metrics(path.parent)))
     plot = path.with_name(classify.PLOT)
     if plot.exists():
-        svg = plot.read_text(encoding="utf-8")
-        text += re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
+        with reading(plot, f"delete it and {path.name} and run `phi1 data classify` again"):
+            svg = plot.read_text(encoding="utf-8")
+            text += re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
     return text
 
 
@@ -342,7 +351,10 @@ def _removed_pairs(folder: pathlib.Path, dataset: Dataset) -> list[str]:
 
 def _timings(folder: pathlib.Path) -> dict[str, float]:
     path = folder / "timings.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    with reading(path, "delete it"):
+        return {name: float(seconds) for name, seconds in json.loads(path.read_text(encoding="utf-8")).items()}
 
 
 def _failures(dataset: Dataset) -> str:
@@ -400,32 +412,34 @@ def _trainings(folders: list[pathlib.Path]) -> str:
     losses: dict[str, tuple[list[float], list[float]]] = {}
     rows: list[list[object]] = []
     for folder in folders:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().split(b"\n") if line]
-        steps = [line for line in lines if "loss" in line]
-        checks: dict[str, list[tuple[float, float]]] = {}  # a curve for each held-out set
-        for line in lines:
-            for key in line:
-                if key.startswith("validation_loss"):
-                    checks.setdefault(key.removeprefix("validation_loss"), []).append((line["step"], line[key]))
-        if not steps:
-            continue
-        losses[f"{folder.name}: training"] = ([s["step"] for s in steps], _smooth([s["loss"] for s in steps]))
-        for name, curve in checks.items():
-            losses[f"{folder.name}: held out{name}"] = ([step for step, _ in curve], [loss for _, loss in curve])
-        seconds = sum(step["seconds"] for step in steps)
-        final = ", ".join(f"{curve[-1][1]:.3f} {name[1:]}".strip() for name, curve in checks.items()) or "–"
-        rate = f"{steps[-1]['tokens'] / seconds:,.0f}" if seconds else "–"
-        rows.append(
-            [
-                folder.name,
-                steps[-1]["step"],
-                steps[-1]["tokens"],
-                f"{_smooth([s['loss'] for s in steps])[-1]:.3f}",
-                final,
-                rate,
-                f"{seconds:,.0f} s",
-            ]
-        )
+        with reading(folder / "metrics.jsonl", "delete the line, or leave that folder out"):
+            whole = (folder / "metrics.jsonl").read_bytes().rpartition(b"\n")[0]  # the last line may have been cut
+            lines = [json.loads(line) for line in whole.split(b"\n") if line]
+            steps = [line for line in lines if "loss" in line]
+            checks: dict[str, list[tuple[float, float]]] = {}  # a curve for each held-out set
+            for line in lines:
+                for key in line:
+                    if key.startswith("validation_loss"):
+                        checks.setdefault(key.removeprefix("validation_loss"), []).append((line["step"], line[key]))
+            if not steps:
+                continue
+            losses[f"{folder.name}: training"] = ([s["step"] for s in steps], _smooth([s["loss"] for s in steps]))
+            for name, curve in checks.items():
+                losses[f"{folder.name}: held out{name}"] = ([step for step, _ in curve], [loss for _, loss in curve])
+            seconds = sum(step["seconds"] for step in steps)
+            final = ", ".join(f"{curve[-1][1]:.3f} {name[1:]}".strip() for name, curve in checks.items()) or "–"
+            rate = f"{steps[-1]['tokens'] / seconds:,.0f}" if seconds else "–"
+            rows.append(
+                [
+                    folder.name,
+                    steps[-1]["step"],
+                    steps[-1]["tokens"],
+                    f"{_smooth([s['loss'] for s in steps])[-1]:.3f}",
+                    final,
+                    rate,
+                    f"{seconds:,.0f} s",
+                ]
+            )
     if not rows:
         return ""
     head = ["run", "steps", "tokens seen", "loss (nats a token)", "held-out loss", "tokens/s", "time"]
@@ -440,16 +454,17 @@ def _smooth(values: list[float], window: int = 20) -> list[float]:
 def _answers(evaluations: list[pathlib.Path]) -> str:
     parts = []
     for path in evaluations:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        samples = read_lines(path.parent / "samples.jsonl")
-        text = [f"<h3>{_e(results['benchmark'])}, {_e(_checkpoint_name(results))}</h3>"]
-        for status in ("passed", "failed"):
-            for sample in [s for s in samples if s["status"] == status][:3]:
-                kind = "good" if status == "passed" else "bad"
-                label = f'<span class="{kind}">{status}</span> {_e(sample["task_id"])} {_e(sample["detail"][:100])}'
-                body = _pre(sample["program"])
-                text.append(f"<details><summary>{label}</summary>{body}</details>")
-        parts.append("\n".join(text))
+        with reading(path, _EVALUATE):
+            results = json.loads(path.read_text(encoding="utf-8"))
+            samples = read_lines(path.parent / "samples.jsonl")
+            text = [f"<h3>{_e(results['benchmark'])}, {_e(_checkpoint_name(results))}</h3>"]
+            for status in ("passed", "failed"):
+                for sample in [s for s in samples if s["status"] == status][:3]:
+                    kind = "good" if status == "passed" else "bad"
+                    label = f'<span class="{kind}">{status}</span> {_e(sample["task_id"])} {_e(sample["detail"][:100])}'
+                    body = _pre(sample["program"])
+                    text.append(f"<details><summary>{label}</summary>{body}</details>")
+            parts.append("\n".join(text))
     return "\n".join(parts)
 
 

@@ -250,6 +250,20 @@ def test_a_run_again_does_nothing_and_another_setting_is_refused(config: Config)
     assert (folder / "forest.skops").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="holds a forest made with other settings"):
         classify.run(dataclasses.replace(config, trees=31))
+    settings = filter.Config(
+        input=folder.parent / "documents",
+        embeddings=config.embeddings,
+        classifier=folder,
+        output=folder.parent / "kept",
+        threshold=0.5,
+    )
+    for damaged in ("{", "[]", '{"made_of": {}}'):
+        (folder / "metrics.json").write_text(damaged)
+        for again in (lambda: classify.run(config), lambda: filter.run(settings)):
+            with pytest.raises(
+                UserError, match=r"metrics\.json: not what was written .*run `phi1 data classify` again"
+            ):
+                again()
 
 
 def test_one_class_and_foreign_embeddings_are_told(config: Config, documents: Dataset, make_documents: Make) -> None:

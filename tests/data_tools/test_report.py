@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow
+import pytest
 
 from bench.decontaminate import renamed
 from data_tools import decontaminate, diversity, ingest, plan, report
 from data_tools.dataset import Dataset, run_stage
+from phi1.errors import UserError
 from phi1.evaluate import humaneval
 
 PROBLEMS = humaneval.load()
@@ -68,6 +70,44 @@ def test_halves_of_characters_do_not_stop_the_page(tmp_path: pathlib.Path) -> No
     )
     page = report.run(report.Config(run=tmp_path)).read_text(encoding="utf-8")
     assert "ValueError: \\ud800" in page and "cut at stop strings" in page
+
+
+def test_a_training_that_was_cut_is_shown_and_a_manifest_of_another_program_is_none(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    step = {"step": 1, "loss": 2.5, "tokens": 64, "seconds": 1.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(step) + "\n" + '{"step": 2, "lo')
+    (tmp_path / "extension").mkdir()
+    (tmp_path / "extension" / "manifest.json").write_text('["of another program"]')
+    run_stage("made", Made(("x",)), tmp_path / "code", [], 1, lambda *_: [{"n": 1}], NUMBERS, quiet=True)
+    page = report.run(report.Config(run=tmp_path)).read_text(encoding="utf-8")
+    assert '<td class="n">1</td><td class="n">64</td><td class="n">2.500</td>' in page
+
+
+NUMBERS = pyarrow.schema([("n", pyarrow.int64())])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "advice"),
+    [
+        ("model/metrics.jsonl", "{\n", "delete the line"),
+        ("model/metrics.jsonl", '{"loss": 1.0}\n', "delete the line"),
+        ("code/diversity.json", '{"dataset": ', "run `phi1 data diversity` again"),
+        ("code/diversity.json", "[]", "run `phi1 data diversity` again"),
+        ("timings.json", '{"code": "long"}', "delete it"),
+        ("timings.json", "[1]", "delete it"),
+        ("forest/metrics.json", '{"made_of": {}}', "run `phi1 data classify` again"),
+        ("forest/metrics.json", "", "run `phi1 data classify` again"),
+        ("evaluation/a/results.json", '{"benchmark": "humaneval"}', "run `phi1 evaluate` again"),
+        ("other/manifest.json", "version: 3", "leave that folder out"),
+    ],
+)
+def test_a_damaged_file_is_named(file: str, content: str, advice: str, tmp_path: pathlib.Path) -> None:
+    run_stage("made", Made(("x",)), tmp_path / "code", [], 1, lambda *_: [{"n": 1}], NUMBERS, quiet=True)
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=f"{file}: not what was written there .*{advice}"):
+        report.run(report.Config(run=tmp_path))
 
 
 def test_diversity_is_drawn_where_it_was_measured(tmp_path: pathlib.Path) -> None:
