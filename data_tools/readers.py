@@ -168,13 +168,23 @@ def _licenses(metadata: Any) -> list[str]:
 
 def _under(root: pathlib.Path, endings: tuple[str, ...], skipped: Sequence[str] = ()) -> list[str]:
     """The files below a folder whose names end so, by their paths from there, folder by folder. skipped: folders not
-    looked into.
+    looked into. What else is not looked into is said.
     """
     found = []
-    for folder, folders, names in os.walk(root):
+    left: list[str] = []
+
+    def unreadable(error: OSError) -> None:
+        left.append(f"{error.filename} cannot be read ({error.strerror})")
+
+    for folder, folders, names in os.walk(root, onerror=unreadable):
         folders[:] = [name for name in folders if name not in skipped]
+        links = [path for name in folders if os.path.islink(path := os.path.join(folder, name))]
+        left += [f"{path} is a link, which is not followed: make it a source of its own" for path in links]
         place = os.path.relpath(folder, root)
         found += [name if place == "." else f"{place}/{name}" for name in names if name.endswith(endings)]
+    if left:
+        more = f" (and {len(left) - 1:,} more)" if len(left) > 1 else ""
+        print(f"warning: ingest: a folder is left out: {printable(left[0])}{more}", file=sys.stderr)
     return sorted(found, key=lambda name: name.split("/"))
 
 

@@ -224,7 +224,7 @@ def rows_of_group(unit: Unit, columns: Collection[str] = ()) -> Iterator[dict[st
         ) from error
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
@@ -295,6 +295,11 @@ def read_lines(unit: Unit) -> Iterator[Raw | Failure | Counted]:
                         raise ValueError("not an object")
                 except (ValueError, RecursionError) as error:
                     yield Failure(f"{unit.source}/{name} line {number}", f"not JSON: {_one_line(error)[:100]}")
+                    continue
+                if _chosen(row, unit.columns).get("content") not in row:
+                    text, has = dict(unit.columns).get("content") or " or ".join(FIELDS["content"]), ", ".join(row)
+                    reason = f"no column {text} ({_one_line(has)[:100] or 'none at all'})"
+                    yield Failure(f"{unit.source}/{name} line {number}", reason)
                     continue
                 yield _raw(row, unit, f"{name} line {number}")
     except (OSError, pyarrow.ArrowException) as error:
