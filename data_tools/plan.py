@@ -244,11 +244,13 @@ def text_bytes(dataset: Dataset) -> int:
     """
     import pyarrow.parquet
 
+    if dataset.manifest["stage"] == "tokenize":  # whose shards are of another kind
+        return 0
     total = 0
     for shard in range(len(dataset.shards)):
         path = dataset.folder / f"{shard:05d}.parquet"
-        if not path.exists():  # token shards are of another kind
-            return 0
+        if not path.exists():
+            raise UserError(f"{path}: missing; leave that folder out, or run its stage again")
         metadata = pyarrow.parquet.read_metadata(path)
         for group in range(metadata.num_row_groups):
             columns = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]

@@ -90,8 +90,10 @@ def plan_files(
     if remote.is_url(place):
         return _plan_tables(kind, place, remote.find(place, (".parquet",)), columns, hashes, needs, read_as)
     path = pathlib.Path(place).expanduser()
-    found = sorted(path.rglob("*.parquet")) if path.is_dir() else map(pathlib.Path, sorted(glob.glob(str(path))))
-    files = [str(file) for file in found]
+    matched = [path] if path.is_dir() else map(pathlib.Path, sorted(glob.glob(str(path))))
+    # A folder too may be named like a file: one that Spark or Dask wrote.
+    found = [file for each in matched for file in (sorted(each.rglob("*.parquet")) if each.is_dir() else [each])]
+    files = [str(file) for file in found if file.is_file()]
     if not files:
         raise UserError(f"--sources {kind}:{place}: no parquet file there")
     return _plan_tables(kind, str(path), files, columns, hashes, needs, read_as)

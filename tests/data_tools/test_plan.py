@@ -137,6 +137,16 @@ def test_the_funnel_is_in_the_pipelines_order(made: pathlib.Path) -> None:
     assert all(step["kind"] == "code" for step in steps)
 
 
+def test_a_shard_that_is_missing_is_not_left_out_of_the_sums(made: pathlib.Path) -> None:
+    shard = made / "code" / "00001.parquet"
+    away = shard.rename(shard.with_suffix(".away"))
+    for read in (plan.measured, plan.funnel):
+        with pytest.raises(UserError, match=r"code/00001\.parquet: missing; leave that folder out, or run its stage"):
+            read(made)
+    away.rename(shard)
+    assert plan.funnel(made)[0]["rows"] == 12
+
+
 @pytest.mark.parametrize(
     ("options", "said"), [({"workers": 0}, "--workers 0"), ({"kept": 1.5}, "--kept 1.5"), ({"files": -1}, "--files -1")]
 )
