@@ -51,8 +51,8 @@ class Engine:
     """Shards made at a time; by default one for each core of this machine."""
 
     engine: Literal["local", "ray", "slurm"] = dataclasses.field(default="local", metadata={"no_effect": True})
-    """Where: processes here, the Ray cluster that RAY_ADDRESS or this machine knows, or Slurm (pip install
-    'phi1[cluster]').
+    """Where: processes here, the Ray cluster that RAY_ADDRESS or this machine knows, or Slurm. They need
+    `pip install -e '.[cluster]'`.
     """
 
     task_memory: float = dataclasses.field(default=2.0, metadata={"no_effect": True})
@@ -239,7 +239,7 @@ def _result(folder: pathlib.Path, shard: int) -> pathlib.Path:
 def _on_cluster(engine: Engine, task: Task, shards: Sequence[int], folder: pathlib.Path) -> Iterator[dict[str, Any]]:
     for package in ("datatrove", "ray") if engine.engine == "ray" else ("datatrove",):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"--engine {engine.engine} needs the package {package}: pip install 'phi1[cluster]'")
+            raise UserError(f"--engine {engine.engine} needs the package {package}: pip install -e '.[cluster]'")
     if not shards:
         return
     folder = (folder / f"{time.time_ns()}").absolute()  # of this run: tasks of one that was given up may still go on

@@ -47,7 +47,7 @@ class Config:
     tune: bool = True
     """Measure first which kernels are fastest (phi1 tune), on a machine of whose kind there is no measurement."""
     recipes: pathlib.Path = pathlib.Path(__file__).resolve().parent.parent / "recipes"
-    """Folder with quickstart-pretrain.toml and quickstart-finetune.toml."""
+    """Folder with quickstart-pretrain.toml, quickstart-finetune.toml and quickstart-solutions.toml."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +61,13 @@ class Step:
 
 def run(config: Config) -> pathlib.Path:
     """Runs every step; returns the report's path."""
+    from phi1.recipe import load_recipe
+
     config.output.mkdir(parents=True, exist_ok=True)
     timings_path = config.output / "timings.json"
     timings: dict[str, float] = json.loads(timings_path.read_text()) if timings_path.exists() else {}
+    for name in ("pretrain", "finetune", "solutions"):  # before the work that they come after
+        load_recipe(config.recipes / f"quickstart-{name}.toml")
     todo = steps(config)
     for number, step in enumerate(todo, 1):
         print(f"\n== {number}/{len(todo)}  {step.title}", file=sys.stderr, flush=True)

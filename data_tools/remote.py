@@ -63,6 +63,9 @@ _ADVICE = (  # what an error's text holds -> what to do about it
 )
 
 
+_CLIENTS = ("httpx", "httpcore", "requests", "aiohttp")
+
+
 class Missing(UserError):
     """There is no such file."""
 
@@ -79,8 +82,11 @@ def explained(url: str) -> Iterator[None]:
 
     try:
         yield
-    # Those of huggingface_hub are OSErrors, or RuntimeErrors.
-    except (OSError, pyarrow.ArrowException, ValueError, RuntimeError) as error:
+    except Exception as error:
+        # Those of huggingface_hub are OSErrors, RuntimeErrors, or its HTTP client's, which has changed.
+        client = type(error).__module__.startswith(_CLIENTS)
+        if not client and not isinstance(error, (OSError, pyarrow.ArrowException, ValueError, RuntimeError)):
+            raise
         told: list[str] = []
         cause: BaseException | None = error
         while cause is not None:  # the hub's file system says "not found" of what its cause says is closed

@@ -76,6 +76,9 @@ def run(config: Config) -> dict[str, Any]:
         raise UserError(f"--plant {config.plant}: must be from 0 to the benchmark's {len(problems)} problems")
     if not config.rates or not config.recipes:
         raise UserError("--rates and --recipes: name at least one of each")
+    for rate in config.rates:
+        if not 0 <= rate <= 1:
+            raise UserError(f"--rates {rate}: must be from 0 to 1")
     exercises = _planted(config, problems)
     similar = _similarities(config, problems, exercises)
     everything = _scored(config, problems, "all", exercises.folder)
@@ -183,6 +186,7 @@ def _scored(config: Config, problems: Sequence[Problem], name: str, data: pathli
     for number, path in enumerate(config.recipes):
         recipe = load_recipe(path)
         run_folder = config.output / f"{name}-model-{number}"
+        start = start or recipe.train.init_from  # of the first recipe; the others go on from the one before
         loop = dataclasses.replace(recipe.train, run_folder=run_folder, init_from=start, device=config.device)
         shards = dataclasses.replace(recipe.data, tokens=tokens.output, weights=None, validation_tokens=None)
         train(dataclasses.replace(recipe, train=loop, data=shards))

@@ -22,6 +22,9 @@ def run(config: Config) -> None:
     from phi1.errors import UserError
     from phi1.huggingface import import_folder, import_tokenizer
 
+    if not (config.source / "config.json").is_file():
+        where = config.source / "config.json"
+        raise UserError(f"{where}: missing or broken; --source names the folder of a Hugging Face model")
     tokenizer = import_tokenizer(config.tokenizer or config.source)
     model = import_folder(config.source)
     if tokenizer.vocab_size > model.config.vocab_size:

@@ -262,3 +262,13 @@ def test_a_file_that_is_not_the_data_sets_is_told(store: ObjectServer, tmp_path:
         run(tmp_path, f"code-exercises:{tmp_path / 't.parquet'}")
     with pytest.raises(UserError, match=r"--sources stack_edu: not a source.*stack-edu"):
         run(tmp_path, "stack_edu")
+
+
+def test_what_the_hubs_http_client_raises_is_explained() -> None:
+    """It is no OSError, and the client's name has changed."""
+    lost = type("ConnectError", (Exception,), {"__module__": "httpx2._exceptions"})
+    message = r"^hf://datasets/a/b: cannot be read \(ConnectError: Name or service not known\)"
+    with pytest.raises(UserError, match=message), remote.explained("hf://datasets/a/b"):
+        raise lost("Name or service not known")
+    with pytest.raises(AssertionError), remote.explained("hf://datasets/a/b"):
+        raise AssertionError("a fault of ours")

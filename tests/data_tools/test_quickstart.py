@@ -14,6 +14,7 @@ import pytest
 from data_tools import report, teacher
 from data_tools.dataset import Dataset
 from data_tools.quickstart import Config, steps
+from data_tools.quickstart import run as quickstart
 from phi1.errors import UserError
 
 COMMAND = [sys.executable, "-m", "phi1.cli", "quickstart", "--no-tune", "--scale", "0.02", "--output"]
@@ -163,3 +164,11 @@ def test_the_report_in_a_browser(finished: pathlib.Path, tmp_path: pathlib.Path)
 def test_nothing_to_report_is_one_clear_line(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="no dataset, training or evaluation below it; run `phi1 quickstart` first"):
         report.run(report.Config(run=tmp_path))
+
+
+def test_recipes_are_looked_for_before_the_first_step(tmp_path: pathlib.Path) -> None:
+    for name in ("pretrain", "finetune"):
+        shutil.copy(Config().recipes / f"quickstart-{name}.toml", tmp_path)
+    with pytest.raises(UserError, match=r"quickstart-solutions\.toml"):
+        quickstart(Config(recipes=tmp_path, output=tmp_path / "run"))
+    assert not (tmp_path / "run" / "code").exists()

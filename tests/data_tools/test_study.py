@@ -158,3 +158,32 @@ def test_bad_options(tmp_path: pathlib.Path) -> None:
         study.run(config(tmp_path, plant=6))
     with pytest.raises(UserError, match="--rates and --recipes"):
         study.run(config(tmp_path, rates=()))
+
+
+@pytest.mark.parametrize("rate", [2, -0.1, float("nan")])
+def test_a_rate_is_refused_before_anything_is_trained(
+    rate: float, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "_scored", lambda *arguments: pytest.fail("trained"))
+    with pytest.raises(UserError, match=f"--rates {rate}: must be from 0 to 1"):
+        study.run(config(tmp_path, rates=(0.9, rate)))
+
+
+@pytest.mark.parametrize("given", [None, pathlib.Path("named")])
+def test_the_first_recipe_starts_where_it_says(
+    given: pathlib.Path | None, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = config(tmp_path, init_from=given)
+    recipe = options.recipes[0]
+    recipe.write_text(recipe.read_text().replace("[train]\n", '[train]\ninit_from = "its-own"\n'))
+    starts: list[pathlib.Path | None] = []
+
+    def train(recipe: Any) -> None:
+        starts.append(recipe.train.init_from)
+        if len(starts) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("phi1.train.train", train)
+    with pytest.raises(KeyboardInterrupt):
+        study.run(dataclasses.replace(options, recipes=(recipe, recipe)))
+    assert starts == [given or pathlib.Path("its-own"), options.output / "all-model-0"]

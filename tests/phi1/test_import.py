@@ -72,3 +72,10 @@ def test_errors_are_one_line(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtu
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_a_model_is_said(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for source in (tmp_path, tmp_path / "nothere"):
+        assert main(["import", "--source", str(source), "--output", str(tmp_path / "checkpoint")]) == 2
+        message = f"{source}/config.json: missing or broken; --source names the folder of a Hugging Face model"
+        assert capsys.readouterr().err == f"phi1: error: {message}\n"

@@ -108,7 +108,8 @@ class Texts:
         if self._is_own(frame, source):
             _exec(text, *_spaces(frame, space, names), **options)
         else:
-            self._elsewhere("single" if text in self.singles else "exec", source, frame, space, names)
+            single = isinstance(text, types.CodeType) and text in self.singles
+            self._elsewhere("single" if single else "exec", source, frame, space, names)
 
     def _is_own(self, frame: types.FrameType, source: Any) -> bool:
         """Code is: what was compiled of a text that is not the test's comes as that text."""
