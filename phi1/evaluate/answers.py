@@ -155,11 +155,13 @@ def _works(tree: ast.Module, name: str) -> bool:
 
 
 def _idle(node: ast.stmt) -> bool:
-    """Whether it is what stands in for a body: a docstring, `pass`, `...`, `raise NotImplementedError`."""
+    """Whether it is what stands in for a body, or before one: a docstring, an import, `pass`, `...`,
+    `raise NotImplementedError`."""
     if isinstance(node, ast.Raise):
         raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
         return isinstance(raised, ast.Name) and raised.id == "NotImplementedError"
-    return isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    idle = (ast.Pass, ast.Import, ast.ImportFrom)
+    return isinstance(node, idle) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
 
 
 def _needed(prompt: str, kept: str, tree: ast.Module, problem: Problem) -> str:

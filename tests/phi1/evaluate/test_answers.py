@@ -188,6 +188,13 @@ def test_all_canonical_solutions_are_kept_as_they_are() -> None:
         assert answers.read(problem, problem.solution) == answers.Reading(problem.solution, "completion")
 
 
+def test_all_canonical_solutions_are_found_in_a_fence() -> None:
+    """Also where the prompt's function has an import (HumanEval/115): that is not yet a body."""
+    for problem in PROBLEMS.values():
+        reading = answers.read(problem, f"```python\n{problem.prompt}{problem.solution}```\n")
+        assert reading.how == "fence" and problem.solution.rstrip() in reading.completion
+
+
 def longest(problem: Problem, answer: str) -> str | None:
     """Prefix by prefix, the longest first."""
     lines = answer.split("\n")
