@@ -258,4 +258,20 @@ def check(f):
         run.run(test, out=failed.append)
     assert run.tries == 3 and not failed, failed""",
     ),
+    "an account that is added to": (
+        """
+class Account:
+    def __init__(self, balance): self.balance = balance
+    def __iadd__(self, x):
+        self.balance += x
+        return self
+    def __add__(self, x): return Account(self.balance + x)
+    def __int__(self): return self.balance
+def f(x): return Account(x)""",
+        """
+def check(f):
+    a = b = f(5)
+    a += 5
+    assert a is b and a.balance == 10 and (f(1) + 2).balance == 3 and int(f(7)) == 7""",
+    ),
 }

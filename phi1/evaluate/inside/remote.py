@@ -150,12 +150,16 @@ def _held(value: Remote, other: Any) -> Any:
     return plain if isinstance(plain, types_of(wanted)) and not theirs(plain) else NotImplemented
 
 
+# What Python's own arithmetic takes an object for a number by: `__int__` alone is for `int(x)`.
+_READ_AS = {"__index__": int, "__float__": float, "__complex__": complex}
+
+
 def _number(value: Any) -> Any:
     if not isinstance(value, Remote):
         return value
     if value._told:
         raise _untrusted(value, "a number")
-    for name, kind in (("__index__", int), ("__float__", float), ("__complex__", complex)):
+    for name, kind in _READ_AS.items():
         if name in value._facts["special"]:
             return kind(value)
     return NotImplemented
@@ -172,7 +176,7 @@ def _operated(name: str, self: Remote, operator: Callable[[Any, Any], Any], swap
     operands = (other, self) if swapped else (self, other)
     if theirs(other) or not peer.careful:
         return peer.ask(name, *operands)
-    if not any(number in self._facts["special"] for number in NUMBERS) and name not in COMPARISONS:
+    if not any(number in self._facts["special"] for number in _READ_AS) and name not in COMPARISONS:
         handed = other if type(other) in (list, tuple) else (other,)
         if not all(type(item) in SCALARS for item in handed):
             return NotImplemented
