@@ -14,6 +14,29 @@ Activation = Literal["gelu_new", "relu2"]
 """The MLP's activations (`kernels.reference.ACTIVATIONS`), by their names in transformers."""
 
 
+def _require_numbers(table: str, config: "ModelConfig | LoopConfig | OptimizerConfig") -> None:
+    """UserError unless integers are some, and other numbers neither NaN nor infinite, which no comparison finds."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and type(value) is not int:
+            raise UserError(f"{table}.{field.name} = {value!r}: must be an integer")
+        if field.type is float and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            raise UserError(f"{table}.{field.name} = {value!r}: must be a finite number")
+
+
+def _require(table: str, config: object, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value < minimum:
+            raise UserError(f"{table}.{name} = {value}: must be at least {minimum}")
+
+
+def _require_above_0(table: str, config: object, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise UserError(f"{table}.{name} = {getattr(config, name)}: must be above 0")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape of a phi-1 style decoder (paper section 2.3; `PhiConfig` in transformers).
@@ -53,7 +76,11 @@ class ModelConfig:
     """Of the MLP; gelu_new, the tanh form, is phi-1's."""
 
     def __post_init__(self) -> None:
-        for field in (
+        _require_numbers("model", self)
+        _require(
+            "model",
+            self,
+            1,
             "vocab_size",
             "hidden_size",
             "intermediate_size",
@@ -63,9 +90,9 @@ class ModelConfig:
             "head_dim",
             "rotary_dim",
             "max_positions",
-        ):
-            if getattr(self, field) < 1:
-                raise UserError(f"model.{field} = {getattr(self, field)}: must be at least 1")
+        )
+        _require("model", self, 0, "initializer_range")
+        _require_above_0("model", self, "rotary_base", "layer_norm_eps")
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"model.num_kv_heads = {self.num_kv_heads}: must divide num_heads = {self.num_heads}")
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
@@ -108,13 +135,6 @@ PRESETS: dict[str, ModelConfig] = {
         initializer_range=0.06,
     ),
 }
-
-
-def _require(table: str, config: object, minimum: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value < minimum:
-            raise UserError(f"{table}.{name} = {value}: must be at least {minimum}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +236,7 @@ class LoopConfig:
     """Steps to trace with torch.profiler, after the first three of this start, into <run>/profile (0: none)."""
 
     def __post_init__(self) -> None:
+        _require_numbers("train", self)
         _require(
             "train",
             self,
@@ -267,6 +288,7 @@ class OptimizerConfig:
     """Initial loss scale, in fp16."""
 
     def __post_init__(self) -> None:
+        _require_numbers("optimizer", self)
         _require(
             "optimizer",
             self,
@@ -279,9 +301,7 @@ class OptimizerConfig:
             "beta2",
             "momentum",
         )
-        for name in ("lr", "eps", "clip_norm", "loss_scale"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"optimizer.{name} = {getattr(self, name)}: must be above 0")
+        _require_above_0("optimizer", self, "lr", "eps", "clip_norm", "loss_scale")
         for name in ("beta1", "beta2", "momentum"):
             if getattr(self, name) >= 1:
                 raise UserError(f"optimizer.{name} = {getattr(self, name)}: must be below 1")

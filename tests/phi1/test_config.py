@@ -34,6 +34,12 @@ def config(**changes):
         (OptimizerConfig, {"weight_decay": -0.1}, r"optimizer\.weight_decay = -0\.1"),
         (DataConfig, {"sequence_length": 0}, r"data\.sequence_length = 0"),
         (ModelConfig, {"num_kv_heads": 3}, r"model\.num_kv_heads = 3: must divide num_heads = 32"),
+        (ModelConfig, {"num_layers": 0}, r"model\.num_layers = 0: must be at least 1"),
+        (ModelConfig, {"num_layers": 2.0}, r"model\.num_layers = 2\.0: must be an integer"),
+        (ModelConfig, {"num_layers": True}, r"model\.num_layers = True: must be an integer"),
+        (ModelConfig, {"initializer_range": -0.02}, r"model\.initializer_range = -0\.02: must be at least 0"),
+        (ModelConfig, {"rotary_base": 0.0}, r"model\.rotary_base = 0\.0: must be above 0"),
+        (ModelConfig, {"layer_norm_eps": -1.0}, r"model\.layer_norm_eps = -1\.0: must be above 0"),
         (ModelConfig, {"rotary_dim": 66}, r"model\.rotary_dim = 66"),
         (ModelConfig, {"activation": "gelu"}, "model.activation = 'gelu': must be one of gelu_new, relu2"),
         (ModelConfig, {"residual_dropout": 1.0}, r"model\.residual_dropout = 1\.0: must be in \[0, 1\)"),
@@ -43,6 +49,19 @@ def test_values_out_of_range(kind, changes, message):
     required = {LoopConfig: {"run_folder": pathlib.Path("r")}, DataConfig: {"tokens": pathlib.Path("t")}}.get(kind, {})
     with pytest.raises(UserError, match=message):
         kind(**required | changes)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), None, "0.1"])
+@pytest.mark.parametrize("kind", [ModelConfig, LoopConfig, OptimizerConfig])
+def test_every_number_is_one(kind, value):
+    """NaN is neither above nor below a bound."""
+    required = {"run_folder": pathlib.Path("r")} if kind is LoopConfig else {}
+    numbers = {field.name: field.type for field in dataclasses.fields(kind) if field.type in (int, float)}
+    assert float in numbers.values()
+    for name, its_type in numbers.items():
+        what = "an integer" if its_type is int else "a finite number"
+        with pytest.raises(UserError, match=rf"\.{name} = .*: must be {what}"):
+            kind(**required, **{name: value})
 
 
 def test_sequences_fit_the_model():
