@@ -30,10 +30,8 @@ class World:
 
     def __init__(self, device: str) -> None:
         self._mesh: DeviceMesh | None = None
-        self.distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-        self.rank = int(os.environ["RANK"]) if self.distributed else 0
-        self.size = int(os.environ["WORLD_SIZE"]) if self.distributed else 1
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0)) if self.distributed else 0
+        self.distributed = "RANK" in os.environ or "WORLD_SIZE" in os.environ
+        self.rank, self.size, self.local_rank = _places() if self.distributed else (0, 1, 0)
         self.device = resolve(device, "train.device")
         if self.device.type == "cuda":
             index = self.device.index if self.device.index is not None else self.local_rank
@@ -170,6 +168,31 @@ class World:
             )
             with contextlib.suppress(OSError):  # stderr may be the same file: then there is no one left to tell
                 print(f"{what}; the run goes on, and metrics.jsonl has them", file=sys.stderr)
+
+
+def _places() -> tuple[int, int, int]:
+    """Rank, number of processes and rank on this machine, from the environment. UserError if it is half set: such a
+    process would train alone without a word, or wait for others for ever.
+    """
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)}: not in the environment, which has others of RANK, WORLD_SIZE, MASTER_ADDR and "
+            "MASTER_PORT; start with torchrun, which sets all, or unset RANK and WORLD_SIZE to train in one process"
+        )
+
+    def integer(name: str, last: int, first: int = 0) -> int:
+        text = os.environ.get(name, "0")
+        if not (text.isascii() and text.isdigit() and first <= int(text) <= last):
+            raise UserError(
+                f"{name} = {text!r} in the environment: must be an integer from {first} to {last}; start with torchrun "
+                "(which sets it), or unset RANK and WORLD_SIZE to train in one process"
+            )
+        return int(text)
+
+    integer("MASTER_PORT", 65535)
+    size = integer("WORLD_SIZE", 1 << 20, 1)
+    return integer("RANK", size - 1), size, integer("LOCAL_RANK", size - 1)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ from training import (
 from phi1 import checkpoint
 from phi1.config import TrainConfig
 from phi1.distributed import StopSignals, World, native_precision
-from phi1.errors import Interrupted
+from phi1.errors import Interrupted, UserError
 from phi1.files import sha256_file, write_json
 from phi1.tokens import TokenDataset
 from phi1.train import train
@@ -123,6 +123,37 @@ def test_under_torchrun(config, tmp_path):
     assert process.returncode == 1
     step = checkpoint.read_facts(checkpoint.resolve(run))["step"]
     assert f"stopped by SIGUSR1 at step {step:,}" in said and len(losses(run)) == step > 3
+
+
+WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"WORLD_SIZE": None}, "WORLD_SIZE: not in the environment, which has others of RANK"),
+        ({"RANK": None}, "RANK: not in the environment"),
+        ({"RANK": ""}, "RANK: not in the environment"),
+        ({"MASTER_ADDR": None, "MASTER_PORT": None}, "MASTER_ADDR, MASTER_PORT: not in the environment"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT = 'abc' in the environment: must be an integer from 0 to 65535"),
+        ({"RANK": "3"}, "RANK = '3' in the environment: must be an integer from 0 to 1"),
+        ({"RANK": "-1"}, "RANK = '-1' in the environment: must be"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0' in the environment: must be an integer from 1 to"),
+        (
+            {"LOCAL_RANK": "x"},
+            "LOCAL_RANK = 'x' in the environment: must be an integer from 0 to 1; start with torch",
+        ),
+    ],
+)
+def test_an_environment_that_is_half_set_is_named(monkeypatch, changes, message):
+    for name, value in (WHOLE | changes).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        World("cpu")
+    for name, value in WHOLE.items():
+        monkeypatch.setenv(name, value)
+    world = World("cpu")
+    assert (world.distributed, world.rank, world.size, world.local_rank) == (True, 1, 2, 1)
 
 
 def until(done, process):
