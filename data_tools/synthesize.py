@@ -30,6 +30,7 @@ from data_tools.llm import LLM, LLMConfig, default_ledger
 from data_tools.markdown import fenced, unwrapped, without_thought
 from data_tools.novelty import Earlier
 from data_tools.python_text import PYTHON, parsed, programs
+from data_tools.ranges import at_least
 from phi1.errors import UserError
 
 if TYPE_CHECKING:
@@ -105,8 +106,8 @@ def schema(kind: str) -> "pyarrow.Schema":
 
 def run(config: Config) -> Dataset:
     """Makes the dataset."""
-    if config.count < 1:
-        raise UserError(f"--count {config.count}: must be at least 1")
+    at_least(1, config, "count", "workers", "max_tokens")
+    at_least(0, config, "temperature")
     if config.max_twins is not None and not 0 <= config.max_twins < 1:
         raise UserError(f"--max-twins {config.max_twins}: must be from 0 to below 1")
     if config.teacher == "offline":

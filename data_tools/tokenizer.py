@@ -32,6 +32,8 @@ def run(config: Config) -> None:
     if config.output.is_dir():
         raise UserError(f"--output {config.output}: is a folder; name a file, e.g. {config.output / 'tokenizer.json'}")
     datasets = [Dataset(folder) for folder in config.inputs]
+    for dataset in datasets:
+        dataset.require("content")
 
     def texts() -> Iterator[str]:
         return (row["content"] for dataset in datasets for row in dataset.read(["content"]))
