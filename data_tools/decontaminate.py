@@ -41,7 +41,7 @@ from data_tools.python_text import Function
 from data_tools.similarity import Serialisation, exact
 from phi1.errors import UserError
 from phi1.evaluate import humaneval
-from phi1.files import sha256_json
+from phi1.files import sha256_file, sha256_json
 
 if TYPE_CHECKING:
     import numpy
@@ -159,6 +159,15 @@ def _sorted_out(
     yield from benchmark.sort_out(list(inputs[0].read(shards=[shard])))
 
 
+def _weights(embedder: str, folder: pathlib.Path) -> str:
+    """What an embedder's folder holds. The packaged one's files are the package's: name and size tell its versions."""
+    if embedder == "minilm":
+        return str(sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors")))
+    patterns = ("*.safetensors", "*.bin", "config.json", "tokenizer.json")
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    return sha256_json([(path.name, sha256_file(path)) for path in files])
+
+
 def summary(before: int, kept: Dataset) -> str:
     """What was removed, in a few lines; warns if that is everything."""
     counters = kept.counters
@@ -266,7 +275,6 @@ class Benchmark:
     def facts(self) -> dict[str, Any]:
         """What the rule is and what it is of, for the manifest."""
         embedder, folder = self._embedder_place or ("none", None)
-        weights = sorted((p.name, p.stat().st_size) for p in folder.glob("*.safetensors")) if folder else ""
         return {
             "benchmark": sha256_json([dataclasses.asdict(problem) for problem in self.problems]),
             "tasks": len(self.problems),
@@ -280,7 +288,7 @@ class Benchmark:
             "tasks_without_ngrams": self._short,  # docstrings of fewer words
             "own_twins": self._own_twins(),
             "embedding_model": embedder,
-            "embedding_weights": str(weights),
+            "embedding_weights": _weights(embedder, folder) if folder else "",
         }
 
     def _own_twins(self) -> dict[str, int]:

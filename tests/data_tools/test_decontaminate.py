@@ -346,6 +346,26 @@ def test_bad_thresholds_and_inputs(tmp_path: pathlib.Path) -> None:
         )
 
 
+def test_an_embedder_is_known_by_what_its_files_hold(tmp_path: pathlib.Path) -> None:
+    problems = one_problem(tmp_path)
+    for name in ("pytorch_model.bin", "model.safetensors", "config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes(b"a")
+    seen = set()
+    for name in (None, "pytorch_model.bin", "model.safetensors", "config.json", "tokenizer.json"):
+        if name:
+            (tmp_path / name).write_bytes(b"b")  # of the same size
+        config = Config(input=tmp_path, output=tmp_path, problems=(str(problems),))
+        benchmark = decontaminate.Benchmark(config, exercises=False, embedder=("codegen:x", tmp_path))
+        seen.add(benchmark.facts["embedding_weights"])
+    assert len(seen) == 5
+
+
+def one_problem(folder: pathlib.Path) -> pathlib.Path:
+    file = folder / "one.jsonl"
+    file.write_text(json.dumps(dataclasses.asdict(SEPARATE) | {"canonical_solution": SEPARATE.solution}) + "\n")
+    return file
+
+
 def test_serialisation_and_rate_are_what_is_pinned() -> None:
     def tree(code: str) -> str:
         return similarity.serialise(ast.parse(code).body[0])
