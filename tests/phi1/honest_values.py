@@ -274,4 +274,19 @@ def check(f):
     a += 5
     assert a is b and a.balance == 10 and (f(1) + 2).balance == 3 and int(f(7)) == 7""",
     ),
+    "what builtin exceptions name": (
+        "def f(x):\n    return open(x) if x else undefined_thing",
+        """
+def check(f):
+    try:
+        f('nope.txt')
+        assert False
+    except FileNotFoundError as e:
+        assert e.filename == 'nope.txt' and e.errno == 2 and str(e).endswith("directory: 'nope.txt'")
+    try:
+        f('')
+        assert False
+    except NameError as e:
+        assert e.name == 'undefined_thing'""",
+    ),
 }

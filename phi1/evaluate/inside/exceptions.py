@@ -10,6 +10,8 @@ from typing import Any
 from phi1.evaluate.inside.frames import TooLarge
 from phi1.evaluate.inside.wire import Codec
 
+# What builtin exceptions hold besides their arguments: of an OSError, of a NameError or ImportError.
+_NAMED = ("filename", "name")
 _DEPTH = 8  # of causes and of exceptions within exceptions
 # Modules of the standard library whose exceptions are the same class on both sides, where the test has imported them.
 # Not all: one of unittest's would tell a test's runner to skip it.
@@ -106,6 +108,7 @@ class Exceptions(Codec):
                 "context": atom(context) if context is not None and context is not cause and inner else None,
                 "quiet": error.__suppress_context__,
                 "notes": [str(note) for note in _notes(error)],
+                "named": {} if self.careful else _named(error),
             }
         finally:
             self.depth -= 1
@@ -204,6 +207,9 @@ class Exceptions(Codec):
         error.__suppress_context__ = bool(facts["quiet"])
         if facts["notes"]:
             error.__notes__ = [str(note) for note in facts["notes"]]  # type: ignore[attr-defined]
+        for name in _NAMED:
+            if name in facts["named"] and getattr(error, name, "") is None:
+                setattr(error, name, str(facts["named"][name]))
         error._phi1_number, error._phi1_facts = facts["number"], facts  # type: ignore[attr-defined]
         if not isinstance(facts["classes"][-1], str):
             if isinstance(facts["text"], str):
@@ -216,6 +222,10 @@ class Exceptions(Codec):
         if name.startswith("_") or "_phi1_facts" not in error.__dict__:
             raise AttributeError(name)
         return self.ask("getattr", error, name)
+
+
+def _named(error: BaseException) -> dict[str, str]:
+    return {name: getattr(error, name) for name in _NAMED if type(getattr(error, name, None)) is str}
 
 
 def _notes(error: BaseException) -> list[Any]:
