@@ -37,6 +37,11 @@ def load(source: pathlib.Path | str, device: str = "auto") -> tuple["Phi1", "Tok
     source = pathlib.Path(source)
     if (source / "config.json").exists() and not (source / checkpoint.CHECKPOINT).exists():
         model, tokenizer = huggingface.import_folder(source), huggingface.import_tokenizer(source)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"{source}: its tokenizer has {tokenizer.vocab_size:,} entries, its model {model.config.vocab_size:,} "
+                "rows: make a checkpoint of it with phi1 import and the model's own --tokenizer"
+            )
         return model.to(there, dtype), tokenizer
     return checkpoint.load_model(source, device=there, dtype=dtype)
 

@@ -185,7 +185,7 @@ def _source(config: TrainConfig, world: World, data: Batches) -> tuple[pathlib.P
         folder = checkpoint.resolve(origin)
         facts = checkpoint.verify(folder)
         checkpoint.require_shape(folder, config.model)
-        if Tokenizer.load(folder).hash != data.tokenizer.hash:
+        if not Tokenizer.load(folder).same_ids(data.tokenizer):
             raise UserError(
                 f"{folder}: has another tokenizer than {data.origin.folder}; tokenize with --tokenizer {folder}"
             )

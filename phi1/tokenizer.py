@@ -117,6 +117,13 @@ class Tokenizer:
         """SHA-256 of its canonical JSON: equal for equal tokenizers."""
         return sha256_json(json.loads(self._backend.to_str()))
 
+    def same_ids(self, other: "Tokenizer") -> bool:
+        """Whether `other` is this tokenizer but for its post-processor, which no text passes through here: transformers
+        adds one that changes nothing when it saves a folder anew.
+        """
+        mine, theirs = (json.loads(it._backend.to_str()) | {"post_processor": None} for it in (self, other))
+        return mine == theirs
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`. Raises UserError for a lone surrogate, which no UTF-8 text can hold."""
         return self._backend.encode(_checked(text), add_special_tokens=False).ids

@@ -18,7 +18,7 @@ from phi1.errors import UserError
 from phi1.generate import _sample, complete, load
 from phi1.huggingface import export_folder
 from phi1.model import Cache, Phi1
-from phi1.tokenizer import Tokenizer, train_tokenizer
+from phi1.tokenizer import Tokenizer, codegen_tokenizer, train_tokenizer
 
 CONFIG = ModelConfig(
     vocab_size=400,
@@ -337,6 +337,17 @@ def test_command_errors(checkpoint: pathlib.Path, tmp_path: pathlib.Path, capsys
         assert message in error and error.count("\n") == 1, error
     assert main(["generate", "--checkpoint", str(tmp_path / "nowhere"), "--prompt", "a"]) == 2
     assert "nowhere: no such folder" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_more_entries_than_the_model_has_rows(
+    model: Phi1, tokenizer: Tokenizer, tmp_path: pathlib.Path
+) -> None:
+    export_folder(tmp_path / "hf", model, tokenizer)
+    codegen_tokenizer().save(tmp_path / "hf" / "tokenizer.json")
+    with pytest.raises(
+        UserError, match=r"hf: its tokenizer has 50,295 entries, its model 400 rows: .* phi1 import and"
+    ):
+        load(tmp_path / "hf", "cpu")
 
 
 def test_a_missing_gpu_is_said(

@@ -9,11 +9,13 @@ import types
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from training import DROPOUT, ROOT, TINY, change, content, environment, losses, records, trainer_of, write, write_recipe
 
 from phi1 import checkpoint
 from phi1.errors import Interrupted, UserError
+from phi1.huggingface import export_folder, import_folder, import_tokenizer
 from phi1.model import Phi1
 from phi1.tokenizer import train_tokenizer
 from phi1.train import Trainer, train
@@ -225,6 +227,21 @@ def test_a_checkpoint_from_before_an_option(config, capsys):
     train(change(config, steps=4, spikes="skip"))
     said = [line for line in capsys.readouterr().out.splitlines() if "changed since then" in line]
     assert said == ["  changed since then: train.steps = 3 -> 4", "  changed since then: train.spikes = log -> skip"]
+
+
+def test_finetuning_starts_from_a_model_that_went_through_transformers(config, tmp_path, tokenizer):
+    """Which gives the tokenizer's file a post-processor."""
+    base = train(change(config, steps=1))
+    export_folder(tmp_path / "hf", *checkpoint.load_model(base))
+    for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        kind.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "again")
+    there = checkpoint.write_model(
+        tmp_path / "imported", import_folder(tmp_path / "again"), import_tokenizer(tmp_path / "again"), {}
+    )
+    train(change(config, steps=1, run_folder=tmp_path / "tuned", init_from=there))
+    other = checkpoint.write_model(tmp_path / "other", checkpoint.load_model(base)[0], tokenizer.with_fim(), {})
+    with pytest.raises(UserError, match=r"has another tokenizer than .*tokens; tokenize with"):
+        train(change(config, steps=1, run_folder=tmp_path / "x", init_from=other))
 
 
 def test_finetuning_starts_from_a_checkpoint(config, tmp_path, tokenizer, texts, capsys):

@@ -253,6 +253,16 @@ def test_exported_tokenizer_gives_the_same_ids(tmp_path: pathlib.Path, tokenizer
     assert import_tokenizer(tmp_path / "hf").hash == tokenizer.hash
 
 
+def test_a_folder_that_transformers_saved_anew_has_our_tokenizer(tmp_path: pathlib.Path, tokenizer: Tokenizer) -> None:
+    """It adds a post-processor, so that the file has another hash; a token more is another tokenizer."""
+    export_folder(tmp_path / "hf", random_model(BASE), tokenizer)
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "again")
+    again = import_tokenizer(tmp_path / "again")
+    assert again.hash != tokenizer.hash
+    assert again.same_ids(tokenizer) and tokenizer.same_ids(again)
+    assert not again.same_ids(tokenizer.with_fim())
+
+
 def _tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[pathlib.Path], None]:
     def apply(folder: pathlib.Path) -> None:
         state = safetensors.torch.load_file(folder / "model.safetensors")
