@@ -97,30 +97,39 @@ class World:
     def first(self, action: Callable[[], T]) -> T:
         """What `action` returns on rank 0, which runs it while the others wait.
 
-        Its UserError ends every process, and is said once.
+        Its UserError or OSError ends every process, and is said once.
         """
         result: Any = None
-        failure = None
+        error: Exception | None = None
         if self.rank == 0:
             try:
                 result = action()
-            except UserError as error:
-                failure = str(error)
-        result, failure = self.gather((result, failure))[0]
-        if failure is not None:
-            self.fail(failure)
+            except (UserError, OSError) as raised:
+                error = raised
+        result, failed = self.gather((result, error is not None))[0]
+        if error is not None:
+            raise error
+        if failed:
+            raise SystemExit(2)
         return result
 
     def each(self, action: Callable[[], T]) -> T:
         """What `action` returns, run by every process.
 
-        A UserError of any ends every process, and is said once, with the rank whose it is unless all have the same.
+        A UserError or OSError of any ends every process, and is said once, with the rank whose it is unless all have
+        the same.
         """
+        error: Exception | None = None
         try:
-            result, failure = action(), None
-        except UserError as error:
-            failure = str(error)
-        self.fail_any(failure)
+            result = action()
+        except (UserError, OSError) as raised:
+            error = raised
+        try:
+            self.fail_any(None if error is None else str(error))
+        except UserError:
+            if isinstance(error, OSError):  # rank 0's own: what it is, is known to the caller
+                raise error from None
+            raise
         return result
 
     def fail_any(self, failure: str | None) -> None:

@@ -160,7 +160,11 @@ def mendable(config: TrainConfig, world: World) -> Iterator[None]:
         ) from error
     except kernels.BackendError as error:  # PHI1_KERNELS names one that cannot serve this model
         raise UserError(str(error)) from error
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU torch has no class for it.
+        out = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
+        if not out:
+            raise
         raise UserError(
             f"{world.device} is out of memory at --micro-batch {settings.micro_batch}: lower it "
             f"(the step stays {settings.sequences_per_step} sequences)"
@@ -326,6 +330,11 @@ def _claimed(run_folder: pathlib.Path, world: World) -> Iterator[None]:
         except BlockingIOError as error:
             raise UserError(
                 f"{run_folder}: another training is running there; wait for it, or choose another --run-folder"
+            ) from error
+        except OSError as error:  # ENOSYS, ENOLCK: some network file systems
+            raise UserError(
+                f"{run_folder}: cannot be locked against a second training ({error.strerror}); choose a --run-folder "
+                "on a file system that has locks"
             ) from error
         remove_leftovers(run_folder, world.say)
 

@@ -208,7 +208,7 @@ class Trainer:
         """
         try:
             return self.world.each(action)
-        except (UserError, SystemExit):  # one of them in each process: World.fail
+        except (UserError, OSError, SystemExit):  # one of them in each process: World.each
             if not self.world.first(lambda: self.writer.failed):
                 self._save_what_is_done()
             raise

@@ -1,5 +1,6 @@
 """A step's micro-batches, and which process computes them."""
 
+import errno
 import json
 import os
 
@@ -133,6 +134,20 @@ def test_a_shard_that_is_replaced_by_its_copy(config, tmp_path, tokenizer, texts
     monkeypatch.setattr(Batches, "of_step", of_step)
     train(change(config, tokens=folder))
     assert hashed == [path]
+
+
+def test_a_disk_that_fails_loses_no_step(config, monkeypatch):
+    real = Batches.of_step
+
+    def of_step(self, step):
+        if step == 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "/data/00000.bin")
+        return real(self, step)
+
+    monkeypatch.setattr(Batches, "of_step", of_step)
+    with pytest.raises(OSError, match="Input/output error"):
+        train(config)
+    assert checkpoint.resolve(config.train.run_folder).name == "step-000002"
 
 
 @pytest.mark.parametrize("fails", ["to be read", "to count"])

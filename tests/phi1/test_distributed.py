@@ -234,6 +234,19 @@ def test_what_one_process_finds_wrong_ends_all_with_one_line(config, tmp_path, t
     assert checkpoint.verify(config.train.run_folder / "step-000002")["step"] == 2
 
 
+def test_what_the_system_refuses_one_process_ends_all_with_one_line(config, tmp_path):
+    """metrics.jsonl of rank 0 is a folder, a shard of rank 1 cannot be read: no process waits for another that is gone."""
+    (config.train.run_folder / "metrics.jsonl").mkdir(parents=True)
+    assert "metrics.jsonl: Is a directory; mend that" in refused(config, tmp_path, [], [])
+    (config.train.run_folder / "metrics.jsonl").rmdir()
+    tokens = tmp_path / "tokens"
+    shutil.copytree(config.data.tokens, tokens)
+    (tokens / "manifest.json").rename(tokens / "x")
+    (tokens / "manifest.json").mkdir()
+    line = refused(config, tmp_path, [], ["--tokens", tokens])
+    assert re.search(r"rank 1 on .*Is a directory: .*tokens/manifest.json", line)
+
+
 def test_a_signal_to_one_process_stops_all_after_the_micro_batch(config, tmp_path):
     """With status 75, after a checkpoint of the last whole step; going on gives the bits of a run that was not
     stopped.

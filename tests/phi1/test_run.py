@@ -9,6 +9,7 @@ import shutil
 import threading
 
 import pytest
+import torch
 from training import change, content, losses, records, trainer_of, write
 
 from phi1 import checkpoint, run
@@ -162,6 +163,27 @@ def test_a_run_folder_that_cannot_be(config, tmp_path):
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
     with pytest.raises(UserError, match=r"run/metrics.jsonl: Is a directory; mend that and run the same command again"):
         train(change(config, run_folder=tmp_path / "run"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks(config, monkeypatch, code):
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(run.fcntl, "flock", flock)
+    with pytest.raises(
+        UserError, match=r"run: cannot be locked against a second training \(.*\); choose a --run-folder"
+    ):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    "allocate", [lambda: torch.empty(1 << 60), lambda: bytearray(1 << 60)], ids=["torch", "python"]
+)
+def test_a_cpu_that_is_out_of_memory(config, monkeypatch, allocate):
+    monkeypatch.setattr(Trainer, "update", lambda self: allocate())
+    with pytest.raises(UserError, match=r"cpu is out of memory at --micro-batch 4: lower it \(the step stays 8 sequ"):
+        train(config)
 
 
 def test_a_checkpoint_is_no_run_folder(config, folder, tmp_path, tokenizer):
