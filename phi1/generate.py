@@ -82,6 +82,7 @@ def complete(
         ("temperature", temperature, temperature >= 0, "at least 0"),
         ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
         ("stop", list(stop), "" not in stop, "strings that are not empty"),
+        ("stop", list(stop), not any("\ud800" <= character <= "\udfff" for character in "".join(stop)), "Unicode text"),
         ("seed", seed, seed >= 0, "at least 0"),
         ("batch_size", batch_size, batch_size >= 1, "at least 1"),
     ):
@@ -314,10 +315,20 @@ def run(config: Config) -> None:
         top_p=config.top_p,
         stop=config.stop,
         seed=config.seed,
-        stream=lambda _, piece: print(piece, end="", flush=True),
+        stream=lambda _, piece: _print(piece),
     )
     if sys.stdout.isatty() and not completion.endswith("\n"):
         sys.stdout.write("\n")
+
+
+def _print(piece: str) -> None:
+    try:
+        print(piece, end="", flush=True)
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"standard output, in {error.encoding}, cannot hold {error.object[error.start]!r}; set "
+            "PYTHONIOENCODING=utf-8"
+        ) from error
 
 
 def _prompt(config: Config) -> str:

@@ -43,7 +43,7 @@ def import_folder(folder: pathlib.Path | str) -> Phi1:
         )
     try:
         config = layout.shape(raw)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{folder / 'config.json'}: incomplete or broken ({type(error).__name__}: {error})") from error
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
@@ -101,7 +101,9 @@ class _Weights:
             if (self._folder / whole).exists():
                 return [self._folder / whole]
             if index.exists():
-                weight_map = _read_json(index, "fetch it again").get("weight_map", {})
+                weight_map = _read_json(index, "fetch it again").get("weight_map")
+                if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                    raise UserError(f"{index}: its weight_map names no file for each tensor; fetch it again")
                 return [self._folder / name for name in sorted(set(weight_map.values()))]
         raise UserError(f"{self._folder}: holds no weights (model.safetensors or pytorch_model.bin, or their index)")
 
@@ -109,6 +111,8 @@ class _Weights:
         if name not in self._read:
             raise UserError(f"{self._folder}: tensor {name} is missing; the folder is not what its config.json says")
         tensor = self._read[name]()
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{self._folder}: {name} is a {type(tensor).__name__}, no tensor; fetch the folder again")
         if tuple(tensor.shape) != shape:
             raise UserError(f"{self._folder}: {name} has shape {tuple(tensor.shape)}, its config.json means {shape}")
         self._left.discard(name)

@@ -15,7 +15,7 @@ from phi1.checkpoint import write_model
 from phi1.cli import main
 from phi1.config import ModelConfig
 from phi1.errors import UserError
-from phi1.generate import _sample, complete, load
+from phi1.generate import _print, _sample, complete, load
 from phi1.huggingface import export_folder
 from phi1.model import Cache, Phi1
 from phi1.tokenizer import Tokenizer, codegen_tokenizer, train_tokenizer
@@ -348,6 +348,17 @@ def test_a_tokenizer_with_more_entries_than_the_model_has_rows(
         UserError, match=r"hf: its tokenizer has 50,295 entries, its model 400 rows: .* phi1 import and"
     ):
         load(tmp_path / "hf", "cpu")
+
+
+def test_characters_that_cannot_be(
+    checkpoint: pathlib.Path, model: Phi1, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a character to stop at; a completion that the output's encoding does not have."""
+    with pytest.raises(UserError, match=r"stop = .*: must be Unicode text"):
+        complete(model, tokenizer, ["a"], stop=["b", "\udcff"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(UserError, match=r"standard output, in ascii, cannot hold .*; set PYTHONIOENCODING=utf-8"):
+        _print("f(x) é")
 
 
 def test_a_missing_gpu_is_said(

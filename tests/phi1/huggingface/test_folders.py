@@ -308,6 +308,22 @@ DAMAGE: dict[str, tuple[Callable[[pathlib.Path], object], str]] = {
     ),
     "incomplete config": (_config(num_hidden_layers="absent"), r"config\.json: incomplete .*num_hidden_layers"),
     "broken shape": (_config(num_key_value_heads=3), r"config\.json: model\.num_kv_heads = 3: must divide"),
+    "no heads": (
+        _config(num_attention_heads=0, head_dim="absent"),
+        r"config\.json: incomplete or broken \(ZeroDivision",
+    ),
+    "heads that are no integer": (
+        _config(num_attention_heads=4.0),
+        r"config\.json: model\.num_heads = 4\.0: must be an i",
+    ),
+    "no epsilon": (
+        _config(layer_norm_eps=None),
+        r"config\.json: model\.layer_norm_eps = None: must be a finite number",
+    ),
+    "no rotary base": (
+        _config(rope_theta=None, rope_parameters=None),
+        r"config\.json: model\.rotary_base = None: must be a finite number",
+    ),
     "config not JSON": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: missing or broken"),
     "no folder": (lambda folder: (folder / "config.json").unlink(), r"config\.json: missing .*name a Hugging Face"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"holds no weights"),
@@ -333,6 +349,23 @@ def test_a_broken_or_hostile_pickle_is_refused_in_one_line(content: bytes, tmp_p
     with pytest.raises(UserError, match=r"pytorch_model\.bin: missing or corrupt") as caught:
         import_folder(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("weight_map", [["a"], {"lm_head.bias": 3}, None])
+def test_an_index_that_names_no_files(weight_map: object, tmp_path: pathlib.Path, tokenizer: Tokenizer) -> None:
+    export_folder(tmp_path / "hf", random_model(BASE), tokenizer, max_shard_bytes=100_000)
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=r"index\.json: its weight_map names no file for each tensor; fetch it again"):
+        import_folder(tmp_path / "hf")
+
+
+def test_a_pickle_with_something_else_in_a_tensors_place(tmp_path: pathlib.Path) -> None:
+    theirs = codegen_in_transformers()
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(theirs.state_dict() | {"lm_head.bias": 3}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"lm_head\.bias is a int, no tensor; fetch the folder again"):
+        import_folder(tmp_path)
 
 
 def test_missing_shard_is_named(tmp_path: pathlib.Path, tokenizer: Tokenizer) -> None:
