@@ -250,6 +250,8 @@ class LoopConfig:
             "checkpoint_every",
             "keep_last",
         )
+        if self.run_folder.parts[:1] == ("~",):  # a shell expands it, a recipe or quotes do not
+            raise UserError(f"train.run_folder = {self.run_folder}: would be a folder named ~ here; write the path out")
         _require("train", self, 0, "seed", "keep_every", "checkpoint_minutes", "profile")
         if self.seed >= 1 << 63:
             raise UserError(f"train.seed = {self.seed}: must be below 2**63")

@@ -48,7 +48,7 @@ class Metrics:
     one, memory (`peak_memory`), and mfu where the device's peak is known, all as rank 0 has them; where several sets
     are mixed "sequences/NAME", how many each gave; after trouble (phi1/trouble.py) also "trouble", in words,
     "sequences", the indices that `Mixture.batch` takes, and "skipped" if the step changed nothing. A validation loss
-    has a line of its own, under the name that `validation_loss` gives.
+    has a line of its own, under the name that `validation_loss` gives; it is null if it is not finite.
     """
 
     def __init__(
@@ -107,7 +107,12 @@ class Metrics:
             self._tracker = module
 
     def record(self, step: int, **values: Any) -> None:
-        """Appends {"step": step, **values}; numbers go to TensorBoard and the tracker too."""
+        """Appends {"step": step, **values}, null for a number that is not finite, which JSON does not have; numbers go
+        to TensorBoard and the tracker too.
+        """
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[name] = None
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}

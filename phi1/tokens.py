@@ -166,6 +166,11 @@ class TokenDataset:
             self._starts = [0]
             for receipt in shards:
                 self._starts.append(self._starts[-1] + receipt["tokens"])
+            for name in ("tokens", "documents", "vocab_size", "eot_id"):
+                if type(self.manifest[name]) is not int:
+                    raise TypeError(f"{name} = {self.manifest[name]!r}, no integer")
+            if self.tokens != self._starts[-1]:
+                raise ValueError(f"{self.tokens:,} tokens, but {self._starts[-1]:,} in its {len(shards)} shards")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}: not a manifest of token shards ({type(error).__name__}: {error}); "

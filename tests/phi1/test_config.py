@@ -27,6 +27,7 @@ def config(**changes):
         (LoopConfig, {"keep_last": 0}, r"train\.keep_last = 0"),
         (LoopConfig, {"seed": -1}, r"train\.seed = -1: must be at least 0"),
         (LoopConfig, {"seed": 1 << 63}, r"train\.seed = 9223372036854775808: must be below 2\*\*63"),
+        (LoopConfig, {"run_folder": pathlib.Path("~/runs/x")}, r"train\.run_folder = ~/runs/x: .*; write the path out"),
         (OptimizerConfig, {"lr": 0.0}, r"optimizer\.lr = 0\.0: must be above 0"),
         (OptimizerConfig, {"lr": float("nan")}, r"optimizer\.lr = nan"),
         (OptimizerConfig, {"lr_floor": 1.0}, r"optimizer\.lr_floor = 1\.0: must be at most lr = 0\.001"),

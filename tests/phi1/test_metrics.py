@@ -1,5 +1,6 @@
 """What a run writes down, and the arithmetic of MFU."""
 
+import math
 import re
 
 import pytest
@@ -17,6 +18,18 @@ def test_metrics_drop_what_will_be_done_again(tmp_path):
     metrics.record(3, loss=1.5)
     metrics.close()
     assert records(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 2, "v": 1}, {"step": 3, "loss": 1.5}]
+
+
+def test_a_loss_that_is_not_finite_is_written_as_json(tmp_path):
+    """And is known to have been taken."""
+    metrics = Metrics(tmp_path, 0)
+    metrics.record(1, validation_loss=math.nan, other=-math.inf, name="nan")
+    metrics.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert line == '{"step": 1, "validation_loss": null, "other": null, "name": "nan"}'
+    again = Metrics(tmp_path, 1)
+    assert again.validated == {"validation_loss": 1}
+    again.close()
 
 
 def test_flops_per_token_of_phi1():

@@ -235,6 +235,24 @@ def test_unfinished_absent_and_broken_folders(tmp_path, tokenizer):
         TokenDataset(tmp_path / "begun")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shards": []}, r"ValueError: [\d,]+ tokens, but 0 in its 0 shards"),
+        ({"tokens": 5}, r"ValueError: 5 tokens, but [\d,]+ in its 3 shards"),
+        ({"vocab_size": "300"}, r"TypeError: vocab_size = '300', no integer"),
+        ({"tokens": "900"}, r"TypeError: tokens = '900', no integer"),
+        ({"documents": None}, r"TypeError: documents = None, no integer"),
+        ({"shards": [{"tokens": "9"}]}, "TypeError"),
+    ],
+)
+def test_a_manifest_that_is_none(dataset, change, message):
+    path = dataset.folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=rf"not a manifest of token shards \({message}"):
+        TokenDataset(dataset.folder)
+
+
 def test_a_folder_of_other_shards_is_refused(dataset, tokenizer):
     with pytest.raises(UserError, match=r"other settings \(different: inputs: .* there, .* asked\)"):
         TokenWriter(dataset.folder, tokenizer, masked=False, identity={"inputs": ["b"]})
