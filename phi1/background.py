@@ -25,10 +25,14 @@ class Background:
             try:
                 action()
             except BaseException as error:
-                self._failure, self.failed = error, True
+                self.fail(error)
 
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
+
+    def fail(self, failure: BaseException) -> None:
+        """Has `failure` raised as if the action had raised it."""
+        self._failure, self.failed = failure, True
 
     def check(self) -> None:
         """Raises what the action has raised, if it has."""

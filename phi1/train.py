@@ -342,7 +342,10 @@ class Trainer:
 
     def _record(self, **facts: Any) -> None:
         if self.metrics is not None:
-            self.metrics.record(self.step, **facts)
+            try:
+                self.metrics.record(self.step, **facts)
+            except OSError as error:
+                self.writer.fail(error)  # raised where all processes look for what a checkpoint's writing has raised
 
     def _introduce(self) -> StepLine:
         """Says what is about to run."""

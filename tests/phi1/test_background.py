@@ -33,3 +33,8 @@ def test_a_failure_is_raised_once():
         assert writer.failed
         writer.check()
         writer.wait()
+    writer.fail(UserError("no space"))
+    with pytest.raises(UserError, match="no space"):
+        writer.check()
+    writer.start(print)
+    assert not writer.failed

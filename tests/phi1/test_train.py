@@ -19,6 +19,7 @@ from training import DROPOUT, TINY, change, content, losses, records, trainer_of
 import kernels
 from phi1 import checkpoint
 from phi1.cli import main
+from phi1.distributed import World
 from phi1.engine import Engine
 from phi1.errors import UserError
 from phi1.metrics import Metrics
@@ -269,6 +270,30 @@ def test_a_disk_too_full_for_metrics_ends_the_run(config, monkeypatch):
             train(config)
     train(config)
     assert [record["step"] for record in records(config.train.run_folder)] == list(range(1, 9))
+
+
+def test_what_refuses_metrics_is_told_to_all_processes(config, monkeypatch):
+    """Of which rank 0 alone writes them: it is raised where they agree on the next step, not in rank 0 alone."""
+
+    def record(self, step, **values):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    agreed, real = [], World.each
+
+    def each(self, action):
+        try:
+            return real(self, action)
+        except OSError as error:
+            agreed.append(error.errno)
+            raise
+
+    monkeypatch.setattr(Metrics, "record", record)
+    monkeypatch.setattr(World, "each", each)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        train(config)
+    assert agreed == [errno.EIO]
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        train(change(config, steps=1, run_folder=config.train.run_folder / "short"))  # no next step
 
 
 def test_bad_data_is_named_before_anything_is_built(config, tmp_path, tokenizer, texts):
