@@ -203,6 +203,7 @@ def run_stage(
     engine: Engine = HERE,
     started: float | None = None,
     extra: Mapping[str, Any] | None = None,
+    spelled: Collection[str] = (),
     parts: Sequence[tuple[str, str]] = (),
     redo: Collection[int] = (),
     max_failed: float | None = None,
@@ -213,9 +214,10 @@ def run_stage(
     stage: the stage's name. config: its dataclass (hashed by `config_dict`). inputs: datasets whose
     hashes are recorded. schema: Arrow schema of the rows. engine: where and how many at a time (where not one
     after the other here, `produce` must be picklable). started: `time.monotonic()` when the stage began, now if None.
-    extra: JSON-able facts that go into the manifest (and count as config). parts: for each shard what it is made of, if
-    that is no input: (name, hash of its content). redo: shards to make again though they are whole. max_failed: the
-    share of what was read (counter "read", else rows and failures) that may fail.
+    extra: JSON-able facts that go into the manifest (and count as config). spelled: which of all these only say where
+    something lies whose content is another of them: they go into the manifest, and do not count. parts: for each shard
+    what it is made of, if that is no input: (name, hash of its content). redo: shards to make again though they are
+    whole. max_failed: the share of what was read (counter "read", else rows and failures) that may fail.
 
     Raises UserError if `output` holds a dataset made with another stage, config or input, if more than `max_failed`
     failed, or if a worker dies; what was made stays.
@@ -227,7 +229,7 @@ def run_stage(
         "shard_count": shards,
     }
     identity = json.loads(json.dumps(identity))  # as it will be read back: tuples are lists
-    _claim(output, identity)
+    _claim(output, identity, spelled)
     sweep(output)
     for shard in redo:
         (output / MANIFEST).unlink(missing_ok=True)
@@ -272,7 +274,7 @@ def run_stage(
     return Dataset(output)
 
 
-def _claim(output: pathlib.Path, identity: dict[str, Any]) -> None:
+def _claim(output: pathlib.Path, identity: dict[str, Any], spelled: Collection[str]) -> None:
     """Writes what is to be made, or checks that it is what was begun. Refuses only if something was made."""
     path = output / STAGE
     before: dict[str, Any] | None = None
@@ -287,8 +289,9 @@ def _claim(output: pathlib.Path, identity: dict[str, Any]) -> None:
             ) from error
     if before == identity:
         return
-    if before is not None and any(output.glob("[0-9]*.parquet")):
-        check_identity(output, _facts(before), _facts(identity), "a dataset")
+    begun = before if any(output.glob("[0-9]*.parquet")) else None
+    if begun is not None and _facts(begun, spelled) != _facts(identity, spelled):
+        check_identity(output, _facts(begun), _facts(identity), "a dataset")
     write_json(path, identity)
 
 
@@ -352,8 +355,10 @@ def sweep(folder: pathlib.Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _facts(identity: dict[str, Any]) -> dict[str, Any]:
-    return identity | {"inputs": [entry["hash"] for entry in identity["inputs"]]}  # an input may have been renamed
+def _facts(identity: dict[str, Any], spelled: Collection[str] = ()) -> dict[str, Any]:
+    """What counts of an identity: an input may have been renamed, and what is spelled otherwise be the same."""
+    config = {name: value for name, value in dict(identity["config"]).items() if name not in spelled}
+    return identity | {"config": config, "inputs": [entry["hash"] for entry in identity["inputs"]]}
 
 
 def _make_shard(

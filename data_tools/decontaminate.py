@@ -136,6 +136,7 @@ def run(config: Config) -> Dataset:
             engine=engine,
             started=started,
             extra=benchmark.facts,
+            spelled=("problems", "embedder", "embedding_model"),
         )
     print(summary(rows.rows, kept), file=sys.stderr)
     return kept

@@ -360,6 +360,19 @@ def test_an_embedder_is_known_by_what_its_files_hold(tmp_path: pathlib.Path) -> 
     assert len(seen) == 5
 
 
+def test_a_benchmark_that_was_moved_is_the_same(tmp_path: pathlib.Path) -> None:
+    made, problems = dataset(tmp_path / "in", [OTHER], exercises=False), one_problem(tmp_path)
+    config = Config(input=made.folder, output=tmp_path / "out", problems=(str(problems),), embedder="none")
+    once = decontaminate.run(config)
+    moved = problems.rename(tmp_path / "moved.jsonl")
+    config = dataclasses.replace(config, problems=(str(moved),))
+    assert decontaminate.run(config).hash == once.hash
+    other = tmp_path / "other.jsonl"
+    other.write_text(moved.read_text() + moved.read_text().replace("HumanEval/1", "HumanEval/2"))
+    with pytest.raises(UserError, match=r"different: config\.benchmark: .*config\.tasks: 1 there, 2 asked"):
+        decontaminate.run(dataclasses.replace(config, problems=(str(other),)))
+
+
 def one_problem(folder: pathlib.Path) -> pathlib.Path:
     file = folder / "one.jsonl"
     file.write_text(json.dumps(dataclasses.asdict(SEPARATE) | {"canonical_solution": SEPARATE.solution}) + "\n")
