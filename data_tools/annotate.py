@@ -56,8 +56,8 @@ class Config(LLMConfig):
     """Show the model this many characters of a document at most, from its first code on, whole lines."""
 
     positive_fraction: float = 0.3
-    """Label the best-scored documents 1, this fraction of them; the scores of a small model are biased, so that
-    a fixed threshold means little."""
+    """Label the best-scored documents 1, this fraction of them and what ties with the last; the scores of a small
+    model are biased, so that a fixed threshold means little."""
 
     threshold: float | None = None
     """Label 1 from this score on instead (log-odds, or rating or gold label 0 to 10)."""
@@ -103,7 +103,15 @@ def run(config: Config) -> Dataset:
     documents = Dataset(config.input)
     documents.require(*_COLUMNS)
     dataset = MODES[config.mode](config, documents)
-    labels = set(dataset.column("label"))
+    given = dataset.column("label")
+    if config.threshold is None and sum(given) > config.positive_fraction * len(given) + max(1, len(given) // 20):
+        lowest = min(row["score"] for row in dataset.read(["score", "label"]) if row["label"])
+        print(
+            f"warning: annotate: {sum(given)} of {len(given)} documents got label 1, not {config.positive_fraction:g} "
+            f"of them (--positive-fraction), as many tie at a score of {lowest:g}; set a --threshold above it",
+            file=sys.stderr,
+        )
+    labels = set(given)
     if len(labels) == 1:
         print(
             f"warning: annotate: all {dataset.rows} documents got label {labels.pop()}: nothing to learn from; "

@@ -74,6 +74,23 @@ def test_a_larger_sample_holds_the_smaller_and_a_seed_draws_another(make_documen
     assert ten != sorted(ten)  # not simply the lowest keys, by which ingest may have chosen
 
 
+def test_ties_that_pass_the_fraction_are_told(
+    server: FakeServer, make_documents: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def script(body: dict[str, Any], index: int) -> Any:
+        last = "x = 1\n" in body["messages"][-1]["content"] + "\n"
+        return completion(f'{{"reasoning": "r", "rating": {2 if last else 5}}}')
+
+    server.script = script
+    documents = make_documents([f"x = {i}\n" for i in range(60)])
+    settings = config(documents, server, mode="rating")
+    assert sum(annotate.run(settings).column("label")) == 59
+    told = "59 of 60 documents got label 1, not 0.3 of them (--positive-fraction), as many tie at a score of 5; set a"
+    assert told in capsys.readouterr().err
+    chosen = dataclasses.replace(settings, threshold=5.0, output=settings.output.with_name("chosen"))
+    assert sum(annotate.run(chosen).column("label")) == 59 and "warning" not in capsys.readouterr().err
+
+
 def test_one_class_warns(server: FakeServer, make_documents: Make, capsys: pytest.CaptureFixture[str]) -> None:
     server.script = by_number
     annotate.run(config(make_documents(["x = 1\n", "x = 2\n"]), server, threshold=9.0))
