@@ -19,6 +19,7 @@ import functools
 import json
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from data_tools.ledger import alive
 from data_tools.timing import Clock, Timing
 from phi1 import __version__
 from phi1.errors import UserError
-from phi1.files import atomic_write, check_identity, sha256_file, sha256_json, write_json
+from phi1.files import atomic_write, check_identity, sha256_file, sha256_json, write_json, writer_of
 from phi1.progress import Progress
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 STAGE = "stage.json"
+_FORGOTTEN = 86_400  # seconds
 _GROUP_BYTES = 16 << 20  # of text in a row group: what a stage and its reader hold in memory of a shard
 
 
@@ -348,11 +350,18 @@ def failed_shards(output: pathlib.Path, reason: str = "") -> list[int]:
 
 
 def sweep(folder: pathlib.Path) -> None:
-    """Removes what writers that were killed left in a folder: NAME.tmp-PID of processes that are no more."""
+    """Removes what writers that were killed left in a folder: NAME.tmp-NUMBER of this machine's processes that are no
+    more; and of other machines, whose processes cannot be seen, what was not written to for a day.
+    """
     for path in folder.glob("*.tmp-*"):
         number = path.name.rpartition("-")[2]
-        if number.isdigit() and not alive(int(number)):
-            path.unlink(missing_ok=True)
+        if not number.isdigit():
+            continue
+        with contextlib.suppress(FileNotFoundError):  # it is whole by now, under its own name
+            process = writer_of(int(number))
+            old = time.time() - path.lstat().st_mtime > _FORGOTTEN if process is None else not alive(process)
+            if old:
+                path.unlink(missing_ok=True)
 
 
 def _facts(identity: dict[str, Any], spelled: Collection[str] = ()) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import dataclasses
 import fcntl
 import html.parser
 import math
-import os
 import pathlib
 import re
 import shutil
@@ -17,7 +16,7 @@ from xml.etree import ElementTree
 from data_tools.dataset import Counted, Failure, sweep
 from data_tools.units import ContentHashes, Raw, Unit
 from phi1.errors import UserError
-from phi1.files import sha256_json
+from phi1.files import sha256_json, temporary
 
 _QUESTIONS_BYTES = 1 << 30  # of Posts.xml per unit
 
@@ -55,8 +54,8 @@ def _spool_posts(posts: pathlib.Path, path: pathlib.Path, tag: str) -> None:
     """
     if path.exists():
         return
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    database = sqlite3.connect(temporary, isolation_level=None)
+    written = temporary(path)
+    database = sqlite3.connect(written, isolation_level=None)
     wanted: dict[int, int] = {}  # question -> its accepted answer, or 0
     tag_text = tag.encode()
     try:
@@ -75,12 +74,12 @@ def _spool_posts(posts: pathlib.Path, path: pathlib.Path, tag: str) -> None:
                 database.execute("INSERT INTO failures VALUES (?, ?)", (line, str(error)[:200]))
         database.execute("COMMIT")
         database.close()
-        temporary.replace(path)
+        written.replace(path)
     except sqlite3.OperationalError as error:
         raise UserError(f"{path.parent}: {error} while joining questions and answers; free space there") from error
     finally:
         database.close()
-        temporary.unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
 
 
 def _posts_in(posts: pathlib.Path) -> Iterator[tuple[int, bytes]]:

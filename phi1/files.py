@@ -6,30 +6,49 @@ import hashlib
 import json
 import os
 import pathlib
+import socket
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from phi1.errors import UserError
+
+_PROCESSES = 10**10  # more than a machine numbers
+_MACHINE = zlib.crc32(socket.gethostname().encode())
+
+
+def temporary(path: pathlib.Path) -> pathlib.Path:
+    """Where this process writes what is to stand at `path`: `<name>.tmp-<number>` beside it.
+
+    The number is the machine's, by its name, and the process's: several machines may write into one folder.
+    """
+    return path.with_name(f"{path.name}.tmp-{_MACHINE * _PROCESSES + os.getpid()}")
+
+
+def writer_of(number: int) -> int | None:
+    """The process that a temporary file's number names; None for one of another machine."""
+    machine, process = divmod(number, _PROCESSES)
+    return process if machine in (0, _MACHINE) else None  # 0: files from before machines had a number
 
 
 @contextlib.contextmanager
 def atomic_write(path: pathlib.Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Opens `path` for writing so that it appears whole or not at all.
 
-    The data goes to `<name>.tmp-<pid>` in the same folder, is fsynced, and takes `path`'s name
+    The data goes to `temporary(path)` in the same folder, is fsynced, and takes `path`'s name
     when the block ends without an exception; otherwise the temporary file is removed and what
     stood at `path` stays. A full disk, quota or file size limit becomes a `UserError` that names the folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    written = temporary(path)
     encoding = None if "b" in mode else "utf-8"
     try:
-        with open(temporary, mode, encoding=encoding) as file:
+        with open(written, mode, encoding=encoding) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(written, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(
@@ -38,7 +57,7 @@ def atomic_write(path: pathlib.Path, mode: str = "wb") -> Iterator[IO[Any]]:
             ) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
 
 
 def json_text(value: Any) -> str:

@@ -18,6 +18,7 @@ from data_tools import dataset as dataset_module
 from data_tools import timing
 from data_tools.dataset import Dataset, Failure, Produced, config_dict, run_stage
 from data_tools.engine import Engine
+from phi1 import files
 from phi1.errors import UserError
 
 
@@ -176,8 +177,13 @@ def test_what_a_killed_writer_left_goes_and_a_living_ones_stays(tmp_path: pathli
     (tmp_path / "d").mkdir()
     left, written = (tmp_path / "d" / f"00000.parquet.tmp-{pid}" for pid in (dead.pid, 1))  # init lives
     left.touch(), written.touch()
+    other = 10**10 * (files._MACHINE + 1) + dead.pid  # of another machine, where that number may be a living process's
+    theirs, forgotten = (tmp_path / "d" / f"0000{i}.parquet.tmp-{other}" for i in range(2))
+    theirs.touch(), forgotten.touch()
+    os.utime(forgotten, (0, 0))
     make(tmp_path / "d")
     assert not left.exists() and written.exists()
+    assert theirs.exists() and not forgotten.exists()
 
 
 def test_a_dead_worker_is_one_clear_line_and_the_stage_goes_on(tmp_path: pathlib.Path) -> None:

@@ -3,11 +3,13 @@
 import errno
 import os
 import pathlib
+import re
 
 import pytest
 
+from phi1 import files
 from phi1.errors import UserError
-from phi1.files import atomic_write, claim, read_toml, sha256_file, sha256_json, write_json
+from phi1.files import atomic_write, claim, read_toml, sha256_file, sha256_json, temporary, write_json, writer_of
 
 
 def test_a_failed_write_leaves_what_stood_there(tmp_path: pathlib.Path) -> None:
@@ -37,10 +39,24 @@ def test_a_really_full_disk(tmp_path: pathlib.Path) -> None:
     full = pathlib.Path("/dev/full")  # every write fails with ENOSPC
     if not full.exists():
         pytest.skip("no /dev/full on this system")
-    (tmp_path / f"a.bin.tmp-{os.getpid()}").symlink_to(full)
+    temporary(tmp_path / "a.bin").symlink_to(full)
     with pytest.raises(UserError, match="no space left"), atomic_write(tmp_path / "a.bin") as file:
         file.write(b"x" * 100_000)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_temporary_file_names_its_machine_and_process(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = []
+    for machine in (files._MACHINE, files._MACHINE + 1):
+        monkeypatch.setattr(files, "_MACHINE", machine)
+        path = temporary(tmp_path / "metrics.jsonl")
+        assert path.parent == tmp_path and re.fullmatch(
+            r"metrics\.jsonl\.tmp-[0-9]+", path.name
+        )  # as phi1/run.py looks
+        numbers.append(int(path.name.rpartition("-")[2]))
+    assert [writer_of(number) for number in [*numbers, 17]] == [None, os.getpid(), 17]
 
 
 def test_other_errors_pass_through(tmp_path: pathlib.Path) -> None:
