@@ -25,7 +25,6 @@ from data_tools.chat import Answer, Request, RequestFailed, whole_unicode
 from data_tools.dataset import MANIFEST, Counted, Dataset, Failure, Produced, failed_shards, run_stage
 from data_tools.llm import LLM, LLMConfig, default_ledger
 from data_tools.prompts import PROMPTS
-from data_tools.ranges import at_least
 from phi1.errors import UserError
 from phi1.files import sha256_file, sha256_json
 from phi1.progress import Progress
@@ -99,7 +98,8 @@ def run(config: Config) -> Dataset:
         raise UserError(f"--positive-fraction {config.positive_fraction}: must lie between 0 and 1")
     if config.samples < 1 or config.characters < 1:
         raise UserError("--samples and --characters must be at least 1")
-    at_least(-math.inf, config, "threshold")
+    if config.threshold is not None and math.isnan(config.threshold):
+        raise UserError(f"--threshold {config.threshold}: must be a number")
     documents = Dataset(config.input)
     documents.require(*_COLUMNS)
     dataset = MODES[config.mode](config, documents)
