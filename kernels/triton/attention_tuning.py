@@ -29,16 +29,18 @@ TILES: dict[str, dict[int, list[Tile]]] = {
         128: [(32, 32, 4, 1), (32, 64, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)],
     },
 }
-# These spill in some kinds of calls only (8 to 272 bytes a thread, with triton 3.7.1 or 3.9.0), "full" being not causal
-# and "batch" without documents; of several words a call must be all.
+# These spill in some kinds of calls only (8 to 272 bytes a thread, triton 3.7.1 or 3.9.0), "full" being not causal,
+# "batch" without documents and "whole" without dropout; of several words a call must be all.
 # Finding a program's document takes registers, and so does dropout; without the diagonal's loop the compiler spends
 # them elsewhere.
 _NOT_WITH: dict[tuple[str, int], dict[Tile, set[str]]] = {
-    ("forward", 32): {(128, 64, 8, 3): {"full"}},
+    ("forward", 32): {(128, 64, 8, 3): {"full", "causal documents whole"}},
     ("forward", 64): {(64, 64, 4, 3): {"full", "documents"}},
+    ("forward", 128): {(64, 32, 4, 2): {"batch whole", "full whole"}},
     ("dq", 32): {(128, 64, 8, 2): {"full"}},
     ("dq", 64): {(128, 64, 8, 2): {"dropout"}},
     ("dq", 128): {(64, 32, 4, 2): {"causal dropout batch"}},
+    ("dkv", 32): {(32, 64, 4, 1): {"full documents whole"}},
     ("dkv", 64): {
         (32, 128, 8, 1): {"documents", "causal dropout"},
         (32, 64, 4, 1): {"documents", "dropout"},
@@ -89,7 +91,11 @@ def candidates(
         return [(_INTERPRETER_TILE, True)]
     if dtype == torch.float32:
         return [(FLOAT32_TILE, False)]
-    kinds = {"causal" if causal else "full", "documents" if documents else "batch", *(("dropout",) if dropout else ())}
+    kinds = {
+        "causal" if causal else "full",
+        "documents" if documents else "batch",
+        "dropout" if dropout else "whole",
+    }
 
     def those(
         tiles: dict[str, dict[int, list[Tile]]], not_with: dict[tuple[str, int], dict[Tile, set[str]]]
