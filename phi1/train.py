@@ -165,22 +165,28 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=False)  # the buffers are the engine's
         losses = [0.0] * len(batches)  # summed over a micro-batch
+        # The exchange averages gradients over processes, hence world.size: in fp16 behind it, so that many overflow
+        # where one does.
+        scaled = self.scaler.is_enabled()
+        ahead, behind = (1, world.size) if scaled else (world.size, 1)
         with self.engine.step():
             for index, batch in enumerate(batches if counted else []):
                 self._stop_if_told()
-                # Gradients are exchanged in the last backward pass, averaged over processes: hence world.size.
+                # Gradients are exchanged in the last backward pass.
                 with self.engine.exchanging(index + 1 == len(batches)):
                     loss = self.engine.network(
                         batch.inputs, targets=batch.targets, cu_seqlens=batch.bounds, dropout_seed=batch.seed
                     )
-                    self.scaler.scale(loss * (world.size / counted)).backward()
+                    self.scaler.scale(loss * (ahead / counted)).backward()
                 losses[index] = loss.item()  # waits for the device, so that a signal does not wait for the step
         self.scaler.unscale_(self.optimizer)
+        for parameter in self.model.parameters() if behind > 1 else ():
+            assert parameter.grad is not None
+            parameter.grad.mul_(behind)
         norm = self.engine.clip_gradient(config.optimizer.clip_norm)
         # Rank 0's norm for all: another kind of machine may round it otherwise.
         total, norm = world.sum(sum(losses), norm if world.rank == 0 else 0.0)
         mean = total / counted if counted else None
-        scaled = self.scaler.is_enabled()
         overflow = scaled and mean is not None and math.isfinite(mean) and not math.isfinite(norm)
         # An overflow is the scaler's business, which halves its scale: no trouble, but no update either.
         wrong, skip = (None, True) if overflow else self.trouble.judge(number, mean, norm)

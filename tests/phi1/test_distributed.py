@@ -26,6 +26,7 @@ from training import (
     environment,
     losses,
     processes,
+    records,
     same_run,
     write,
     write_recipe,
@@ -89,6 +90,22 @@ def test_any_number_of_processes_gives_the_same_losses(config, tmp_path, masked_
     shutil.rmtree(run / "step-000006")
     assert [status for status, _ in processes(tmp_path, *[[recipe, "--run-folder", run]] * 2)] == [0, 0]
     same_run(config.train.run_folder, run)
+
+
+@pytest.mark.parametrize("data_parallel", ["ddp", "fsdp2"])
+def test_in_fp16_processes_overflow_where_one_does(config, tmp_path, data_parallel):
+    """The loss scale falls by halves: were the scale that gradients see twice as large, one more step would be skipped."""
+    config = change(config, precision="fp16", loss_scale=1e6, data_parallel=data_parallel, **TINY)
+    train(config)
+    recipe, run = write_recipe(tmp_path, config), tmp_path / "two"
+    found = processes(tmp_path, *[[recipe, "--run-folder", run]] * 2)
+    assert [status for status, _ in found] == [0, 0], found
+    alone, two = records(config.train.run_folder), records(run)
+    assert [r["skipped"] for r in two] == [r["skipped"] for r in alone]
+    assert 0 < sum(r["skipped"] for r in alone) < 8
+    assert [r["loss_scale"] for r in two] == [r["loss_scale"] for r in alone]
+    norms = [[r["grad_norm"] for r in run if not r["skipped"]] for run in (alone, two)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2)  # fp16's rounding, in another order
 
 
 def test_under_torchrun(config, tmp_path):
