@@ -69,6 +69,11 @@ def _forget(generation: str | None = None) -> None:
     _GENERATION[0] = generation or str(next(_generations))
 
 
+def generation() -> str:
+    """What changes when a choice may: versions that came or went, tables that were read, orders that are held."""
+    return _GENERATION[0]
+
+
 def backend_of(version: str) -> str:
     """ "cpu/avx512" -> "cpu"."""
     return version.partition("/")[0]
