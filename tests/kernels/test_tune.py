@@ -181,7 +181,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_and_nothing_is_measured(cac
     assert "nothing is measured and the fixed order decides; set XDG_CACHE_HOME" in str(error.value)
     assert tune.main([str(SHAPE), "--device", "cpu"]) == 2
     assert capsys.readouterr().err == f"python -m kernels.tune: error: {error.value}\n"
-    assert registry.order(HERE, Cell("layer_norm", HERE.kind, torch.float32, None, "few", "forward"))[1].startswith(
+    assert registry.order(HERE, Cell("layer_norm", HERE.kind, torch.float64, None, "few", "forward"))[1].startswith(
         "fixed"
     )
 
