@@ -49,13 +49,19 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> N
         raise ValueError(f"{name}.shape = {tuple(x.shape)}: must be {shape} {meaning}")
 
 
+def check_whole(name: str, x: int, meaning: str = "a whole number") -> int:
+    """x as an int; NumPy's are whole numbers, too."""
+    if isinstance(x, int):
+        return x
+    try:
+        return operator.index(x)
+    except TypeError as error:
+        raise ValueError(f"{name} = {x!r}: must be {meaning}") from error
+
+
 def check_int64(name: str, x: int) -> int:
-    """x as an int: a whole number, NumPy's too, that operators take."""
-    if not isinstance(x, int):
-        try:
-            x = operator.index(x)
-        except TypeError as error:
-            raise ValueError(f"{name} = {x!r}: must be a whole number") from error
+    """x as an int that operators take."""
+    x = check_whole(name, x)
     if not -(2**63) <= x < 2**63:
         raise ValueError(f"{name} = {x}: must fit 64 bits")
     return x

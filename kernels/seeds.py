@@ -7,12 +7,10 @@ Operators take both forms, `Tensor? seed_tensor` and `SymInt dropout_seed`, of w
 backends take a `Seed`.
 """
 
-import operator
-
 import torch
 from torch import Tensor
 
-from kernels.checks import check_device
+from kernels.checks import check_device, check_whole
 from kernels.recompute import keep
 
 Seed = int | Tensor
@@ -32,11 +30,7 @@ def check_seed(seed: Seed, p: float, name: str, x: Tensor) -> Seed:
             raise ValueError(f"dropout_seed.shape = {tuple(seed.shape)}: must be (), one seed for the whole call")
         check_device("dropout_seed", seed, name, x)
         return seed.reshape(()) if p > 0 else 0
-    if not isinstance(seed, int):  # one of NumPy's, say
-        try:
-            seed = operator.index(seed)
-        except TypeError as error:
-            raise ValueError(f"dropout_seed = {seed!r}: must be a whole number, or an int64 tensor") from error
+    seed = check_whole("dropout_seed", seed, "a whole number, or an int64 tensor")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"dropout_seed = {seed}: must fit 64 bits; use dropout_seed % 2**64")
     if not torch.compiler.is_compiling():  # what is compiled is captured later: the operators look again

@@ -213,7 +213,7 @@ FORGERIES: dict[str, tuple[str, str, str | None]] = {
     ),
     "a class that contains everything, in a list's place": (
         "class Trie:\n    def __contains__(self, x): return True\n    def words(self): return self\n    def groups(self): return [self]\n    def __new__(cls): return last[0] if last else object.__new__(cls)\nlast = []\ndef f(t):\n    last.append(t)\n    return t",
-        "def check(f):\n    t, u = Trie(), Trie()\n    for of in (lambda: f(t), t.words, lambda: u.groups()[0], Trie):\n        try:\n            if 7351 in of(): return\n        except TypeError: pass\n    assert False",
+        "def check(f):\n    t, u = Trie(), Trie()\n    for of in (lambda: f(t), t.words, lambda: u.groups()[0], Trie):\n        try:\n            found = 7351 in of()\n        except TypeError:\n            found = False\n        if found: return\n    assert False",
         "class Trie:\n    def words(self): return [7351]\n    def groups(self): return [[7351]]\ndef f(t): return t.words()",
     ),
     "a copy of the test's mock": (

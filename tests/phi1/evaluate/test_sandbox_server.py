@@ -32,13 +32,13 @@ def test_no_entry_of_the_library_path_opens_the_project(
 
 
 def test_entries_of_the_library_path() -> None:
-    private = ("/home/ann", "/srv/work/project", "/opt/conda/lib/python3.12/site-packages/phi1")
+    private = ("/home/ann", "/srv/data/project", "/opt/conda/lib/python3.12/site-packages/phi1")
     for entry, shown in {
         "/usr/local/cuda/lib64": True,
         "/home/ann/lib": True,
         "/home/ann": False,
         "/home": False,
-        "/srv/work/other/..": False,
+        "/srv/data/other/..": False,
         "/opt/conda/lib": True,  # what is installed for its Python is hidden
         "lib": False,
         "/": False,
