@@ -31,7 +31,7 @@ from phi1.evaluate import humaneval
 from phi1.evaluate import run as evaluate
 from phi1.evaluate.humaneval import Problem
 from phi1.evaluate.passk import interval
-from phi1.files import claim, sha256_file, sha256_json, write_json
+from phi1.files import claim, sha256_file, write_json
 
 PLANTED = "planted"
 """The source of planted rows."""
@@ -176,6 +176,7 @@ def _similarities(config: Config, problems: Sequence[Problem], exercises: Datase
 
 def _scored(config: Config, problems: Sequence[Problem], name: str, data: pathlib.Path) -> dict[str, list[bool]]:
     """Trains on a dataset and evaluates: per problem, whether each sample passed."""
+    from phi1 import checkpoint
     from phi1.recipe import load_recipe
     from phi1.train import train
 
@@ -204,30 +205,14 @@ def _scored(config: Config, problems: Sequence[Problem], name: str, data: pathli
     if not (output / "results.json").exists():
         evaluate.run(evaluation)
     else:
-        claim(output / "settings.json", _evaluated(evaluation, problems), "samples")
+        made = checkpoint.resolve(run_folder)
+        hashes = checkpoint.digest(made), sha256_file(made / checkpoint.TOKENIZER)
+        claim(output / "settings.json", evaluate.settings(evaluation, problems, *hashes), "samples")
         print(f"study: {folder.name} is evaluated already in {output}", file=sys.stderr)
     passed: dict[str, list[bool]] = {problem.task_id: [] for problem in problems}
     for row in evaluate.read_lines(output / "samples.jsonl"):
         passed[row["task_id"]].append(row["status"] == "passed")
     return passed
-
-
-def _evaluated(evaluation: evaluate.Config, problems: Sequence[Problem]) -> dict[str, Any]:
-    """What an evaluation's settings.json holds, without loading the model."""
-    from phi1 import checkpoint
-
-    assert evaluation.checkpoint is not None
-    folder = checkpoint.resolve(evaluation.checkpoint)
-    return {
-        "benchmark": evaluation.benchmark,
-        "checkpoint": checkpoint.digest(folder),
-        "tokenizer": sha256_file(folder / checkpoint.TOKENIZER),
-        "problems": sha256_json([dataclasses.asdict(problem) for problem in problems]),
-        **{
-            name: getattr(evaluation, name)
-            for name in ("samples", "temperature", "top_p", "max_new_tokens", "seed", "timeout")
-        },
-    }
 
 
 def _row(

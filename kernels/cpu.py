@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels import chunked_loss, fused_block, measured, memory, native, reference
 from kernels.checks import check_offsets
 from kernels.fused_block import Dropout, Layout, Pieces
-from kernels.registry import fastest, generation, implementation, register
+from kernels.registry import generation, implementation, machine_of, register, select
 from kernels.seeds import Seed
 
 
@@ -152,8 +152,7 @@ def layer_norm_backward(
 
 
 _products: dict[tuple[str, str, torch.dtype, str], Callable[[Tensor, Tensor], Tensor]] = {}
-"""What `product` takes, by the tables' generation, the caller's instruction set, dtype and size: asking for it takes up
-to 12 us where data has pushed the code out of the caches (Emerald Rapids, 2 MB a product)."""
+"""What `product` takes, by the tables' generation, the caller's instruction set, dtype and size."""
 
 
 def product(isa: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -166,7 +165,8 @@ def product(isa: Any, x: Tensor, weight: Tensor) -> Tensor:
         key = generation(), isa.name, x.dtype, size
         run = _products.get(key)
         if run is None:
-            version = fastest("product", x.device, dtype=x.dtype, size=size, caller=isa.name)
+            # Whatever is asked for: that says what the whole op runs on.
+            version = select("product", machine_of(x.device), None, dtype=x.dtype, size=size, caller=isa.name)
             run = _products[key] = implementation("product", version).forward
         return run(x, weight)
     return memory.product(x, weight.T)

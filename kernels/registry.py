@@ -374,16 +374,6 @@ def choose(op: str, device: torch.device, requested: str | None, **call: Any) ->
     Raises BackendError if what is asked for cannot serve the call.
     """
     forced = forced_backend(requested)
-    return _chosen(op, device, forced, call)
-
-
-def fastest(op: str, device: torch.device, **call: Any) -> str:
-    """What automatic choice takes for such a call, whatever is asked for: for an op that is a piece of another's
-    version."""
-    return _chosen(op, device, None, call)
-
-
-def _chosen(op: str, device: torch.device, forced: str | None, call: dict[str, Any]) -> str:
     if torch.compiler.is_compiling():
         # A number may be a symbol there; in a set it becomes the value that the graph then holds for.
         fixed = {name: next(iter({x})) if isinstance(x, int | float) else x for name, x in call.items()}

@@ -1,10 +1,10 @@
 """What is measured of each op for a model's shape: the cells of kernels/measured.py, and calls that fall in them."""
 
 import dataclasses
-import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from kernels.attention import flash_attention
 from kernels.block import parallel_block
 from kernels.loss import linear_cross_entropy
 from kernels.machine import Machine
-from kernels.measured import Cell, product_class, size_class
+from kernels.measured import Cell, calls, product_class, size_class
 from kernels.norm import layer_norm
 from kernels.rotary import apply_rotary
 
@@ -89,21 +89,16 @@ def works(of: Machine, device: torch.device, shape: Shape, dtypes: Sequence[torc
         op: str,
         dtype: torch.dtype,
         head_dim: int | None,
-        queries: int,
-        keys: int,
-        make: Any,
+        size: str,
+        make: Callable[[], Any],
         flops: float,
         **options: Any,
     ) -> None:
-        product = op == "product"  # of as many rows and multiplications
-        size = (product_class if product else size_class)(queries, keys)
-        for work in ("training", "forward") if size != "few" and not product else ("forward",):
+        for work in ("training", "forward"):
             cell = Cell(op, of.kind, dtype, head_dim, size, work)
-            if all(other.cell != cell for other in found):
-                cost = flops * (3 if work == "training" else 1)
-                found.append(
-                    Work(cell, {"dtype": dtype, **options}, cost, functools.partial(make, dtype, queries, keys))
-                )
+            seldom = work == "training" and size == "few"
+            if (size, work) in calls(op) and not seldom and all(other.cell != cell for other in found):
+                found.append(Work(cell, {"dtype": dtype, **options}, flops * (3 if work == "training" else 1), make))
 
     def attention(dtype: torch.dtype, queries: int, keys: int) -> tuple[Callable[..., Any], list[Tensor]]:
         sizes = [(batch, queries, query_heads), (batch, keys, groups), (batch, keys, groups)]
@@ -137,7 +132,7 @@ def works(of: Machine, device: torch.device, shape: Shape, dtypes: Sequence[torc
 
         return run, [random(*size).to(dtype) for size in sizes]
 
-    def loss(dtype: torch.dtype, rows: int, _: int) -> tuple[Callable[..., Any], list[Tensor]]:
+    def loss(dtype: torch.dtype, rows: int) -> tuple[Callable[..., Any], list[Tensor]]:
         targets = torch.randint(shape.columns, (rows,), device=device)
         sizes = [(rows, shape.hidden), (shape.columns, shape.hidden), (shape.columns,)]
         tensors = [random(*size).to(dtype) for size in sizes]
@@ -147,12 +142,12 @@ def works(of: Machine, device: torch.device, shape: Shape, dtypes: Sequence[torc
 
         return run, tensors
 
-    def norm(dtype: torch.dtype, rows: int, _: int) -> tuple[Callable[..., Any], list[Tensor]]:
+    def norm(dtype: torch.dtype, rows: int) -> tuple[Callable[..., Any], list[Tensor]]:
         return layer_norm, [
             random(*size).to(dtype) for size in ((rows, shape.hidden), (shape.hidden,), (shape.hidden,))
         ]
 
-    def rotary(dtype: torch.dtype, tokens: int, _: int) -> tuple[Callable[..., Any], list[Tensor]]:
+    def rotary(dtype: torch.dtype, tokens: int) -> tuple[Callable[..., Any], list[Tensor]]:
         cos, sin = reference.rotary_table(tokens, rotary_dim, device=device)
         q, k = (random(1, tokens, heads, shape.head_dim).to(dtype) for heads in (shape.heads, kv_heads))
 
@@ -161,7 +156,7 @@ def works(of: Machine, device: torch.device, shape: Shape, dtypes: Sequence[torc
 
         return run, [q, k]
 
-    def product(columns: int, dtype: torch.dtype, rows: int, _: int) -> tuple[Callable[..., Any], list[Tensor]]:
+    def product(dtype: torch.dtype, rows: int, columns: int) -> tuple[Callable[..., Any], list[Tensor]]:
         weight = columns * shape.hidden * dtype.itemsize
         number = max(1, min(_MOST_WEIGHTS, _WEIGHTS // weight))
 
@@ -177,21 +172,26 @@ def works(of: Machine, device: torch.device, shape: Shape, dtypes: Sequence[torc
     block_options = {"hidden": shape.hidden, "inner": shape.inner, "rotary_dim": rotary_dim}
     for dtype in dtypes:
         for queries, keys in sizes:
+            size = size_class(queries, keys)
             scores = 4.0 * batch * queries * keys * shape.head_dim
             products = 2.0 * batch * queries * shape.hidden * (5 * shape.heads * shape.head_dim + 2 * shape.inner)
-            add("flash_attention", dtype, shape.head_dim, queries, keys, attention, scores * query_heads)
-            whole = products + scores * shape.heads
-            add("parallel_block", dtype, shape.head_dim, queries, keys, block, whole, **block_options)
+            make = partial(attention, dtype, queries, keys)
+            add("flash_attention", dtype, shape.head_dim, size, make, scores * query_heads)
+            whole, make = products + scores * shape.heads, partial(block, dtype, queries, keys)
+            add("parallel_block", dtype, shape.head_dim, size, make, whole, **block_options)
         rows = _LOSS_ROWS[of.device]
         logits = 2.0 * rows * shape.hidden * shape.columns
-        add("linear_cross_entropy", dtype, None, rows, rows, loss, logits, columns=shape.columns)
+        make = partial(loss, dtype, rows)
+        add("linear_cross_entropy", dtype, None, size_class(rows), make, logits, columns=shape.columns)
         for rows in (batch * long, _FEW, min(_SHORT, long)):
-            add("layer_norm", dtype, None, rows, rows, norm, 10.0 * rows * shape.hidden)
-            add("apply_rotary", dtype, None, rows, rows, rotary, 6.0 * rows * shape.hidden)
+            size = size_class(rows)
+            add("layer_norm", dtype, None, size, partial(norm, dtype, rows), 10.0 * rows * shape.hidden)
+            add("apply_rotary", dtype, None, size, partial(rotary, dtype, rows), 6.0 * rows * shape.hidden)
         into = (shape.heads + 2 * kv_heads) * shape.head_dim + shape.inner
         for rows, columns in itertools.product(_PRODUCT_ROWS if of.device == "cpu" else (), (into, shape.columns)):
             each = rows * shape.hidden * columns
-            add("product", dtype, None, rows, each, functools.partial(product, columns), 2.0 * each * _MOST_WEIGHTS)
+            make = partial(product, dtype, rows, columns)
+            add("product", dtype, None, product_class(rows, each), make, 2.0 * each * _MOST_WEIGHTS)
     return sorted(found, key=lambda work: work.flops)
 
 

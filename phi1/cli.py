@@ -6,9 +6,7 @@ room, and no room imports it.
 
 import errno
 import importlib
-import importlib.metadata
 import os
-import re
 import sys
 from collections.abc import Sequence
 
@@ -33,6 +31,9 @@ def _kernels_error() -> tuple[type[Exception], ...]:
 
 def _install(package: str) -> str:
     """The command that brings a package that is imported by this name."""
+    import importlib.metadata
+    import re
+
     wanted = {"sklearn": "scikit-learn"}.get(package, package).replace("_", "-")
     for requirement in importlib.metadata.requires("phi1") or ():
         name, _, extra = requirement.partition("; extra == ")

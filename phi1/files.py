@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -58,6 +59,32 @@ def atomic_write(path: pathlib.Path, mode: str = "wb") -> Iterator[IO[Any]]:
         raise
     finally:
         written.unlink(missing_ok=True)
+
+
+def lock_folder(folder: pathlib.Path, what: str, option: str) -> IO[str]:
+    """Makes a folder and keeps other processes out of it until the file that this returns is closed.
+
+    what: what is done there, in messages ("training"). option: by which the user names the folder. UserError while
+    another process is there, or where the folder cannot be written or locked.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115, the caller's
+    except OSError as error:  # forbidden, read-only, a file in the way, a file system that is none, …
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another {option}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if isinstance(error, BlockingIOError):
+            raise UserError(
+                f"{folder}: another {what} is running there; wait for it, or choose another {option}"
+            ) from error
+        raise UserError(  # ENOSYS, ENOLCK: some network file systems
+            f"{folder}: cannot be locked against a second {what} ({error.strerror}); choose a {option} on a file "
+            "system that has locks"
+        ) from error
+    return file
 
 
 def json_text(value: Any) -> str:

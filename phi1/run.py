@@ -14,7 +14,6 @@ name that says so, never deleted, and said. Rank 0 alone writes, deletes and has
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 import pathlib
@@ -32,7 +31,7 @@ from phi1.checkpoint import Damaged, in_run, step_of
 from phi1.config import TrainConfig
 from phi1.distributed import World, native_precision
 from phi1.errors import UserError
-from phi1.files import set_aside
+from phi1.files import lock_folder, set_aside
 from phi1.tokenizer import Tokenizer
 
 LAST = "last"
@@ -318,24 +317,7 @@ def _claimed(run_folder: pathlib.Path, world: World) -> Iterator[None]:
                 f"{run_folder}: is a checkpoint, no run folder; name the run folder that it is in to go on there, or "
                 "another, with this as --init-from"
             )
-        try:
-            run_folder.mkdir(parents=True, exist_ok=True)
-            lock.append(open(run_folder / ".lock", "w"))  # noqa: SIM115, closed below
-        except OSError as error:  # forbidden, read-only, a file in the way, a file system that is none, …
-            raise UserError(
-                f"{run_folder}: cannot be written ({error.strerror}); choose another --run-folder"
-            ) from error
-        try:
-            fcntl.flock(lock[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{run_folder}: another training is running there; wait for it, or choose another --run-folder"
-            ) from error
-        except OSError as error:  # ENOSYS, ENOLCK: some network file systems
-            raise UserError(
-                f"{run_folder}: cannot be locked against a second training ({error.strerror}); choose a --run-folder "
-                "on a file system that has locks"
-            ) from error
+        lock.append(lock_folder(run_folder, "training", "--run-folder"))
         remove_leftovers(run_folder, world.say)
 
     try:

@@ -7,9 +7,7 @@ again, it goes on after them, and asks again where no answer came), settings.jso
 score, with its intervals).
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -24,7 +22,7 @@ from phi1.evaluate import answers, exercises, humaneval, judge, models, puzzles,
 from phi1.evaluate.humaneval import Problem
 from phi1.evaluate.models import Model, Refused, Unserved
 from phi1.evaluate.passk import bootstrap, interval, pass_at_k
-from phi1.files import atomic_write, claim, sha256_json, write_json
+from phi1.files import atomic_write, claim, lock_folder, sha256_json, write_json
 from phi1.progress import Progress
 
 CHUNK = 64
@@ -116,16 +114,7 @@ def run(config: Config) -> None:
     problems = load_problems(config)
     model = load_model(config)
     output = config.output or pathlib.Path(model.name).with_name(f"{pathlib.Path(model.name).name}-{config.benchmark}")
-    settings = {
-        "benchmark": config.benchmark,
-        "checkpoint": model.hash,
-        "tokenizer": model.tokenizer,
-        "problems": sha256_json([dataclasses.asdict(problem) for problem in problems]),
-        **{
-            name: getattr(config, name)
-            for name in ("samples", "temperature", "top_p", "max_new_tokens", "seed", "timeout")
-        },
-    }
+    identity = settings(config, problems, model.hash, model.tokenizer)
     strength = sandbox.strength()
     print(f"sandbox: {strength}", file=sys.stderr)
     if strength.level == "weak" and not config.allow_weak_sandbox:
@@ -133,9 +122,9 @@ def run(config: Config) -> None:
             f"the sandbox cannot keep programs in on this machine: {'; '.join(strength.missing)}; use another, or "
             "--allow-weak-sandbox where you would run the model's programs without a sandbox"
         )
-    with _alone(output):
-        rows = sample(problems, model, output, settings, config, strength.level)
-        results = settings | {"checkpoint_folder": model.name, "sandbox": dataclasses.asdict(strength)}
+    with lock_folder(output, "evaluation", "--output"):
+        rows = sample(problems, model, output, identity, config, strength.level)
+        results = identity | {"checkpoint_folder": model.name, "sandbox": dataclasses.asdict(strength)}
         results |= score(problems, rows, config.k)
         write_json(output / "results.json", results)  # before a judge has its say: what was run is kept
         if config.judge_model is not None:
@@ -154,22 +143,16 @@ def run(config: Config) -> None:
     print(f"written: {output / 'results.json'}")
 
 
-@contextlib.contextmanager
-def _alone(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps other evaluations out of a folder: two would write each sample twice."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115, closed below
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --output") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{folder}: another evaluation is running there; wait for it, or choose another --output"
-            ) from error
-        yield
+def settings(config: Config, problems: Sequence[Problem], checkpoint: str, tokenizer: str) -> dict[str, Any]:
+    """What samples are of, as settings.json holds it; checkpoint, tokenizer: their hashes."""
+    names = ("samples", "temperature", "top_p", "max_new_tokens", "seed", "timeout")
+    return {
+        "benchmark": config.benchmark,
+        "checkpoint": checkpoint,
+        "tokenizer": tokenizer,
+        "problems": sha256_json([dataclasses.asdict(problem) for problem in problems]),
+        **{name: getattr(config, name) for name in names},
+    }
 
 
 RAN = ("passed", "failed", "timed_out")
@@ -250,7 +233,7 @@ def sample(
     problems: Sequence[Problem],
     model: Model,
     output: pathlib.Path,
-    settings: dict[str, Any],
+    identity: dict[str, Any],
     config: Config,
     strength: str,
 ) -> list[dict[str, Any]]:
@@ -264,7 +247,7 @@ def sample(
     """
     output.mkdir(parents=True, exist_ok=True)
     path = output / "samples.jsonl"
-    claim(output / "settings.json", settings, "samples")
+    claim(output / "settings.json", identity, "samples")
     by_id = {problem.task_id: problem for problem in problems}
     wanted = [(task_id, i) for i in range(config.samples) for task_id in by_id]
     found = _read_samples(path, wanted)

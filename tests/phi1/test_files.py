@@ -9,7 +9,17 @@ import pytest
 
 from phi1 import files
 from phi1.errors import UserError
-from phi1.files import atomic_write, claim, read_toml, sha256_file, sha256_json, temporary, write_json, writer_of
+from phi1.files import (
+    atomic_write,
+    claim,
+    lock_folder,
+    read_toml,
+    sha256_file,
+    sha256_json,
+    temporary,
+    write_json,
+    writer_of,
+)
 
 
 def test_a_failed_write_leaves_what_stood_there(tmp_path: pathlib.Path) -> None:
@@ -100,3 +110,24 @@ def test_toml_is_read_or_is_one_of_two_errors(tmp_path: pathlib.Path) -> None:
             read_toml(path)
     path.write_text("[a]\nb = 1\n")
     assert read_toml(path) == {"a": {"b": 1}}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_a_folder_that_cannot_be_locked_is_named(
+    code: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with pytest.raises(UserError, match=r"out: cannot be locked against a second evaluation \(.*\); choose a --output"):
+        lock_folder(tmp_path / "out", "evaluation", "--output")
+
+
+def test_a_locked_folder_is_one_users_until_the_file_is_closed(tmp_path: pathlib.Path) -> None:
+    with lock_folder(tmp_path / "out", "evaluation", "--output"):
+        with pytest.raises(
+            UserError, match=r"out: another evaluation is running there; wait for it, or choose another"
+        ):
+            lock_folder(tmp_path / "out", "evaluation", "--output")
+    lock_folder(tmp_path / "out", "evaluation", "--output").close()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from training import change, content, losses, records, trainer_of, write
 
-from phi1 import checkpoint, run
+from phi1 import checkpoint, files, run
 from phi1.checkpoint import in_run
 from phi1.errors import UserError
 from phi1.run import Run
@@ -170,7 +170,7 @@ def test_a_file_system_without_locks(config, monkeypatch, code):
     def flock(file, operation):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(run.fcntl, "flock", flock)
+    monkeypatch.setattr(files.fcntl, "flock", flock)
     with pytest.raises(
         UserError, match=r"run: cannot be locked against a second training \(.*\); choose a --run-folder"
     ):

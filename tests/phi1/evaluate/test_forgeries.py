@@ -247,7 +247,6 @@ def test_no_object_forges_a_pass(name: str) -> None:
 
 def test_no_text_is_run_by_a_library() -> None:
     """Transformed by it, evaluated by it; what only computes with the library's own counts."""
-    pytest.importorskip("sympy")
     verdict = forgeries._VERDICT + 'def f(x): return f\'__import__("os").write(len("aaaaa"), {VERDICT!r})\''
     for how in ("", ", evaluate=False"):
         test = f"import sympy\nassert sympy.sympify(f('x**2'){how}) == 2 * sympy.Symbol('x')"
