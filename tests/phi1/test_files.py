@@ -125,9 +125,7 @@ def test_a_folder_that_cannot_be_locked_is_named(
 
 
 def test_a_locked_folder_is_one_users_until_the_file_is_closed(tmp_path: pathlib.Path) -> None:
-    with lock_folder(tmp_path / "out", "evaluation", "--output"):
-        with pytest.raises(
-            UserError, match=r"out: another evaluation is running there; wait for it, or choose another"
-        ):
-            lock_folder(tmp_path / "out", "evaluation", "--output")
+    busy = r"out: another evaluation is running there; wait for it, or choose another --output"
+    with lock_folder(tmp_path / "out", "evaluation", "--output"), pytest.raises(UserError, match=busy):
+        lock_folder(tmp_path / "out", "evaluation", "--output")
     lock_folder(tmp_path / "out", "evaluation", "--output").close()
